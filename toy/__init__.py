@@ -1,0 +1,5 @@
+"""The toy world: a procedural video world with known truth, its VAE and its text embedding.
+
+Torch and numpy only, so that the offline demo, the benchmarks, the training stages and the
+ComfyUI demo nodes can all use it.
+"""
