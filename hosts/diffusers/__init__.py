@@ -1,0 +1,1 @@
+"""WanTrim on diffusers' WanTransformer3DModel."""

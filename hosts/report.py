@@ -1,0 +1,96 @@
+"""What really happened in a sampling run."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass, field
+
+import torch
+
+from ..methods.tokens import Selection, TokenGrid
+
+
+@dataclass
+class Step:
+    """One denoising step (or one model call of a sampler that makes several)."""
+
+    sigma: float
+    progress: float
+    keep_ratio: float
+    grid: TokenGrid
+    num_blocks: int
+    calls: int = 0
+    seconds: float = 0.0
+    # tokens of the grid that each block computed
+    kept_per_block: list[int] = field(default_factory=list)
+    # share of the blocks that computed each token [f, h, w], first sample of the batch
+    coverage: torch.Tensor | None = None
+
+    def record(self, ran: list[Selection | None]) -> None:
+        """Take in what each block ran on; None is all tokens (also when `ran` is empty)."""
+        grid = self.grid
+        coverage = torch.ones(grid.tokens)
+        self.kept_per_block = [grid.tokens] * self.num_blocks
+        for block_index, selection in enumerate(ran):
+            if selection is not None:
+                dropped = selection.dropped[0].cpu() - grid.start
+                coverage[dropped] -= 1 / self.num_blocks
+                self.kept_per_block[block_index] -= len(dropped)
+        self.coverage = coverage.view(grid.frames, grid.height, grid.width)
+
+    @property
+    def kept_share(self) -> float:
+        """Share of block x token work that was done."""
+        return sum(self.kept_per_block) / (self.grid.tokens * self.num_blocks)
+
+
+@dataclass
+class Report:
+    """A run: its steps in order, and everything that did not happen with its reason."""
+
+    model: str = ""
+    steps: list[Step] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    planned: str = ""
+    finished: bool = False
+
+    def note(self, text: str) -> None:
+        """Say once what did not happen and why."""
+        if text not in self.notes:
+            self.notes.append(text)
+
+    @property
+    def kept_share(self) -> float:
+        return statistics.fmean(s.kept_share for s in self.steps) if self.steps else 1.0
+
+    def coverage(self) -> torch.Tensor | None:
+        """Mean over the steps of the share of blocks that computed each token [f, h, w]."""
+        maps = [s.coverage for s in self.steps if s.coverage is not None]
+        same = [m for m in maps if m.shape == maps[0].shape]
+        return torch.stack(same).mean(0) if same else None
+
+    def text(self) -> str:
+        """The report in an artist's words."""
+        if not self.steps:
+            lines = ["WanTrim: no sampling run seen yet."]
+        else:
+            seconds = [s.seconds for s in self.steps]
+            lines = [
+                f"WanTrim on {self.model}: {self.planned}",
+                f"{len(self.steps)} steps, {sum(seconds):.1f} s, "
+                f"{statistics.median(seconds):.2f} s per step (median).",
+                f"Token work done: {self.kept_share:.1%} of block x token "
+                "(an untouched model does 100%; time falls less than work on small videos).",
+                "",
+                "step  sigma   kept  token work  calls  seconds",
+            ]
+            lines += [
+                f"{i + 1:>4}  {s.sigma:.4f}  {s.keep_ratio:>4.0%}  {s.kept_share:>10.1%}"
+                f"  {s.calls:>5}  {s.seconds:>7.2f}"
+                for i, s in enumerate(self.steps)
+            ]
+            if not self.finished:
+                lines.append("The run did not finish (cancelled or failed).")
+        lines += ["", "What did not happen, and why:"]
+        lines += [f"- {note}" for note in self.notes] or ["- nothing: everything ran as planned."]
+        return "\n".join(lines)

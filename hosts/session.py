@@ -1,0 +1,211 @@
+"""One sampling run: decides once per step and runs each block on the tokens that stay.
+
+Knows no host. A host tells it what a model call looks like (`Session.begin`) and hands it a
+`BlockCall` per block, which can run the host's own block on all tokens or on some.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from ..methods.tokens import (
+    Evidence,
+    Selection,
+    TokenGrid,
+    TokenPlan,
+    scatter_tokens,
+    select_tokens,
+)
+from .report import Report, Step
+
+COND = 0
+
+
+@dataclass(frozen=True)
+class TrimPlan:
+    """All that we decided to trim. None leaves that part of the model alone."""
+
+    tokens: TokenPlan | None = None
+
+    @property
+    def neutral(self) -> bool:
+        return self.tokens is None or self.tokens.schedule.keep_ratio == 1.0
+
+    def describe(self) -> str:
+        if self.neutral:
+            return "nothing trimmed"
+        t = self.tokens
+        text = (
+            f"{1 - t.schedule.keep_ratio:.0%} of the tokens dropped ({t.schedule.direction}, "
+            f"importance {t.importance}, reselected every {t.reselect_every} blocks"
+        )
+        return text + (", keys and values kept)" if t.dropped_kv == "keep" else ")")
+
+
+class BlockCall(Protocol):
+    """The host's own block with its inputs, ready to run."""
+
+    hidden: torch.Tensor
+
+    def run(self) -> torch.Tensor:
+        """All tokens."""
+
+    def run_capturing(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """All tokens; returns the hidden state and self-attention's q and k [b, s, n, d].
+
+        q and k are None when the block ran no self-attention.
+        """
+
+    def run_subset(self, index: torch.Tensor, others: torch.Tensor | None) -> torch.Tensor:
+        """Tokens `index` [b, kept] only, as hidden state [b, kept, c].
+
+        With `others` [b, dropped] those tokens still serve as keys and values.
+        """
+
+
+@dataclass
+class Decision:
+    """What one step keeps: made by the first call that sees the step, shared by the others."""
+
+    sigma: float
+    latent: torch.Tensor
+    budget: int
+    step: Step
+    selections: dict[int, Selection] = field(default_factory=dict)
+    # what each block of the step's first call ran on; None is all tokens
+    ran: list[Selection | None] = field(default_factory=list)
+
+
+class Session:
+    """State of one sampling run. Make a new one for every run."""
+
+    def __init__(self, plan: TrimPlan, report: Report):
+        self.plan = plan
+        self.report = report
+        self.decision: Decision | None = None
+        self._began = 0.0
+
+    def begin(
+        self,
+        *,
+        latent: torch.Tensor,
+        sigma: float,
+        progress: float,
+        roles: Sequence[int],
+        grid: TokenGrid,
+        anchored: torch.Tensor | None,
+        num_blocks: int,
+    ) -> ModelCall:
+        """Start a model call.
+
+        Calls with the same sigma and latent belong to one step, however the host splits them.
+
+        Args:
+            latent: the model's input, chunks of the same samples in the order of `roles`.
+            roles: COND or UNCOND per chunk of the batch.
+            anchored: bool [f], latent frames that are given and must not lose tokens.
+        """
+        chunks = latent.chunk(len(roles))
+        # hosts put the first conditional prompt last in a batch and first in a split
+        cond = [i for i, role in enumerate(roles) if role == COND]
+        decider = cond[-1] if cond else len(roles) - 1
+        latent = chunks[decider]
+        last = self.decision
+        # comparing also waits for the device, which makes the clock below honest
+        same = last is not None and last.sigma == sigma and _equal(last.latent, latent)
+        now = time.perf_counter()
+        if not same:
+            self._close_step(now)
+            self._began = now
+            tokens = self.plan.tokens
+            step = Step(sigma, progress, tokens.keep_at(progress), grid, num_blocks)
+            self.report.steps.append(step)
+            budget = tokens.budget(progress, grid)
+            self.decision = Decision(sigma, latent.detach().clone(), budget, step)
+            if not cond:
+                self.report.note(
+                    "the unconditional prompt came first in a step and decided which tokens stay"
+                )
+        self.decision.step.calls += 1
+        return ModelCall(self, grid, anchored, len(roles), decider, num_blocks)
+
+    def finish(self, completed: bool) -> Report:
+        """Close the run and drop everything that it held."""
+        self._close_step(time.perf_counter())
+        self.report.finished = completed
+        return self.report
+
+    def _close_step(self, now: float) -> None:
+        if self.decision is None:
+            return
+        step = self.decision.step
+        step.seconds = now - self._began
+        step.record(self.decision.ran)
+        self.decision = None
+
+
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and a.device == b.device and torch.equal(a, b)
+
+
+class ModelCall:
+    """One forward pass through the model's blocks, in order."""
+
+    def __init__(self, session: Session, grid, anchored, chunks: int, decider: int, num_blocks: int):
+        self.plan: TokenPlan = session.plan.tokens
+        self.report = session.report
+        self.decision: Decision = session.decision
+        self.grid: TokenGrid = grid
+        self.anchored: torch.Tensor | None = anchored
+        self.chunks = chunks
+        self.decider = decider
+        self.num_blocks = num_blocks
+        self.current: Selection | None = None
+        self.records = self.decision.step.calls == 1
+
+    @property
+    def trims(self) -> bool:
+        """False when this step keeps everything: then the host's model runs untouched."""
+        return self.decision.budget < self.grid.per_frame
+
+    def block(self, block_index: int, call: BlockCall) -> torch.Tensor:
+        """Run one block; the result is always the full-length hidden state [b, s, c]."""
+        if self.plan.reselects(block_index) or self.current is None:
+            self._record(None)
+            return self._reselect(block_index, call)
+        self._record(self.current)
+        index = self.current.rows(self.chunks)
+        others = None
+        if self.plan.dropped_kv == "keep":
+            others = self.current.dropped_rows(self.chunks)
+        return scatter_tokens(call.hidden, index, call.run_subset(index, others))
+
+    def _reselect(self, block_index: int, call: BlockCall) -> torch.Tensor:
+        known = self.decision.selections.get(block_index)
+        if known is not None or block_index == self.num_blocks - 1:
+            self.current = known
+            return call.run()
+        before = call.hidden
+        after, q, k = call.run_capturing()
+        if q is None:
+            self.report.note(
+                f"block {block_index} ran no self-attention (another node replaced it), so tokens "
+                "were not chosen anew there"
+            )
+            return after
+        rows = [t.chunk(self.chunks)[self.decider] for t in (before, after, q, k)]
+        seed = round(self.decision.sigma * 1e6) * 1000 + block_index
+        evidence = Evidence(self.plan, self.grid, *rows, seed=seed)
+        self.current = select_tokens(evidence, self.decision.budget, self.anchored)
+        self.decision.selections[block_index] = self.current
+        return after
+
+    def _record(self, selection: Selection | None) -> None:
+        # the other calls of a step do the same work
+        if self.records:
+            self.decision.ran.append(selection)
