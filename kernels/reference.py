@@ -1,0 +1,75 @@
+"""Torch references: what every kernel has to compute, on any device."""
+
+from __future__ import annotations
+
+import torch
+
+# scores held at once: queries x keys x heads x batch
+CHUNK_SCORES = 1 << 24
+
+
+def token_mass(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    grid: tuple[int, int, int],
+    query_index: torch.Tensor,
+    *,
+    start: int = 0,
+    exclude_radius: int = 0,
+) -> torch.Tensor:
+    """Attention that every grid token receives from sampled queries (arXiv 2605.17837, section 3.1).
+
+    The mean over the sampled queries and all heads of softmax(q k^T / sqrt(d)), streamed over
+    chunks of queries: no s x s matrix is ever held.
+
+    Args:
+        q, k: [b, s, n, d] after RoPE. The grid's tokens are s[start : start + f*h*w]; other
+            tokens take part in the softmax but get no score.
+        grid: tokens (f, h, w).
+        query_index: int64 [m], positions within the grid of the queries to use.
+        exclude_radius: query/key pairs within this many rows and columns of each other, in every
+            latent frame, are left out of the mean (a sampled query would otherwise imprint its own
+            neighbourhood on the map). 0 leaves nothing out.
+
+    Returns:
+        fp32 [b, f*h*w]. A key that no query may score gets 0.
+    """
+    batch, keys, heads, head_dim = k.shape
+    frames, height, width = grid
+    tokens = frames * height * width
+    k = k.float().permute(0, 2, 3, 1)
+    total = k.new_zeros(batch, tokens)
+    count = k.new_zeros(tokens)
+    position = torch.arange(tokens, device=k.device) % (height * width)
+    row, column = position // width, position % width
+    for chunk in query_index.split(max(1, CHUNK_SCORES // (batch * heads * keys))):
+        scores = q[:, start + chunk].float().transpose(1, 2) @ k * head_dim**-0.5
+        mass = scores.softmax(-1)[..., start : start + tokens].mean(1)
+        if exclude_radius:
+            near = (row[chunk, None] - row).abs() <= exclude_radius
+            near &= (column[chunk, None] - column).abs() <= exclude_radius
+            mass = mass.masked_fill(near, 0)
+            count += (~near).sum(0)
+        else:
+            count += len(chunk)
+        total += mass.sum(1)
+    return total / count.clamp(min=1)
+
+
+def smooth_select(scores: torch.Tensor, keep: int, alpha: float) -> torch.Tensor:
+    """Smooth scores over latent frames and take the top `keep` of each (arXiv 2605.17837, eq. 2).
+
+    s~[n, i] = alpha * s[n, i] + (1 - alpha) * s[n-1, i] with the previous latent frame's original
+    score; the first latent frame is not smoothed.
+
+    Args:
+        scores: [b, f, p], p positions in a latent frame.
+        keep: how many positions of each latent frame stay, 1..p.
+
+    Returns:
+        int64 [b, f, keep], ascending positions. Ties go to the lowest position.
+    """
+    smooth = scores.clone()
+    smooth[:, 1:] = alpha * scores[:, 1:] + (1 - alpha) * scores[:, :-1]
+    order = smooth.sort(stable=True, dim=-1, descending=True).indices
+    return order[..., :keep].sort(-1).values

@@ -1,0 +1,1 @@
+"""The papers' methods: torch only, one file per idea."""

@@ -1,0 +1,61 @@
+"""How much is kept when: TAPE's timestep budget as a function of sigma (arXiv 2605.17837, 3.3).
+
+The paper's prune ratio falls linearly over the sampling steps, in equal stages. Here the place in
+the run is `progress`: 0 at pure noise, 1 at the finished video, computed from sigma and the model's
+flow shift and never from a local step index, so that an expert that sees only a slice of the
+sigmas, a two-call sampler and a run with skipped calls all get the same ratio at the same sigma.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+DIRECTIONS = ("falling", "constant", "rising")
+
+
+def progress_at(sigma: float, shift: float = 1.0) -> float:
+    """Share of the steps done at `sigma` under a flow shift: 0 at sigma 1, 1 at sigma 0.
+
+    Inverse of sigma = shift * u / (1 + (shift - 1) * u) with progress = 1 - u.
+    """
+    u = sigma / (shift - (shift - 1) * sigma)
+    return min(max(1.0 - u, 0.0), 1.0)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Keep ratio over progress.
+
+    Args:
+        keep_ratio: mean share of tokens that stays, 0 < keep_ratio <= 1.
+        direction: of the *pruning*: "falling" as in the paper (prunes most at high noise),
+            "constant", or "rising" (spares the early steps that decide the motion).
+        spread: how far the ratio moves to either side of the mean (paper 0.10).
+        stages: number of equal stages (paper 5).
+    """
+
+    keep_ratio: float
+    direction: str = "falling"
+    spread: float = 0.10
+    stages: int = 5
+
+    def __post_init__(self):
+        if not 0.0 < self.keep_ratio <= 1.0:
+            raise ValueError(f"keep_ratio: expected more than 0 and at most 1, got {self.keep_ratio}")
+        if self.direction not in DIRECTIONS:
+            raise ValueError(
+                f"schedule: expected one of {', '.join(DIRECTIONS)}, got {self.direction!r}"
+            )
+        if not 0.0 <= self.spread < 1.0:
+            raise ValueError(f"spread: expected 0 to 1, got {self.spread}")
+        if self.stages < 1:
+            raise ValueError(f"stages: expected at least 1, got {self.stages}")
+
+    def at(self, progress: float) -> float:
+        """Keep ratio at a progress in 0..1. A mean of 1 keeps everything at every step."""
+        if self.keep_ratio == 1.0 or self.direction == "constant" or self.stages == 1:
+            return self.keep_ratio
+        stage = min(int(progress * self.stages + 1e-6), self.stages - 1)
+        offset = self.spread * (1 - 2 * stage / (self.stages - 1))
+        prune = 1.0 - self.keep_ratio + (offset if self.direction == "falling" else -offset)
+        return 1.0 - min(max(prune, 0.0), 1.0)
