@@ -109,7 +109,15 @@ class Session:
             latent: the model's input, chunks of the same samples in the order of `roles`.
             roles: COND or UNCOND per chunk of the batch.
             anchored: bool [f], latent frames that are given and must not lose tokens.
+
+        Raises:
+            ValueError: the latent is empty.
         """
+        if grid.tokens == 0 or latent.shape[0] == 0:
+            raise ValueError(
+                f"WanTrim got an empty latent of shape {list(latent.shape)}; expected at least one "
+                "latent frame of 2x2. Check width, height and length of the latent node."
+            )
         chunks = latent.chunk(len(roles))
         # hosts put the first conditional prompt last in a batch and first in a split
         cond = [i for i, role in enumerate(roles) if role == COND]
@@ -156,7 +164,9 @@ def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
 class ModelCall:
     """One forward pass through the model's blocks, in order."""
 
-    def __init__(self, session: Session, grid, anchored, chunks: int, decider: int, num_blocks: int):
+    def __init__(
+        self, session: Session, grid, anchored, chunks: int, decider: int, num_blocks: int
+    ):
         self.plan: TokenPlan = session.plan.tokens
         self.report = session.report
         self.decision: Decision = session.decision

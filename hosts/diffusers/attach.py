@@ -72,7 +72,9 @@ def attach(
     attachment = Attachment(model, plan, roles, shift)
     attachment.detach()
     if not plan.neutral:
-        HookRegistry.check_if_exists_or_initialize(model).register_hook(_ModelHook(attachment), HOOK)
+        HookRegistry.check_if_exists_or_initialize(model).register_hook(
+            _ModelHook(attachment), HOOK
+        )
         for index, block in enumerate(model.blocks):
             registry = HookRegistry.check_if_exists_or_initialize(block)
             registry.register_hook(_BlockHook(attachment, index), HOOK)
@@ -184,7 +186,9 @@ class _FirstAttention(TorchFunctionMode):
             if self.extra is not None:
                 bound["key"] = torch.cat([self.k, self.extra[0]], 2)
                 bound["value"] = torch.cat([self.v, self.extra[1]], 2)
-                return func(*(bound.pop(name) for name in names), *args[3:], **_without(bound, names))
+                return func(
+                    *(bound.pop(name) for name in names), *args[3:], **_without(bound, names)
+                )
         return func(*args, **kwargs)
 
 

@@ -1,0 +1,148 @@
+"""Put a plan on a ComfyUI MODEL, and take it off.
+
+The plan travels in `transformer_options`; two keyed wrappers read it. OUTER_SAMPLE makes the
+session of a run and drops it afterwards; DIFFUSION_MODEL asks the session what this call keeps and
+replaces the blocks in its own copy of the options. Nothing of the model is touched or held.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+import comfy.model_patcher
+from comfy.patcher_extension import WrappersMP
+
+from ...methods.schedule import progress_at
+from ..report import Report
+from ..session import COND, Session, TrimPlan
+from .blocks import replace_blocks
+from .variants import anchored_frames, token_grid, why_not_now
+
+log = logging.getLogger(__name__)
+
+KEY = "wantrim"
+SESSION_KEY = "wantrim_session"
+
+
+class Attachment:
+    """A plan as it sits on a MODEL, with the report of the last run that used it."""
+
+    def __init__(self, plan: TrimPlan):
+        self.plan = plan
+        self.report: Report | None = None
+
+    def __deepcopy__(self, memo) -> Attachment:
+        # older hosts deep-copy model_options with every clone; the report must stay reachable
+        return self
+
+
+def attachment_of(model) -> Attachment | None:
+    """The plan that sits on a MODEL, or None."""
+    return model.model_options["transformer_options"].get(KEY)
+
+
+def attach(model, plan: TrimPlan):
+    """A clone of a MODEL with `plan` on it; an earlier plan on it is replaced."""
+    patched = detach(model)
+    patched.model_options["transformer_options"][KEY] = Attachment(plan)
+    patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _outer_sample)
+    if not plan.neutral:
+        patched.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, _diffusion_model)
+    return patched
+
+
+def detach(model):
+    """A clone of a MODEL without any plan on it."""
+    clean = model.clone()
+    clean.model_options["transformer_options"].pop(KEY, None)
+    for kind in (WrappersMP.OUTER_SAMPLE, WrappersMP.DIFFUSION_MODEL):
+        clean.remove_wrappers_with_key(kind, KEY)
+    return clean
+
+
+class _Run:
+    """The session of one sampling run and the model's way from sigma to progress."""
+
+    def __init__(self, session: Session, shift: float):
+        self.session, self.shift = session, shift
+
+    def __deepcopy__(self, memo) -> _Run:
+        return self
+
+
+def _outer_sample(executor, *args, **kwargs):
+    guider = executor.class_obj
+    original = guider.model_options
+    options = comfy.model_patcher.create_model_options_clone(original)
+    attachment: Attachment = options["transformer_options"][KEY]
+    report = Report(type(guider.model_patcher.model.diffusion_model).__name__)
+    report.planned = attachment.plan.describe()
+    session = Session(attachment.plan, report)
+    sampling = guider.model_patcher.get_model_object("model_sampling")
+    shift = getattr(sampling, "shift", None)
+    if shift is None:
+        report.note("this model's sampling has no flow shift: the schedule follows sigma itself")
+    options["transformer_options"][SESSION_KEY] = _Run(session, shift or 1.0)
+    attachment.report = report
+    guider.model_options = options
+    completed = False
+    try:
+        result = executor(*args, **kwargs)
+        completed = True
+        return result
+    finally:
+        guider.model_options = original
+        session.finish(completed)
+        if report.steps:
+            log.info(
+                "WanTrim: %d steps, %.0f%% of the token work done, %d remarks",
+                len(report.steps),
+                100 * report.kept_share,
+                len(report.notes),
+            )
+
+
+@torch.compiler.disable
+def _diffusion_model(
+    executor,
+    x,
+    timestep,
+    context,
+    clip_fea=None,
+    time_dim_concat=None,
+    transformer_options=None,
+    **kwargs,
+):
+    options = transformer_options or {}
+    run: _Run | None = options.get(SESSION_KEY)
+    if run is not None:
+        options = _trimmed_options(
+            executor.class_obj, run, x, timestep, time_dim_concat, options, kwargs
+        )
+    # positional, because other packs' wrappers read the options as the last argument
+    return executor(x, timestep, context, clip_fea, time_dim_concat, options, **kwargs)
+
+
+def _trimmed_options(
+    dm, run: _Run, x, timestep, time_dim_concat, options: dict, extra: dict
+) -> dict:
+    report = run.session.report
+    reason = why_not_now(options)
+    if reason is not None:
+        report.note(reason)
+        return options
+    sigma = float(options["sigmas"].max()) if "sigmas" in options else float(timestep.max()) / 1000
+    grid = token_grid(dm, x, time_dim_concat, extra)
+    call = run.session.begin(
+        # without the image channels, which only one of the two prompts may have
+        latent=x[:, : dm.out_dim],
+        sigma=sigma,
+        progress=progress_at(sigma, run.shift),
+        roles=options.get("cond_or_uncond", [COND]),
+        grid=grid,
+        anchored=anchored_frames(dm, x, timestep, grid, extra),
+        num_blocks=len(dm.blocks),
+    )
+    return replace_blocks(options, call) if call.trims else options

@@ -1,0 +1,130 @@
+"""One Wan block of ComfyUI as the session sees it, run through the host's own closure."""
+
+from __future__ import annotations
+
+import torch
+
+from ...methods.tokens import gather_tokens
+from ..session import ModelCall
+
+OVERRIDE = "optimized_attention_override"
+
+
+class BlockReplacement:
+    """The ("double_block", i) replacement of one model call; chains an earlier replacement."""
+
+    def __init__(self, call: ModelCall, index: int, previous):
+        self.call, self.index, self.previous = call, index, previous
+
+    def __call__(self, args: dict, extra: dict) -> dict:
+        block = _Block(args, extra, self.previous)
+        return {"img": self.call.block(self.index, block)}
+
+
+def replace_blocks(transformer_options: dict, call: ModelCall) -> dict:
+    """A copy of `transformer_options` in which `call` runs every block.
+
+    torch.compile must not freeze a step's decision into the graph, so the replacements stay
+    outside of it.
+    """
+    replaced = dict(transformer_options.get("patches_replace", {}))
+    blocks = dict(replaced.get("dit", {}))
+    for index in range(call.num_blocks):
+        key = ("double_block", index)
+        replacement = BlockReplacement(call, index, blocks.get(key))
+        blocks[key] = torch.compiler.disable(replacement.__call__)
+    replaced["dit"] = blocks
+    return {**transformer_options, "patches_replace": replaced}
+
+
+class _Block:
+    def __init__(self, args: dict, extra: dict, previous):
+        self.args, self.extra, self.previous = args, extra, previous
+        self.hidden: torch.Tensor = args["img"]
+
+    def run(self) -> torch.Tensor:
+        return self._call(self.args)
+
+    def run_capturing(self):
+        tap = AttentionTap()
+        out = self._call(self._with(tap))
+        return out, tap.q, tap.k
+
+    def run_subset(self, index, others):
+        taken = None
+        if others is not None:
+            probe = AttentionTap(stop=True)
+            try:
+                self._call(self._with(probe, others))
+            except AttentionTap.Stopped:
+                taken = (probe.raw_k, probe.raw_v)
+        return self._call(self._with(AttentionTap(extra=taken) if taken else None, index))
+
+    def _call(self, args: dict) -> torch.Tensor:
+        original = self.extra["original_block"]
+        if self.previous is None:
+            return original(args)["img"]
+        return self.previous(args, {**self.extra, "original_block": original})["img"]
+
+    def _with(self, tap: AttentionTap | None, index: torch.Tensor | None = None) -> dict:
+        args = dict(self.args)
+        options = dict(args["transformer_options"])
+        if tap is not None:
+            tap.previous = options.get(OVERRIDE)
+            options[OVERRIDE] = tap
+        args["transformer_options"] = options
+        if index is not None:
+            tokens = self.hidden.shape[1]
+            args["img"] = gather_tokens(self.hidden, index)
+            args["pe"] = gather_tokens(args["pe"], index)
+            args["vec"] = _gather_modulation(args["vec"], index, tokens)
+        return args
+
+
+def _gather_modulation(vec: torch.Tensor, index: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Modulation for the kept tokens: [b, 6, c] and [b, 1, 6, c] fit all tokens as they are.
+
+    [b, f, 6, c] (one per latent frame, TI2V) is spread over the tokens as the host spreads it, so
+    that each kept token takes its own along.
+    """
+    if vec.ndim == 3 or vec.shape[1] == 1:
+        return vec
+    repeats = -(-tokens // vec.shape[1])
+    return gather_tokens(vec.repeat_interleave(repeats, 1)[:, :tokens], index)
+
+
+class AttentionTap:
+    """A chained attention override for one run of one block: sees its self-attention.
+
+    Args:
+        extra: keys and values, as the host lays them out, to append to the call's own.
+        stop: leave the block by `Stopped` before the attention is computed.
+    """
+
+    class Stopped(Exception):
+        """The probe has what it wanted."""
+
+    def __init__(self, extra=None, stop: bool = False):
+        self.extra, self.stop = extra, stop
+        self.previous = None
+        self.seen = False
+        self.q = self.k = self.raw_k = self.raw_v = None
+
+    def __call__(self, func, q, k, v, *args, **kwargs):
+        # a block's first attention is its self-attention
+        if not self.seen:
+            self.seen = True
+            heads = kwargs["heads"] if "heads" in kwargs else args[0]
+            flat = q.ndim == 3
+            self.q = q.unflatten(-1, (heads, -1)) if flat else q.transpose(1, 2)
+            self.k = k.unflatten(-1, (heads, -1)) if flat else k.transpose(1, 2)
+            self.raw_k, self.raw_v = k, v
+            if self.stop:
+                raise AttentionTap.Stopped
+            if self.extra is not None:
+                sequence = 1 if flat else 2
+                k = torch.cat([k, self.extra[0]], sequence)
+                v = torch.cat([v, self.extra[1]], sequence)
+        if self.previous is not None:
+            return self.previous(func, q, k, v, *args, **kwargs)
+        return func(q, k, v, *args, **kwargs)

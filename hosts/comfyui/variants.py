@@ -1,0 +1,100 @@
+"""Which of ComfyUI's Wan classes may do what, and where their tokens and given frames lie."""
+
+from __future__ import annotations
+
+import torch
+
+from ...methods.tokens import TokenGrid
+
+# class name -> None when tokens may be dropped, else the reason
+TOKENS: dict[str, str | None] = {
+    "WanModel": None,
+    "VaceWanModel": None,
+    "CameraWanModel": None,
+    "WanModel_S2V": "its audio and motion tokens have a layout of their own, not supported yet",
+    "AnimateWanModel": "its face adapter between the blocks is not tested with dropped tokens yet",
+    "HumoWanModel": "its audio attention inside the block needs every token of a latent frame",
+    "WanAnimate2Model": "its blocks attend per latent frame and need every token",
+    "SCAILWanModel": "its pose tokens have a layout of their own, not supported yet",
+    "SCAIL2WanModel": "its pose tokens have a layout of their own, not supported yet",
+    "WanDancerModel": "its music injector between the blocks is not tested with dropped tokens yet",
+    "CausalWanModel": "it runs with a key/value cache and honours no block hooks",
+}
+
+
+class UnsupportedModel(ValueError):
+    """The model cannot do what the plan asks; the message is for the artist."""
+
+
+def check_tokens(model, node: str) -> None:
+    """Refuse a MODEL that cannot drop tokens.
+
+    Raises:
+        UnsupportedModel: says what came, what was expected and what to do.
+    """
+    inner = getattr(model.model, "diffusion_model", None)
+    name = type(inner).__name__
+    if not any(base.__name__ == "WanModel" for base in type(inner).__mro__):
+        raise UnsupportedModel(
+            f"{node}: the input 'model' expects a Wan video model, but got {name}. Connect a Load "
+            "Diffusion Model node with a Wan checkpoint, or remove this node."
+        )
+    reason = TOKENS.get(name, "this Wan variant is not known to WanTrim")
+    if reason is not None:
+        supported = ", ".join(key for key, value in TOKENS.items() if value is None)
+        raise UnsupportedModel(
+            f"{node}: cannot drop tokens of {name}: {reason}. Bypass this node for this model. "
+            f"Supported: {supported}."
+        )
+
+
+def why_not_now(transformer_options: dict) -> str | None:
+    """A reason why this call must run all tokens, or None."""
+    patches = transformer_options.get("patches", {})
+    for kind in ("attn1_patch", "attn2_patch"):
+        if patches.get(kind):
+            return (
+                f"another node patches the attention ({kind}) and expects every token, as "
+                "InfiniteTalk and MultiTalk do: all tokens were computed"
+            )
+    return None
+
+
+def token_grid(dm, x: torch.Tensor, time_dim_concat: torch.Tensor | None, extra: dict) -> TokenGrid:
+    """The video's tokens in the block's sequence, before the model pads and patchifies x.
+
+    Reference latents that go through `ref_conv` come in front of the grid; latents in
+    `time_dim_concat` are further latent frames of it.
+    """
+    frames, height, width = x.shape[2:]
+    if time_dim_concat is not None:
+        frames += time_dim_concat.shape[2]
+    patch_t, patch_h, patch_w = dm.patch_size
+    start = 0
+    reference = extra.get("reference_latent")
+    if reference is not None and getattr(dm, "ref_conv", None) is not None:
+        start = (reference.shape[-2] // patch_h) * (reference.shape[-1] // patch_w)
+    return TokenGrid(-(-frames // patch_t), -(-height // patch_h), -(-width // patch_w), start)
+
+
+def anchored_frames(
+    dm, x: torch.Tensor, timestep: torch.Tensor, grid: TokenGrid, extra: dict
+) -> torch.Tensor | None:
+    """bool [f]: latent frames that are given as a condition, or None when there are none."""
+    anchored = torch.zeros(grid.frames, dtype=torch.bool, device=x.device)
+    frames = x.shape[2]
+    # references appended in time
+    anchored[frames:] = True
+    out_channels = dm.out_dim
+    if x.shape[1] == 2 * out_channels + 4:
+        # image-to-video input: noise, 4 mask channels (1 where given), image latents
+        anchored[:frames] |= x[:, out_channels : out_channels + 4].amax((0, 1, 3, 4)) > 0
+    if timestep.ndim == 2 and timestep.shape[1] == frames:
+        # TI2V: given latent frames are at timestep 0
+        anchored[:frames] |= (timestep == 0).all(0)
+    vace = extra.get("vace_context")
+    if vace is not None and vace.shape[2] > 2 * out_channels:
+        # 2 x 16 control latents, then the mask: 0 where the frame is given
+        given = vace[:, :, 2 * out_channels :].amax((0, 1, 2, 4, 5)) == 0
+        anchored[: len(given)] |= given[: grid.frames]
+    return anchored if bool(anchored.any()) else None

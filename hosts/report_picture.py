@@ -1,0 +1,150 @@
+"""Draws a report: kept tokens over the video, work and seconds per step, work per block."""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from .report import Report
+
+WIDTH = 960
+MARGIN = 16
+BACKGROUND = (24, 26, 31)
+INK = (225, 228, 235)
+FAINT = (120, 126, 140)
+KEPT = (92, 184, 122)
+TIME = (98, 150, 232)
+OVERLAY_FRAMES = 6
+HEAT_LOW = np.array([36, 40, 52], np.float32)
+
+
+def overlay(video: np.ndarray, coverage: np.ndarray) -> np.ndarray:
+    """Darken what was left out: video [frames, h, w, 3] in 0..1, coverage [f, gh, gw] in 0..1.
+
+    Token-sized squares, as dark as the share of blocks that did not compute them.
+    """
+    frames, height, width, _ = video.shape
+    latent_frames = len(coverage)
+    # the first pixel frame is a latent frame of its own
+    stride = max((frames - 1) / max(latent_frames - 1, 1), 1)
+    shade = np.empty((frames, height, width), np.float32)
+    low = min(float(coverage.min()), 0.999)
+    for index in range(frames):
+        latent = min(int(np.ceil(index / stride)), latent_frames - 1)
+        light = (coverage[latent] - low) / (1 - low)
+        image = Image.fromarray((255 * light).astype(np.uint8))
+        shade[index] = np.asarray(image.resize((width, height), Image.Resampling.NEAREST)) / 255
+    return video * (0.25 + 0.75 * shade[..., None])
+
+
+def draw_report(report: Report, video: np.ndarray | None = None) -> Image.Image:
+    """The report as a picture; `video` [frames, h, w, 3] in 0..1 gets the overlay."""
+    rows = [_title(report)]
+    coverage = report.coverage()
+    if video is not None and coverage is not None and len(video):
+        rows.append(_strip(video, coverage.numpy()))
+    if report.steps:
+        rows.append(_bars(report, "token work done per step (share of block x token)", KEPT))
+        rows.append(_bars(report, "seconds per step", TIME))
+        rows.append(_heat(report))
+    rows.append(_notes(report))
+    page = Image.new("RGB", (WIDTH, sum(row.height for row in rows) + MARGIN), BACKGROUND)
+    top = 0
+    for row in rows:
+        page.paste(row, (0, top))
+        top += row.height
+    return page
+
+
+def _canvas(height: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:
+    image = Image.new("RGB", (WIDTH, height), BACKGROUND)
+    return image, ImageDraw.Draw(image)
+
+
+def _font(size: int):
+    return ImageFont.load_default(size)
+
+
+def _title(report: Report) -> Image.Image:
+    image, draw = _canvas(72)
+    draw.text((MARGIN, 12), f"WanTrim on {report.model}", INK, _font(22))
+    seconds = sum(step.seconds for step in report.steps)
+    line = f"{report.planned}   {len(report.steps)} steps, {seconds:.1f} s"
+    draw.text((MARGIN, 44), line, FAINT, _font(14))
+    return image
+
+
+def _strip(video: np.ndarray, coverage: np.ndarray) -> Image.Image:
+    shown = np.linspace(0, len(video) - 1, min(OVERLAY_FRAMES, len(video))).round().astype(int)
+    dark = overlay(video, coverage)
+    cell = (WIDTH - 2 * MARGIN) // len(shown) - 4
+    height = round(cell * video.shape[1] / video.shape[2])
+    image, draw = _canvas(2 * height + 44)
+    draw.text(
+        (MARGIN, 4),
+        "the video, and below it what was left out (darker = computed in fewer blocks)",
+        FAINT,
+        _font(13),
+    )
+    for row, frames in enumerate((video, dark)):
+        for column, index in enumerate(shown):
+            pixels = (255 * frames[index].clip(0, 1)).astype(np.uint8)
+            picture = Image.fromarray(pixels).resize((cell, height), Image.Resampling.BILINEAR)
+            image.paste(picture, (MARGIN + column * (cell + 4), 24 + row * (height + 4)))
+    return image
+
+
+def _bars(report: Report, title: str, colour) -> Image.Image:
+    work = colour == KEPT
+    values = [step.kept_share if work else step.seconds for step in report.steps]
+    top = 1.0 if work else max(max(values), 1e-9)
+    image, draw = _canvas(128)
+    draw.text((MARGIN, 4), title, FAINT, _font(13))
+    slot = (WIDTH - 2 * MARGIN) / len(values)
+    for index, value in enumerate(values):
+        left = MARGIN + index * slot
+        height = 76 * value / top
+        draw.rectangle((left, 104 - height, left + max(slot - 3, 1), 104), colour)
+        if slot > 34:
+            label = f"{value:.0%}" if work else f"{value:.2f}"
+            draw.text((left + 2, 106), label, INK, _font(11))
+    return image
+
+
+def _heat(report: Report) -> Image.Image:
+    blocks = report.steps[0].num_blocks
+    shares = [
+        [kept / step.grid.tokens for kept in step.kept_per_block]
+        for step in report.steps
+        if step.num_blocks == blocks
+    ]
+    cells = HEAT_LOW + np.array(shares, np.float32).T[..., None] * (np.array(KEPT) - HEAT_LOW)
+    height = max(min(8 * blocks, 320), 64)
+    image, draw = _canvas(height + 30)
+    draw.text(
+        (MARGIN, 4),
+        "tokens computed, block (down) by step (across); bright = all",
+        FAINT,
+        _font(13),
+    )
+    heat = Image.fromarray(cells.astype(np.uint8))
+    image.paste(heat.resize((WIDTH - 2 * MARGIN, height), Image.Resampling.NEAREST), (MARGIN, 24))
+    return image
+
+
+def _notes(report: Report) -> Image.Image:
+    notes = report.notes or ["nothing: everything ran as planned"]
+    lines = []
+    for note in notes:
+        words, line = note.split(), "-"
+        for word in words:
+            if len(line) + len(word) > 118:
+                lines.append(line)
+                line = " "
+            line += " " + word
+        lines.append(line)
+    image, draw = _canvas(30 + 18 * len(lines))
+    draw.text((MARGIN, 6), "what did not happen, and why", FAINT, _font(13))
+    for index, line in enumerate(lines):
+        draw.text((MARGIN, 26 + 18 * index), line, INK, _font(13))
+    return image
