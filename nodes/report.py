@@ -1,0 +1,84 @@
+"""The node that says what really ran."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from comfy_api.latest import io, ui
+
+from ..hosts.comfyui.attach import attachment_of
+from ..hosts.report_picture import draw_report
+
+NAME = "WanTrim Report"
+
+
+class WanTrimReport(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="WanTrimReport",
+            display_name=NAME,
+            category="model/patch/wan",
+            description=(
+                "Says what WanTrim really did in the run that made these images: tokens kept per "
+                "step, seconds per step, which parts of the picture were computed, and what did not "
+                "happen and why."
+            ),
+            search_aliases=["trim report", "token overlay", "wan benchmark"],
+            is_output_node=True,
+            # the report of a run is not a function of the inputs
+            not_idempotent=True,
+            inputs=[
+                io.Model.Input("model", tooltip="The model that was sampled, with WanTrim on it."),
+                io.Image.Input(
+                    "images",
+                    tooltip="The decoded video of that run; the kept tokens are drawn over it.",
+                ),
+                io.Model.Input(
+                    "model_low_noise",
+                    optional=True,
+                    tooltip="Wan2.2: the second expert's model, to report both.",
+                ),
+            ],
+            outputs=[
+                io.String.Output("text", display_name="text", tooltip="The report in words."),
+                io.Image.Output(
+                    "picture", display_name="picture", tooltip="The report as a picture."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model, images: torch.Tensor, model_low_noise=None) -> io.NodeOutput:
+        reports = []
+        for label, patched in (("model", model), ("model_low_noise", model_low_noise)):
+            if patched is None:
+                continue
+            attachment = attachment_of(patched)
+            if attachment is None:
+                raise ValueError(
+                    f"{NAME}: the input '{label}' has no WanTrim plan on it. Connect the output of "
+                    "WanTrim Tokens, or of a node behind it."
+                )
+            if attachment.report is None:
+                raise ValueError(
+                    f"{NAME}: the model at '{label}' was not sampled yet. Connect 'images' to the "
+                    "VAE Decode of the sampler that uses this model."
+                )
+            reports.append(attachment.report)
+        text = "\n\n".join(report.text() for report in reports)
+        video = images.cpu().float().numpy()
+        pages = [draw_report(report, video) for report in reports]
+        width = max(page.width for page in pages)
+        canvas = np.zeros((sum(page.height for page in pages), width, 3), np.float32)
+        top = 0
+        for page in pages:
+            canvas[top : top + page.height, : page.width] = np.asarray(page, np.float32) / 255
+            top += page.height
+        picture = torch.from_numpy(canvas)[None]
+        shown = {**ui.PreviewImage(picture, cls=cls).as_dict(), "text": (text,)}
+        return io.NodeOutput(text, picture, ui=shown)
+
+
+NODES = [WanTrimReport]
