@@ -47,9 +47,9 @@ def sample(
     for index in range(steps):
         model_input = x if not extra else torch.cat([x, condition], 1)
         timestep = (sigmas[index] * 1000).expand(len(both))
-        velocity = model(
-            model_input.repeat(repeat, 1, 1, 1, 1), timestep, both, return_dict=False
-        )[0]
+        velocity = model(model_input.repeat(repeat, 1, 1, 1, 1), timestep, both, return_dict=False)[
+            0
+        ]
         if repeat == 2:
             cond, uncond = velocity.chunk(2)
             velocity = uncond + guidance * (cond - uncond)

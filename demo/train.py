@@ -162,7 +162,9 @@ class Trainer:
                 for key, value in state.items():
                     tensors[f"optimizer.{index}.{number}.{key}"] = torch.as_tensor(value)
         partial = path.with_suffix(".partial")
-        save_file({k: v.contiguous() for k, v in tensors.items()}, partial, {"step": str(self.step)})
+        save_file(
+            {k: v.contiguous() for k, v in tensors.items()}, partial, {"step": str(self.step)}
+        )
         partial.replace(path)
 
     def load(self, path: Path) -> None:
@@ -199,7 +201,11 @@ def train(recipe: Recipe, out: Path, device: torch.device, compile_blocks: bool,
     scenes = held_out_scenes(16, seed=1)
     backend = SDPBackend.MATH if device.type == "cpu" else SDPBackend.FLASH_ATTENTION
     losses, started = [], time.perf_counter()
-    columns = (*Progress.get_default_columns()[:3], TimeRemainingColumn(), TextColumn("{task.fields[said]}"))
+    columns = (
+        *Progress.get_default_columns()[:3],
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[said]}"),
+    )
     with Progress(*columns) as progress, sdpa_kernel(backend):
         task = progress.add_task("training", total=recipe.steps, completed=trainer.step, said="")
         for batch in data:
@@ -247,7 +253,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/train"))
     parser.add_argument("--steps", type=int, default=Recipe.steps)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads; 1 is fastest when shared")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="CPU threads; 1 is fastest when shared"
+    )
     parser.add_argument("--no-compile", action="store_true", help="slower, starts at once")
     parser.add_argument("--every", type=int, default=500, help="steps between saves and tests")
     args = parser.parse_args()

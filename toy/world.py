@@ -183,7 +183,9 @@ def render(
         travel = velocity * (pixel_frames - 1)
         low = np.array([radius, radius]) + np.maximum(-travel, 0)
         high = np.array([width - 1, height - 1]) - radius - np.maximum(travel, 0)
-        start = np.where(high > low, rng.uniform(low, np.maximum(high, low + 1e-3)), (low + high) / 2)
+        start = np.where(
+            high > low, rng.uniform(low, np.maximum(high, low + 1e-3)), (low + high) / 2
+        )
         _draw(video, obj, start, velocity, radius)
     return video
 
