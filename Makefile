@@ -1,0 +1,43 @@
+PYTHON ?= python3
+TORCH := 2.13.0
+BIN := .venv/bin
+READY := .venv/.ready
+
+# two threads are many times slower than one for tensors this small
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help demo test test-comfyui bench quality train-demo lint
+
+help:
+	@echo "make demo | test | test-comfyui | lint | bench | quality | train-demo (see CONTRIBUTING.md)"
+
+$(READY): pyproject.toml requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install torch==$(TORCH)
+	$(BIN)/python -m pip install -e '.[dev]'
+	touch $@
+
+demo: $(READY)
+	$(BIN)/python -m wantrim.demo
+
+# the pytest script, not `python -m pytest`: that puts the root on sys.path, where nodes/ hides ComfyUI's
+test: $(READY)
+	$(BIN)/pytest -q -rs --ignore=tests/comfyui tests
+	sh tests/run_comfyui.sh
+
+test-comfyui:
+	sh tests/run_comfyui.sh --required
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pytest -q tests/test_layering.py
+
+bench:
+	@echo "make bench is not here yet: it comes with the issue that adds benchmarks/ (speed tables)" >&2; exit 1
+
+quality:
+	@echo "make quality is not here yet: it comes with the issue that adds benchmarks/ (quality tables)" >&2; exit 1
+
+train-demo:
+	@echo "make train-demo is not here yet: it comes with the issue that adds training/ (PARE's stages)" >&2; exit 1
