@@ -1,0 +1,311 @@
+import copy
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+from wantrim.hosts.diffusers.attach import attach
+from wantrim.hosts.diffusers.sample import sample, sigmas_for
+from wantrim.hosts.diffusers.weights import new_transformer
+from wantrim.hosts.session import COND, UNCOND, TrimPlan
+from wantrim.methods.schedule import Schedule
+from wantrim.methods.tokens import IMPORTANCE, TokenPlan
+
+BLOCKS = 5
+SIZE = (3, 8, 6)
+BOTH = (COND, UNCOND)
+
+
+def wan(in_dim=16, seed=0) -> WanTransformer3DModel:
+    torch.manual_seed(seed)
+    model = new_transformer(
+        dim=48, num_heads=4, num_layers=BLOCKS, ffn_dim=64, in_dim=in_dim, out_dim=16, text_dim=24
+    )
+    # the stock gates are so small that a broken block would hardly show
+    for block in model.blocks:
+        torch.nn.init.normal_(block.scale_shift_table, std=0.5)
+    return model.eval()
+
+
+def tokens(keep=0.5, **options) -> TrimPlan:
+    options = {"reselect_every": 2} | options
+    return TrimPlan(TokenPlan(Schedule(keep, "constant"), **options))
+
+
+def text(batch=1) -> torch.Tensor:
+    return torch.randn(batch, 7, 24, generator=torch.Generator().manual_seed(9))
+
+
+def condition(batch=1, given=(0,)) -> torch.Tensor:
+    image = torch.randn(batch, 20, *SIZE, generator=torch.Generator().manual_seed(8))
+    image[:, :4] = 0
+    image[:, :4, list(given)] = 1
+    return image
+
+
+def run(model, plan=None, roles=BOTH, batch=1, **options):
+    options = {"steps": 3, "guidance": 4.0} | options
+    if plan is None:
+        return sample(model, text(batch), SIZE, **options)
+    with attach(model, plan, roles=roles, shift=3.0):
+        return sample(model, text(batch), SIZE, **options)
+
+
+def watch_widths(model) -> list[int]:
+    """Tokens seen by each block's self-attention, in order of the calls."""
+    widths = []
+    for block in model.blocks:
+        block.attn1.register_forward_pre_hook(lambda m, args: widths.append(args[0].shape[1]))
+    return widths
+
+
+@pytest.mark.parametrize(("in_dim", "given"), [(16, None), (36, None), (36, (0,)), (36, (0, 2))])
+@pytest.mark.parametrize(
+    "plan", [tokens(1.0), tokens(0.5, start=1.0), tokens(0.5, reselect_every=1)]
+)
+def test_neutral_is_exact(in_dim, given, plan):
+    model = wan(in_dim)
+    extra = {"condition": condition(given=given)} if given else {}
+    assert torch.equal(run(model, plan, **extra), run(model, **extra))
+
+
+def test_dropping_changes_the_video_and_leaves_the_model_alone():
+    model = wan()
+    weights = copy.deepcopy(model.state_dict())
+    dense = run(model)
+    trimmed = run(model, tokens())
+    assert not torch.allclose(trimmed, dense, atol=1e-3)
+    assert torch.equal(run(model), dense)
+    assert all(torch.equal(weights[k], v) for k, v in model.state_dict().items())
+
+
+def test_blocks_run_on_kept_tokens_and_hand_on_all_of_them():
+    model = wan()
+    widths = watch_widths(model)
+    lengths = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda m, args, out: lengths.append(out.shape[1]))
+    run(model, tokens(0.5), steps=1)
+    # 3 latent frames of 4 x 3 tokens; half of 12 is 6 a frame; blocks 0, 2, 4 see all
+    assert widths == [36, 18, 36, 18, 36]
+    assert set(lengths) == {36}
+
+
+def test_attach_twice_is_attach_once_and_detach_leaves_nothing():
+    model = wan()
+    dense, once = run(model), run(model, tokens(0.5))
+    attach(model, tokens(0.3), roles=BOTH, shift=3.0)
+    attachment = attach(model, tokens(0.5), roles=BOTH, shift=3.0)
+    assert torch.equal(sample(model, text(), SIZE, steps=3), once)
+    attachment.detach()
+    assert torch.equal(run(model), dense)
+    assert all(not b._diffusers_hook.hooks for b in model.blocks)
+
+
+def test_an_exception_inside_sampling_leaves_nothing():
+    model = wan()
+    dense = run(model)
+    handle = model.blocks[3].ffn.register_forward_hook(lambda *a: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(model, tokens())
+    handle.remove()
+    assert torch.equal(run(model), dense)
+    assert torch.equal(run(model, tokens()), run(model, tokens()))
+
+
+def steps_split(model, x, sigma, words):
+    """One step's conditional and unconditional velocity, in two calls."""
+    t = torch.tensor([1000.0 * sigma] * len(x))
+    return [model(x, t, w, return_dict=False)[0] for w in (words, torch.zeros_like(words))]
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("dropped_kv", ["leave", "keep"])
+@torch.no_grad()
+def test_cond_and_uncond_share_the_choice_batched_or_split(batch, dropped_kv):
+    model, words = wan(), text(batch)
+    x = torch.randn(batch, 16, *SIZE, generator=torch.Generator().manual_seed(3))
+    plan = tokens(dropped_kv=dropped_kv)
+    both = torch.cat([words, torch.zeros_like(words)])
+    t = torch.full((2 * batch,), 700.0)
+    with attach(model, plan, roles=BOTH):
+        batched = model(x.repeat(2, 1, 1, 1, 1), t, both, return_dict=False)[0].chunk(2)
+    with attach(model, plan) as attachment:
+        split = steps_split(model, x, 0.7, words)
+        report = attachment.finish()
+    torch.testing.assert_close(split[0], batched[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(split[1], batched[1], atol=1e-5, rtol=1e-5)
+    # one step of two calls, not two steps
+    assert [step.calls for step in report.steps] == [2]
+    # the unconditional prompt alone would have chosen differently
+    with attach(model, plan):
+        alone = steps_split(model, x + 1e-6, 0.7, torch.zeros_like(words))[0]
+    assert not torch.allclose(alone, split[1], atol=1e-3)
+
+
+@torch.no_grad()
+def test_every_sample_of_a_batch_chooses_for_itself():
+    model = wan()
+    x = torch.randn(2, 16, *SIZE, generator=torch.Generator().manual_seed(3))
+    t, words = torch.tensor([700.0, 700.0]), text(2)
+    with attach(model, tokens()):
+        together = model(x, t, words, return_dict=False)[0]
+        one = model(x[:1], t[:1], words[:1], return_dict=False)[0]
+        two = model(x[1:], t[1:], words[1:], return_dict=False)[0]
+    torch.testing.assert_close(together, torch.cat([one, two]), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("given", [(0,), (0, 2)])
+def test_given_latent_frames_are_never_dropped(given):
+    model = wan(36)
+    with attach(model, tokens(0.25), roles=BOTH, shift=3.0) as attachment:
+        sample(model, text(), SIZE, steps=2, condition=condition(given=given))
+        report = attachment.finish()
+    coverage = report.coverage()
+    for frame in range(3):
+        assert bool((coverage[frame] == 1).all()) == (frame in given)
+
+
+@torch.no_grad()
+def test_per_token_modulation_travels_with_its_token():
+    # TI2V: every token has a timestep of its own; the given first latent frame is at 0
+    model = wan()
+    x = torch.randn(1, 16, *SIZE, generator=torch.Generator().manual_seed(3))
+    t = torch.full((1, 36), 700.0)
+    t[:, :12] = 0
+    dense = model(x, t, text(), return_dict=False)[0]
+    with attach(model, tokens(0.5, reselect_every=10)) as attachment:
+        trimmed = model(x, t, text(), return_dict=False)[0]
+        selection = attachment.session.decision.selections[0]
+        report = attachment.finish()
+    assert torch.equal(report.coverage()[0], torch.ones(4, 3))
+    # by hand: the blocks after the first on the gathered tokens, modulation and positions
+    hidden, temb, rotary, words = _inside(model, x, t)
+    index = selection.index[0]
+    full = model.blocks[0](hidden, words, temb, rotary)
+    part, small = full[:, index], tuple(r[:, index] for r in rotary)
+    for block in list(model.blocks)[1:]:
+        part = block(part, words, temb[:, index], small)
+    full[:, index] = part
+    want = _finish(model, full, x, t)
+    torch.testing.assert_close(trimmed, want, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(trimmed, dense, atol=1e-3)
+
+
+def _inside(model, x, t):
+    """The inputs of block 0, as the model itself makes them."""
+    seen = {}
+
+    def hook(module, args):
+        seen["args"] = args
+        raise StopIteration
+
+    handle = model.blocks[0].register_forward_pre_hook(hook)
+    with pytest.raises(StopIteration):
+        model(x, t, text(), return_dict=False)
+    handle.remove()
+    hidden, words, temb, rotary = seen["args"]
+    return hidden, temb, rotary, words
+
+
+def _finish(model, hidden, x, t):
+    """The model's output with `hidden` as the output of its last block."""
+    handle = model.blocks[-1].register_forward_hook(lambda *a: hidden)
+    out = model(x, t, text(), return_dict=False)[0]
+    handle.remove()
+    return out
+
+
+@torch.no_grad()
+def test_kept_keys_let_kept_tokens_see_the_dropped_ones():
+    """dropped_kv "keep": kept queries attend to all keys; by hand on one block."""
+    model = wan()
+    x = torch.randn(1, 16, *SIZE, generator=torch.Generator().manual_seed(3))
+    t = torch.tensor([700.0])
+    results = {}
+    for kv in ("leave", "keep"):
+        with attach(model, tokens(0.5, reselect_every=4, dropped_kv=kv)) as attachment:
+            seen = []
+            handle = model.blocks[1].register_forward_hook(lambda m, a, out: seen.append(out))
+            model(x, t, text(), return_dict=False)
+            handle.remove()
+            index = attachment.session.decision.selections[0].index[0]
+            results[kv] = seen[-1][:, index]
+    hidden, temb, rotary, words = _inside(model, x, t)
+    full = model.blocks[0](hidden, words, temb, rotary)
+    # all tokens through block 1: a kept token's update then saw every key
+    want = model.blocks[1](full, words, temb, rotary)[:, index]
+    torch.testing.assert_close(results["keep"], want, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(results["leave"], want, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", list(IMPORTANCE))
+@pytest.mark.parametrize("size", [(1, 8, 6), (2, 2, 2), (3, 6, 10)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_every_importance_runs_on_awkward_sizes(name, size, dtype):
+    model = wan().to(dtype)
+    x = torch.randn(1, 16, *size, dtype=dtype)
+    with attach(model, tokens(0.6, importance=name)):
+        out = model(x, torch.tensor([500.0]), text().to(dtype), return_dict=False)[0]
+    assert out.shape == x.shape
+    assert out.isfinite().all()
+
+
+def test_inside_wan_pipeline_every_step_is_one_decision():
+    model = wan()
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    pipe = WanPipeline(None, None, transformer=model, vae=None, scheduler=scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    options = {
+        "prompt_embeds": text(),
+        "negative_prompt_embeds": torch.zeros(1, 7, 24),
+        "height": 64,
+        "width": 48,
+        "num_frames": 9,
+        "num_inference_steps": 5,
+        "output_type": "latent",
+    }
+
+    def video():
+        return pipe(**options, generator=torch.Generator().manual_seed(1)).frames
+
+    dense = video()
+    falling = TrimPlan(TokenPlan(Schedule(0.6), reselect_every=2))
+    with attach(model, falling, shift=3.0) as attachment:
+        trimmed = video()
+        report = attachment.finish()
+        again = video()
+    assert torch.equal(trimmed, again)
+    assert not torch.allclose(trimmed, dense, atol=1e-3)
+    assert torch.equal(video(), dense)
+    # conditional and unconditional come in two calls
+    assert [step.calls for step in report.steps] == [2] * 5
+    kept = [step.keep_ratio for step in report.steps]
+    assert kept == sorted(kept)
+    assert kept[0] == pytest.approx(0.5)
+
+
+def test_the_report_says_what_ran():
+    model = wan()
+    with attach(model, tokens(0.5), roles=BOTH, shift=3.0) as attachment:
+        sample(model, text(), SIZE, steps=3)
+        report = attachment.finish()
+    assert report.finished
+    assert [s.sigma for s in report.steps] == pytest.approx(sigmas_for(3, 3.0)[:3].tolist())
+    # blocks 0, 2, 4 on 36 tokens, 1 and 3 on 18
+    assert report.steps[0].kept_per_block == [36, 18, 36, 18, 36]
+    assert report.kept_share == pytest.approx(144 / 180)
+    assert report.coverage().mean().item() == pytest.approx(144 / 180)
+    assert "80.0%" in report.text()
+    assert "everything ran as planned" in report.text()
+
+
+def test_a_wrong_model_and_an_empty_latent_are_refused():
+    with pytest.raises(ValueError, match="WanTransformer3DModel, got Linear"):
+        attach(torch.nn.Linear(2, 2), tokens())
+    model = wan()
+    with (
+        attach(model, tokens()),
+        pytest.raises(ValueError, match=r"empty latent of shape \[1, 16, 0, 8, 6\]"),
+    ):
+        model(torch.zeros(1, 16, 0, 8, 6), torch.tensor([500.0]), text(), return_dict=False)

@@ -1,0 +1,66 @@
+import pytest
+from wantrim.methods.schedule import Schedule, progress_at
+
+
+def test_paper_schedule_in_five_stages():
+    # rho 0.3: prune 0.40, 0.35, 0.30, 0.25, 0.20
+    schedule = Schedule(0.7)
+    kept = [schedule.at(p) for p in (0.0, 0.19, 0.2, 0.39, 0.4, 0.6, 0.8, 0.99, 1.0)]
+    assert kept == pytest.approx([0.60, 0.60, 0.65, 0.65, 0.70, 0.75, 0.80, 0.80, 0.80])
+
+
+@pytest.mark.parametrize("direction", ["falling", "constant", "rising"])
+@pytest.mark.parametrize("keep", [0.8, 0.7, 0.6])
+def test_mean_over_the_run_is_the_asked_one(direction, keep):
+    schedule = Schedule(keep, direction)
+    kept = [schedule.at((i + 0.5) / 50) for i in range(50)]
+    assert sum(kept) / 50 == pytest.approx(keep)
+
+
+def test_rising_is_falling_backwards():
+    falling, rising = Schedule(0.7), Schedule(0.7, "rising")
+    for i in range(50):
+        p = (i + 0.5) / 50
+        assert rising.at(p) == pytest.approx(falling.at(1 - p))
+
+
+def test_keeping_everything_is_never_scheduled_away():
+    assert {Schedule(1.0, d).at(p / 10) for d in ("falling", "rising") for p in range(11)} == {1.0}
+
+
+def test_ratios_stay_in_range():
+    schedule = Schedule(0.05)
+    assert all(0.0 <= schedule.at(p / 20) <= 1.0 for p in range(21))
+    assert Schedule(0.95, "rising").at(0.0) == 1.0
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 5.0, 8.0])
+def test_progress_undoes_the_flow_shift(shift):
+    for step in range(31):
+        u = 1 - step / 30
+        sigma = shift * u / (1 + (shift - 1) * u)
+        assert progress_at(sigma, shift) == pytest.approx(step / 30, abs=1e-9)
+
+
+def test_an_expert_with_a_slice_of_the_sigmas_gets_the_same_ratios():
+    # wan2.2: the low-noise expert sees only the last steps, the ratio there must not start over
+    sigmas = [1.0, 0.9375, 0.8333, 0.625, 0.0]
+    whole = [Schedule(0.7).at(progress_at(s, 5.0)) for s in sigmas[:4]]
+    low = [Schedule(0.7).at(progress_at(s, 5.0)) for s in sigmas[2:4]]
+    assert whole[2:] == low
+    assert whole == pytest.approx([0.60, 0.65, 0.70, 0.75])
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"keep_ratio": 0.0}, "keep_ratio.*got 0.0"),
+        ({"keep_ratio": 1.2}, "keep_ratio.*got 1.2"),
+        ({"keep_ratio": 0.7, "direction": "down"}, "falling, constant, rising.*'down'"),
+        ({"keep_ratio": 0.7, "spread": -0.1}, "spread.*got -0.1"),
+        ({"keep_ratio": 0.7, "stages": 0}, "stages.*got 0"),
+    ],
+)
+def test_bad_values_say_what_was_expected(options, said):
+    with pytest.raises(ValueError, match=said):
+        Schedule(**options)
