@@ -47,14 +47,14 @@ TINY_WAN = {
 class Recipe:
     """What was trained; written beside the weights."""
 
-    steps: int = 9000
+    steps: int = 8000
     batch: int = 16
     seed: int = 0
     lr_matrix: float = 6e-3
     lr_other: float = 2e-3
     warmup: int = 200
     # share of the steps, at the end, in which the learning rate falls to zero
-    cooldown: float = 0.3
+    cooldown: float = 0.6875
     shift: float = 3.0
     image_share: float = 0.3
     drop_text: float = 0.1

@@ -23,7 +23,7 @@ from ..methods.tokens import (
 )
 from .report import Report, Step
 
-COND = 0
+COND, UNCOND = 0, 1
 
 
 @dataclass(frozen=True)

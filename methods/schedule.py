@@ -41,7 +41,9 @@ class Schedule:
 
     def __post_init__(self):
         if not 0.0 < self.keep_ratio <= 1.0:
-            raise ValueError(f"keep_ratio: expected more than 0 and at most 1, got {self.keep_ratio}")
+            raise ValueError(
+                f"keep_ratio: expected more than 0 and at most 1, got {self.keep_ratio}"
+            )
         if self.direction not in DIRECTIONS:
             raise ValueError(
                 f"schedule: expected one of {', '.join(DIRECTIONS)}, got {self.direction!r}"

@@ -145,9 +145,7 @@ def attention_received(evidence: Evidence) -> torch.Tensor:
         # the imprint only exists when queries are sampled, and a small grid has no room for a tube
         radius = 2 if len(index) < grid.tokens and min(grid.height, grid.width) >= 16 else 0
     size = (grid.frames, grid.height, grid.width)
-    return token_mass(
-        evidence.q, evidence.k, size, index, start=grid.start, exclude_radius=radius
-    )
+    return token_mass(evidence.q, evidence.k, size, index, start=grid.start, exclude_radius=radius)
 
 
 def random_importance(evidence: Evidence) -> torch.Tensor:

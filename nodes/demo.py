@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import torch
 
 import comfy.sd
 from comfy_api.latest import io
 
+from ..toy import CHECKPOINT
 from ..toy.text import encode_prompt
 from ..toy.vae import ToyVAE, from_wan_scale, to_wan_scale
 from ..toy.world import (
@@ -26,7 +25,6 @@ from ..toy.world import (
 )
 
 CATEGORY = "model/patch/wan/demo"
-CHECKPOINT = Path(__file__).parents[1] / "toy" / "tiny_wan.safetensors"
 PROMPT = "a red circle moving right slowly on a black background"
 GRAMMAR = (
     f"'a COLOUR SHAPE moving DIRECTION SPEED on a GROUND background', up to {MAX_OBJECTS} shapes "

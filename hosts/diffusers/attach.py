@@ -32,8 +32,10 @@ class Attachment:
         return report
 
     def finish(self) -> Report:
-        """Close the run: the last step's time is taken and nothing of the run is held."""
-        return self.session.finish(True)
+        """Close the run and return its report; a call that follows belongs to a new run."""
+        report = self.session.finish(True)
+        self.new_run()
+        return report
 
     def detach(self) -> None:
         for module in (self.model, *self.model.blocks):
