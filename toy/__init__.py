@@ -3,3 +3,7 @@
 Torch and numpy only, so that the offline demo, the benchmarks, the training stages and the
 ComfyUI demo nodes can all use it.
 """
+
+from pathlib import Path
+
+CHECKPOINT = Path(__file__).parent / "tiny_wan.safetensors"

@@ -69,7 +69,7 @@ class Scene:
 
     @property
     def held_out(self) -> bool:
-        """True for the scenes that training never sees (a fixed eighth of all)."""
+        """True for the scenes that training never sees (about an eighth of all)."""
         return zlib.crc32(self.prompt().encode()) % HELD_OUT_EVERY == 0
 
 
