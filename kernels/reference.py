@@ -73,3 +73,38 @@ def smooth_select(scores: torch.Tensor, keep: int, alpha: float) -> torch.Tensor
     smooth[:, 1:] = alpha * scores[:, 1:] + (1 - alpha) * scores[:, :-1]
     order = smooth.sort(stable=True, dim=-1, descending=True).indices
     return order[..., :keep].sort(-1).values
+
+
+def frame_mass(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    grid: tuple[int, int, int],
+    query_index: torch.Tensor,
+    *,
+    start: int = 0,
+) -> torch.Tensor:
+    """Attention mass of each head on the query's own latent frame (arXiv 2605.27336, eq. 4).
+
+    The mean over the sampled queries, streamed as in `token_mass`.
+
+    Args:
+        q, k: [b, s, n, d] after RoPE; grid tokens are s[start : start + f*h*w].
+        query_index: int64 [m], positions within the grid.
+
+    Returns:
+        fp32 [b, n], 0..1.
+    """
+    batch, keys, heads, head_dim = k.shape
+    frames, height, width = grid
+    per_frame = height * width
+    k = k.float().permute(0, 2, 3, 1)
+    total = k.new_zeros(batch, heads)
+    key_frame = torch.full((keys,), -1, device=k.device)
+    key_frame[start : start + frames * per_frame] = (
+        torch.arange(frames * per_frame, device=k.device) // per_frame
+    )
+    for chunk in query_index.split(max(1, CHUNK_SCORES // (batch * heads * keys))):
+        scores = q[:, start + chunk].float().transpose(1, 2) @ k * head_dim**-0.5
+        own = (chunk[:, None] // per_frame) == key_frame
+        total += (scores.softmax(-1) * own).sum((-2, -1))
+    return total / len(query_index)

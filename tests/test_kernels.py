@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+
 from wantrim.kernels import reference
 from wantrim.kernels.reference import smooth_select, token_mass
 

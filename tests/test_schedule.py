@@ -1,4 +1,5 @@
 import pytest
+
 from wantrim.methods.schedule import Schedule, progress_at
 
 

@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from wantrim.methods.schedule import Schedule
 from wantrim.methods.tokens import (
     IMPORTANCE,

@@ -4,6 +4,7 @@ import json
 import pytest
 import torch
 from safetensors import safe_open
+
 from wantrim.demo import train as training
 from wantrim.demo.train import Batches, Recipe, Trainer, learning_rate, train
 from wantrim.hosts.diffusers.weights import load_original

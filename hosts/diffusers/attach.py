@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from diffusers import WanTransformer3DModel
 from diffusers.hooks import HookRegistry, ModelHook
-from torch.overrides import TorchFunctionMode
 
 from ...methods.schedule import progress_at
-from ...methods.tokens import TokenGrid, gather_tokens
+from ...methods.tokens import TokenGrid
 from ..report import Report
 from ..session import COND, ModelCall, Session, TrimPlan
+from .blocks import Block
 
 HOOK = "wantrim"
 
@@ -119,83 +119,8 @@ class _BlockHook(ModelHook):
         call = self.attachment.call
         if call is None:
             return forward(hidden_states, encoder_hidden_states, temb, rotary_emb)
-        block = _Block(forward, hidden_states, encoder_hidden_states, temb, rotary_emb)
+        block = Block(forward, hidden_states, encoder_hidden_states, temb, rotary_emb)
         return call.block(self.index, block)
-
-
-class _Block:
-    def __init__(self, forward, hidden, text, temb, rotary):
-        self.forward, self.hidden, self.text = forward, hidden, text
-        self.temb, self.rotary = temb, rotary
-
-    def run(self) -> torch.Tensor:
-        return self.forward(self.hidden, self.text, self.temb, self.rotary)
-
-    def run_capturing(self):
-        with _FirstAttention() as seen:
-            out = self.run()
-        if seen.q is None:
-            raise RuntimeError(
-                "WanTrim saw no scaled_dot_product_attention in this block; set the transformer's "
-                "attention backend to 'native'"
-            )
-        return out, seen.q.transpose(1, 2), seen.k.transpose(1, 2)
-
-    def run_subset(self, index, others):
-        extra = None
-        if others is not None:
-            probe = _FirstAttention(stop=True)
-            try:
-                with probe:
-                    self._on(others)
-            except _Stopped:
-                extra = (probe.k, probe.v)
-        with _FirstAttention(extra=extra):
-            return self._on(index)
-
-    def _on(self, index):
-        # per-token modulation [b, s, 6, c] only for TI2V
-        temb = gather_tokens(self.temb, index) if self.temb.ndim == 4 else self.temb
-        rotary = tuple(gather_tokens(part, index) for part in self.rotary)
-        return self.forward(gather_tokens(self.hidden, index), self.text, temb, rotary)
-
-
-class _Stopped(Exception):
-    """The probe has what it wanted."""
-
-
-class _FirstAttention(TorchFunctionMode):
-    """Sees the block's first attention call, which is its self-attention; q, k, v [b, n, s, d].
-
-    Args:
-        extra: keys and values to append to the call's own.
-        stop: leave the block by `_Stopped` before the attention is computed.
-    """
-
-    def __init__(self, extra=None, stop: bool = False):
-        super().__init__()
-        self.extra, self.stop = extra, stop
-        self.q = self.k = self.v = None
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is torch.nn.functional.scaled_dot_product_attention and self.q is None:
-            names = ("query", "key", "value")
-            bound = {**dict(zip(names, args, strict=False)), **kwargs}
-            self.q, self.k, self.v = (bound[name] for name in names)
-            if self.stop:
-                raise _Stopped
-            if self.extra is not None:
-                bound["key"] = torch.cat([self.k, self.extra[0]], 2)
-                bound["value"] = torch.cat([self.v, self.extra[1]], 2)
-                return func(
-                    *(bound.pop(name) for name in names), *args[3:], **_without(bound, names)
-                )
-        return func(*args, **kwargs)
-
-
-def _without(kwargs: dict, names) -> dict:
-    return {key: value for key, value in kwargs.items() if key not in names}
 
 
 def _grid(module, hidden_states) -> TokenGrid:

@@ -1,0 +1,124 @@
+"""One Wan block of diffusers, run on all tokens or on some through its own forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from diffusers import WanTransformer3DModel
+from diffusers.hooks import HookRegistry, ModelHook
+from torch.overrides import TorchFunctionMode
+
+from ...methods.tokens import gather_tokens
+
+
+class Block:
+    """A WanTransformerBlock's original forward with its inputs, as the session runs it."""
+
+    def __init__(self, forward, hidden, text, temb, rotary):
+        self.forward, self.hidden, self.text = forward, hidden, text
+        self.temb, self.rotary = temb, rotary
+
+    def run(self) -> torch.Tensor:
+        return self.forward(self.hidden, self.text, self.temb, self.rotary)
+
+    def run_capturing(self):
+        with _FirstAttention() as seen:
+            out = self.run()
+        if seen.q is None:
+            raise RuntimeError(
+                "WanTrim saw no scaled_dot_product_attention in this block; set the transformer's "
+                "attention backend to 'native'"
+            )
+        return out, seen.q.transpose(1, 2), seen.k.transpose(1, 2)
+
+    def run_subset(self, index, others):
+        extra = None
+        if others is not None:
+            probe = _FirstAttention(stop=True)
+            try:
+                with probe:
+                    self._on(others)
+            except _Stopped:
+                extra = (probe.k, probe.v)
+        with _FirstAttention(extra=extra):
+            return self._on(index)
+
+    def _on(self, index):
+        # per-token modulation [b, s, 6, c] only for TI2V
+        temb = gather_tokens(self.temb, index) if self.temb.ndim == 4 else self.temb
+        rotary = tuple(gather_tokens(part, index) for part in self.rotary)
+        return self.forward(gather_tokens(self.hidden, index), self.text, temb, rotary)
+
+
+class _Stopped(Exception):
+    """The probe has what it wanted."""
+
+
+class _FirstAttention(TorchFunctionMode):
+    """Sees the block's first attention call, which is its self-attention; q, k, v [b, n, s, d].
+
+    Args:
+        extra: keys and values to append to the call's own.
+        stop: leave the block by `_Stopped` before the attention is computed.
+    """
+
+    def __init__(self, extra=None, stop: bool = False):
+        super().__init__()
+        self.extra, self.stop = extra, stop
+        self.q = self.k = self.v = None
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.nn.functional.scaled_dot_product_attention and self.q is None:
+            names = ("query", "key", "value")
+            bound = {**dict(zip(names, args, strict=False)), **kwargs}
+            self.q, self.k, self.v = (bound[name] for name in names)
+            if self.stop:
+                raise _Stopped
+            if self.extra is not None:
+                bound["key"] = torch.cat([self.k, self.extra[0]], 2)
+                bound["value"] = torch.cat([self.v, self.extra[1]], 2)
+                return func(
+                    *(bound.pop(name) for name in names), *args[3:], **_without(bound, names)
+                )
+        return func(*args, **kwargs)
+
+
+def _without(kwargs: dict, names) -> dict:
+    return {key: value for key, value in kwargs.items() if key not in names}
+
+
+WATCH = "wantrim_watch"
+
+
+@contextmanager
+def watch_blocks(
+    model: WanTransformer3DModel, seen: Callable[[int, Block, torch.Tensor, torch.Tensor], object]
+) -> Iterator[None]:
+    """Within the context, call seen(block_index, block, q, k) at every block; q, k [b, s, n, d].
+
+    What `seen` returns replaces the block's output unless it is None.
+    """
+    for index, block in enumerate(model.blocks):
+        registry = HookRegistry.check_if_exists_or_initialize(block)
+        registry.register_hook(_WatchHook(index, seen), WATCH)
+    try:
+        yield
+    finally:
+        for block in model.blocks:
+            block._diffusers_hook.remove_hook(WATCH, recurse=False)
+
+
+class _WatchHook(ModelHook):
+    def __init__(self, index: int, seen):
+        super().__init__()
+        self.index, self.seen = index, seen
+
+    def new_forward(self, module, hidden_states, encoder_hidden_states, temb, rotary_emb):
+        forward = self.fn_ref.original_forward
+        block = Block(forward, hidden_states, encoder_hidden_states, temb, rotary_emb)
+        out, q, k = block.run_capturing()
+        other = self.seen(self.index, block, q, k)
+        return out if other is None else other

@@ -1,0 +1,127 @@
+import json
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from wantrim.demo.page import write_page
+from wantrim.demo.run import Contestant, Job, run_demo, token_plan
+from wantrim.hosts.report import Report, Step
+from wantrim.hosts.report_picture import draw_report, overlay
+from wantrim.methods.tokens import Selection, TokenGrid
+from wantrim.toy.metrics import adherence, flicker, motion, psnr
+from wantrim.toy.world import held_out_scenes, parse_prompt, render
+
+ROW = {
+    "task", "name", "seconds_per_step", "flops_per_step", "speedup_measured", "speedup_flops",
+    "psnr_db", "motion_ratio", "flicker", "colour_ok", "shape_ok", "direction_ok",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def result():
+    return run_demo(steps=3, prompts=1, seed=0)
+
+
+def test_demo_writes_everything_it_promises(result, tmp_path):
+    write_page(result, tmp_path)
+    data = json.loads((tmp_path / "report.json").read_text())
+    assert data["neutral_exact"] is True
+    assert data["environment"]["torch"] == torch.__version__
+    names = [(run["task"], run["name"]) for run in data["runs"]]
+    kinds = ("dense", "tape_20", "tape_30", "tape_40", "fewer_steps")
+    assert names == [(task, kind) for task in ("t2v", "i2v") for kind in kinds]
+    assert all(set(run) >= ROW for run in data["runs"])
+    for task in ("t2v", "i2v"):
+        with av.open(str(tmp_path / f"{task}_side_by_side.mp4")) as file:
+            assert sum(1 for _ in file.decode(video=0)) == 17
+        assert Image.open(tmp_path / f"{task}_contact_sheet.png").width > 400
+    page = (tmp_path / "report.html").read_text()
+    for name in ("t2v_side_by_side.mp4", "i2v_tape_30_report.png", "plots.png"):
+        assert name in page
+        assert (tmp_path / name).stat().st_size > 0
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_pruning_harder_costs_fewer_flops(result):
+    for task in ("t2v", "i2v"):
+        flops = [run.flops_per_step for run in result.runs if run.task == task][:4]
+        assert flops == sorted(flops, reverse=True)
+        assert flops[3] < 0.8 * flops[0]
+    dense = result.runs[0]
+    assert dense.speedup_measured == 1.0
+    assert dense.psnr_db is None
+
+
+def test_counted_flops_match_the_work_that_the_report_states():
+    # every cost but attention is linear in the tokens, so the count lies between the two laws
+    job = Job("t2v", held_out_scenes(1, seed=3), 0, 5)
+    dense = Contestant("dense", None).flops(job, 1)
+    trimmed = Contestant("tape", token_plan(0.3, alpha=1.0)).flops(job, 5)
+    # 4 of 16 blocks run on all 36 tokens of a latent frame, the others on 22, 23, 25, 27 and 29
+    share = np.mean([kept / 36 for kept in (22, 23, 25, 27, 29)])
+    linear = (4 + 12 * share) / 16
+    quadratic = (4 + 12 * share**2) / 16
+    assert quadratic < trimmed / dense < linear
+
+
+def test_metrics_on_truth():
+    scene = parse_prompt("a red circle moving left slowly on a black background")
+    video = render(scene, np.random.default_rng(0))
+    assert adherence([video], [scene]) == {"colour_ok": 1.0, "shape_ok": 1.0, "direction_ok": 1.0}
+    wrong = parse_prompt("a blue square moving up slowly on a black background")
+    assert set(adherence([video], [wrong]).values()) == {0.0}
+    two = parse_prompt(
+        "a red circle moving left slowly and a blue square moving up slowly on a black background"
+    )
+    assert set(adherence([video], [two]).values()) == {0.0}
+    # equal videos; then half a gray level off everywhere: 20 log10(2)
+    assert psnr(video, video) == float("inf")
+    assert psnr(np.full((2, 4, 4, 3), 0.5), np.zeros((2, 4, 4, 3))) == pytest.approx(6.0206, 1e-4)
+    assert motion(np.repeat(video[:1], 5, 0)) == 0.0
+    assert motion(video) > 0
+    # only the soft edge of the shape, which is dark enough for background
+    assert flicker(video) < 0.001
+    noisy = video + 0.05 * (np.arange(17) % 2).reshape(-1, 1, 1, 1)
+    assert flicker(noisy) == pytest.approx(0.05, rel=0.1)
+
+
+def report_of(kept: list[int], frames=2) -> Report:
+    grid = TokenGrid(frames, 3, 4)
+    index = torch.cat([torch.tensor(kept) + 12 * f for f in range(frames)])[None]
+    step = Step(0.9, 0.1, 0.5, grid, 4, calls=1, seconds=0.5)
+    step.record([None, Selection(index, grid.tokens)])
+    return Report("Wan", [step], planned="half", finished=True)
+
+
+def test_overlay_darkens_what_was_left_out_in_its_latent_frame():
+    report = report_of([0, 1, 2])
+    # block 1 of 4 ran on 3 of 12 tokens a frame, the other blocks on all
+    assert report.steps[0].kept_per_block == [24, 6, 24, 24]
+    coverage = report.coverage().numpy()
+    assert coverage[0, 0].tolist() == pytest.approx([1, 1, 1, 0.75])
+    video = np.ones((5, 30, 40, 3), np.float32)
+    dark = overlay(video, coverage)
+    assert dark[0, 5, 5] == pytest.approx(1.0)
+    assert dark[0, 5, 35] == pytest.approx(0.25)
+    assert dark.shape == video.shape
+
+
+@pytest.mark.parametrize("video", [None, np.ones((1, 31, 17, 3)), np.ones((17, 96, 96, 3))])
+def test_report_picture_draws_any_video_and_an_empty_run(video):
+    picture = draw_report(report_of([0, 1]), video)
+    assert picture.width == 960
+    assert len(picture.getcolors(1 << 20)) > 3
+    assert draw_report(Report("Wan"), video).height > 50
+
+
+def test_report_text_says_what_did_not_happen():
+    report = report_of([0])
+    report.note("the sky fell")
+    report.note("the sky fell")
+    assert report.text().count("the sky fell") == 1
+    report.finished = False
+    assert "did not finish" in report.text()
+    assert "no sampling run" in Report().text()

@@ -1,0 +1,91 @@
+import json
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from wantrim.hosts.diffusers.weights import (
+    load_original,
+    new_transformer,
+    save_original,
+    to_diffusers_keys,
+    to_original_keys,
+)
+from wantrim.toy import CHECKPOINT
+
+SMALL = {"dim": 48, "num_heads": 4, "num_layers": 2, "ffn_dim": 64, "text_dim": 24, "out_dim": 16}
+
+
+def test_names_go_there_and_back_also_for_image_to_video():
+    model = WanTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=12, in_channels=36, out_channels=16, text_dim=16,
+        ffn_dim=32, num_layers=1, image_dim=20, added_kv_proj_dim=24, pos_embed_seq_len=6,
+    )  # fmt: skip
+    names = dict.fromkeys(model.state_dict())
+    original = to_original_keys(names)
+    assert list(to_diffusers_keys(original)) == list(names)
+    for expected in (
+        "blocks.0.self_attn.norm_q.weight", "blocks.0.cross_attn.k_img.weight",
+        "blocks.0.cross_attn.norm_k_img.weight", "blocks.0.norm3.weight", "blocks.0.modulation",
+        "img_emb.proj.0.bias", "img_emb.emb_pos", "head.modulation", "head.head.bias",
+        "time_projection.1.weight", "text_embedding.2.bias", "patch_embedding.weight",
+    ):  # fmt: skip
+        assert expected in original
+
+
+def test_an_unknown_key_is_named():
+    with pytest.raises(ValueError, match="'blocks.0.self_attn.z.weight'"):
+        to_diffusers_keys({"blocks.0.self_attn.z.weight": torch.zeros(1)})
+
+
+@torch.no_grad()
+def test_saved_and_loaded_is_the_same_function(tmp_path):
+    model = new_transformer(**SMALL, in_dim=36).eval()
+    save_original(tmp_path / "m.safetensors", model, torch.float32, {"made": "here"})
+    again = load_original(tmp_path / "m.safetensors")
+    x, t, text = torch.randn(1, 36, 2, 4, 6), torch.tensor([300.0]), torch.randn(1, 5, 24)
+    assert torch.equal(model(x, t, text)[0], again(x, t, text)[0])
+    with safe_open(tmp_path / "m.safetensors", "pt") as file:
+        assert file.metadata()["made"] == "here"
+        assert json.loads(file.metadata()["config"])["transformer"]["in_dim"] == 36
+
+
+@torch.no_grad()
+def test_text_to_video_cut_is_the_same_function_with_empty_image_channels(tmp_path):
+    save_original(
+        tmp_path / "m.safetensors", new_transformer(**SMALL, in_dim=36), torch.float32, {}
+    )
+    both, cut = (load_original(tmp_path / "m.safetensors", t2v) for t2v in (False, True))
+    x, t, text = torch.randn(1, 16, 2, 4, 6), torch.tensor([300.0]), torch.randn(1, 5, 24)
+    padded = torch.cat([x, x.new_zeros(1, 20, 2, 4, 6)], 1)
+    assert cut.config.in_channels == 16
+    torch.testing.assert_close(cut(x, t, text)[0], both(padded, t, text)[0], atol=1e-6, rtol=1e-5)
+
+
+def test_the_shipped_checkpoint_is_deep_and_small():
+    model = load_original(CHECKPOINT)
+    assert model.config.num_layers >= 16
+    assert model.config.num_attention_heads >= 8
+    assert CHECKPOINT.stat().st_size <= 20e6
+
+
+def test_a_corrupt_file_is_refused_by_name(tmp_path):
+    path = tmp_path / "broken.safetensors"
+    path.write_bytes(CHECKPOINT.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="broken.safetensors is not a readable safetensors"):
+        load_original(path)
+    with pytest.raises(ValueError, match="missing.safetensors"):
+        load_original(tmp_path / "missing.safetensors")
+
+
+def test_a_file_without_config_or_with_a_wrong_one_is_refused(tmp_path):
+    path = tmp_path / "plain.safetensors"
+    save_file({"head.modulation": torch.zeros(1, 2, 8)}, path)
+    with pytest.raises(ValueError, match="plain.safetensors has no readable 'config'"):
+        load_original(path)
+    config = json.dumps({"transformer": SMALL | {"in_dim": 16}})
+    save_file({"head.modulation": torch.zeros(1, 2, 8)}, path, {"config": config})
+    with pytest.raises(ValueError, match="plain.safetensors does not fit its own config"):
+        load_original(path)
