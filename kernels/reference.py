@@ -34,26 +34,39 @@ def token_mass(
     Returns:
         fp32 [b, f*h*w]. A key that no query may score gets 0.
     """
-    batch, keys, heads, head_dim = k.shape
     frames, height, width = grid
     tokens = frames * height * width
-    k = k.float().permute(0, 2, 3, 1)
-    total = k.new_zeros(batch, tokens)
-    count = k.new_zeros(tokens)
+    total = torch.zeros(len(k), tokens, device=k.device)
+    count = torch.zeros(tokens, device=k.device)
     position = torch.arange(tokens, device=k.device) % (height * width)
     row, column = position // width, position % width
-    for chunk in query_index.split(max(1, CHUNK_SCORES // (batch * heads * keys))):
-        scores = q[:, start + chunk].float().transpose(1, 2) @ k * head_dim**-0.5
-        mass = scores.softmax(-1)[..., start : start + tokens].mean(1)
+    for chunk, attention in _attention(q, k, start + query_index):
+        mass = attention[..., start : start + tokens].sum(1)
+        chunk = chunk - start
+        far = torch.ones(len(chunk), tokens, dtype=torch.bool, device=k.device)
         if exclude_radius:
-            near = (row[chunk, None] - row).abs() <= exclude_radius
-            near &= (column[chunk, None] - column).abs() <= exclude_radius
-            mass = mass.masked_fill(near, 0)
-            count += (~near).sum(0)
-        else:
-            count += len(chunk)
-        total += mass.sum(1)
+            far = (row[chunk, None] - row).abs() > exclude_radius
+            far |= (column[chunk, None] - column).abs() > exclude_radius
+        total += (mass * far).sum(1)
+        count += far.sum(0) * attention.shape[1]
     return total / count.clamp(min=1)
+
+
+def _attention(q: torch.Tensor, k: torch.Tensor, index: torch.Tensor):
+    """Yield (query positions [m], softmax(q k^T / sqrt(d)) [b, heads, m, s] in fp32) in pieces.
+
+    A piece holds at most about CHUNK_SCORES scores: a part of the queries, and of the heads when
+    even that is too much.
+    """
+    batch, keys, heads, head_dim = k.shape
+    queries = min(len(index), max(1, CHUNK_SCORES // (batch * keys)))
+    group = max(1, CHUNK_SCORES // (batch * keys * queries))
+    for chunk in index.split(queries):
+        for first in range(0, heads, group):
+            some = slice(first, first + group)
+            part_q = q[:, chunk, some].float().transpose(1, 2)
+            part_k = k[:, :, some].float().permute(0, 2, 3, 1)
+            yield chunk, (part_q @ part_k * head_dim**-0.5).softmax(-1)
 
 
 def smooth_select(scores: torch.Tensor, keep: int, alpha: float) -> torch.Tensor:
@@ -94,17 +107,17 @@ def frame_mass(
     Returns:
         fp32 [b, n], 0..1.
     """
-    batch, keys, heads, head_dim = k.shape
     frames, height, width = grid
     per_frame = height * width
-    k = k.float().permute(0, 2, 3, 1)
-    total = k.new_zeros(batch, heads)
-    key_frame = torch.full((keys,), -1, device=k.device)
+    key_frame = torch.full((k.shape[1],), -1, device=k.device)
     key_frame[start : start + frames * per_frame] = (
         torch.arange(frames * per_frame, device=k.device) // per_frame
     )
-    for chunk in query_index.split(max(1, CHUNK_SCORES // (batch * heads * keys))):
-        scores = q[:, start + chunk].float().transpose(1, 2) @ k * head_dim**-0.5
-        own = (chunk[:, None] // per_frame) == key_frame
-        total += (scores.softmax(-1) * own).sum((-2, -1))
+    total = torch.zeros(len(k), k.shape[2], device=k.device)
+    first = 0
+    for chunk, attention in _attention(q, k, start + query_index):
+        own = key_frame[chunk, None] == key_frame
+        group = attention.shape[1]
+        total[:, first : first + group] += (attention * own).sum((-2, -1))
+        first = (first + group) % k.shape[2]
     return total / len(query_index)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from wantrim.kernels import reference
-from wantrim.kernels.reference import smooth_select, token_mass
+from wantrim.kernels.reference import frame_mass, smooth_select, token_mass
 
 
 def exact_mass(q, k, grid, index, start, radius):
@@ -36,7 +36,7 @@ def test_token_mass_is_the_streamed_column_mean(grid, radius, batch, start, afte
     q, k = torch.randn(2, batch, start + tokens + after, 3, 8).unbind()
     index = torch.arange(0, tokens, 2)
     # two queries at a time: the stream must not depend on its chunks
-    monkeypatch.setattr(reference, "CHUNK_SCORES", 2 * batch * 3 * k.shape[1])
+    monkeypatch.setattr(reference, "CHUNK_SCORES", 2 * batch * k.shape[1])
     got = token_mass(q, k, grid, index, start=start, exclude_radius=radius)
     want = exact_mass(q, k, grid, index, start, radius)
     assert got.dtype == torch.float32
@@ -53,10 +53,10 @@ def test_token_mass_never_holds_the_whole_matrix(monkeypatch):
         return softmax(self, dim)
 
     monkeypatch.setattr(torch.Tensor, "softmax", watch)
-    monkeypatch.setattr(reference, "CHUNK_SCORES", 4 * 2 * 300)
+    monkeypatch.setattr(reference, "CHUNK_SCORES", 8 * 300)
     q, k = torch.randn(2, 1, 300, 2, 4).unbind()
     token_mass(q, k, (3, 10, 10), torch.arange(300))
-    assert 0 < largest <= 4 * 2 * 300
+    assert 0 < largest <= 8 * 300
 
 
 def test_token_mass_in_bf16_follows_fp64():
@@ -90,3 +90,26 @@ def test_every_frame_keeps_the_same_number(positions):
         assert index.shape == (2, 4, keep)
         assert (index.diff(dim=-1) > 0).all()
     assert torch.equal(index, torch.arange(positions).expand(2, 4, -1))
+
+
+@pytest.mark.parametrize(("grid", "start", "after"), [((1, 2, 3), 0, 0), ((4, 3, 3), 2, 5)])
+@pytest.mark.parametrize("chunk", [3, 1 << 24])
+def test_frame_mass_is_the_share_of_the_own_latent_frame(grid, start, after, chunk, monkeypatch):
+    tokens, per_frame = math.prod(grid), grid[1] * grid[2]
+    torch.manual_seed(1)
+    q, k = torch.randn(2, 2, start + tokens + after, 3, 8).unbind()
+    monkeypatch.setattr(reference, "CHUNK_SCORES", chunk * 2 * k.shape[1])
+    index = torch.arange(0, tokens, 2)
+    matrix = (q.double().transpose(1, 2) @ k.double().permute(0, 2, 3, 1) / 8**0.5).softmax(-1)
+    want = torch.zeros(2, 3, dtype=torch.float64)
+    for query in index.tolist():
+        first = start + query // per_frame * per_frame
+        want += matrix[:, :, start + query, first : first + per_frame].sum(-1) / len(index)
+    got = frame_mass(q, k, grid, index, start=start)
+    torch.testing.assert_close(got.double(), want, atol=1e-6, rtol=1e-5)
+
+
+def test_uniform_attention_has_one_share_per_latent_frame():
+    zeros = torch.zeros(1, 20, 2, 4)
+    ratio = frame_mass(zeros, zeros, (5, 2, 2), torch.arange(20))
+    torch.testing.assert_close(ratio, torch.full((1, 2), 0.2))

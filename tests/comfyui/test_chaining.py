@@ -1,0 +1,244 @@
+"""Other nodes on the same MODEL, in front of WanTrim and behind it."""
+
+import pytest
+import torch
+
+import comfy.lora
+import comfy.sd
+from comfy.model_patcher import ModelPatcher
+from comfy_api.torch_helpers import set_torch_compile_wrapper
+from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
+from comfy_extras.nodes_model_advanced import ModelSamplingSD3
+from comfy_extras.nodes_slg import SkipLayerGuidanceDiT, SkipLayerGuidanceDiTSimple
+from wantrim.hosts.comfyui.blocks import OVERRIDE
+from wantrim.tests.comfyui import tiny
+
+ATTENTIONS_PER_BLOCK = 2
+ORDERS = ["in front", "behind"]
+
+
+def slg(model, layers="2"):
+    return SkipLayerGuidanceDiT.execute(model, 3.0, 0.0, 1.0, double_layers=layers).result[0]
+
+
+def slg_simple(model, layers="2"):
+    return SkipLayerGuidanceDiTSimple.execute(model, 0.0, 1.0, double_layers=layers).result[0]
+
+
+def easycache(model, threshold=3.0):
+    return EasyCacheNode.execute(model, threshold, 0.15, 0.95, False).result[0]
+
+
+def lazycache(model, threshold=3.0):
+    return LazyCacheNode.execute(model, threshold, 0.15, 0.95, False).result[0]
+
+
+def shifted(model):
+    return ModelSamplingSD3().patch(model, 3.0)[0]
+
+
+def lora(model):
+    generator = torch.Generator().manual_seed(9)
+    weights = {}
+    for name in ("blocks.1.self_attn.q", "blocks.2.ffn.0", "blocks.4.cross_attn.v"):
+        rows, columns = model.model.get_submodule(f"diffusion_model.{name}").weight.shape
+        stem = f"diffusion_model.{name}"
+        weights[f"{stem}.lora_A.weight"] = torch.randn(4, columns, generator=generator) * 0.1
+        weights[f"{stem}.lora_B.weight"] = torch.randn(rows, 4, generator=generator) * 0.1
+    return comfy.sd.load_lora_for_models(model, None, weights, 1.0, 0.0)[0]
+
+
+NEIGHBOURS = {
+    "slg": slg,
+    "slg of a choosing block": lambda m: slg(m, "0, 3"),
+    "slg simple": slg_simple,
+    "slg simple of a choosing block": lambda m: slg_simple(m, "0"),
+    "easycache": easycache,
+    "lazycache": lazycache,
+    "shift": shifted,
+    "lora": lora,
+}
+
+
+def both(order: str, neighbour, trim):
+    """A model with both on it, in the order asked for."""
+    if order == "in front":
+        return trim(neighbour(tiny.base_model()))
+    return neighbour(trim(tiny.base_model()))
+
+
+def counting(model) -> list:
+    """Counts attentions through an override that is there before us."""
+    seen = []
+
+    def override(func, q, k, v, *args, **kwargs):
+        seen.append((q.shape[1], k.shape[1]))
+        return func(q, k, v, *args, **kwargs)
+
+    model.model_options["transformer_options"][OVERRIDE] = override
+    return seen
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("neighbour", NEIGHBOURS.values(), ids=NEIGHBOURS)
+def test_neighbour_alone_equals_neighbour_with_a_plan_without_effect(neighbour, order):
+    expected = tiny.sample(neighbour(tiny.base_model()), steps=6)
+    model = both(order, neighbour, lambda m: tiny.trimmed(m, reselect_every=1))
+    assert torch.equal(tiny.sample(model, steps=6), expected)
+    untouched = tiny.sample(tiny.base_model(), steps=6)
+    assert not torch.allclose(expected, untouched, atol=1e-3)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("dropped_kv", ["leave", "keep"])
+@pytest.mark.parametrize("neighbour", NEIGHBOURS.values(), ids=NEIGHBOURS)
+def test_both_act_together(neighbour, dropped_kv, order):
+    model = both(order, neighbour, lambda m: tiny.trimmed(m, dropped_kv=dropped_kv))
+    out = tiny.sample(model, steps=6)
+    assert torch.isfinite(out).all()
+    report = tiny.report_of(model)
+    assert report.finished and report.kept_share < 0.95
+    # once more: the neighbour's state and ours are those of one run
+    assert torch.equal(tiny.sample(model, steps=6), out)
+    alone = tiny.sample(neighbour(tiny.base_model()), steps=6)
+    assert not torch.allclose(out, alone, atol=1e-3)
+
+
+@pytest.mark.parametrize("dropped_kv", ["leave", "keep"])
+def test_earlier_attention_override_is_called_in_every_attention(dropped_kv):
+    untouched = tiny.base_model().clone()
+    everywhere = counting(untouched)
+    tiny.sample(untouched)
+    model = tiny.base_model().clone()
+    seen = counting(model)
+    tiny.sample(tiny.trimmed(model, dropped_kv=dropped_kv))
+    assert len(everywhere) == 3 * tiny.LAYERS * ATTENTIONS_PER_BLOCK
+    assert len(seen) == len(everywhere)
+    assert {q for q, _ in seen} == {36, 39, 45, 60}
+    keys = {k for q, k in seen if q == 36 and k != 7}
+    assert keys == ({60} if dropped_kv == "keep" else {36})
+
+
+def test_override_set_after_us_is_called_too():
+    model = tiny.trimmed(tiny.base_model())
+    seen = counting(model)
+    out = tiny.sample(model)
+    assert len(seen) == 3 * tiny.LAYERS * ATTENTIONS_PER_BLOCK
+    assert torch.equal(out, tiny.sample(tiny.trimmed(tiny.base_model())))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_earlier_block_replacement_is_called_inside_ours(order):
+    counts = dict.fromkeys((0, 1), 0)
+
+    def replaced(model):
+        model = model.clone()
+        for block in counts:
+
+            def replacement(args, extra, block=block):
+                counts[block] += 1
+                out = extra["original_block"](args)
+                return {"img": out["img"] * 1.5}
+
+            model.set_model_patch_replace(replacement, "dit", "double_block", block)
+        return model
+
+    model = both(order, replaced, tiny.trimmed)
+    tiny.sample(model)
+    assert counts == {0: 3, 1: 3}
+    neutral = both(order, replaced, lambda m: tiny.trimmed(m, reselect_every=1))
+    expected = tiny.sample(replaced(tiny.base_model()))
+    assert torch.equal(tiny.sample(neutral), expected)
+
+
+def test_choosing_block_that_another_node_skips_is_reported():
+    model = tiny.base_model().clone()
+    model.set_model_patch_replace(lambda args, extra: args, "dit", "double_block", 0)
+    patched = tiny.trimmed(model)
+    tiny.sample(patched)
+    report = tiny.report_of(patched)
+    assert any("block 0" in note and "self-attention" in note for note in report.notes)
+    # the next block chooses instead
+    assert report.steps[0].kept_per_block == [60, 60, 36, 60, 36, 36]
+
+
+def test_blocks_of_slg_cost_no_new_choice():
+    model = tiny.trimmed(slg(tiny.base_model()))
+    calls = tiny.watch(model)
+    tiny.sample(model)
+    assert [c.roles for c in calls] == 3 * [[1, 0], [0]]
+    assert [c.decision for c in calls] == [0, 0, 1, 1, 2, 2]
+    assert len(tiny.report_of(model).steps) == 3
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_steps_that_a_cache_answers_are_not_reported_as_computed(order):
+    model = both(order, easycache, tiny.trimmed)
+    blocks = []
+    model.set_model_double_block_patch(lambda args: blocks.append(1) or args)
+    tiny.sample(model, steps=6)
+    computed = len(blocks) // tiny.LAYERS
+    assert 0 < computed < 6
+    report = tiny.report_of(model)
+    shares = [step.kept_share for step in report.steps]
+    done = [share for share in shares if share]
+    assert len(done) == computed and max(done) < 1.0
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_easycache_skips_cond_and_uncond_together_also_in_two_calls(order, monkeypatch):
+    monkeypatch.setattr(ModelPatcher, "get_free_memory", lambda self, device: 0)
+    model = both(order, easycache, tiny.trimmed)
+    computed = {0: set(), 1: set()}
+
+    def note(args):
+        options = args["transformer_options"]
+        computed[options["cond_or_uncond"][0]].add(float(options["sigmas"]))
+        return args
+
+    model.set_model_double_block_patch(note)
+    tiny.sample(model, steps=6)
+    assert computed[0] == computed[1] and 0 < len(computed[0]) < 6
+
+
+def test_lora_of_a_trimmed_model_leaves_the_base_alone():
+    expected = tiny.sample(tiny.base_model())
+    tiny.sample(lora(tiny.trimmed(tiny.base_model())))
+    assert torch.equal(tiny.sample(tiny.base_model()), expected)
+
+
+@pytest.mark.parametrize("patch", ["attn1_patch", "attn2_patch"])
+def test_patches_that_need_every_token_turn_dropping_off_and_are_reported(patch):
+    model = tiny.base_model().clone()
+    model.set_model_patch(lambda args: args["x"], patch)
+    expected = tiny.sample(model)
+    patched = tiny.trimmed(model)
+    assert torch.equal(tiny.sample(patched), expected)
+    report = tiny.report_of(patched)
+    assert len(report.notes) == 1 and patch in report.notes[0]
+    assert "no sampling run seen" not in report.text()
+
+
+@pytest.fixture
+def compiled():
+    torch._dynamo.reset()
+
+    def compile_model(model):
+        model = model.clone()
+        set_torch_compile_wrapper(model, backend="eager")
+        return model
+
+    yield compile_model
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_compiled_model_does_not_freeze_the_choice_of_a_step(compiled, order):
+    model = both(order, compiled, tiny.trimmed)
+    out = tiny.sample(model, steps=5)
+    assert torch.equal(out, tiny.sample(tiny.trimmed(tiny.base_model()), steps=5))
+    steps = tiny.report_of(model).steps
+    assert [s.keep_ratio for s in steps] == pytest.approx([0.6, 0.65, 0.7, 0.75, 0.8])
+    assert [s.kept_per_block[1] for s in steps] == [36, 39, 42, 45, 48]
+    again = tiny.sample(model, tiny.case(frames=2), steps=2)
+    assert torch.equal(again, tiny.sample(tiny.trimmed(tiny.base_model()), tiny.case(frames=2), steps=2))

@@ -1,0 +1,87 @@
+"""A plan that trims nothing is bit-exact, on every kind of Wan."""
+
+import pytest
+import torch
+
+from wantrim.hosts import session
+from wantrim.methods.tokens import Selection
+from wantrim.nodes.tokens import WanTrimTokens
+from wantrim.tests.comfyui import tiny
+
+PLANS = {
+    "dropping starts where it ends": {"start": 0.37, "end": 0.37},
+    "every block chooses anew": {"reselect_every": 1},
+    "a budget that rounds to all tokens": {"keep": 0.99, "direction": "constant"},
+}
+SIZES = {
+    "odd height and width": {"height": 9, "width": 7},
+    "one latent frame": {"frames": 1},
+    "batch of two": {"batch": 2},
+}
+
+
+def node_defaults(node) -> dict:
+    """The inputs of a node that have a default."""
+    inputs = {i.id: getattr(i, "default", None) for i in node.define_schema().inputs}
+    return {name: value for name, value in inputs.items() if value is not None}
+
+
+def keep_everything(evidence, budget, anchored=None) -> Selection:
+    batch, length = evidence.before.shape[:2]
+    return Selection(torch.arange(length).expand(batch, -1).contiguous(), length)
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_prune_ratio_zero_at_the_node_equals_the_untouched_model(kind):
+    model, given = tiny.base_model(kind), tiny.case(kind)
+    options = {**node_defaults(WanTrimTokens), "prune_ratio": 0.0}
+    patched = WanTrimTokens.execute(model=model, **options).result[0]
+    assert torch.equal(tiny.sample(patched, given), tiny.sample(model, given))
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_plan_without_effect_equals_the_untouched_model(kind, plan):
+    model, given = tiny.base_model(kind), tiny.case(kind)
+    patched = tiny.trimmed(model, **plan)
+    assert torch.equal(tiny.sample(patched, given), tiny.sample(model, given))
+    assert tiny.report_of(patched).kept_share == 1.0
+
+
+@pytest.mark.parametrize("dropped_kv", ["leave", "keep"])
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_gathering_and_scattering_all_tokens_equals_the_untouched_model(
+    kind, dropped_kv, monkeypatch
+):
+    monkeypatch.setattr(session, "select_tokens", keep_everything)
+    model, given = tiny.base_model(kind), tiny.case(kind)
+    patched = tiny.trimmed(model, dropped_kv=dropped_kv)
+    calls = tiny.watch(patched)
+    assert torch.equal(tiny.sample(patched, given), tiny.sample(model, given))
+    assert calls and all(set(call.kept) == {0, 3} for call in calls)
+
+
+@pytest.mark.parametrize("cfg", [1.0, 5.0])
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("kind", ["t2v", "i2v"])
+def test_sizes_and_cfg_are_neutral_too(kind, size, cfg):
+    model, given = tiny.base_model(kind), tiny.case(kind, **size)
+    patched = tiny.trimmed(model, reselect_every=1)
+    expected = tiny.sample(model, given, cfg=cfg)
+    assert torch.equal(tiny.sample(patched, given, cfg=cfg), expected)
+
+
+@pytest.mark.parametrize("dropped_kv", ["leave", "keep"])
+def test_one_given_latent_frame_leaves_nothing_to_drop(dropped_kv):
+    model, given = tiny.base_model("i2v"), tiny.case("i2v", frames=1)
+    patched = tiny.trimmed(model, dropped_kv=dropped_kv)
+    assert torch.equal(tiny.sample(patched, given), tiny.sample(model, given))
+
+
+def test_report_of_a_neutral_run_says_that_it_ran():
+    patched = tiny.trimmed(tiny.base_model(), keep=1.0)
+    tiny.sample(patched)
+    report = tiny.report_of(patched)
+    assert report.finished
+    assert "no sampling run seen" not in report.text()
+    assert "nothing trimmed" in report.text()

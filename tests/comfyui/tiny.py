@@ -1,0 +1,255 @@
+"""Tiny random Wan checkpoints of every kind, and one way to sample them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from functools import cache
+from types import SimpleNamespace
+
+import torch
+
+import comfy.ops
+import comfy.sample
+import comfy.sd
+from comfy.ldm.wan.model import CameraWanModel, VaceWanModel, WanModel
+from comfy.patcher_extension import WrappersMP
+from comfy_extras import nodes_wan
+from wantrim.hosts.comfyui.attach import SESSION_KEY, attach, attachment_of
+from wantrim.hosts.session import TrimPlan
+from wantrim.methods.schedule import Schedule
+from wantrim.methods.tokens import TokenPlan
+
+HEADS, DIM, LAYERS, TEXT_DIM = 8, 96, 6, 64
+FRAMES, HEIGHT, WIDTH = 3, 8, 10
+# tokens in a latent frame of HEIGHT x WIDTH
+PER_FRAME = 20
+CLIP_TOKENS = 257
+
+KINDS = {
+    "t2v": (WanModel, {"model_type": "t2v", "in_dim": 16}),
+    # Wan2.2 A14B image-to-video: image channels, no CLIP
+    "i2v": (WanModel, {"model_type": "t2v", "in_dim": 36}),
+    "i2v_clip": (WanModel, {"model_type": "i2v", "in_dim": 36}),
+    "ti2v": (WanModel, {"model_type": "t2v", "in_dim": 48, "out_dim": 48}),
+    "vace": (VaceWanModel, {"in_dim": 16, "vace_layers": 2, "vace_in_dim": 96}),
+    "camera": (CameraWanModel, {"model_type": "camera_2.2", "in_dim": 36}),
+    # Wan2.2 Fun Control: control and image channels, a reference in front of the grid
+    "fun": (WanModel, {"model_type": "t2v", "in_dim": 52, "in_dim_ref_conv": 16}),
+}
+
+
+def _random(module: torch.nn.Module, seed: int) -> dict[str, torch.Tensor]:
+    """Weights that pass signals of about unit scale through gates that are open."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for name, value in sorted(module.state_dict().items()):
+        noise = torch.randn(value.shape, generator=generator)
+        if name.endswith("modulation"):
+            weights[name] = 0.5 * noise
+        elif value.ndim > 1:
+            weights[name] = noise * value[0].numel() ** -0.5
+        else:
+            weights[name] = 0.1 * noise + float("norm" in name and name.endswith("weight"))
+    return weights
+
+
+@cache
+def _weights(kind: str) -> dict[str, torch.Tensor]:
+    cls, options = KINDS[kind]
+    sizes = {"dim": DIM, "ffn_dim": 128, "num_layers": LAYERS, "freq_dim": 256}
+    with torch.device("cpu"):
+        module = cls(
+            num_heads=HEADS,
+            text_dim=TEXT_DIM,
+            operations=comfy.ops.disable_weight_init,
+            dtype=torch.float32,
+            **{"out_dim": 16, **sizes, **options},
+        )
+    return _random(module, seed=11)
+
+
+def state_dict(kind: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """A fresh copy of the checkpoint of a kind, and its metadata."""
+    config = {"transformer": {"num_heads": HEADS, "text_dim": TEXT_DIM}}
+    weights = {name: value.clone() for name, value in _weights(kind).items()}
+    return weights, {"config": json.dumps(config)}
+
+
+@cache
+def base_model(kind: str = "t2v"):
+    """The untouched MODEL of a kind, the same object for the whole session."""
+    weights, metadata = state_dict(kind)
+    model = comfy.sd.load_diffusion_model_state_dict(weights, metadata=metadata)
+    assert type(model.model.diffusion_model) is KINDS[kind][0]
+    return model
+
+
+def token_plan(keep: float = 0.7, reselect_every: int = 3, **options) -> TokenPlan:
+    schedule = Schedule(keep, options.pop("direction", "falling"))
+    return TokenPlan(schedule, reselect_every=reselect_every, **options)
+
+
+def trimmed(model, keep: float = 0.7, **options):
+    """A clone of `model` that drops tokens: by default blocks 0 and 3 of 6 choose anew."""
+    return attach(model, TrimPlan(token_plan(keep, **options)))
+
+
+def report_of(model):
+    return attachment_of(model).report
+
+
+class StubVAE:
+    """Makes latents of the right shape, different for every picture."""
+
+    def __init__(self, channels: int = 16, stride: int = 8):
+        self.latent_channels, self.stride = channels, stride
+
+    def spacial_compression_encode(self) -> int:
+        return self.stride
+
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        frames, height, width, _ = pixels.shape
+        size = ((frames - 1) // 4 + 1, height // self.stride, width // self.stride)
+        generator = torch.Generator().manual_seed(round(float(pixels.sum()) * 100) % 2**31)
+        return torch.randn(1, self.latent_channels, *size, generator=generator)
+
+
+def text(seed: int, tokens: int = 7, batch: int = 1) -> list:
+    generator = torch.Generator().manual_seed(seed)
+    return [[torch.randn(batch, tokens, TEXT_DIM, generator=generator), {}]]
+
+
+def clip_vision(seed: int = 5):
+    generator = torch.Generator().manual_seed(seed)
+    states = torch.randn(1, CLIP_TOKENS, 1280, generator=generator)
+    return SimpleNamespace(penultimate_hidden_states=states)
+
+
+def picture(seed: int, height: int, width: int, frames: int = 1) -> torch.Tensor:
+    return torch.rand(frames, height, width, 3, generator=torch.Generator().manual_seed(seed))
+
+
+@dataclass
+class Case:
+    """What the host's own conditioning node of a kind hands to the sampler."""
+
+    positive: list
+    negative: list
+    latent: torch.Tensor
+    noise_mask: torch.Tensor | None = None
+
+
+def empty_latent(frames=FRAMES, height=HEIGHT, width=WIDTH, batch=1, channels=16) -> torch.Tensor:
+    return torch.zeros(batch, channels, frames, height, width)
+
+
+def case(
+    kind: str = "t2v", frames=FRAMES, height=HEIGHT, width=WIDTH, batch=1, tokens=(7, 7)
+) -> Case:
+    """Prompts and latent of a kind with its start image, made by the host's own nodes.
+
+    Args:
+        tokens: length of the positive and of the negative prompt; the host batches equal lengths.
+    """
+    positive, negative = text(1, tokens[0]), text(2, tokens[1])
+    size = (width * 8, height * 8, 4 * (frames - 1) + 1, batch)
+    start = picture(3, height * 8, width * 8)
+    if kind in ("i2v", "i2v_clip"):
+        clip = clip_vision() if kind == "i2v_clip" else None
+        node, extra = nodes_wan.WanImageToVideo, {"start_image": start, "clip_vision_output": clip}
+    elif kind == "vace":
+        masks = torch.ones(size[2], height * 8, width * 8)
+        # the host makes latent masks from every fourth pixel mask or so
+        masks[:3] = 0
+        video = picture(4, height * 8, width * 8, size[2])
+        node = nodes_wan.WanVaceToVideo
+        extra = {"strength": 0.8, "control_video": video, "control_masks": masks}
+    elif kind == "camera":
+        poses = torch.randn(1, 24, frames, height * 8, width * 8)
+        node, extra = nodes_wan.WanCameraImageToVideo, {"start_image": start}
+        extra["camera_conditions"] = poses
+    elif kind == "fun":
+        node = nodes_wan.Wan22FunControlToVideo
+        extra = {"ref_image": picture(6, height * 8, width * 8)}
+    elif kind == "ti2v":
+        stub = StubVAE(48, 16)
+        size = (width * 16, height * 16, *size[2:])
+        start = picture(3, height * 16, width * 16)
+        made = nodes_wan.Wan22ImageToVideoLatent.execute(stub, *size, start_image=start).result[0]
+        return Case(positive, negative, made["samples"], made["noise_mask"])
+    else:
+        return Case(positive, negative, empty_latent(frames, height, width, batch))
+    result = node.execute(positive, negative, StubVAE(), *size, **extra).result
+    return Case(result[0], result[1], result[2]["samples"])
+
+
+def sample(
+    model, given: Case | None = None, *, steps=3, cfg=5.0, sampler="euler", seed=7, **options
+) -> torch.Tensor:
+    """What a KSampler hands out (options: those of comfy.sample.sample)."""
+    given = given or case()
+    noise = options.pop("noise", None)
+    if noise is None:
+        noise = comfy.sample.prepare_noise(given.latent, seed)
+    return comfy.sample.sample(
+        model,
+        noise,
+        steps,
+        cfg,
+        sampler,
+        options.pop("scheduler", "simple"),
+        given.positive,
+        given.negative,
+        given.latent,
+        noise_mask=given.noise_mask,
+        disable_pbar=True,
+        seed=seed,
+        **options,
+    )
+
+
+@dataclass
+class Call:
+    """One model call as the session saw it."""
+
+    sigma: float
+    roles: list[int]
+    frames: int
+    decision: int
+    budget: int
+    # reselecting block -> kept positions [b, kept]
+    kept: dict[int, torch.Tensor] = field(default_factory=dict)
+    length: int = 0
+
+
+def watch(model) -> list[Call]:
+    """Notes every model call of a trimmed MODEL from now on, with what the step decided."""
+    calls: list[Call] = []
+    decisions: list = []
+
+    def note(executor, x, *args, **kwargs):
+        out = executor(x, *args, **kwargs)
+        options = args[-1]
+        run = options[SESSION_KEY]
+        decision = run.session.decision
+        if not any(decision is known for known in decisions):
+            decisions.append(decision)
+        number = next(i for i, known in enumerate(decisions) if known is decision)
+        kept = {block: s.index.clone() for block, s in decision.selections.items()}
+        length = max((s.length for s in decision.selections.values()), default=0)
+        calls.append(
+            Call(
+                float(options["sigmas"].max()),
+                list(options["cond_or_uncond"]),
+                x.shape[2],
+                number,
+                decision.budget,
+                kept,
+                length,
+            )
+        )
+        return out
+
+    model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "watch", note)
+    return calls

@@ -1,0 +1,202 @@
+"""Reads workflows in the frontend's format: what is wrong with one, and its API form."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+# live in the frontend only
+FRONTEND = {"MarkdownNote", "Note", "Reroute", "PrimitiveNode"}
+NOTES = {"MarkdownNote", "Note"}
+WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
+CONTROLS = {"fixed", "increment", "decrement", "randomize"}
+# the frontend adds a control to whole numbers of these names, asked for or not
+SEEDS = {"seed", "noise_seed"}
+LOADERS = {
+    "UNETLoader": "diffusion_models",
+    "CLIPLoader": "text_encoders",
+    "VAELoader": "vae",
+    "LoraLoader": "loras",
+    "LoraLoaderModelOnly": "loras",
+}
+ACTIVE = 0
+
+
+def graphs(workflow: dict) -> Iterator[tuple[list[dict], list[dict]]]:
+    """Nodes and links (as dicts) of the workflow and of every subgraph in it."""
+    names = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")
+    for graph in (workflow, *workflow.get("definitions", {}).get("subgraphs", [])):
+        links = [
+            dict(zip(names, link, strict=True)) if isinstance(link, list) else link
+            for link in graph["links"]
+        ]
+        yield graph["nodes"], links
+
+
+def schema_inputs(info: dict) -> dict[str, tuple]:
+    """Input name -> (type, options) in the order of the node."""
+    groups = info["input"]
+    found = {}
+    for group in ("required", "optional"):
+        for name, spec in groups.get(group, {}).items():
+            kind = "COMBO" if isinstance(spec[0], list) else spec[0]
+            options = dict(spec[1]) if len(spec) > 1 else {}
+            if isinstance(spec[0], list):
+                options["options"] = spec[0]
+            found[name] = (kind, options)
+    return found
+
+
+def is_widget(kind: str, options: dict) -> bool:
+    typed = kind in WIDGET_TYPES or kind.startswith("COMFY_DYNAMICCOMBO")
+    return typed and not options.get("forceInput")
+
+
+def has_control(name: str, kind: str, options: dict) -> bool:
+    return kind == "INT" and (bool(options.get("control_after_generate")) or name in SEEDS)
+
+
+def widget_values(node: dict, info: dict) -> dict[str, object]:
+    """Widget name -> value of one node.
+
+    Raises:
+        ValueError: there are more or fewer values than widgets.
+    """
+    schema = schema_inputs(info)
+    values = list(node.get("widgets_values") or [])
+    found = {}
+    for given in node.get("inputs", []):
+        if "widget" not in given:
+            continue
+        name = given["name"]
+        if not values:
+            raise ValueError(f"{node['type']}: no value for the widget {name!r}")
+        found[name] = values.pop(0)
+        kind, options = schema.get(name, ("", {}))
+        if has_control(name, kind, options):
+            control = values.pop(0) if values else None
+            if control not in CONTROLS:
+                raise ValueError(f"{node['type']}: {name!r} needs a control, got {control!r}")
+    if values:
+        raise ValueError(f"{node['type']}: {len(values)} widget values too many: {values}")
+    return found
+
+
+def node_problems(node: dict, infos: dict) -> list[str]:
+    """What is wrong with one node by itself."""
+    kind = node["type"]
+    problems = [
+        f"{kind}: no properties.{key}"
+        for key in ("cnr_id", "ver")
+        if not node.get("properties", {}).get(key)
+    ]
+    if kind in FRONTEND:
+        return problems
+    if kind not in infos:
+        return [*problems, f"{kind}: unknown to ComfyUI and to the pack"]
+    try:
+        values = widget_values(node, infos[kind])
+    except ValueError as error:
+        return [*problems, str(error)]
+    schema = schema_inputs(infos[kind])
+    names = {given["name"] for given in node.get("inputs", [])}
+    problems += [f"{kind}: input {name!r} is missing" for name in schema if name not in names]
+    for name, value in values.items():
+        problems += value_problems(kind, name, value, *schema.get(name, ("", {})))
+    if kind in LOADERS:
+        models = node["properties"].get("models", [])
+        for model in models:
+            missing = {"name", "url", "directory"} - set(model)
+            problems += [f"{kind}: models has no {key}" for key in missing]
+            if model.get("directory") != LOADERS[kind]:
+                problems.append(f"{kind}: models go to {LOADERS[kind]}, not {model.get('directory')}")
+        if {model.get("name") for model in models}.isdisjoint(map(str, values.values())):
+            problems.append(f"{kind}: properties.models does not name {values}")
+    return problems
+
+
+def value_problems(node: str, name: str, value, kind: str, options: dict) -> list[str]:
+    if kind in ("INT", "FLOAT"):
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            return [f"{node}: {name} is {value!r}, expected a number"]
+        low, high = options.get("min", value), options.get("max", value)
+        if not low <= value <= high:
+            return [f"{node}: {name} is {value}, expected {low} to {high}"]
+    # model and image files are those of the artist's machine
+    if kind == "COMBO" and node not in {*LOADERS, "LoadImage"} and value not in options["options"]:
+        return [f"{node}: {name} is {value!r}, expected one of {options['options']}"]
+    if kind == "BOOLEAN" and not isinstance(value, bool):
+        return [f"{node}: {name} is {value!r}, expected true or false"]
+    return []
+
+
+def fits(output: str, wanted: str) -> bool:
+    return "*" in (output, wanted) or bool(set(output.split(",")) & set(wanted.split(",")))
+
+
+def link_problems(nodes: list[dict], links: list[dict], infos: dict) -> list[str]:
+    """Links that lead nowhere, or whose ends do not fit."""
+    by_id = {node["id"]: node for node in nodes}
+    problems = []
+    used = {link["id"]: link for link in links}
+    for node in nodes:
+        for slot, given in enumerate(node.get("inputs", [])):
+            if given.get("link") is None:
+                needed = infos.get(node["type"], {}).get("input", {}).get("required", {})
+                if given["name"] in needed and "widget" not in given:
+                    problems.append(f"{node['type']}: {given['name']!r} is not connected")
+                continue
+            link = used.get(given["link"])
+            if link is None or (link["target_id"], link["target_slot"]) != (node["id"], slot):
+                problems.append(f"{node['type']}: {given['name']!r} names a link that is not its own")
+    for link in links:
+        # ends at the rim of a subgraph have no node
+        origin, target = by_id.get(link["origin_id"]), by_id.get(link["target_id"])
+        rim = {link["origin_id"], link["target_id"]} & {-10, -20}
+        if not rim and (origin is None or target is None):
+            problems.append(f"link {link['id']} has an end without a node")
+        elif origin and target and not {origin["type"], target["type"]} & FRONTEND:
+            output = infos[origin["type"]]["output"][link["origin_slot"]]
+            output = "COMBO" if isinstance(output, list) else output
+            given = target["inputs"][link["target_slot"]]
+            wanted = schema_inputs(infos[target["type"]])[given["name"]][0]
+            if not fits(output, wanted) or not fits(output, link["type"]):
+                problems.append(
+                    f"link {link['id']}: {origin['type']} gives {output}, "
+                    f"{target['type']}.{given['name']} takes {wanted}, the link says {link['type']}"
+                )
+            if link["id"] not in (origin["outputs"][link["origin_slot"]].get("links") or []):
+                problems.append(f"link {link['id']} is not among the outputs of {origin['type']}")
+    return problems
+
+
+def problems(workflow: dict, infos: dict) -> list[str]:
+    """Everything that is wrong with a workflow."""
+    inside = {graph["id"] for graph in workflow.get("definitions", {}).get("subgraphs", [])}
+    found = []
+    for nodes, links in graphs(workflow):
+        for node in nodes:
+            if node["type"] not in inside:
+                found += node_problems(node, infos)
+        known = [node for node in nodes if node["type"] in infos or node["type"] in FRONTEND]
+        if len(known) == len(nodes):
+            found += link_problems(nodes, links, infos)
+    return found
+
+
+def to_api(workflow: dict, infos: dict) -> dict:
+    """The prompt that the frontend would queue (no subgraphs, no bypassed nodes)."""
+    (nodes, links), *subgraphs = graphs(workflow)
+    if subgraphs or any(node.get("mode", ACTIVE) != ACTIVE for node in nodes):
+        raise ValueError("subgraphs, muted and bypassed nodes are not converted")
+    by_link = {link["id"]: link for link in links}
+    prompt = {}
+    for node in nodes:
+        if node["type"] in NOTES:
+            continue
+        inputs = widget_values(node, infos[node["type"]])
+        for given in node.get("inputs", []):
+            if given.get("link") is not None:
+                link = by_link[given["link"]]
+                inputs[given["name"]] = [str(link["origin_id"]), link["origin_slot"]]
+        prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
+    return prompt
