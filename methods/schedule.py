@@ -30,7 +30,7 @@ class Schedule:
         keep_ratio: mean share of tokens that stays, 0 < keep_ratio <= 1.
         direction: of the *pruning*: "falling" as in the paper (prunes most at high noise),
             "constant", or "rising" (spares the early steps that decide the motion).
-        spread: how far the ratio moves to either side of the mean (paper 0.10).
+        spread: how far the ratio moves to either side of the mean (paper 0.10), less near 0 and 1.
         stages: number of equal stages (paper 5).
     """
 
@@ -58,6 +58,7 @@ class Schedule:
         if self.keep_ratio == 1.0 or self.direction == "constant" or self.stages == 1:
             return self.keep_ratio
         stage = min(int(progress * self.stages + 1e-6), self.stages - 1)
-        offset = self.spread * (1 - 2 * stage / (self.stages - 1))
-        prune = 1.0 - self.keep_ratio + (offset if self.direction == "falling" else -offset)
-        return 1.0 - min(max(prune, 0.0), 1.0)
+        # narrower near 0 and 1, so that the mean stays what was asked for
+        spread = min(self.spread, self.keep_ratio, 1.0 - self.keep_ratio)
+        offset = spread * (1 - 2 * stage / (self.stages - 1))
+        return self.keep_ratio - (offset if self.direction == "falling" else -offset)

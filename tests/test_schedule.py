@@ -11,7 +11,7 @@ def test_paper_schedule_in_five_stages():
 
 
 @pytest.mark.parametrize("direction", ["falling", "constant", "rising"])
-@pytest.mark.parametrize("keep", [0.8, 0.7, 0.6])
+@pytest.mark.parametrize("keep", [0.97, 0.8, 0.7, 0.6, 0.04])
 def test_mean_over_the_run_is_the_asked_one(direction, keep):
     schedule = Schedule(keep, direction)
     kept = [schedule.at((i + 0.5) / 50) for i in range(50)]
