@@ -53,6 +53,8 @@ class Report:
     notes: list[str] = field(default_factory=list)
     planned: str = ""
     finished: bool = False
+    # of the whole run, also when nothing was trimmed
+    seconds: float = 0.0
 
     def note(self, text: str) -> None:
         """Say once what did not happen and why."""
@@ -71,26 +73,30 @@ class Report:
 
     def text(self) -> str:
         """The report in an artist's words."""
+        if not self.steps and not self.finished:
+            return "WanTrim: no sampling run seen yet."
+        remarks = ["What did not happen, and why:"]
+        remarks += [f"- {note}" for note in self.notes] or ["- nothing: everything ran as planned."]
+        lines = [f"WanTrim on {self.model}: {self.planned}"]
         if not self.steps:
-            lines = ["WanTrim: no sampling run seen yet."]
-        else:
-            seconds = [s.seconds for s in self.steps]
-            lines = [
-                f"WanTrim on {self.model}: {self.planned}",
-                f"{len(self.steps)} steps, {sum(seconds):.1f} s, "
-                f"{statistics.median(seconds):.2f} s per step (median).",
-                f"Token work done: {self.kept_share:.1%} of block x token "
-                "(an untouched model does 100%; time falls less than work on small videos).",
-                "",
-                "step  sigma   kept  token work  calls  seconds",
-            ]
-            lines += [
-                f"{i + 1:>4}  {s.sigma:.4f}  {s.keep_ratio:>4.0%}  {s.kept_share:>10.1%}"
-                f"  {s.calls:>5}  {s.seconds:>7.2f}"
-                for i, s in enumerate(self.steps)
-            ]
-            if not self.finished:
-                lines.append("The run did not finish (cancelled or failed).")
-        lines += ["", "What did not happen, and why:"]
-        lines += [f"- {note}" for note in self.notes] or ["- nothing: everything ran as planned."]
+            lines.append(f"The model ran untouched, {self.seconds:.1f} s in all.")
+            return "\n".join([*lines, "", *remarks])
+        seconds = statistics.median(step.seconds for step in self.steps)
+        lines += [
+            f"{len(self.steps)} steps, {self.seconds:.1f} s in all, {seconds:.2f} s per step (median).",
+            f"Token work done: {self.kept_share:.1%} of block x token "
+            "(an untouched model does 100%; time falls less than work on small videos).",
+            "",
+            # before the table: a long run would push them out of sight
+            *remarks,
+            "",
+            "step  sigma   kept  token work  calls  seconds",
+        ]
+        lines += [
+            f"{i + 1:>4}  {s.sigma:.4f}  {s.keep_ratio:>4.0%}  {s.kept_share:>10.1%}"
+            f"  {s.calls:>5}  {s.seconds:>7.2f}"
+            for i, s in enumerate(self.steps)
+        ]
+        if not self.finished:
+            lines.append("The run did not finish (cancelled or failed).")
         return "\n".join(lines)

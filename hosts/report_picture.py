@@ -11,17 +11,19 @@ WIDTH = 960
 MARGIN = 16
 BACKGROUND = (24, 26, 31)
 INK = (225, 228, 235)
-FAINT = (120, 126, 140)
+FAINT = (160, 166, 178)
 KEPT = (92, 184, 122)
 TIME = (98, 150, 232)
 OVERLAY_FRAMES = 6
+# laid over what was left out; dark pictures cannot get darker
+LEFT_OUT = np.array([0.16, 0.30, 0.75], np.float32)
 HEAT_LOW = np.array([36, 40, 52], np.float32)
 
 
 def overlay(video: np.ndarray, coverage: np.ndarray) -> np.ndarray:
-    """Darken what was left out: video [frames, h, w, 3] in 0..1, coverage [f, gh, gw] in 0..1.
+    """Tint what was left out: video [frames, h, w, 3] in 0..1, coverage [f, gh, gw] in 0..1.
 
-    Token-sized squares, as dark as the share of blocks that did not compute them.
+    Token-sized squares, as blue as the share of blocks that did not compute them.
     """
     frames, height, width, _ = video.shape
     latent_frames = len(coverage)
@@ -34,7 +36,8 @@ def overlay(video: np.ndarray, coverage: np.ndarray) -> np.ndarray:
         light = (coverage[latent] - low) / (1 - low)
         image = Image.fromarray((255 * light).astype(np.uint8))
         shade[index] = np.asarray(image.resize((width, height), Image.Resampling.NEAREST)) / 255
-    return video * (0.25 + 0.75 * shade[..., None])
+    veil = 0.6 * (1 - shade[..., None])
+    return video * (1 - veil) + LEFT_OUT * veil
 
 
 def draw_report(report: Report, video: np.ndarray | None = None) -> Image.Image:
@@ -44,7 +47,7 @@ def draw_report(report: Report, video: np.ndarray | None = None) -> Image.Image:
     if video is not None and coverage is not None and len(video):
         rows.append(_strip(video, coverage.numpy()))
     if report.steps:
-        rows.append(_bars(report, "token work done per step (share of block x token)", KEPT))
+        rows.append(_bars(report, "token work done per step", KEPT))
         rows.append(_bars(report, "seconds per step", TIME))
         rows.append(_heat(report))
     rows.append(_notes(report))
@@ -68,9 +71,9 @@ def _font(size: int):
 def _title(report: Report) -> Image.Image:
     image, draw = _canvas(72)
     draw.text((MARGIN, 12), f"WanTrim on {report.model}", INK, _font(22))
-    seconds = sum(step.seconds for step in report.steps)
-    line = f"{report.planned}   {len(report.steps)} steps, {seconds:.1f} s"
-    draw.text((MARGIN, 44), line, FAINT, _font(14))
+    steps = f"{len(report.steps)} steps, " if report.steps else ""
+    line = f"{report.planned}   {steps}{report.seconds:.1f} s"
+    draw.text((MARGIN, 44), line, FAINT, _font(16))
     return image
 
 
@@ -81,10 +84,10 @@ def _strip(video: np.ndarray, coverage: np.ndarray) -> Image.Image:
     height = round(cell * video.shape[1] / video.shape[2])
     image, draw = _canvas(2 * height + 44)
     draw.text(
-        (MARGIN, 4),
-        "the video, and below it what was left out (darker = computed in fewer blocks)",
+        (MARGIN, 0),
+        "the video, and below it what was left out (bluer = computed in fewer blocks)",
         FAINT,
-        _font(13),
+        _font(17),
     )
     for row, frames in enumerate((video, dark)):
         for column, index in enumerate(shown):
@@ -98,16 +101,18 @@ def _bars(report: Report, title: str, colour) -> Image.Image:
     work = colour == KEPT
     values = [step.kept_share if work else step.seconds for step in report.steps]
     top = 1.0 if work else max(max(values), 1e-9)
-    image, draw = _canvas(128)
-    draw.text((MARGIN, 4), title, FAINT, _font(13))
+    image, draw = _canvas(132)
+    low, high = min(values), max(values)
+    spread = f"{low:.0%} to {high:.0%}" if work else f"{low:.2f} to {high:.2f} s"
+    draw.text((MARGIN, 2), f"{title}: {spread}", FAINT, _font(17))
     slot = (WIDTH - 2 * MARGIN) / len(values)
     for index, value in enumerate(values):
         left = MARGIN + index * slot
-        height = 76 * value / top
-        draw.rectangle((left, 104 - height, left + max(slot - 3, 1), 104), colour)
+        height = 74 * value / top
+        draw.rectangle((left, 106 - height, left + max(slot - 3, 1), 106), colour)
         if slot > 34:
             label = f"{value:.0%}" if work else f"{value:.2f}"
-            draw.text((left + 2, 106), label, INK, _font(11))
+            draw.text((left + 2, 108), label, INK, _font(15))
     return image
 
 
@@ -122,10 +127,10 @@ def _heat(report: Report) -> Image.Image:
     height = max(min(8 * blocks, 320), 64)
     image, draw = _canvas(height + 30)
     draw.text(
-        (MARGIN, 4),
+        (MARGIN, 0),
         "tokens computed, block (down) by step (across); bright = all",
         FAINT,
-        _font(13),
+        _font(17),
     )
     heat = Image.fromarray(cells.astype(np.uint8))
     image.paste(heat.resize((WIDTH - 2 * MARGIN, height), Image.Resampling.NEAREST), (MARGIN, 24))
@@ -138,13 +143,13 @@ def _notes(report: Report) -> Image.Image:
     for note in notes:
         words, line = note.split(), "-"
         for word in words:
-            if len(line) + len(word) > 118:
+            if len(line) + len(word) > 100:
                 lines.append(line)
                 line = " "
             line += " " + word
         lines.append(line)
-    image, draw = _canvas(30 + 18 * len(lines))
-    draw.text((MARGIN, 6), "what did not happen, and why", FAINT, _font(13))
+    image, draw = _canvas(34 + 22 * len(lines))
+    draw.text((MARGIN, 6), "what did not happen, and why", FAINT, _font(17))
     for index, line in enumerate(lines):
-        draw.text((MARGIN, 26 + 18 * index), line, INK, _font(13))
+        draw.text((MARGIN, 30 + 22 * index), line, INK, _font(17))
     return image

@@ -81,6 +81,19 @@ class Decision:
     ran: list[Selection | None] = field(default_factory=list)
 
 
+def check_latent(latent: torch.Tensor) -> None:
+    """Refuse an empty latent [b, c, f, h, w].
+
+    Raises:
+        ValueError: says what came and where to look.
+    """
+    if latent.numel() == 0:
+        raise ValueError(
+            f"WanTrim got an empty latent of shape {list(latent.shape)}; expected at least one "
+            "latent frame. Check width, height, length and batch size of the latent node."
+        )
+
+
 class Session:
     """State of one sampling run. Make a new one for every run."""
 
@@ -89,6 +102,7 @@ class Session:
         self.report = report
         self.decision: Decision | None = None
         self._began = 0.0
+        self._started = time.perf_counter()
 
     def begin(
         self,
@@ -109,15 +123,7 @@ class Session:
             latent: the model's input, chunks of the same samples in the order of `roles`.
             roles: COND or UNCOND per chunk of the batch.
             anchored: bool [f], latent frames that are given and must not lose tokens.
-
-        Raises:
-            ValueError: the latent is empty.
         """
-        if grid.tokens == 0 or latent.shape[0] == 0:
-            raise ValueError(
-                f"WanTrim got an empty latent of shape {list(latent.shape)}; expected at least one "
-                "latent frame of 2x2. Check width, height and length of the latent node."
-            )
         chunks = latent.chunk(len(roles))
         # hosts put the first conditional prompt last in a batch and first in a split
         cond = [i for i, role in enumerate(roles) if role == COND]
@@ -144,8 +150,15 @@ class Session:
 
     def finish(self, completed: bool) -> Report:
         """Close the run and drop everything that it held."""
-        self._close_step(time.perf_counter())
+        now = time.perf_counter()
+        self._close_step(now)
+        self.report.seconds = now - self._started
         self.report.finished = completed
+        if self.report.steps and self.report.kept_share == 1.0:
+            self.report.note(
+                "no token was left out in any step: reselect_every 1 computes everything, and so "
+                "do steps outside start_percent and end_percent"
+            )
         return self.report
 
     def _close_step(self, now: float) -> None:
@@ -189,6 +202,9 @@ class ModelCall:
             self._record(None)
             return self._reselect(block_index, call)
         self._record(self.current)
+        if not self.current.dropped.numel():
+            # every latent frame is given
+            return call.run()
         index = self.current.rows(self.chunks)
         others = None
         if self.plan.dropped_kv == "keep":

@@ -100,8 +100,9 @@ class WanTrimDemoPrompt(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, prompt: str) -> bool | str:
-        if prompt.strip():
+    def validate_inputs(cls, prompt: str | None = None) -> bool | str:
+        # None: the prompt comes over a link and is checked when it is there
+        if prompt is not None and prompt.strip():
             try:
                 parse_prompt(prompt)
             except ValueError as error:
@@ -128,6 +129,8 @@ class WanTrimDemoImage(io.ComfyNode):
                     default=0,
                     min=0,
                     max=2**32 - 1,
+                    # the frontend gives every "seed" a control, and randomizes it unless told
+                    control_after_generate=io.ControlAfterGenerate.fixed,
                     tooltip="Chooses where the shapes stand and how large they are.",
                 ),
             ],
@@ -135,9 +138,10 @@ class WanTrimDemoImage(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, prompt: str) -> bool | str:
+    def validate_inputs(cls, prompt: str | None = None) -> bool | str:
         try:
-            parse_prompt(prompt)
+            if prompt is not None:
+                parse_prompt(prompt)
         except ValueError as error:
             return f"WanTrim Demo: Start Image: {error}"
         return True

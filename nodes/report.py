@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
 from comfy_api.latest import io, ui
 
 from ..hosts.comfyui.attach import attachment_of
+from ..hosts.report import Report
 from ..hosts.report_picture import draw_report
 
 NAME = "WanTrim Report"
@@ -52,21 +55,30 @@ class WanTrimReport(io.ComfyNode):
     @classmethod
     def execute(cls, model, images: torch.Tensor, model_low_noise=None) -> io.NodeOutput:
         reports = []
+        pair = model_low_noise is not None
+        if pair and attachment_of(model) is attachment_of(model_low_noise) is not None:
+            raise ValueError(
+                f"{NAME}: 'model' and 'model_low_noise' are the same model. Connect the high noise "
+                "expert to 'model' and the low noise expert to 'model_low_noise'."
+            )
         for label, patched in (("model", model), ("model_low_noise", model_low_noise)):
             if patched is None:
                 continue
             attachment = attachment_of(patched)
             if attachment is None:
-                raise ValueError(
-                    f"{NAME}: the input '{label}' has no WanTrim plan on it. Connect the output of "
-                    "WanTrim Tokens, or of a node behind it."
-                )
+                # a bypassed node must not cost the artist a finished run
+                reports.append(_nothing_on(label, type(patched.model.diffusion_model).__name__))
+                continue
             if attachment.report is None:
                 raise ValueError(
                     f"{NAME}: the model at '{label}' was not sampled yet. Connect 'images' to the "
                     "VAE Decode of the sampler that uses this model."
                 )
-            reports.append(attachment.report)
+            expert = {"model": "high noise", "model_low_noise": "low noise"}[label]
+            report = attachment.report
+            reports.append(
+                replace(report, model=f"{report.model}, {expert} expert") if pair else report
+            )
         text = "\n\n".join(report.text() for report in reports)
         video = images.cpu().float().numpy()
         pages = [draw_report(report, video) for report in reports]
@@ -79,6 +91,15 @@ class WanTrimReport(io.ComfyNode):
         picture = torch.from_numpy(canvas)[None]
         shown = {**ui.PreviewImage(picture, cls=cls).as_dict(), "text": (text,)}
         return io.NodeOutput(text, picture, ui=shown)
+
+
+def _nothing_on(label: str, model: str) -> Report:
+    report = Report(model, planned="no WanTrim node on this model", finished=True)
+    report.note(
+        f"the input '{label}' has no WanTrim plan on it, so nothing was trimmed or timed; connect "
+        "the output of WanTrim Tokens, or of a node behind it, and take off its bypass"
+    )
+    return report
 
 
 NODES = [WanTrimReport]

@@ -14,6 +14,7 @@ from ..methods.tokens import IMPORTANCE, TokenPlan
 
 CATEGORY = "model/patch/wan"
 NAME = "WanTrim Tokens"
+MAX_PRUNE = 0.8
 # shown to artists -> name in the plan
 DROPPED_KV = {"leave out": "leave", "keep": "keep"}
 
@@ -44,7 +45,7 @@ class WanTrimTokens(io.ComfyNode):
                     "prune_ratio",
                     default=0.30,
                     min=0.0,
-                    max=0.8,
+                    max=MAX_PRUNE,
                     step=0.01,
                     display_mode=io.NumberDisplay.slider,
                     tooltip=(
@@ -151,8 +152,8 @@ class WanTrimTokens(io.ComfyNode):
         end_percent: float,
     ) -> io.NodeOutput:
         check_tokens(model, NAME)
-        if not 0.0 <= prune_ratio < 1.0:
-            raise ValueError(f"{NAME}: prune_ratio: expected 0 to 0.8, got {prune_ratio}")
+        if not 0.0 <= prune_ratio <= MAX_PRUNE:
+            raise ValueError(f"{NAME}: prune_ratio: expected 0 to {MAX_PRUNE}, got {prune_ratio}")
         if start_percent > end_percent:
             raise ValueError(
                 f"{NAME}: start_percent ({start_percent}) is after end_percent ({end_percent}); "

@@ -96,17 +96,18 @@ def report_of(kept: list[int], frames=2) -> Report:
     return Report("Wan", [step], planned="half", finished=True)
 
 
-def test_overlay_darkens_what_was_left_out_in_its_latent_frame():
+def test_overlay_tints_what_was_left_out_in_its_latent_frame():
     report = report_of([0, 1, 2])
     # block 1 of 4 ran on 3 of 12 tokens a frame, the other blocks on all
     assert report.steps[0].kept_per_block == [24, 6, 24, 24]
     coverage = report.coverage().numpy()
     assert coverage[0, 0].tolist() == pytest.approx([1, 1, 1, 0.75])
-    video = np.ones((5, 30, 40, 3), np.float32)
-    dark = overlay(video, coverage)
-    assert dark[0, 5, 5] == pytest.approx(1.0)
-    assert dark[0, 5, 35] == pytest.approx(0.25)
-    assert dark.shape == video.shape
+    for shade in (0.0, 1.0):
+        video = np.full((5, 30, 40, 3), shade, np.float32)
+        shown = overlay(video, coverage)
+        assert shown[0, 5, 5] == pytest.approx(shade)
+        assert abs(shown[0, 5, 35] - shade).max() > 0.3
+        assert shown.shape == video.shape
 
 
 @pytest.mark.parametrize("video", [None, np.ones((1, 31, 17, 3)), np.ones((17, 96, 96, 3))])
@@ -125,3 +126,5 @@ def test_report_text_says_what_did_not_happen():
     report.finished = False
     assert "did not finish" in report.text()
     assert "no sampling run" in Report().text()
+    untouched = Report("Wan", planned="nothing trimmed", finished=True, seconds=3.25)
+    assert "ran untouched, 3.2 s in all" in untouched.text()

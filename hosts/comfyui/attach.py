@@ -16,7 +16,7 @@ from comfy.patcher_extension import WrappersMP
 
 from ...methods.schedule import progress_at
 from ..report import Report
-from ..session import COND, Session, TrimPlan
+from ..session import COND, Session, TrimPlan, check_latent
 from .blocks import replace_blocks
 from .variants import anchored_frames, token_grid, why_not_now
 
@@ -133,6 +133,7 @@ def _trimmed_options(
     if reason is not None:
         report.note(reason)
         return options
+    check_latent(x)
     sigma = float(options["sigmas"].max()) if "sigmas" in options else float(timestep.max()) / 1000
     grid = token_grid(dm, x, time_dim_concat, extra)
     call = run.session.begin(

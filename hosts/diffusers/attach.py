@@ -11,7 +11,7 @@ from diffusers.hooks import HookRegistry, ModelHook
 from ...methods.schedule import progress_at
 from ...methods.tokens import TokenGrid
 from ..report import Report
-from ..session import COND, ModelCall, Session, TrimPlan
+from ..session import COND, ModelCall, Session, TrimPlan, check_latent
 from .blocks import Block
 
 HOOK = "wantrim"
@@ -90,6 +90,7 @@ class _ModelHook(ModelHook):
 
     def new_forward(self, module, hidden_states, timestep, *args, **kwargs):
         a = self.attachment
+        check_latent(hidden_states)
         grid = _grid(module, hidden_states)
         # per-token timesteps (TI2V) are 0 where the latent is given
         sigma = float(timestep.max()) / 1000
