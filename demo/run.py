@@ -125,11 +125,13 @@ class Contestant:
 
 
 def run_demo(steps: int, prompts: int, seed: int) -> Result:
-    """Text- and image-to-video: dense, TAPE at 20, 30 and 40 %, and dense with fewer steps."""
+    """Text- and image-to-video: dense, TAPE at 20, 30 and 40 %, random tokens, fewer steps."""
     scenes = held_out_scenes(prompts, seed=3)
     jobs = [Job(task, scenes, seed, steps) for task in TASKS]
     contestants = [Contestant("dense", None)]
     contestants += [Contestant(f"tape_{p}", token_plan(p / 100)) for p in (20, 30, 40)]
+    # the control: what is choosing worth?
+    contestants.append(Contestant("random_30", token_plan(0.3, importance="random")))
     contestants.append(Contestant("fewer_steps", None))
     runs: list[Run] = []
     with Progress() as progress:
