@@ -26,11 +26,11 @@ class Step:
     # share of the blocks that computed each token [f, h, w], first sample of the batch
     coverage: torch.Tensor | None = None
 
-    def record(self, ran: list[Selection | None]) -> None:
+    def record(self, ran: list[Selection | None], nothing_ran: bool = False) -> None:
         """Take in what each block ran on; None is all tokens (also when `ran` is empty)."""
         grid = self.grid
-        coverage = torch.ones(grid.tokens)
-        self.kept_per_block = [grid.tokens] * self.num_blocks
+        coverage = torch.full((grid.tokens,), 0.0 if nothing_ran else 1.0)
+        self.kept_per_block = [0 if nothing_ran else grid.tokens] * self.num_blocks
         for block_index, selection in enumerate(ran):
             if selection is not None:
                 dropped = selection.dropped[0].cpu() - grid.start

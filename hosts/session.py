@@ -125,7 +125,7 @@ class Session:
             anchored: bool [f], latent frames that are given and must not lose tokens.
         """
         chunks = latent.chunk(len(roles))
-        # hosts put the first conditional prompt last in a batch and first in a split
+        # hosts put the first conditional prompt last in a batch
         cond = [i for i, role in enumerate(roles) if role == COND]
         decider = cond[-1] if cond else len(roles) - 1
         latent = chunks[decider]
@@ -166,7 +166,10 @@ class Session:
             return
         step = self.decision.step
         step.seconds = now - self._began
-        step.record(self.decision.ran)
+        trims = self.decision.budget < step.grid.per_frame
+        step.record(self.decision.ran, nothing_ran=trims and not self.decision.ran)
+        if step.kept_share == 0:
+            self.report.note("the model's blocks did not run in some steps: another node's cache")
         self.decision = None
 
 
@@ -214,6 +217,10 @@ class ModelCall:
     def _reselect(self, block_index: int, call: BlockCall) -> torch.Tensor:
         known = self.decision.selections.get(block_index)
         if known is not None or block_index == self.num_blocks - 1:
+            length = call.hidden.shape[1]
+            if known is not None and known.length != length:
+                # only one of the prompts has a reference
+                known = known.moved(self.decision.step.grid, self.grid, length)
             self.current = known
             return call.run()
         before = call.hidden

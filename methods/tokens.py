@@ -197,6 +197,16 @@ class Selection:
         position = torch.arange(self.length, device=self.index.device)
         self.dropped = position.expand_as(mask)[mask].view(len(mask), -1)
 
+    def moved(self, old: TokenGrid, new: TokenGrid, length: int) -> Selection:
+        """The same choice in a sequence of another layout; latent frames new to it stay whole."""
+        dropped = self.dropped - old.start
+        # rows drop equally many tokens of every latent frame, in order
+        dropped = dropped[:, : int((dropped[0] < new.tokens).sum())] + new.start
+        mask = torch.ones(len(dropped), length, dtype=torch.bool, device=dropped.device)
+        mask.scatter_(1, dropped, False)
+        position = torch.arange(length, device=dropped.device)
+        return Selection(position.expand_as(mask)[mask].view(len(mask), -1), length)
+
     def rows(self, repeats: int) -> torch.Tensor:
         """Kept index for `repeats` chunks of the same samples, as cond and uncond are batched."""
         return self.index.repeat(repeats, 1)

@@ -12,7 +12,7 @@ import logging
 import torch
 
 import comfy.model_patcher
-from comfy.patcher_extension import WrappersMP
+from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 
 from ...methods.schedule import progress_at
 from ..report import Report
@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 
 KEY = "wantrim"
 SESSION_KEY = "wantrim_session"
+# the key under which ComfyUI's compile nodes wrap the model
+COMPILE_KEY = "torch.compile"
 
 
 class Attachment:
@@ -67,6 +69,11 @@ class _Run:
 
     def __init__(self, session: Session, shift: float):
         self.session, self.shift = session, shift
+        # why this run computes everything
+        self.dense: str | None = None
+        # the host runs cond and uncond in two calls, uncond first
+        self.split = False
+        self.awaits_cond = False
 
     def __deepcopy__(self, memo) -> _Run:
         return self
@@ -85,6 +92,19 @@ def _outer_sample(executor, *args, **kwargs):
     if shift is None:
         report.note("this model's sampling has no flow shift: the schedule follows sigma itself")
     options["transformer_options"][SESSION_KEY] = _Run(session, shift or 1.0)
+    if not attachment.plan.neutral:
+        # last, so that what other packs do per batch of prompts is done once
+        for kind, wrapper in (
+            (WrappersMP.CALC_COND_BATCH, _calc_cond_batch),
+            (WrappersMP.APPLY_MODEL, _apply_model),
+        ):
+            add_wrapper_with_key(kind, KEY, wrapper, options, is_model_options=True)
+        wrappers = options["transformer_options"]["wrappers"]
+        if COMPILE_KEY in wrappers[WrappersMP.APPLY_MODEL]:
+            report.note(
+                "torch.compile: the run is right but not compiled, because a compiled model would "
+                "freeze the first step's choice of tokens"
+            )
     attachment.report = report
     guider.model_options = options
     completed = False
@@ -102,6 +122,51 @@ def _outer_sample(executor, *args, **kwargs):
                 100 * report.kept_share,
                 len(report.notes),
             )
+
+
+class _UncondFirst(Exception):
+    """Short of memory, the host began with the prompt that must not decide."""
+
+
+def _calc_cond_batch(executor, model, conds, x_in, timestep, model_options):
+    """The conditional prompt first when the host cannot run both in one call."""
+    run: _Run | None = model_options["transformer_options"].get(SESSION_KEY)
+    if run is not None and "multigpu_clones" in model_options:
+        run.dense = "several GPUs share a step and would choose tokens apart: all were computed"
+    if run is None or conds[0] is None or not any(cond is not None for cond in conds[1:]):
+        return executor(model, conds, x_in, timestep, model_options)
+    if not run.split:
+        run.awaits_cond = True
+        try:
+            return executor(model, conds, x_in, timestep, model_options)
+        except _UncondFirst:
+            run.split = True
+        finally:
+            run.awaits_cond = False
+    others = [None] * (len(conds) - 1)
+    first = executor(model, [conds[0], *others], x_in, timestep, model_options)
+    rest = executor(model, [None, *conds[1:]], x_in, timestep, model_options)
+    return [first[0], *rest[1:]]
+
+
+@torch.compiler.disable(recursive=False)
+def _apply_model(
+    executor,
+    x,
+    t,
+    c_concat=None,
+    c_crossattn=None,
+    control=None,
+    transformer_options=None,
+    **kwargs,
+):
+    options = transformer_options or {}
+    run: _Run | None = options.get(SESSION_KEY)
+    if run is not None and run.awaits_cond:
+        if COND not in options.get("cond_or_uncond", [COND]):
+            raise _UncondFirst
+        run.awaits_cond = False
+    return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
 
 
 @torch.compiler.disable
@@ -129,7 +194,7 @@ def _trimmed_options(
     dm, run: _Run, x, timestep, time_dim_concat, options: dict, extra: dict
 ) -> dict:
     report = run.session.report
-    reason = why_not_now(options)
+    reason = run.dense or why_not_now(options)
     if reason is not None:
         report.note(reason)
         return options

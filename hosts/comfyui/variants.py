@@ -86,9 +86,10 @@ def anchored_frames(
     # references appended in time
     anchored[frames:] = True
     out_channels = dm.out_dim
-    if x.shape[1] == 2 * out_channels + 4:
-        # image-to-video input: noise, 4 mask channels (1 where given), image latents
-        anchored[:frames] |= x[:, out_channels : out_channels + 4].amax((0, 1, 3, 4)) > 0
+    mask = x.shape[1] - out_channels - 4
+    if mask in (out_channels, 2 * out_channels):
+        # noise, control latents (Fun Control), 4 mask channels (1 where given), image latents
+        anchored[:frames] |= x[:, mask : mask + 4].amax((0, 1, 3, 4)) > 0
     if timestep.ndim == 2 and timestep.shape[1] == frames:
         # TI2V: given latent frames are at timestep 0
         anchored[:frames] |= (timestep == 0).all(0)

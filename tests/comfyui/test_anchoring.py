@@ -145,30 +145,50 @@ def test_importance_is_read_from_the_grid_behind_the_reference():
         assert set(best.tolist()) == set(kept[(kept >= first) & (kept < first + 20)].tolist())
 
 
-@pytest.mark.parametrize("kind", ["t2v", "fun"])
-def test_prompts_whose_sequences_differ_in_length(kind):
-    """Only the conditional prompt has a reference: the choice cannot be applied as it is."""
-    given = phantom() if kind == "t2v" else tiny.case("fun")
-    given.negative = tiny.text(2)
-    model = tiny.base_model(kind)
-    for dropped_kv in ("leave", "keep"):
-        patched = tiny.trimmed(model, dropped_kv=dropped_kv)
-        lengths = []
-        patched.set_model_double_block_patch(
-            lambda a, seen=lengths: seen.append(a["img"].shape[1]) or a
-        )
-        out = tiny.sample(patched, given)
-        assert torch.isfinite(out).all()
-        assert len(set(lengths)) == 2
-    neutral = tiny.trimmed(model, reselect_every=1)
-    assert torch.equal(tiny.sample(neutral, given), tiny.sample(model, given))
-
-
-def test_context_latents_behind_the_grid_are_kept():
+def bernini() -> tiny.Case:
     given = tiny.case()
     latents = [torch.randn(1, 16, 1, tiny.HEIGHT, tiny.WIDTH)]
     for prompt in (given.positive, given.negative):
         prompt[0][1]["context_latents"] = latents
+    return given
+
+
+@pytest.mark.parametrize("has_it", ["positive", "negative"])
+@pytest.mark.parametrize("dropped_kv", ["leave", "keep"])
+@pytest.mark.parametrize(
+    ("kind", "given"),
+    [("t2v", phantom), ("fun", lambda: tiny.case("fun")), ("t2v", bernini)],
+    ids=["subjects", "reference", "context latents"],
+)
+def test_only_one_prompt_with_a_reference(kind, given, dropped_kv, has_it):
+    """The sequences differ in length: the same places of the video are dropped in both."""
+    given, model = given(), tiny.base_model(kind)
+    if has_it == "positive":
+        given.negative = tiny.text(2)
+    else:
+        given.positive = tiny.text(1)
+    neutral = tiny.trimmed(model, reselect_every=1)
+    assert torch.equal(tiny.sample(neutral, given), tiny.sample(model, given))
+    patched = tiny.trimmed(model, dropped_kv=dropped_kv)
+    hidden = []
+    patched.set_model_double_block_patch(lambda a: hidden.append(a["img"].clone()) or a)
+    tiny.sample(patched, given, steps=1)
+    calls = [hidden[: tiny.LAYERS], hidden[tiny.LAYERS :]]
+    short, long = sorted(calls, key=lambda states: states[0].shape[1])
+    grid = tiny.FRAMES * tiny.PER_FRAME
+    start = tiny.PER_FRAME if kind == "fun" else 0
+    for block in (1, 2, 4, 5):
+        without, with_it = (
+            (states[block] == states[block - 1]).all(-1)[0] for states in (short, long)
+        )
+        assert len(without) == grid < len(with_it)
+        assert without.any()
+        assert torch.equal(with_it[start : start + grid], without)
+        assert with_it.sum() == without.sum()
+
+
+def test_context_latents_behind_the_grid_are_kept():
+    given = bernini()
     patched = tiny.trimmed(tiny.base_model())
     calls = tiny.watch(patched)
     tiny.sample(patched, given)

@@ -4,12 +4,15 @@ import pytest
 import torch
 
 import comfy.lora
+import comfy.samplers
 import comfy.sd
 from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
 from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 from comfy_extras.nodes_slg import SkipLayerGuidanceDiT, SkipLayerGuidanceDiTSimple
+from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
 from wantrim.hosts.comfyui.blocks import OVERRIDE
 from wantrim.tests.comfyui import tiny
 
@@ -225,7 +228,9 @@ def compiled():
 
     def compile_model(model):
         model = model.clone()
-        set_torch_compile_wrapper(model, backend="eager")
+        # as ComfyUI's own compile node does it: no guard sees a change of the options
+        options = {"guard_filter_fn": skip_torch_compile_dict}
+        set_torch_compile_wrapper(model, backend="eager", options=options)
         return model
 
     yield compile_model
@@ -240,5 +245,24 @@ def test_compiled_model_does_not_freeze_the_choice_of_a_step(compiled, order):
     steps = tiny.report_of(model).steps
     assert [s.keep_ratio for s in steps] == pytest.approx([0.6, 0.65, 0.7, 0.75, 0.8])
     assert [s.kept_per_block[1] for s in steps] == [36, 39, 42, 45, 48]
+    assert any("not compiled" in note for note in tiny.report_of(model).notes)
     again = tiny.sample(model, tiny.case(frames=2), steps=2)
-    assert torch.equal(again, tiny.sample(tiny.trimmed(tiny.base_model()), tiny.case(frames=2), steps=2))
+    assert torch.equal(
+        again, tiny.sample(tiny.trimmed(tiny.base_model()), tiny.case(frames=2), steps=2)
+    )
+
+
+def test_several_gpus_compute_everything_and_say_so(monkeypatch):
+    def as_on_one(model, conds, x_in, timestep, model_options):
+        options = {k: v for k, v in model_options.items() if k != "multigpu_clones"}
+        return comfy.samplers._calc_cond_batch(model, conds, x_in, timestep, options)
+
+    def on_two(executor, model, conds, x_in, timestep, model_options):
+        return executor(model, conds, x_in, timestep, {**model_options, "multigpu_clones": {}})
+
+    monkeypatch.setattr(comfy.samplers, "_calc_cond_batch_multigpu", as_on_one)
+    dense = tiny.base_model()
+    model = tiny.trimmed(dense)
+    model.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, "gpus", on_two)
+    assert torch.equal(tiny.sample(model), tiny.sample(dense))
+    assert any("several GPUs" in note for note in tiny.report_of(model).notes)

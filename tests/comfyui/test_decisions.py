@@ -118,9 +118,7 @@ def test_each_sample_of_a_batch_has_its_own_choice():
 
 
 @pytest.mark.parametrize("sampler", EVALUATIONS)
-def test_samplers_that_call_more_than_once_get_one_decision_per_evaluation(
-    sampler, no_free_memory
-):
+def test_samplers_that_call_more_than_once_get_one_decision_per_evaluation(sampler, no_free_memory):
     _, calls, report = watched(tiny.case(), sampler=sampler)
     evaluations = EVALUATIONS[sampler]
     assert len(report.steps) == evaluations and {s.calls for s in report.steps} == {2}
@@ -182,23 +180,47 @@ def test_tokens_kept_per_step(direction, expected):
         assert step.kept_per_block == [60, few, few, 60, few, few]
 
 
-@pytest.mark.parametrize("split", [False, True])
-def test_context_windows_decide_once_each(split, monkeypatch):
-    if split:
-        monkeypatch.setattr(ModelPatcher, "get_free_memory", lambda self, device: 0)
+def test_context_windows_decide_once_each(monkeypatch):
     given = tiny.case(frames=7)
     model = ContextWindowsManualNode.execute(
         tiny.base_model(), 3, 1, "standard_static", 1, False, "pyramid", 2, False
     ).result[0]
-    out, calls, report = watched(given, model, steps=2)
-    per_window = 2 if split else 1
-    windows = len(calls) // (2 * per_window)
-    assert windows >= 3 and len({c.frames for c in calls}) == 2
-    assert [c.decision for c in calls] == [i // per_window for i in range(len(calls))]
-    assert len(report.steps) == 2 * windows
-    assert torch.isfinite(out).all()
-    untrimmed = tiny.sample(model, given, steps=2)
-    assert torch.equal(tiny.sample(tiny.trimmed(model, reselect_every=1), given, steps=2), untrimmed)
+    outs = []
+    for per_window in (1, 2):
+        out, calls, report = watched(given, model, steps=2)
+        windows = len(calls) // (2 * per_window)
+        assert windows >= 3 and len({c.frames for c in calls}) == 2
+        assert [c.decision for c in calls] == [i // per_window for i in range(len(calls))]
+        assert len(report.steps) == 2 * windows
+        outs.append(out)
+        # the second time in two calls per window
+        monkeypatch.setattr(ModelPatcher, "get_free_memory", lambda self, device: 0)
+    assert (outs[0] - outs[1]).abs().max() <= 1e-5 * outs[0].abs().max()
+    neutral = tiny.trimmed(model, reselect_every=1)
+    assert torch.equal(tiny.sample(neutral, given, steps=2), tiny.sample(model, given, steps=2))
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "grid"),
+    [
+        ("t2v", {"height": 9, "width": 7}, (3, 5, 4)),
+        ("i2v", {"height": 7, "width": 10}, (3, 4, 5)),
+        ("ti2v", {"frames": 1, "height": 5, "width": 5}, (1, 3, 3)),
+    ],
+    ids=str,
+)
+def test_grid_covers_what_the_host_pads(kind, size, grid):
+    _, calls, report = watched(tiny.case(kind, **size), tiny.base_model(kind))
+    step = report.steps[0]
+    assert (step.grid.frames, step.grid.height, step.grid.width) == grid
+    assert calls[0].length == step.grid.tokens
+
+
+def test_last_block_chooses_for_nobody():
+    patched = tiny.trimmed(tiny.base_model(), reselect_every=1)
+    calls = tiny.watch(patched)
+    tiny.sample(patched, steps=1)
+    assert set(calls[0].kept) == set(range(tiny.LAYERS - 1))
 
 
 def test_skipped_calls_do_not_shift_the_schedule():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import comfy.sd
 from wantrim.hosts import session
 from wantrim.methods.tokens import Selection
 from wantrim.nodes.tokens import WanTrimTokens
@@ -17,7 +18,10 @@ SIZES = {
     "odd height and width": {"height": 9, "width": 7},
     "one latent frame": {"frames": 1},
     "batch of two": {"batch": 2},
+    "one token per latent frame": {"height": 2, "width": 2},
 }
+# what a checkpoint can be stored and computed in; fp8 is cast for every layer
+DTYPES = [torch.bfloat16, torch.float16, torch.float8_e4m3fn]
 
 
 def node_defaults(node) -> dict:
@@ -76,6 +80,36 @@ def test_one_given_latent_frame_leaves_nothing_to_drop(dropped_kv):
     model, given = tiny.base_model("i2v"), tiny.case("i2v", frames=1)
     patched = tiny.trimmed(model, dropped_kv=dropped_kv)
     assert torch.equal(tiny.sample(patched, given), tiny.sample(model, given))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_other_weight_types_are_neutral_and_can_be_trimmed(dtype, monkeypatch):
+    weights, metadata = tiny.state_dict("ti2v")
+    model = comfy.sd.load_diffusion_model_state_dict(weights, {"dtype": dtype}, metadata)
+    assert model.model.get_dtype() == dtype
+    given = tiny.case("ti2v")
+    expected = tiny.sample(model, given)
+    for dropped_kv in ("leave", "keep"):
+        out = tiny.sample(tiny.trimmed(model, dropped_kv=dropped_kv), given)
+        assert torch.isfinite(out).all() and not torch.equal(out, expected)
+    monkeypatch.setattr(session, "select_tokens", keep_everything)
+    assert torch.equal(tiny.sample(tiny.trimmed(model), given), expected)
+
+
+def test_several_prompts_with_areas_and_ranges_are_neutral():
+    given = tiny.case()
+    left = given.positive[0]
+    right = tiny.text(8)[0]
+    right[1].update(area=(tiny.FRAMES, 8, 6, 0, 0, 2), strength=1.0)
+    early = tiny.text(9)[0]
+    early[1].update(start_percent=0.0, end_percent=0.3)
+    given.positive = [left, right, early]
+    expected = tiny.sample(tiny.base_model(), given)
+    neutral = tiny.trimmed(tiny.base_model(), reselect_every=1)
+    assert torch.equal(tiny.sample(neutral, given), expected)
+    patched = tiny.trimmed(tiny.base_model())
+    out = tiny.sample(patched, given)
+    assert torch.isfinite(out).all() and not torch.equal(out, expected)
 
 
 def test_report_of_a_neutral_run_says_that_it_ran():

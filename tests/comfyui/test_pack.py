@@ -45,7 +45,8 @@ def test_host_loads_the_pack_from_a_folder_of_any_name(root, registered, tmp_pat
     assert list(registered.EXTENSION_WEB_DIRS) == [FOLDER]
     for node in registered.NODE_CLASS_MAPPINGS.values():
         node.GET_SCHEMA()
-        assert node.RELATIVE_PYTHON_MODULE == f"custom_nodes.{FOLDER}"
+        module = node.RELATIVE_PYTHON_MODULE
+        assert module == f"custom_nodes.{FOLDER}"
 
 
 def test_node_ids_are_the_released_ones():

@@ -1,5 +1,6 @@
 """Dropping tokens changes this run and nothing else."""
 
+import copy
 import gc
 import weakref
 
@@ -116,6 +117,13 @@ def test_plan_survives_a_further_clone():
     assert torch.equal(tiny.sample(patched.clone()), tiny.sample(patched))
 
 
+def test_plan_and_report_survive_a_deep_copy_of_the_options():
+    # older hosts deep-copy model_options with every clone
+    patched = tiny.trimmed(tiny.base_model())
+    copied = copy.deepcopy(patched.model_options)
+    assert copied["transformer_options"][KEY] is attachment_of(patched)
+
+
 class Broken(Exception):
     pass
 
@@ -148,6 +156,31 @@ def test_run_that_is_stopped_leaves_the_next_one_clean(stop, dropped_kv):
     assert repr(patched.model_options) == options
     assert torch.equal(tiny.sample(patched), whole)
     assert torch.equal(tiny.sample(model), expected)
+
+
+@pytest.mark.parametrize("stops", [False, True])
+def test_guider_has_its_own_options_again_after_the_run(stops):
+    seen = []
+
+    def around(executor, *args, **kwargs):
+        guider = executor.class_obj
+        before = guider.model_options
+        try:
+            return executor(*args, **kwargs)
+        finally:
+            seen.append(guider.model_options is before)
+            seen.append(SESSION_KEY not in before["transformer_options"])
+
+    model = tiny.base_model().clone()
+    model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, "around", around)
+    patched = tiny.trimmed(model)
+    if stops:
+        on_each_block(patched, lambda args: fail())
+        with pytest.raises(Broken):
+            tiny.sample(patched)
+    else:
+        tiny.sample(patched)
+    assert seen == [True, True]
 
 
 def test_cancel_between_steps_leaves_the_next_run_clean():

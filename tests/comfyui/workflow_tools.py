@@ -108,7 +108,9 @@ def node_problems(node: dict, infos: dict) -> list[str]:
             missing = {"name", "url", "directory"} - set(model)
             problems += [f"{kind}: models has no {key}" for key in missing]
             if model.get("directory") != LOADERS[kind]:
-                problems.append(f"{kind}: models go to {LOADERS[kind]}, not {model.get('directory')}")
+                problems.append(
+                    f"{kind}: models go to {LOADERS[kind]}, not {model.get('directory')}"
+                )
         if {model.get("name") for model in models}.isdisjoint(map(str, values.values())):
             problems.append(f"{kind}: properties.models does not name {values}")
     return problems
@@ -147,7 +149,9 @@ def link_problems(nodes: list[dict], links: list[dict], infos: dict) -> list[str
                 continue
             link = used.get(given["link"])
             if link is None or (link["target_id"], link["target_slot"]) != (node["id"], slot):
-                problems.append(f"{node['type']}: {given['name']!r} names a link that is not its own")
+                problems.append(
+                    f"{node['type']}: {given['name']!r} names a link that is not its own"
+                )
     for link in links:
         # ends at the rim of a subgraph have no node
         origin, target = by_id.get(link["origin_id"]), by_id.get(link["target_id"])
