@@ -112,7 +112,7 @@ class Contestant:
         self.model = load_original(CHECKPOINT)
         self.attachment = None
         if plan is not None:
-            self.attachment = attach(self.model, plan, roles=(COND, UNCOND), shift=SHIFT)
+            self.attachment = attach(self.model, plan, cond_or_uncond=(COND, UNCOND), shift=SHIFT)
 
     def flops(self, job: Job, steps: int) -> float:
         """Mean FLOPs of a step, counted by torch on one video and scaled to the batch."""
@@ -178,6 +178,7 @@ def _race(entries: list[Run], contestants: list[Contestant], job: Job, advance) 
             # the session's clock also counts the others' turns
             for step, seconds in zip(entry.report.steps, times[number], strict=True):
                 step.seconds = seconds
+            entry.report.seconds = sum(times[number])
         entry.videos = to_video(latents[number], vae)
         entry.seconds_per_step = statistics.median(times[number])
         pairs = zip(times[0], times[number], strict=False)
@@ -193,7 +194,9 @@ def _compare(runs: list[Run], job: Job) -> None:
         run.speedup_flops = dense.flops_per_step / (run.flops_per_step * share)
         if run is not dense:
             pairs = zip(run.videos, dense.videos, strict=True)
-            run.psnr_db = float(np.mean([psnr(a, b) for a, b in pairs]))
+            quality = float(np.mean([psnr(a, b) for a, b in pairs]))
+            # equal videos have no PSNR, and JSON has no infinity
+            run.psnr_db = quality if np.isfinite(quality) else None
         run.motion_ratio = float(np.mean([motion(v) for v in run.videos]) / dense_motion)
         run.flicker = float(np.mean([flicker(video) for video in run.videos]))
         for key, value in adherence(run.videos, job.scenes).items():
@@ -206,7 +209,7 @@ def neutral_is_exact(model, job: Job) -> bool:
     dense = sample(model, **options)
     # dropping starts at the very end, so that every step keeps everything
     for plan in (token_plan(0.0), token_plan(0.3, start=1.0)):
-        with attach(model, plan, roles=(COND, UNCOND), shift=SHIFT):
+        with attach(model, plan, cond_or_uncond=(COND, UNCOND), shift=SHIFT):
             if not torch.equal(sample(model, **options), dense):
                 return False
     return torch.equal(sample(model, **options), dense)

@@ -193,8 +193,7 @@ def train(recipe: Recipe, out: Path, device: torch.device, compile_blocks: bool,
         trainer.load(resume)
         log.info("going on at step %d", trainer.step)
     log_path = out / "training_log.csv"
-    if trainer.step == 0:
-        log_path.unlink(missing_ok=True)
+    _cut_log(log_path, trainer.step)
     data = DataLoader(
         Batches(recipe), batch_size=None, sampler=range(trainer.step, recipe.steps), num_workers=1
     )
@@ -206,12 +205,14 @@ def train(recipe: Recipe, out: Path, device: torch.device, compile_blocks: bool,
         TimeRemainingColumn(),
         TextColumn("{task.fields[said]}"),
     )
-    with Progress(*columns) as progress, sdpa_kernel(backend):
+    with Progress(*columns) as progress:
         task = progress.add_task("training", total=recipe.steps, completed=trainer.step, said="")
         for batch in data:
-            losses.append(trainer.train_step(*batch))
+            with sdpa_kernel(backend):
+                losses.append(trainer.train_step(*batch))
             progress.update(task, completed=trainer.step, said=f"loss {np.mean(losses[-50:]):.4f}")
-            if trainer.step % 100 == 0:
+            last = trainer.step == recipe.steps
+            if trainer.step % 100 == 0 or trainer.step % every == 0 or last:
                 speed = len(losses) * recipe.batch / (time.perf_counter() - started)
                 row = {
                     "step": trainer.step,
@@ -222,7 +223,7 @@ def train(recipe: Recipe, out: Path, device: torch.device, compile_blocks: bool,
                     "shape": "",
                     "direction": "",
                 }
-                if trainer.step % every == 0 or trainer.step == recipe.steps:
+                if trainer.step % every == 0 or last:
                     trainer.save(resume)
                     write_checkpoint(trainer, out)
                     scores = score_prompts(trainer.average, scenes, steps=20, seed=1)
@@ -237,6 +238,16 @@ def write_checkpoint(trainer: Trainer, out: Path) -> None:
     made_by = {"step": trainer.step, "recipe": asdict(trainer.recipe)}
     metadata = {"format": "pt", "wantrim": json.dumps(made_by)}
     save_original(out / "tiny_wan.safetensors", trainer.average, torch.bfloat16, metadata)
+
+
+def _cut_log(path: Path, step: int) -> None:
+    """Drop the rows after `step`: they are of steps that will be done again."""
+    if path.exists():
+        with path.open() as file:
+            rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
+        path.unlink()
+        for row in rows:
+            _append_row(path, row)
 
 
 def _append_row(path: Path, row: dict) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
@@ -20,24 +22,27 @@ LEFT_OUT = np.array([0.16, 0.30, 0.75], np.float32)
 HEAT_LOW = np.array([36, 40, 52], np.float32)
 
 
-def overlay(video: np.ndarray, coverage: np.ndarray) -> np.ndarray:
-    """Tint what was left out: video [frames, h, w, 3] in 0..1, coverage [f, gh, gw] in 0..1.
+def overlay(video: np.ndarray, coverage: np.ndarray, shown: Sequence[int]) -> np.ndarray:
+    """Frames `shown` of a video [frames, h, w, 3] in 0..1 with a tint over what was left out.
 
     Token-sized squares, as blue as the share of blocks that did not compute them.
+
+    Args:
+        coverage: [f, gh, gw] in 0..1, share of the blocks that computed each token.
     """
     frames, height, width, _ = video.shape
     latent_frames = len(coverage)
     # the first pixel frame is a latent frame of its own
     stride = max((frames - 1) / max(latent_frames - 1, 1), 1)
-    shade = np.empty((frames, height, width), np.float32)
+    shade = np.empty((len(shown), height, width), np.float32)
     low = min(float(coverage.min()), 0.999)
-    for index in range(frames):
+    for place, index in enumerate(shown):
         latent = min(int(np.ceil(index / stride)), latent_frames - 1)
         light = (coverage[latent] - low) / (1 - low)
         image = Image.fromarray((255 * light).astype(np.uint8))
-        shade[index] = np.asarray(image.resize((width, height), Image.Resampling.NEAREST)) / 255
+        shade[place] = np.asarray(image.resize((width, height), Image.Resampling.NEAREST)) / 255
     veil = 0.6 * (1 - shade[..., None])
-    return video * (1 - veil) + LEFT_OUT * veil
+    return video[list(shown)] * (1 - veil) + LEFT_OUT * veil
 
 
 def draw_report(report: Report, video: np.ndarray | None = None) -> Image.Image:
@@ -79,19 +84,22 @@ def _title(report: Report) -> Image.Image:
 
 def _strip(video: np.ndarray, coverage: np.ndarray) -> Image.Image:
     shown = np.linspace(0, len(video) - 1, min(OVERLAY_FRAMES, len(video))).round().astype(int)
-    dark = overlay(video, coverage)
+    tinted = overlay(video, coverage, shown)
     cell = (WIDTH - 2 * MARGIN) // len(shown) - 4
     height = round(cell * video.shape[1] / video.shape[2])
+    # a batch of videos, or reference frames that were cut off
+    fits = len(video) == 4 * (len(coverage) - 1) + 1
+    doubt = "" if fits else "; other frames were sampled, so the tint is misplaced"
     image, draw = _canvas(2 * height + 44)
     draw.text(
         (MARGIN, 0),
-        "the video, and below it what was left out (bluer = computed in fewer blocks)",
+        "the video, and below it what was left out (bluer = computed in fewer blocks)" + doubt,
         FAINT,
         _font(17),
     )
-    for row, frames in enumerate((video, dark)):
-        for column, index in enumerate(shown):
-            pixels = (255 * frames[index].clip(0, 1)).astype(np.uint8)
+    for row, frames in enumerate((video[shown], tinted)):
+        for column, frame in enumerate(frames):
+            pixels = (255 * frame.clip(0, 1)).astype(np.uint8)
             picture = Image.fromarray(pixels).resize((cell, height), Image.Resampling.BILINEAR)
             image.paste(picture, (MARGIN + column * (cell + 4), 24 + row * (height + 4)))
     return image

@@ -7,7 +7,7 @@ Knows no host. A host tells it what a model call looks like (`Session.begin`) an
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -18,6 +18,7 @@ from ..methods.tokens import (
     Selection,
     TokenGrid,
     TokenPlan,
+    attention_received,
     scatter_tokens,
     select_tokens,
 )
@@ -55,11 +56,8 @@ class BlockCall(Protocol):
     def run(self) -> torch.Tensor:
         """All tokens."""
 
-    def run_capturing(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """All tokens; returns the hidden state and self-attention's q and k [b, s, n, d].
-
-        q and k are None when the block ran no self-attention.
-        """
+    def run_watched(self, look: Callable[[torch.Tensor, torch.Tensor], None]) -> torch.Tensor:
+        """All tokens; calls look(q, k) with self-attention's q and k [b, s, n, d] as it runs."""
 
     def run_subset(self, index: torch.Tensor, others: torch.Tensor | None) -> torch.Tensor:
         """Tokens `index` [b, kept] only, as hidden state [b, kept, c].
@@ -110,7 +108,7 @@ class Session:
         latent: torch.Tensor,
         sigma: float,
         progress: float,
-        roles: Sequence[int],
+        cond_or_uncond: Sequence[int],
         grid: TokenGrid,
         anchored: torch.Tensor | None,
         num_blocks: int,
@@ -120,14 +118,19 @@ class Session:
         Calls with the same sigma and latent belong to one step, however the host splits them.
 
         Args:
-            latent: the model's input, chunks of the same samples in the order of `roles`.
-            roles: COND or UNCOND per chunk of the batch.
+            latent: the model's input, chunks of the same samples in the order of `cond_or_uncond`.
+            cond_or_uncond: COND or UNCOND per chunk of the batch.
             anchored: bool [f], latent frames that are given and must not lose tokens.
         """
-        chunks = latent.chunk(len(roles))
+        if len(latent) % len(cond_or_uncond):
+            raise ValueError(
+                f"cond_or_uncond: expected one entry per chunk of the batch, got "
+                f"{len(cond_or_uncond)} for a batch of {len(latent)}"
+            )
+        chunks = latent.chunk(len(cond_or_uncond))
         # hosts put the first conditional prompt last in a batch
-        cond = [i for i, role in enumerate(roles) if role == COND]
-        decider = cond[-1] if cond else len(roles) - 1
+        cond = [i for i, role in enumerate(cond_or_uncond) if role == COND]
+        decider = cond[-1] if cond else len(cond_or_uncond) - 1
         latent = chunks[decider]
         last = self.decision
         # comparing also waits for the device, which makes the clock below honest
@@ -146,7 +149,7 @@ class Session:
                     "the unconditional prompt came first in a step and decided which tokens stay"
                 )
         self.decision.step.calls += 1
-        return ModelCall(self, grid, anchored, len(roles), decider, num_blocks)
+        return ModelCall(self, grid, anchored, len(cond_or_uncond), decider, num_blocks)
 
     def finish(self, completed: bool) -> Report:
         """Close the run and drop everything that it held."""
@@ -156,8 +159,9 @@ class Session:
         self.report.finished = completed
         if self.report.steps and self.report.kept_share == 1.0:
             self.report.note(
-                "no token was left out in any step: reselect_every 1 computes everything, and so "
-                "do steps outside start_percent and end_percent"
+                "no token was left out in any step. Reasons can be: reselect_every 1, all steps "
+                "outside start_percent and end_percent, only given latent frames, or a prune ratio "
+                f"too small for {self.report.steps[0].grid.per_frame} tokens in a latent frame"
             )
         return self.report
 
@@ -206,7 +210,7 @@ class ModelCall:
             return self._reselect(block_index, call)
         self._record(self.current)
         if not self.current.dropped.numel():
-            # every latent frame is given
+            self.report.note("every latent frame is given and anchored: all tokens were computed")
             return call.run()
         index = self.current.rows(self.chunks)
         others = None
@@ -216,27 +220,45 @@ class ModelCall:
 
     def _reselect(self, block_index: int, call: BlockCall) -> torch.Tensor:
         known = self.decision.selections.get(block_index)
-        if known is not None or block_index == self.num_blocks - 1:
+        unused = block_index == self.num_blocks - 1 or self.plan.reselects(block_index + 1)
+        if known is not None or unused:
             length = call.hidden.shape[1]
             if known is not None and known.length != length:
                 # only one of the prompts has a reference
                 known = known.moved(self.decision.step.grid, self.grid, length)
             self.current = known
             return call.run()
-        before = call.hidden
-        after, q, k = call.run_capturing()
-        if q is None:
+        before = self._decider(call.hidden)
+        received = None
+
+        def look(q: torch.Tensor, k: torch.Tensor) -> None:
+            # scored at once: held through the block's FFN, q and k would double its peak of memory
+            nonlocal received
+            rows = (self._decider(q), self._decider(k))
+            received = attention_received(Evidence(self.plan, self.grid, before, before, *rows))
+
+        by_attention = self.plan.importance == "attention"
+        after = call.run_watched(look) if by_attention else call.run()
+        if by_attention and received is None:
             self.report.note(
                 f"block {block_index} ran no self-attention (another node replaced it), so tokens "
                 "were not chosen anew there"
             )
             return after
-        rows = [t.chunk(self.chunks)[self.decider] for t in (before, after, q, k)]
-        seed = round(self.decision.sigma * 1e6) * 1000 + block_index
-        evidence = Evidence(self.plan, self.grid, *rows, seed=seed)
+        evidence = Evidence(
+            self.plan,
+            self.grid,
+            before,
+            self._decider(after),
+            seed=round(self.decision.sigma * 1e6) * 1000 + block_index,
+            received=received,
+        )
         self.current = select_tokens(evidence, self.decision.budget, self.anchored)
         self.decision.selections[block_index] = self.current
         return after
+
+    def _decider(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows.chunk(self.chunks)[self.decider]
 
     def _record(self, selection: Selection | None) -> None:
         # the other calls of a step do the same work

@@ -38,15 +38,18 @@ def token_mass(
     tokens = frames * height * width
     total = torch.zeros(len(k), tokens, device=k.device)
     count = torch.zeros(tokens, device=k.device)
-    position = torch.arange(tokens, device=k.device) % (height * width)
+    position = torch.arange(tokens, device=k.device, dtype=torch.int32) % (height * width)
     row, column = position // width, position % width
+    queries = None
     for chunk, attention in _attention(q, k, start + query_index):
         mass = attention[..., start : start + tokens].sum(1)
-        chunk = chunk - start
-        far = torch.ones(len(chunk), tokens, dtype=torch.bool, device=k.device)
-        if exclude_radius:
-            far = (row[chunk, None] - row).abs() > exclude_radius
-            far |= (column[chunk, None] - column).abs() > exclude_radius
+        # the heads of one chunk of queries come one after the other
+        if chunk is not queries:
+            queries, at = chunk, chunk - start
+            far = torch.ones(len(at), tokens, dtype=torch.bool, device=k.device)
+            if exclude_radius:
+                far = (row[at, None] - row).abs() > exclude_radius
+                far |= (column[at, None] - column).abs() > exclude_radius
         total += (mass * far).sum(1)
         count += far.sum(0) * attention.shape[1]
     return total / count.clamp(min=1)

@@ -27,7 +27,8 @@ class Schedule:
     """Keep ratio over progress.
 
     Args:
-        keep_ratio: mean share of tokens that stays, 0 < keep_ratio <= 1.
+        keep_ratio: mean share of tokens that stays, 0 < keep_ratio <= 1. With few steps the mean
+            of a run is a little off, as no step starts in the last stage (4 steps: by 0.025).
         direction: of the *pruning*: "falling" as in the paper (prunes most at high noise),
             "constant", or "rising" (spares the early steps that decide the motion).
         spread: how far the ratio moves to either side of the mean (paper 0.10), less near 0 and 1.
@@ -49,7 +50,7 @@ class Schedule:
                 f"schedule: expected one of {', '.join(DIRECTIONS)}, got {self.direction!r}"
             )
         if not 0.0 <= self.spread < 1.0:
-            raise ValueError(f"spread: expected 0 to 1, got {self.spread}")
+            raise ValueError(f"spread: expected 0 to less than 1, got {self.spread}")
         if self.stages < 1:
             raise ValueError(f"stages: expected at least 1, got {self.stages}")
 

@@ -86,7 +86,9 @@ class TokenPlan:
                 f"start and end: expected 0 <= start <= end <= 1, got {self.start} and {self.end}"
             )
         if not 0.0 < self.query_ratio <= 1.0:
-            raise ValueError(f"query_ratio: expected 0 to 1, got {self.query_ratio}")
+            raise ValueError(
+                f"query_ratio: expected more than 0 and at most 1, got {self.query_ratio}"
+            )
 
     def keep_at(self, progress: float) -> float:
         """Share of each latent frame's tokens that stays at this progress."""
@@ -107,17 +109,19 @@ class Evidence:
 
     Args:
         before, after: hidden state [b, s, c] around the reselecting block.
-        q, k: [b, s, n, d] after RoPE.
+        q, k: [b, s, n, d] after RoPE, at the moment of the attention.
         seed: differs per step and block.
+        received: attention received [b, tokens], once it was taken from q and k.
     """
 
     plan: TokenPlan
     grid: TokenGrid
     before: torch.Tensor
     after: torch.Tensor
-    q: torch.Tensor
-    k: torch.Tensor
+    q: torch.Tensor | None = None
+    k: torch.Tensor | None = None
     seed: int = 0
+    received: torch.Tensor | None = None
 
 
 def sample_queries(grid: TokenGrid, ratio: float) -> torch.Tensor:
@@ -138,6 +142,8 @@ def sample_queries(grid: TokenGrid, ratio: float) -> torch.Tensor:
 
 def attention_received(evidence: Evidence) -> torch.Tensor:
     """The paper's importance: how much attention a token receives in self-attention."""
+    if evidence.received is not None:
+        return evidence.received
     plan, grid = evidence.plan, evidence.grid
     index = sample_queries(grid, plan.query_ratio).to(evidence.q.device)
     radius = plan.exclude_radius
@@ -157,12 +163,17 @@ def random_importance(evidence: Evidence) -> torch.Tensor:
 
 def hidden_norm(evidence: Evidence) -> torch.Tensor:
     """Norm of the hidden state after the block."""
-    return _on_grid(evidence.after, evidence.grid).float().norm(dim=-1)
+    return _norm(_on_grid(evidence.after, evidence.grid))
 
 
 def update_norm(evidence: Evidence) -> torch.Tensor:
     """Norm of what the block added to the hidden state."""
-    return _on_grid(evidence.after - evidence.before, evidence.grid).float().norm(dim=-1)
+    grid = evidence.grid
+    return _norm(_on_grid(evidence.after, grid) - _on_grid(evidence.before, grid))
+
+
+def _norm(hidden: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.vector_norm(hidden, dim=-1, dtype=torch.float32)
 
 
 def _on_grid(hidden: torch.Tensor, grid: TokenGrid) -> torch.Tensor:
@@ -236,18 +247,15 @@ def select_tokens(
     return Selection(index, length)
 
 
-def gather_tokens(tensor: torch.Tensor, index: torch.Tensor, dim: int = 1) -> torch.Tensor:
-    """Rows `index` [b, kept] of `tensor` along `dim`; a batch of 1 is shared by all samples.
+def gather_tokens(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Rows `index` [b, kept] of `tensor` [b, s, ...]; a batch of 1 is shared by all samples.
 
-    Works for hidden states [b, s, c], rotary tables [1, s, ...] or [1, 1, s, ...] and modulation.
+    Works for hidden states [b, s, c], rotary tables [1, s, ...] and modulation.
     """
     if tensor.shape[0] == 1 and len(index) > 1:
         tensor = tensor.expand(len(index), *tensor.shape[1:])
-    shape = [len(index)] + [1] * (tensor.ndim - 1)
-    shape[dim] = index.shape[1]
-    target = list(tensor.shape)
-    target[dim] = index.shape[1]
-    return tensor.gather(dim, index.view(shape).expand(target))
+    index = index.view(*index.shape, *[1] * (tensor.ndim - 2))
+    return tensor.gather(1, index.expand(-1, -1, *tensor.shape[2:]))
 
 
 def scatter_tokens(hidden: torch.Tensor, index: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:

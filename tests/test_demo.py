@@ -104,7 +104,7 @@ def test_overlay_tints_what_was_left_out_in_its_latent_frame():
     assert coverage[0, 0].tolist() == pytest.approx([1, 1, 1, 0.75])
     for shade in (0.0, 1.0):
         video = np.full((5, 30, 40, 3), shade, np.float32)
-        shown = overlay(video, coverage)
+        shown = overlay(video, coverage, range(5))
         assert shown[0, 5, 5] == pytest.approx(shade)
         assert abs(shown[0, 5, 35] - shade).max() > 0.3
         assert shown.shape == video.shape

@@ -43,11 +43,11 @@ def condition(batch=1, given=(0,)) -> torch.Tensor:
     return image
 
 
-def run(model, plan=None, roles=BOTH, batch=1, **options):
+def run(model, plan=None, cond_or_uncond=BOTH, batch=1, **options):
     options = {"steps": 3, "guidance": 4.0} | options
     if plan is None:
         return sample(model, text(batch), SIZE, **options)
-    with attach(model, plan, roles=roles, shift=3.0):
+    with attach(model, plan, cond_or_uncond=cond_or_uncond, shift=3.0):
         return sample(model, text(batch), SIZE, **options)
 
 
@@ -94,8 +94,8 @@ def test_blocks_run_on_kept_tokens_and_hand_on_all_of_them():
 def test_attach_twice_is_attach_once_and_detach_leaves_nothing():
     model = wan()
     dense, once = run(model), run(model, tokens(0.5))
-    attach(model, tokens(0.3), roles=BOTH, shift=3.0)
-    attachment = attach(model, tokens(0.5), roles=BOTH, shift=3.0)
+    attach(model, tokens(0.3), cond_or_uncond=BOTH, shift=3.0)
+    attachment = attach(model, tokens(0.5), cond_or_uncond=BOTH, shift=3.0)
     assert torch.equal(sample(model, text(), SIZE, steps=3), once)
     attachment.detach()
     assert torch.equal(run(model), dense)
@@ -128,7 +128,7 @@ def test_cond_and_uncond_share_the_choice_batched_or_split(batch, dropped_kv):
     plan = tokens(dropped_kv=dropped_kv)
     both = torch.cat([words, torch.zeros_like(words)])
     t = torch.full((2 * batch,), 700.0)
-    with attach(model, plan, roles=BOTH):
+    with attach(model, plan, cond_or_uncond=BOTH):
         batched = model(x.repeat(2, 1, 1, 1, 1), t, both, return_dict=False)[0].chunk(2)
     with attach(model, plan) as attachment:
         split = steps_split(model, x, 0.7, words)
@@ -158,7 +158,7 @@ def test_every_sample_of_a_batch_chooses_for_itself():
 @pytest.mark.parametrize("given", [(0,), (0, 2)])
 def test_given_latent_frames_are_never_dropped(given):
     model = wan(36)
-    with attach(model, tokens(0.25), roles=BOTH, shift=3.0) as attachment:
+    with attach(model, tokens(0.25), cond_or_uncond=BOTH, shift=3.0) as attachment:
         sample(model, text(), SIZE, steps=2, condition=condition(given=given))
         report = attachment.finish()
     coverage = report.coverage()
@@ -296,7 +296,7 @@ def test_inside_wan_pipeline_every_step_is_one_decision():
 
 def test_the_report_says_what_ran():
     model = wan()
-    with attach(model, tokens(0.5), roles=BOTH, shift=3.0) as attachment:
+    with attach(model, tokens(0.5), cond_or_uncond=BOTH, shift=3.0) as attachment:
         sample(model, text(), SIZE, steps=3)
         report = attachment.finish()
     assert report.finished

@@ -89,3 +89,19 @@ def test_a_file_without_config_or_with_a_wrong_one_is_refused(tmp_path):
     save_file({"head.modulation": torch.zeros(1, 2, 8)}, path, {"config": config})
     with pytest.raises(ValueError, match="plain.safetensors does not fit its own config"):
         load_original(path)
+
+
+@pytest.mark.parametrize(
+    "config", [{}, [1], {"foo": 1}, {"num_heads": 0}, {"dim": "x"}, {"model_type": "i2v"}]
+)
+def test_a_hostile_config_is_refused(config, tmp_path):
+    path = tmp_path / "hostile.safetensors"
+    if isinstance(config, dict) and config:
+        config = SMALL | {"in_dim": 16} | config
+    save_file(
+        {"head.modulation": torch.zeros(1, 2, 48)},
+        path,
+        {"config": json.dumps({"transformer": config})},
+    )
+    with pytest.raises(ValueError, match="hostile.safetensors does not fit its own config"):
+        load_original(path)

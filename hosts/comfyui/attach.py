@@ -99,6 +99,11 @@ def _outer_sample(executor, *args, **kwargs):
             (WrappersMP.APPLY_MODEL, _apply_model),
         ):
             add_wrapper_with_key(kind, KEY, wrapper, options, is_model_options=True)
+        if set(guider.conds) - {"positive", "negative"}:
+            report.note(
+                "this guider orders its prompts in its own way; the first of them decided which "
+                "tokens stay"
+            )
         wrappers = options["transformer_options"]["wrappers"]
         if COMPILE_KEY in wrappers[WrappersMP.APPLY_MODEL]:
             report.note(
@@ -206,7 +211,7 @@ def _trimmed_options(
         latent=x[:, : dm.out_dim],
         sigma=sigma,
         progress=progress_at(sigma, run.shift),
-        roles=options.get("cond_or_uncond", [COND]),
+        cond_or_uncond=options.get("cond_or_uncond", [COND]),
         grid=grid,
         anchored=anchored_frames(dm, x, timestep, grid, extra),
         num_blocks=len(dm.blocks),

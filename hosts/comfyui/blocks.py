@@ -45,10 +45,8 @@ class _Block:
     def run(self) -> torch.Tensor:
         return self._call(self.args)
 
-    def run_capturing(self):
-        tap = AttentionTap()
-        out = self._call(self._with(tap))
-        return out, tap.q, tap.k
+    def run_watched(self, look) -> torch.Tensor:
+        return self._call(self._with(AttentionTap(look=look)))
 
     def run_subset(self, index, others):
         taken = None
@@ -57,7 +55,7 @@ class _Block:
             try:
                 self._call(self._with(probe, others))
             except AttentionTap.Stopped:
-                taken = (probe.raw_k, probe.raw_v)
+                taken = (probe.k, probe.v)
         return self._call(self._with(AttentionTap(extra=taken) if taken else None, index))
 
     def _call(self, args: dict) -> torch.Tensor:
@@ -89,14 +87,16 @@ def _gather_modulation(vec: torch.Tensor, index: torch.Tensor, tokens: int) -> t
     """
     if vec.ndim == 3 or vec.shape[1] == 1:
         return vec
+    # the host repeats each latent frame's modulation this often
     repeats = -(-tokens // vec.shape[1])
-    return gather_tokens(vec.repeat_interleave(repeats, 1)[:, :tokens], index)
+    return gather_tokens(vec, index // repeats)
 
 
 class AttentionTap:
     """A chained attention override for one run of one block: sees its self-attention.
 
     Args:
+        look: called with q and k [b, s, n, d].
         extra: keys and values, as the host lays them out, to append to the call's own.
         stop: leave the block by `Stopped` before the attention is computed.
     """
@@ -104,11 +104,12 @@ class AttentionTap:
     class Stopped(Exception):
         """The probe has what it wanted."""
 
-    def __init__(self, extra=None, stop: bool = False):
-        self.extra, self.stop = extra, stop
+    def __init__(self, look=None, extra=None, stop: bool = False):
+        self.look, self.extra, self.stop = look, extra, stop
         self.previous = None
         self.seen = False
-        self.q = self.k = self.raw_k = self.raw_v = None
+        # of the call that `stop` left
+        self.k = self.v = None
 
     def __call__(self, func, q, k, v, *args, **kwargs):
         # a block's first attention is its self-attention
@@ -116,10 +117,13 @@ class AttentionTap:
             self.seen = True
             heads = kwargs["heads"] if "heads" in kwargs else args[0]
             flat = q.ndim == 3
-            self.q = q.unflatten(-1, (heads, -1)) if flat else q.transpose(1, 2)
-            self.k = k.unflatten(-1, (heads, -1)) if flat else k.transpose(1, 2)
-            self.raw_k, self.raw_v = k, v
+            if self.look is not None:
+                heads_apart = [
+                    t.unflatten(-1, (heads, -1)) if flat else t.transpose(1, 2) for t in (q, k)
+                ]
+                self.look(*heads_apart)
             if self.stop:
+                self.k, self.v = k, v
                 raise AttentionTap.Stopped
             if self.extra is not None:
                 sequence = 1 if flat else 2

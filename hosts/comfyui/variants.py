@@ -89,13 +89,15 @@ def anchored_frames(
     mask = x.shape[1] - out_channels - 4
     if mask in (out_channels, 2 * out_channels):
         # noise, control latents (Fun Control), 4 mask channels (1 where given), image latents
-        anchored[:frames] |= x[:, mask : mask + 4].amax((0, 1, 3, 4)) > 0
+        # a latent frame is given when all of it is; one of its four pixel frames is enough
+        given = (x[:, mask : mask + 4].amax(1) > 0).all(-1).all(-1)
+        anchored[:frames] |= given.any(0)
     if timestep.ndim == 2 and timestep.shape[1] == frames:
         # TI2V: given latent frames are at timestep 0
         anchored[:frames] |= (timestep == 0).all(0)
     vace = extra.get("vace_context")
     if vace is not None and vace.shape[2] > 2 * out_channels:
         # 2 x 16 control latents, then the mask: 0 where the frame is given
-        given = vace[:, :, 2 * out_channels :].amax((0, 1, 2, 4, 5)) == 0
+        given = (vace[:, :, 2 * out_channels :].amax((0, 2, 4, 5)) == 0).any(0)
         anchored[: len(given)] |= given[: grid.frames]
     return anchored if bool(anchored.any()) else None

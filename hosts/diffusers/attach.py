@@ -20,8 +20,13 @@ HOOK = "wantrim"
 class Attachment:
     """A plan on a model. Use as a context manager, or call `detach` when done."""
 
-    def __init__(self, model: WanTransformer3DModel, plan: TrimPlan, roles, shift: float):
-        self.model, self.plan, self.roles, self.shift = model, plan, tuple(roles), shift
+    def __init__(self, model: WanTransformer3DModel, plan: TrimPlan, cond_or_uncond, shift: float):
+        self.model, self.plan, self.cond_or_uncond, self.shift = (
+            model,
+            plan,
+            tuple(cond_or_uncond),
+            shift,
+        )
         self.call: ModelCall | None = None
         self.new_run()
 
@@ -45,7 +50,8 @@ class Attachment:
     def __enter__(self) -> Attachment:
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, kind, *exception) -> None:
+        self.session.finish(kind is None)
         self.detach()
 
 
@@ -53,13 +59,13 @@ def attach(
     model: WanTransformer3DModel,
     plan: TrimPlan,
     *,
-    roles: Sequence[int] = (COND,),
+    cond_or_uncond: Sequence[int] = (COND,),
     shift: float = 1.0,
 ) -> Attachment:
     """Put `plan` on a transformer, alone or inside a pipeline. An earlier plan is taken off first.
 
     Args:
-        roles: COND or UNCOND for each chunk of a batch, in order; one chunk when the two come in
+        cond_or_uncond: COND or UNCOND for each chunk of a batch, in order; one chunk when the two come in
             separate calls, as in WanPipeline.
         shift: the scheduler's flow shift, to place a sigma in the run.
 
@@ -68,10 +74,10 @@ def attach(
     """
     if type(model) is not WanTransformer3DModel:
         raise ValueError(
-            f"expected diffusers' WanTransformer3DModel, got {type(model).__name__}: "
+            f"model: expected diffusers' WanTransformer3DModel, got {type(model).__name__}: "
             "WanTrim cannot drop tokens there"
         )
-    attachment = Attachment(model, plan, roles, shift)
+    attachment = Attachment(model, plan, cond_or_uncond, shift)
     attachment.detach()
     if not plan.neutral:
         HookRegistry.check_if_exists_or_initialize(model).register_hook(
@@ -98,7 +104,7 @@ class _ModelHook(ModelHook):
             latent=hidden_states,
             sigma=sigma,
             progress=progress_at(sigma, a.shift),
-            roles=a.roles,
+            cond_or_uncond=a.cond_or_uncond,
             grid=grid,
             anchored=_anchored(module, hidden_states, timestep, grid),
             num_blocks=len(module.blocks),
@@ -135,7 +141,8 @@ def _anchored(module, hidden_states, timestep, grid: TokenGrid) -> torch.Tensor 
     # Wan's image-to-video input: noise, 4 mask channels, image latents
     if config.in_channels == 2 * config.out_channels + 4:
         mask = hidden_states[:, config.out_channels : config.out_channels + 4]
-        return mask.amax((0, 1, 3, 4)) > 0
+        # a latent frame is given when all of it is; one of its four pixel frames is enough
+        return (mask.amax(1) > 0).all(-1).all(-1).any(0)
     if timestep.ndim == 2:
         return (timestep.view(len(timestep), grid.frames, -1) == 0).all(-1).all(0)
     return None

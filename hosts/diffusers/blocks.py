@@ -23,15 +23,15 @@ class Block:
     def run(self) -> torch.Tensor:
         return self.forward(self.hidden, self.text, self.temb, self.rotary)
 
-    def run_capturing(self):
-        with _FirstAttention() as seen:
+    def run_watched(self, look) -> torch.Tensor:
+        with _FirstAttention(look) as tap:
             out = self.run()
-        if seen.q is None:
+        if not tap.seen:
             raise RuntimeError(
                 "WanTrim saw no scaled_dot_product_attention in this block; set the transformer's "
                 "attention backend to 'native'"
             )
-        return out, seen.q.transpose(1, 2), seen.k.transpose(1, 2)
+        return out
 
     def run_subset(self, index, others):
         extra = None
@@ -60,29 +60,34 @@ class _FirstAttention(TorchFunctionMode):
     """Sees the block's first attention call, which is its self-attention; q, k, v [b, n, s, d].
 
     Args:
+        look: called with q and k [b, s, n, d].
         extra: keys and values to append to the call's own.
         stop: leave the block by `_Stopped` before the attention is computed.
     """
 
-    def __init__(self, extra=None, stop: bool = False):
+    def __init__(self, look=None, extra=None, stop: bool = False):
         super().__init__()
-        self.extra, self.stop = extra, stop
-        self.q = self.k = self.v = None
+        self.look, self.extra, self.stop = look, extra, stop
+        self.seen = False
+        # of the call that `stop` left
+        self.k = self.v = None
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is torch.nn.functional.scaled_dot_product_attention and self.q is None:
+        if func is torch.nn.functional.scaled_dot_product_attention and not self.seen:
+            self.seen = True
             names = ("query", "key", "value")
             bound = {**dict(zip(names, args, strict=False)), **kwargs}
-            self.q, self.k, self.v = (bound[name] for name in names)
+            q, k, v = (bound[name] for name in names)
+            if self.look is not None:
+                self.look(q.transpose(1, 2), k.transpose(1, 2))
             if self.stop:
+                self.k, self.v = k, v
                 raise _Stopped
             if self.extra is not None:
-                bound["key"] = torch.cat([self.k, self.extra[0]], 2)
-                bound["value"] = torch.cat([self.v, self.extra[1]], 2)
-                return func(
-                    *(bound.pop(name) for name in names), *args[3:], **_without(bound, names)
-                )
+                k = torch.cat([k, self.extra[0]], 2)
+                v = torch.cat([v, self.extra[1]], 2)
+                return func(q, k, v, *args[3:], **_without(bound, names))
         return func(*args, **kwargs)
 
 
@@ -119,6 +124,7 @@ class _WatchHook(ModelHook):
     def new_forward(self, module, hidden_states, encoder_hidden_states, temb, rotary_emb):
         forward = self.fn_ref.original_forward
         block = Block(forward, hidden_states, encoder_hidden_states, temb, rotary_emb)
-        out, q, k = block.run_capturing()
-        other = self.seen(self.index, block, q, k)
+        attention = []
+        out = block.run_watched(lambda q, k: attention.extend((q, k)))
+        other = self.seen(self.index, block, *attention)
         return out if other is None else other

@@ -35,12 +35,15 @@ def denoise(
         condition: Wan's image condition [b, out_channels + 4, f, h, w], or None for text-to-video.
     """
     batch, channels = len(text), model.config.out_channels
+    device = next(model.parameters()).device
+    text = text.to(device)
     random = torch.Generator().manual_seed(seed)
-    x = torch.randn((batch, channels, *size), generator=random)
+    # drawn on the CPU, so that a seed is the same video on every device
+    x = torch.randn((batch, channels, *size), generator=random).to(device)
     extra = model.config.in_channels - channels
-    if extra and condition is None:
-        condition = x.new_zeros(batch, extra, *size)
-    sigmas = sigmas_for(steps, shift)
+    if extra:
+        condition = x.new_zeros(batch, extra, *size) if condition is None else condition.to(device)
+    sigmas = sigmas_for(steps, shift).to(device)
     both = torch.cat([text, torch.zeros_like(text)]) if guidance != 1 else text
     repeat = len(both) // batch
     for index in range(steps):

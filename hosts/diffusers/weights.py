@@ -78,6 +78,8 @@ def save_original(
     The `config` metadata is what ComfyUI's model detection reads and what `load_original` needs.
     """
     c = model.config
+    if c.image_dim is not None:
+        raise ValueError("model: expected a Wan without a CLIP branch, got one with image_dim")
     config = {
         "model_type": "t2v",
         "dim": c.num_attention_heads * c.attention_head_dim,
@@ -115,20 +117,20 @@ def load_original(path: Path, text_to_video: bool = False) -> WanTransformer3DMo
         raise ValueError(f"{path} is not a readable safetensors checkpoint: {error}") from error
     try:
         config = json.loads(header["config"])["transformer"]
-    except (KeyError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} has no readable 'config' metadata with a 'transformer' entry; "
             "expected a Wan checkpoint written by WanTrim"
         ) from error
-    tensors = to_diffusers_keys(tensors)
-    in_channels = config["in_dim"]
-    if text_to_video:
-        in_channels = config["out_dim"]
-        tensors["patch_embedding.weight"] = tensors["patch_embedding.weight"][:, :in_channels]
-    model = new_transformer(**{**config, "in_dim": in_channels})
     try:
+        tensors = to_diffusers_keys(tensors)
+        in_channels = config["in_dim"]
+        if text_to_video:
+            in_channels = config["out_dim"]
+            tensors["patch_embedding.weight"] = tensors["patch_embedding.weight"][:, :in_channels]
+        model = new_transformer(**{**config, "in_dim": in_channels})
         model.load_state_dict(tensors)
-    except RuntimeError as error:
+    except (KeyError, TypeError, ValueError, ZeroDivisionError, RuntimeError) as error:
         raise ValueError(f"{path} does not fit its own config: {error}") from error
     return model.eval()
 

@@ -122,7 +122,9 @@ def test_reference_in_front_of_the_grid_is_kept_and_the_grid_starts_behind_it():
 
 def kept_per_frame_behind(call, start: int) -> dict[int, list[int]]:
     kept = {block: index[:, start:] for block, index in call.kept.items()}
-    shifted = tiny.Call(call.sigma, call.roles, call.frames, call.decision, call.budget, kept)
+    shifted = tiny.Call(
+        call.sigma, call.cond_or_uncond, call.frames, call.decision, call.budget, kept
+    )
     return kept_per_frame(shifted, 3, start)
 
 

@@ -169,7 +169,7 @@ def test_blocks_of_slg_cost_no_new_choice():
     model = tiny.trimmed(slg(tiny.base_model()))
     calls = tiny.watch(model)
     tiny.sample(model)
-    assert [c.roles for c in calls] == 3 * [[1, 0], [0]]
+    assert [c.cond_or_uncond for c in calls] == 3 * [[1, 0], [0]]
     assert [c.decision for c in calls] == [0, 0, 1, 1, 2, 2]
     assert len(tiny.report_of(model).steps) == 3
 

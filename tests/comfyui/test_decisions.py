@@ -56,11 +56,11 @@ def kept_in_each_call(calls, decision: int) -> list[dict[int, list]]:
 def test_batched_and_split_are_the_same_run(kind, size, monkeypatch):
     model, given = tiny.base_model(kind), tiny.case(kind, **size)
     together, calls, _ = watched(given, model)
-    assert [c.roles for c in calls] == 3 * BATCHED
+    assert [c.cond_or_uncond for c in calls] == 3 * BATCHED
     monkeypatch.setattr(ModelPatcher, "get_free_memory", lambda self, device: 0)
     apart, split_calls, report = watched(given, model)
     # short of memory, the host itself would run the uncond first
-    assert sorted(c.roles for c in split_calls) == sorted(3 * SPLIT)
+    assert sorted(c.cond_or_uncond for c in split_calls) == sorted(3 * SPLIT)
     assert kept(calls) == kept(split_calls)
     assert [c.decision for c in split_calls] == [0, 0, 1, 1, 2, 2]
     assert len(report.steps) == 3 and {step.calls for step in report.steps} == {2}
@@ -70,7 +70,7 @@ def test_batched_and_split_are_the_same_run(kind, size, monkeypatch):
 
 def test_prompts_of_different_length_share_the_choice():
     _, calls, report = watched(tiny.case(tokens=(7, 11)))
-    assert [c.roles for c in calls] == 3 * SPLIT
+    assert [c.cond_or_uncond for c in calls] == 3 * SPLIT
     assert [c.decision for c in calls] == [0, 0, 1, 1, 2, 2]
     for decision in range(3):
         first, second = kept_in_each_call(calls, decision)
@@ -81,7 +81,7 @@ def test_prompts_of_different_length_share_the_choice():
 def test_cond_decides():
     _, with_uncond, _ = watched(tiny.case(), cfg=5.0, steps=1)
     _, cond_only, _ = watched(tiny.case(), cfg=1.0, steps=1)
-    assert cond_only[0].roles == [0]
+    assert cond_only[0].cond_or_uncond == [0]
     assert kept(with_uncond) == kept(cond_only)
 
 
@@ -216,11 +216,13 @@ def test_grid_covers_what_the_host_pads(kind, size, grid):
     assert calls[0].length == step.grid.tokens
 
 
-def test_last_block_chooses_for_nobody():
-    patched = tiny.trimmed(tiny.base_model(), reselect_every=1)
+@pytest.mark.parametrize(("every", "choosing"), [(tiny.LAYERS - 1, {0}), (1, set())])
+def test_no_block_chooses_for_nobody(every, choosing):
+    # the last block, and a block before another one that chooses
+    patched = tiny.trimmed(tiny.base_model(), reselect_every=every)
     calls = tiny.watch(patched)
     tiny.sample(patched, steps=1)
-    assert set(calls[0].kept) == set(range(tiny.LAYERS - 1))
+    assert set(calls[0].kept) == choosing
 
 
 def test_skipped_calls_do_not_shift_the_schedule():

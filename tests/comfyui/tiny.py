@@ -214,7 +214,7 @@ class Call:
     """One model call as the session saw it."""
 
     sigma: float
-    roles: list[int]
+    cond_or_uncond: list[int]
     frames: int
     decision: int
     budget: int
