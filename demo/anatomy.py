@@ -149,7 +149,7 @@ def plot_loss(out: Path) -> None:
 def _write_rows(path: Path, rows: list[dict]) -> None:
     partial = path.with_suffix(".partial")
     with partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     partial.replace(path)

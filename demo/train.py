@@ -253,7 +253,7 @@ def _cut_log(path: Path, step: int) -> None:
 def _append_row(path: Path, row: dict) -> None:
     new = not path.exists()
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, row)
+        writer = csv.DictWriter(file, row, lineterminator="\n")
         if new:
             writer.writeheader()
         writer.writerow(row)
