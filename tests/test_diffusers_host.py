@@ -166,6 +166,16 @@ def test_given_latent_frames_are_never_dropped(given):
         assert bool((coverage[frame] == 1).all()) == (frame in given)
 
 
+def test_a_mask_over_part_of_the_picture_anchors_no_latent_frame():
+    # an inpainting mask: one pixel of every latent frame is given
+    model, image = wan(36), condition(given=())
+    image[:, :4, :, 0, 0] = 1
+    with attach(model, tokens(0.25), cond_or_uncond=BOTH, shift=3.0) as attachment:
+        sample(model, text(), SIZE, steps=1, condition=image)
+        coverage = attachment.finish().coverage()
+    assert (coverage.flatten(1).min(1).values < 1).all()
+
+
 @torch.no_grad()
 def test_per_token_modulation_travels_with_its_token():
     # TI2V: every token has a timestep of its own; the given first latent frame is at 0
@@ -313,6 +323,12 @@ def test_a_wrong_model_and_an_empty_latent_are_refused():
     with pytest.raises(ValueError, match="WanTransformer3DModel, got Linear"):
         attach(torch.nn.Linear(2, 2), tokens())
     model = wan()
+    one = (torch.zeros(1, 16, *SIZE), torch.tensor([500.0]), text())
+    with (
+        attach(model, tokens(), cond_or_uncond=BOTH),
+        pytest.raises(ValueError, match="cond_or_uncond: expected one entry per chunk .* got 2"),
+    ):
+        model(*one, return_dict=False)
     with (
         attach(model, tokens()),
         pytest.raises(ValueError, match=r"empty latent of shape \[1, 16, 0, 8, 6\]"),

@@ -84,3 +84,16 @@ def test_learning_rate_warms_up_and_ends_at_zero():
     recipe = Recipe(steps=1000, warmup=100, cooldown=0.5)
     rates = [learning_rate(recipe, step) for step in (0, 49, 99, 500, 750, 999)]
     assert rates == pytest.approx([0.01, 0.5, 1.0, 1.0, 0.5, 0.002])
+
+
+def test_a_short_run_ends_with_its_checkpoint_and_a_resumed_log_has_each_step_once(tmp_path):
+    recipe = Recipe(steps=3, batch=1, warmup=1)
+    log = tmp_path / "training_log.csv"
+    log.write_text("step,loss\n100,0.5\n")
+    train(recipe, tmp_path, CPU, compile_blocks=False, every=100)
+    assert [row["step"] for row in csv.DictReader(log.open())] == ["3"]
+    assert (tmp_path / "tiny_wan.safetensors").exists()
+    with log.open("a") as file:
+        file.write("7,7,0.1,1,,,\n")
+    train(recipe, tmp_path, CPU, compile_blocks=False, every=100)
+    assert [row["step"] for row in csv.DictReader(log.open())] == ["3"]
