@@ -45,7 +45,7 @@ TINY_WAN = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """What was trained; written beside the weights."""
+    """What was trained; written into the header of the weights."""
 
     steps: int = 8000
     batch: int = 16
@@ -185,7 +185,7 @@ class Trainer:
 
 
 def train(recipe: Recipe, out: Path, device: torch.device, compile_blocks: bool, every: int):
-    """Train from where `out` stands to `recipe.steps`; writes weights, log and recipe into it."""
+    """Train from where `out` stands to `recipe.steps`; writes weights and log into it."""
     out.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(recipe, device, compile_blocks)
     resume = out / "resume.safetensors"

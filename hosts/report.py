@@ -27,7 +27,12 @@ class Step:
     coverage: torch.Tensor | None = None
 
     def record(self, ran: list[Selection | None], nothing_ran: bool = False) -> None:
-        """Take in what each block ran on; None is all tokens (also when `ran` is empty)."""
+        """Take in what each block ran on.
+
+        Args:
+            ran: per block, None for all tokens; empty when the host's model ran untouched.
+            nothing_ran: another node answered the step, and no block ran at all.
+        """
         grid = self.grid
         coverage = torch.full((grid.tokens,), 0.0 if nothing_ran else 1.0)
         self.kept_per_block = [0 if nothing_ran else grid.tokens] * self.num_blocks

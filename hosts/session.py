@@ -232,10 +232,10 @@ class ModelCall:
         received = None
 
         def look(q: torch.Tensor, k: torch.Tensor) -> None:
-            # scored at once: held through the block's FFN, q and k would double its peak of memory
+            # scored at once: held through the block's FFN, q and k would add to its peak of memory
             nonlocal received
             rows = (self._decider(q), self._decider(k))
-            received = attention_received(Evidence(self.plan, self.grid, before, before, *rows))
+            received = attention_received(self.plan, self.grid, *rows)
 
         by_attention = self.plan.importance == "attention"
         after = call.run_watched(look) if by_attention else call.run()
@@ -250,8 +250,8 @@ class ModelCall:
             self.grid,
             before,
             self._decider(after),
+            received,
             seed=round(self.decision.sigma * 1e6) * 1000 + block_index,
-            received=received,
         )
         self.current = select_tokens(evidence, self.decision.budget, self.anchored)
         self.decision.selections[block_index] = self.current

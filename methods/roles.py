@@ -25,7 +25,7 @@ def intra_slice_ratio(
 
 
 def role(ratio: float) -> str:
-    """ "spatial", "temporal" or "mixed"."""
+    """Name of a head's role for its intra-slice ratio: spatial, temporal or mixed."""
     if ratio > SPATIAL:
         return "spatial"
     return "temporal" if ratio < TEMPORAL else "mixed"

@@ -109,19 +109,16 @@ class Evidence:
 
     Args:
         before, after: hidden state [b, s, c] around the reselecting block.
-        q, k: [b, s, n, d] after RoPE, at the moment of the attention.
+        received: `attention_received` [b, tokens], for the importance "attention".
         seed: differs per step and block.
-        received: attention received [b, tokens], once it was taken from q and k.
     """
 
     plan: TokenPlan
     grid: TokenGrid
     before: torch.Tensor
     after: torch.Tensor
-    q: torch.Tensor | None = None
-    k: torch.Tensor | None = None
-    seed: int = 0
     received: torch.Tensor | None = None
+    seed: int = 0
 
 
 def sample_queries(grid: TokenGrid, ratio: float) -> torch.Tensor:
@@ -140,18 +137,21 @@ def sample_queries(grid: TokenGrid, ratio: float) -> torch.Tensor:
     return (position.clamp(max=grid.per_frame - 1) + frame.long() * grid.per_frame).flatten()
 
 
-def attention_received(evidence: Evidence) -> torch.Tensor:
-    """The paper's importance: how much attention a token receives in self-attention."""
-    if evidence.received is not None:
-        return evidence.received
-    plan, grid = evidence.plan, evidence.grid
-    index = sample_queries(grid, plan.query_ratio).to(evidence.q.device)
+def attention_received(
+    plan: TokenPlan, grid: TokenGrid, q: torch.Tensor, k: torch.Tensor
+) -> torch.Tensor:
+    """The paper's importance: attention that a token receives in self-attention, fp32 [b, tokens].
+
+    Args:
+        q, k: [b, s, n, d] after RoPE.
+    """
+    index = sample_queries(grid, plan.query_ratio).to(q.device)
     radius = plan.exclude_radius
     if radius is None:
         # the imprint only exists when queries are sampled, and a small grid has no room for a tube
         radius = 2 if len(index) < grid.tokens and min(grid.height, grid.width) >= 16 else 0
     size = (grid.frames, grid.height, grid.width)
-    return token_mass(evidence.q, evidence.k, size, index, start=grid.start, exclude_radius=radius)
+    return token_mass(q, k, size, index, start=grid.start, exclude_radius=radius)
 
 
 def random_importance(evidence: Evidence) -> torch.Tensor:
@@ -181,7 +181,7 @@ def _on_grid(hidden: torch.Tensor, grid: TokenGrid) -> torch.Tensor:
 
 
 IMPORTANCE: dict[str, Callable[[Evidence], torch.Tensor]] = {
-    "attention": attention_received,
+    "attention": lambda evidence: evidence.received,
     "update_norm": update_norm,
     "hidden_norm": hidden_norm,
     "random": random_importance,
@@ -203,20 +203,14 @@ class Selection:
     dropped: torch.Tensor = field(init=False)
 
     def __post_init__(self):
-        mask = torch.ones(len(self.index), self.length, dtype=torch.bool, device=self.index.device)
-        mask.scatter_(1, self.index, False)
-        position = torch.arange(self.length, device=self.index.device)
-        self.dropped = position.expand_as(mask)[mask].view(len(mask), -1)
+        self.dropped = _others(self.index, self.length)
 
     def moved(self, old: TokenGrid, new: TokenGrid, length: int) -> Selection:
         """The same choice in a sequence of another layout; latent frames new to it stay whole."""
         dropped = self.dropped - old.start
         # rows drop equally many tokens of every latent frame, in order
         dropped = dropped[:, : int((dropped[0] < new.tokens).sum())] + new.start
-        mask = torch.ones(len(dropped), length, dtype=torch.bool, device=dropped.device)
-        mask.scatter_(1, dropped, False)
-        position = torch.arange(length, device=dropped.device)
-        return Selection(position.expand_as(mask)[mask].view(len(mask), -1), length)
+        return Selection(_others(dropped, length), length)
 
     def rows(self, repeats: int) -> torch.Tensor:
         """Kept index for `repeats` chunks of the same samples, as cond and uncond are batched."""
@@ -243,8 +237,19 @@ def select_tokens(
         keep |= anchored.to(device).view(1, -1, 1)
     mask = torch.ones(len(keep), length, dtype=torch.bool, device=device)
     mask[:, grid.start : grid.start + grid.tokens] = keep.flatten(1)
-    index = torch.arange(length, device=device).expand_as(mask)[mask].view(len(mask), -1)
-    return Selection(index, length)
+    return Selection(_positions(mask), length)
+
+
+def _positions(mask: torch.Tensor) -> torch.Tensor:
+    """Where a mask [b, s] is set, the same count in every row: int64 [b, n]."""
+    position = torch.arange(mask.shape[1], device=mask.device)
+    return position.expand_as(mask)[mask].view(len(mask), -1)
+
+
+def _others(index: torch.Tensor, length: int) -> torch.Tensor:
+    """The positions of 0..length that are not in `index` [b, n]."""
+    mask = torch.ones(len(index), length, dtype=torch.bool, device=index.device)
+    return _positions(mask.scatter_(1, index, False))
 
 
 def gather_tokens(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

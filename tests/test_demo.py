@@ -118,6 +118,13 @@ def test_report_picture_draws_any_video_and_an_empty_run(video):
     assert draw_report(Report("Wan"), video).height > 50
 
 
+def test_a_video_that_is_not_the_grids_is_drawn_with_a_doubt():
+    # 2 latent frames are 5 pixel frames
+    fits, other = (np.asarray(draw_report(report_of([0]), np.ones((n, 9, 9, 3)))) for n in (5, 6))
+    caption = slice(72, 92)
+    assert (other[caption] > 100).sum() > 1.2 * (fits[caption] > 100).sum()
+
+
 def test_report_text_says_what_did_not_happen():
     report = report_of([0])
     report.note("the sky fell")

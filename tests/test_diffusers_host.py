@@ -334,3 +334,25 @@ def test_a_wrong_model_and_an_empty_latent_are_refused():
         pytest.raises(ValueError, match=r"empty latent of shape \[1, 16, 0, 8, 6\]"),
     ):
         model(torch.zeros(1, 16, 0, 8, 6), torch.tensor([500.0]), text(), return_dict=False)
+
+
+@torch.no_grad()
+def test_when_every_latent_frame_is_given_all_is_computed_and_said():
+    model = wan(36)
+    with attach(model, tokens(0.25), cond_or_uncond=BOTH, shift=3.0) as attachment:
+        trimmed = sample(model, text(), SIZE, steps=1, condition=condition(given=(0, 1, 2)))
+        report = attachment.finish()
+    assert torch.equal(trimmed, run(model, steps=1, condition=condition(given=(0, 1, 2))))
+    assert any("every latent frame is given" in note for note in report.notes)
+
+
+@torch.no_grad()
+def test_an_attention_that_cannot_be_seen_is_refused():
+    model = wan()
+    for block in model.blocks:
+        block.attn1.processor = lambda attn, hidden, *args, **kwargs: hidden
+    with (
+        attach(model, tokens()),
+        pytest.raises(RuntimeError, match="attention backend to 'native'"),
+    ):
+        model(torch.zeros(1, 16, *SIZE), torch.tensor([500.0]), text(), return_dict=False)

@@ -7,6 +7,7 @@ from wantrim.methods.tokens import (
     Evidence,
     TokenGrid,
     TokenPlan,
+    attention_received,
     gather_tokens,
     sample_queries,
     scatter_tokens,
@@ -25,7 +26,9 @@ def evidence(grid: TokenGrid, batch=2, after=0, **options) -> Evidence:
     length = grid.start + grid.tokens + after
     before, update = torch.randn(2, batch, length, 12).unbind()
     q, k = torch.randn(2, batch, length, 2, 6).unbind()
-    return Evidence(plan(**options), grid, before, before + update, q, k, seed=3)
+    given = plan(**options)
+    received = attention_received(given, grid, q, k)
+    return Evidence(given, grid, before, before + update, received, seed=3)
 
 
 @pytest.mark.parametrize("grid", GRIDS)
@@ -75,10 +78,12 @@ def test_anchored_frames_lose_nothing_unless_asked():
 def test_attention_finds_the_token_that_all_look_at():
     grid = TokenGrid(2, 4, 4)
     seen = evidence(grid, batch=1, alpha=1.0)
+    noise = torch.randn(2, 1, 32, 2, 6)
     direction = torch.nn.functional.normalize(torch.ones(6), dim=0)
-    seen.q = direction.expand(1, 32, 2, 6) + 0.01 * seen.q
-    seen.k = 0.01 * seen.k
-    seen.k[0, [5, 27]] += 30 * direction
+    q = direction.expand(1, 32, 2, 6) + 0.01 * noise[0]
+    k = 0.01 * noise[1]
+    k[0, [5, 27]] += 30 * direction
+    seen.received = attention_received(seen.plan, grid, q, k)
     assert select_tokens(seen, 1).index.tolist() == [[5, 27]]
 
 

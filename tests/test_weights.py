@@ -105,3 +105,13 @@ def test_a_hostile_config_is_refused(config, tmp_path):
     )
     with pytest.raises(ValueError, match="hostile.safetensors does not fit its own config"):
         load_original(path)
+
+
+def test_a_model_with_a_clip_branch_is_not_saved(tmp_path):
+    model = WanTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=12, in_channels=36, out_channels=16, text_dim=16,
+        ffn_dim=32, num_layers=1, image_dim=20, added_kv_proj_dim=24, pos_embed_seq_len=6,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="without a CLIP branch, got one with image_dim"):
+        save_original(tmp_path / "m.safetensors", model, torch.float32, {})
+    assert not list(tmp_path.iterdir())

@@ -2,7 +2,8 @@
 
 The plan travels in `transformer_options`; two keyed wrappers read it. OUTER_SAMPLE makes the
 session of a run and drops it afterwards; DIFFUSION_MODEL asks the session what this call keeps and
-replaces the blocks in its own copy of the options. Nothing of the model is touched or held.
+replaces the blocks in its own copy of the options. Two more live only in a run's copy of the
+options and see to it that the conditional prompt decides. Nothing of the model is touched or held.
 """
 
 from __future__ import annotations

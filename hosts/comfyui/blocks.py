@@ -112,8 +112,8 @@ class AttentionTap:
         self.k = self.v = None
 
     def __call__(self, func, q, k, v, *args, **kwargs):
-        # a block's first attention is its self-attention
-        if not self.seen:
+        # self-attention is a block's first attention, and has as many keys as queries
+        if not self.seen and q.shape[-2] == k.shape[-2]:
             self.seen = True
             heads = kwargs["heads"] if "heads" in kwargs else args[0]
             flat = q.ndim == 3

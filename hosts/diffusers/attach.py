@@ -21,12 +21,8 @@ class Attachment:
     """A plan on a model. Use as a context manager, or call `detach` when done."""
 
     def __init__(self, model: WanTransformer3DModel, plan: TrimPlan, cond_or_uncond, shift: float):
-        self.model, self.plan, self.cond_or_uncond, self.shift = (
-            model,
-            plan,
-            tuple(cond_or_uncond),
-            shift,
-        )
+        self.model, self.plan, self.shift = model, plan, shift
+        self.cond_or_uncond = tuple(cond_or_uncond)
         self.call: ModelCall | None = None
         self.new_run()
 
@@ -65,8 +61,8 @@ def attach(
     """Put `plan` on a transformer, alone or inside a pipeline. An earlier plan is taken off first.
 
     Args:
-        cond_or_uncond: COND or UNCOND for each chunk of a batch, in order; one chunk when the two come in
-            separate calls, as in WanPipeline.
+        cond_or_uncond: COND or UNCOND for each chunk of a batch, in order; one chunk when the two
+            come in separate calls, as in WanPipeline.
         shift: the scheduler's flow shift, to place a sigma in the run.
 
     Raises:

@@ -26,11 +26,7 @@ class Block:
     def run_watched(self, look) -> torch.Tensor:
         with _FirstAttention(look) as tap:
             out = self.run()
-        if not tap.seen:
-            raise RuntimeError(
-                "WanTrim saw no scaled_dot_product_attention in this block; set the transformer's "
-                "attention backend to 'native'"
-            )
+        tap.require_seen()
         return out
 
     def run_subset(self, index, others):
@@ -42,6 +38,7 @@ class Block:
                     self._on(others)
             except _Stopped:
                 extra = (probe.k, probe.v)
+            probe.require_seen()
         with _FirstAttention(extra=extra):
             return self._on(index)
 
@@ -57,7 +54,9 @@ class _Stopped(Exception):
 
 
 class _FirstAttention(TorchFunctionMode):
-    """Sees the block's first attention call, which is its self-attention; q, k, v [b, n, s, d].
+    """Sees the block's self-attention, its first call with as many keys as queries.
+
+    q, k, v are [b, n, s, d] there.
 
     Args:
         look: called with q and k [b, s, n, d].
@@ -72,13 +71,23 @@ class _FirstAttention(TorchFunctionMode):
         # of the call that `stop` left
         self.k = self.v = None
 
+    def require_seen(self) -> None:
+        if not self.seen:
+            raise RuntimeError(
+                "WanTrim saw no scaled_dot_product_attention in this block's self-attention; set "
+                "the transformer's attention backend to 'native'"
+            )
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is torch.nn.functional.scaled_dot_product_attention and not self.seen:
-            self.seen = True
             names = ("query", "key", "value")
             bound = {**dict(zip(names, args, strict=False)), **kwargs}
             q, k, v = (bound[name] for name in names)
+            if q.shape[2] != k.shape[2]:
+                # cross-attention: self-attention went another way
+                return func(*args, **kwargs)
+            self.seen = True
             if self.look is not None:
                 self.look(q.transpose(1, 2), k.transpose(1, 2))
             if self.stop:

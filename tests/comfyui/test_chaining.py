@@ -1,5 +1,7 @@
 """Other nodes on the same MODEL, in front of WanTrim and behind it."""
 
+import copy
+
 import pytest
 import torch
 
@@ -266,3 +268,38 @@ def test_several_gpus_compute_everything_and_say_so(monkeypatch):
     model.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, "gpus", on_two)
     assert torch.equal(tiny.sample(model), tiny.sample(dense))
     assert any("several GPUs" in note for note in tiny.report_of(model).notes)
+
+
+def test_a_block_that_another_node_skips_chooses_for_nobody_and_is_reported():
+    # blocks 0 and 3 choose; without self-attention in block 3 the choice of block 0 stays
+    skipped = tiny.base_model().clone()
+    skipped.set_model_patch_replace(lambda args, extra: args, "dit", "double_block", 3)
+    model = tiny.trimmed(skipped)
+    calls = tiny.watch(model)
+    tiny.sample(model, steps=1)
+    assert set(calls[0].kept) == {0}
+    assert any("block 3 ran no self-attention" in note for note in tiny.report_of(model).notes)
+
+
+def test_a_guider_with_prompts_of_its_own_is_reported():
+    def renamed(executor, *args, **kwargs):
+        executor.class_obj.conds["middle"] = []
+        try:
+            return executor(*args, **kwargs)
+        finally:
+            del executor.class_obj.conds["middle"]
+
+    model = tiny.base_model().clone()
+    model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, "a", renamed)
+    model = tiny.trimmed(model)
+    tiny.sample(model, steps=1)
+    assert any("orders its prompts" in note for note in tiny.report_of(model).notes)
+
+
+def test_a_sampling_without_flow_shift_is_reported():
+    model = tiny.trimmed(tiny.base_model())
+    sampling = copy.deepcopy(model.get_model_object("model_sampling"))
+    del sampling.shift
+    model.add_object_patch("model_sampling", sampling)
+    tiny.sample(model, steps=1)
+    assert any("no flow shift" in note for note in tiny.report_of(model).notes)

@@ -1,0 +1,54 @@
+import csv
+import shutil
+
+import pytest
+
+from wantrim.demo import anatomy
+from wantrim.hosts.diffusers.weights import load_original
+from wantrim.toy import CHECKPOINT
+from wantrim.toy.world import held_out_scenes
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_original(CHECKPOINT)
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    monkeypatch.setattr(anatomy, "STEPS", 2)
+
+
+def rows(path):
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_head_gets_its_ratio_and_role(model, tmp_path):
+    anatomy.measure_heads(model, held_out_scenes(1), tmp_path)
+    written = rows(tmp_path / "heads.csv")
+    assert len({(row["block"], row["head"]) for row in written}) == 16 * 8
+    assert all(0 <= float(row["intra_slice_ratio"]) <= 1 for row in written)
+    assert (tmp_path / "head_roles.png").stat().st_size > 0
+    assert all(not block._diffusers_hook.hooks for block in model.blocks)
+
+
+def test_leaving_out_a_block_changes_the_video(model, tmp_path):
+    anatomy.measure_blocks(model, held_out_scenes(1), tmp_path)
+    written = rows(tmp_path / "skip_one_block.csv")
+    assert [row["left_out"] for row in written[:16]] == [f"block {i}" for i in range(16)]
+    assert all(float(row["psnr_db"]) < 60 for row in written[:16])
+    assert (tmp_path / "skip_one_block.png").stat().st_size > 0
+
+
+def test_adherence_and_loss_are_written(model, tmp_path):
+    anatomy.measure_adherence(model, 2, tmp_path)
+    written = rows(tmp_path / "adherence.csv")
+    assert [(row["objects"], row["prompts"]) for row in written] == [
+        ("1", "2"),
+        ("2", "1"),
+        ("3", "1"),
+    ]
+    shutil.copy(anatomy.OUT / "training_log.csv", tmp_path)
+    anatomy.plot_loss(tmp_path)
+    assert (tmp_path / "loss_curve.png").stat().st_size > 0
