@@ -36,8 +36,9 @@ lint: $(READY)
 bench:
 	@echo "make bench is not here yet: it comes with the issue that adds benchmarks/ (speed tables)" >&2; exit 1
 
-quality:
-	@echo "make quality is not here yet: it comes with the issue that adds benchmarks/ (quality tables)" >&2; exit 1
+# the fast subset; `make quality ARGS=--full` is the whole table
+quality: $(READY)
+	$(BIN)/python -m wantrim.benchmarks.quality $(ARGS)
 
 train-demo:
 	@echo "make train-demo is not here yet: it comes with the issue that adds training/ (PARE's stages)" >&2; exit 1

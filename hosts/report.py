@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..methods.tokens import Selection, TokenGrid
+from ..methods.grid import TokenGrid
+from ..methods.tokens import Selection
 
 
 @dataclass

@@ -7,21 +7,15 @@ Knows no host. A host tells it what a model call looks like (`Session.begin`) an
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 
-from ..methods.tokens import (
-    Evidence,
-    Selection,
-    TokenGrid,
-    TokenPlan,
-    attention_received,
-    scatter_tokens,
-    select_tokens,
-)
+from ..methods.grid import TokenGrid
+from ..methods.tokens import Selection, TokenPlan
+from .call import ModelCall
+from .past import Past
 from .report import Report, Step
 
 COND, UNCOND = 0, 1
@@ -45,25 +39,11 @@ class TrimPlan:
             f"{1 - t.schedule.keep_ratio:.0%} of the tokens dropped ({t.schedule.direction}, "
             f"importance {t.importance}, reselected every {t.reselect_every} blocks"
         )
+        if t.trim_reselecting:
+            text += ", the choosing block trimmed too"
+        if t.restore != "identity":
+            text += f", dropped tokens get their {t.restore.replace('_', ' ')}"
         return text + (", keys and values kept)" if t.dropped_kv == "keep" else ")")
-
-
-class BlockCall(Protocol):
-    """The host's own block with its inputs, ready to run."""
-
-    hidden: torch.Tensor
-
-    def run(self) -> torch.Tensor:
-        """All tokens."""
-
-    def run_watched(self, look: Callable[[torch.Tensor, torch.Tensor], None]) -> torch.Tensor:
-        """All tokens; calls look(q, k) with self-attention's q and k [b, s, n, d] as it runs."""
-
-    def run_subset(self, index: torch.Tensor, others: torch.Tensor | None) -> torch.Tensor:
-        """Tokens `index` [b, kept] only, as hidden state [b, kept, c].
-
-        With `others` [b, dropped] those tokens still serve as keys and values.
-        """
 
 
 @dataclass
@@ -74,6 +54,8 @@ class Decision:
     latent: torch.Tensor
     budget: int
     step: Step
+    # of the velocity since the last step [b, tokens]
+    change: torch.Tensor | None = None
     selections: dict[int, Selection] = field(default_factory=dict)
     # what each block of the step's first call ran on; None is all tokens
     ran: list[Selection | None] = field(default_factory=list)
@@ -99,6 +81,7 @@ class Session:
         self.plan = plan
         self.report = report
         self.decision: Decision | None = None
+        self.past = Past()
         self._began = 0.0
         self._started = time.perf_counter()
 
@@ -143,18 +126,21 @@ class Session:
             step = Step(sigma, progress, tokens.keep_at(progress), grid, num_blocks)
             self.report.steps.append(step)
             budget = tokens.budget(progress, grid)
-            self.decision = Decision(sigma, latent.detach().clone(), budget, step)
+            latent = latent.detach().clone()
+            change = self.past.see(sigma, latent, grid, trimmed=budget < grid.per_frame)
+            self.decision = Decision(sigma, latent, budget, step, change)
             if not cond:
                 self.report.note(
                     "the unconditional prompt came first in a step and decided which tokens stay"
                 )
         self.decision.step.calls += 1
-        return ModelCall(self, grid, anchored, len(cond_or_uncond), decider, num_blocks)
+        return ModelCall(self, grid, anchored, cond_or_uncond, decider, num_blocks)
 
     def finish(self, completed: bool) -> Report:
         """Close the run and drop everything that it held."""
         now = time.perf_counter()
         self._close_step(now)
+        self.past = Past()
         self.report.seconds = now - self._started
         self.report.finished = completed
         if self.report.steps and self.report.kept_share == 1.0:
@@ -179,88 +165,3 @@ class Session:
 
 def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.shape == b.shape and a.device == b.device and torch.equal(a, b)
-
-
-class ModelCall:
-    """One forward pass through the model's blocks, in order."""
-
-    def __init__(
-        self, session: Session, grid, anchored, chunks: int, decider: int, num_blocks: int
-    ):
-        self.plan: TokenPlan = session.plan.tokens
-        self.report = session.report
-        self.decision: Decision = session.decision
-        self.grid: TokenGrid = grid
-        self.anchored: torch.Tensor | None = anchored
-        self.chunks = chunks
-        self.decider = decider
-        self.num_blocks = num_blocks
-        self.current: Selection | None = None
-        self.records = self.decision.step.calls == 1
-
-    @property
-    def trims(self) -> bool:
-        """False when this step keeps everything: then the host's model runs untouched."""
-        return self.decision.budget < self.grid.per_frame
-
-    def block(self, block_index: int, call: BlockCall) -> torch.Tensor:
-        """Run one block; the result is always the full-length hidden state [b, s, c]."""
-        if self.plan.reselects(block_index) or self.current is None:
-            self._record(None)
-            return self._reselect(block_index, call)
-        self._record(self.current)
-        if not self.current.dropped.numel():
-            self.report.note("every latent frame is given and anchored: all tokens were computed")
-            return call.run()
-        index = self.current.rows(self.chunks)
-        others = None
-        if self.plan.dropped_kv == "keep":
-            others = self.current.dropped_rows(self.chunks)
-        return scatter_tokens(call.hidden, index, call.run_subset(index, others))
-
-    def _reselect(self, block_index: int, call: BlockCall) -> torch.Tensor:
-        known = self.decision.selections.get(block_index)
-        unused = block_index == self.num_blocks - 1 or self.plan.reselects(block_index + 1)
-        if known is not None or unused:
-            length = call.hidden.shape[1]
-            if known is not None and known.length != length:
-                # only one of the prompts has a reference
-                known = known.moved(self.decision.step.grid, self.grid, length)
-            self.current = known
-            return call.run()
-        before = self._decider(call.hidden)
-        received = None
-
-        def look(q: torch.Tensor, k: torch.Tensor) -> None:
-            # scored at once: held through the block's FFN, q and k would add to its peak of memory
-            nonlocal received
-            rows = (self._decider(q), self._decider(k))
-            received = attention_received(self.plan, self.grid, *rows)
-
-        by_attention = self.plan.importance == "attention"
-        after = call.run_watched(look) if by_attention else call.run()
-        if by_attention and received is None:
-            self.report.note(
-                f"block {block_index} ran no self-attention (another node replaced it), so tokens "
-                "were not chosen anew there"
-            )
-            return after
-        evidence = Evidence(
-            self.plan,
-            self.grid,
-            before,
-            self._decider(after),
-            received,
-            seed=round(self.decision.sigma * 1e6) * 1000 + block_index,
-        )
-        self.current = select_tokens(evidence, self.decision.budget, self.anchored)
-        self.decision.selections[block_index] = self.current
-        return after
-
-    def _decider(self, rows: torch.Tensor) -> torch.Tensor:
-        return rows.chunk(self.chunks)[self.decider]
-
-    def _record(self, selection: Selection | None) -> None:
-        # the other calls of a step do the same work
-        if self.records:
-            self.decision.ran.append(selection)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..kernels.reference import frame_mass
-from .tokens import TokenGrid
+from .grid import TokenGrid
 
 # intra-slice ratio above / below which a head is spatial / temporal; mixed between them
 SPATIAL, TEMPORAL = 0.7, 0.3

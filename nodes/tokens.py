@@ -9,8 +9,9 @@ from comfy_api.latest import io
 from ..hosts.comfyui.attach import attach, attachment_of
 from ..hosts.comfyui.variants import check_tokens
 from ..hosts.session import TrimPlan
+from ..methods.importance import IMPORTANCE
 from ..methods.schedule import DIRECTIONS, Schedule
-from ..methods.tokens import IMPORTANCE, TokenPlan
+from ..methods.tokens import TokenPlan
 
 CATEGORY = "model/patch/wan"
 NAME = "WanTrim Tokens"

@@ -10,7 +10,8 @@ from wantrim.demo.page import write_page
 from wantrim.demo.run import Contestant, Job, run_demo, token_plan
 from wantrim.hosts.report import Report, Step
 from wantrim.hosts.report_picture import draw_report, overlay
-from wantrim.methods.tokens import Selection, TokenGrid
+from wantrim.methods.grid import TokenGrid
+from wantrim.methods.tokens import Selection
 from wantrim.toy.metrics import adherence, flicker, motion, psnr
 from wantrim.toy.world import held_out_scenes, parse_prompt, render
 

@@ -8,8 +8,9 @@ from wantrim.hosts.diffusers.attach import attach
 from wantrim.hosts.diffusers.sample import sample, sigmas_for
 from wantrim.hosts.diffusers.weights import new_transformer
 from wantrim.hosts.session import COND, UNCOND, TrimPlan
+from wantrim.methods.importance import IMPORTANCE
 from wantrim.methods.schedule import Schedule
-from wantrim.methods.tokens import IMPORTANCE, TokenPlan
+from wantrim.methods.tokens import TokenPlan
 
 BLOCKS = 5
 SIZE = (3, 8, 6)

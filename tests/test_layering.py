@@ -43,6 +43,8 @@ PLACES = {
     "av": OFFLINE,
     "rich": OFFLINE,
     "PIL": ("hosts/", "nodes/", *OFFLINE),
+    "skimage": ("benchmarks/",),
+    "vbench": ("benchmarks/",),
 }
 
 

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
+from wantrim.methods.grid import TokenGrid
 from wantrim.methods.roles import intra_slice_ratio, role
-from wantrim.methods.tokens import TokenGrid
 
 
 @pytest.mark.parametrize(

@@ -1,18 +1,16 @@
 import pytest
 import torch
 
-from wantrim.methods.schedule import Schedule
-from wantrim.methods.tokens import (
+from wantrim.methods.grid import TokenGrid, gather_tokens, scatter_tokens
+from wantrim.methods.importance import (
     IMPORTANCE,
     Evidence,
-    TokenGrid,
-    TokenPlan,
     attention_received,
-    gather_tokens,
+    key_size,
     sample_queries,
-    scatter_tokens,
-    select_tokens,
 )
+from wantrim.methods.schedule import Schedule
+from wantrim.methods.tokens import TokenPlan, select_tokens
 
 GRIDS = [TokenGrid(1, 1, 1), TokenGrid(2, 7, 9), TokenGrid(5, 6, 6), TokenGrid(3, 5, 4, start=7)]
 
@@ -21,14 +19,14 @@ def plan(**options) -> TokenPlan:
     return TokenPlan(Schedule(0.7), **options)
 
 
-def evidence(grid: TokenGrid, batch=2, after=0, **options) -> Evidence:
+def evidence(grid: TokenGrid, batch=2, after=0) -> Evidence:
     torch.manual_seed(0)
     length = grid.start + grid.tokens + after
     before, update = torch.randn(2, batch, length, 12).unbind()
     q, k = torch.randn(2, batch, length, 2, 6).unbind()
-    given = plan(**options)
-    received = attention_received(given, grid, q, k)
-    return Evidence(given, grid, before, before + update, received, seed=3)
+    received, keys = attention_received(grid, q, k), key_size(grid, k)
+    change = torch.rand(batch, grid.tokens)
+    return Evidence(grid, before, before + update, received, keys, change, seed=3)
 
 
 @pytest.mark.parametrize("grid", GRIDS)
@@ -48,13 +46,13 @@ def test_large_grids_use_the_asked_share_of_queries():
     assert len(sample_queries(grid, 1 / 64)) == pytest.approx(grid.tokens / 64, rel=0.02)
 
 
-@pytest.mark.parametrize("name", list(IMPORTANCE))
+@pytest.mark.parametrize("name", [*IMPORTANCE, "attention+rotation"])
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("after", [0, 5])
 def test_same_count_in_every_frame_and_nothing_outside_the_grid(name, grid, after):
-    seen = evidence(grid, after=after, importance=name)
+    seen = evidence(grid, after=after)
     budget = max(1, grid.per_frame // 2)
-    chosen = select_tokens(seen, budget)
+    chosen = select_tokens(plan(importance=name), seen, budget)
     length = grid.start + grid.tokens + after
     for row, dropped in zip(chosen.index, chosen.dropped, strict=True):
         inside = row[(row >= grid.start) & (row < grid.start + grid.tokens)] - grid.start
@@ -68,31 +66,34 @@ def test_same_count_in_every_frame_and_nothing_outside_the_grid(name, grid, afte
 def test_anchored_frames_lose_nothing_unless_asked():
     grid = TokenGrid(4, 3, 3)
     anchored = torch.tensor([True, False, False, True])
-    chosen = select_tokens(evidence(grid), 2, anchored)
+    chosen = select_tokens(plan(), evidence(grid), 2, anchored)
     counts = (chosen.index[0] // 9).bincount(minlength=4)
     assert counts.tolist() == [9, 2, 2, 9]
-    loose = select_tokens(evidence(grid, anchor=False), 2, anchored)
+    loose = select_tokens(plan(anchor=False), evidence(grid), 2, anchored)
     assert (loose.index[0] // 9).bincount(minlength=4).tolist() == [2, 2, 2, 2]
 
 
 def test_attention_finds_the_token_that_all_look_at():
     grid = TokenGrid(2, 4, 4)
-    seen = evidence(grid, batch=1, alpha=1.0)
+    seen = evidence(grid, batch=1)
     noise = torch.randn(2, 1, 32, 2, 6)
     direction = torch.nn.functional.normalize(torch.ones(6), dim=0)
     q = direction.expand(1, 32, 2, 6) + 0.01 * noise[0]
     k = 0.01 * noise[1]
     k[0, [5, 27]] += 30 * direction
-    seen.received = attention_received(seen.plan, grid, q, k)
-    assert select_tokens(seen, 1).index.tolist() == [[5, 27]]
+    seen.received = attention_received(grid, q, k)
+    assert select_tokens(plan(alpha=1.0), seen, 1).index.tolist() == [[5, 27]]
 
 
 def test_random_is_the_same_for_a_seed_and_differs_between_seeds():
     grid = TokenGrid(3, 5, 5)
-    first, again, other = (evidence(grid, importance="random") for _ in range(3))
+    first, again, other = (evidence(grid) for _ in range(3))
     other.seed = 4
-    assert torch.equal(select_tokens(first, 5).index, select_tokens(again, 5).index)
-    assert not torch.equal(select_tokens(first, 5).index, select_tokens(other, 5).index)
+    chosen, same, differs = (
+        select_tokens(plan(importance="random"), seen, 5).index for seen in (first, again, other)
+    )
+    assert torch.equal(chosen, same)
+    assert not torch.equal(chosen, differs)
 
 
 def test_gather_then_scatter_is_the_identity_on_kept_and_leaves_the_rest():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ...methods.tokens import gather_tokens
+from ...methods.grid import gather_tokens
 from ..session import ModelCall
 
 OVERRIDE = "optimized_attention_override"

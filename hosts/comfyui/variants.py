@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ...methods.tokens import TokenGrid
+from ...methods.grid import TokenGrid
 
 # class name -> None when tokens may be dropped, else the reason
 TOKENS: dict[str, str | None] = {

@@ -8,8 +8,8 @@ import torch
 from diffusers import WanTransformer3DModel
 from diffusers.hooks import HookRegistry, ModelHook
 
+from ...methods.grid import TokenGrid
 from ...methods.schedule import progress_at
-from ...methods.tokens import TokenGrid
 from ..report import Report
 from ..session import COND, ModelCall, Session, TrimPlan, check_latent
 from .blocks import Block

@@ -10,7 +10,7 @@ from diffusers import WanTransformer3DModel
 from diffusers.hooks import HookRegistry, ModelHook
 from torch.overrides import TorchFunctionMode
 
-from ...methods.tokens import gather_tokens
+from ...methods.grid import gather_tokens
 
 
 class Block:

@@ -24,15 +24,20 @@ def denoise(
     shift: float = 3.0,
     seed: int = 0,
     condition: torch.Tensor | None = None,
+    negative: torch.Tensor | None = None,
+    model_kwargs: dict[str, torch.Tensor] | None = None,
 ) -> Iterator[torch.Tensor]:
     """Yield the latents [b, out_channels, f, h, w] (fp32) after every step.
 
     Conditional and unconditional rows go through the model in one batch, in this order.
 
     Args:
-        text: embeddings [b, tokens, text_dim]; the unconditional text is all zeros.
+        text: embeddings [b, tokens, text_dim].
         size: latent (f, h, w).
         condition: Wan's image condition [b, out_channels + 4, f, h, w], or None for text-to-video.
+        negative: the unconditional text [tokens, text_dim] or [b, tokens, text_dim]; None is all
+            zeros, as the tiny Wan was trained.
+        model_kwargs: further tensors [b, ...] of the model's forward, the same for both prompts.
     """
     batch, channels = len(text), model.config.out_channels
     device = next(model.parameters()).device
@@ -44,13 +49,21 @@ def denoise(
     if extra:
         condition = x.new_zeros(batch, extra, *size) if condition is None else condition.to(device)
     sigmas = sigmas_for(steps, shift).to(device)
-    both = torch.cat([text, torch.zeros_like(text)]) if guidance != 1 else text
+    negative = torch.zeros_like(text) if negative is None else negative.to(text)
+    both = torch.cat([text, negative.expand_as(text)]) if guidance != 1 else text
     repeat = len(both) // batch
+    extras = {
+        name: value.to(device).repeat(repeat, *[1] * (value.ndim - 1))
+        for name, value in (model_kwargs or {}).items()
+    }
     for index in range(steps):
         model_input = torch.cat([x, condition], 1) if extra else x
         model_input = model_input.repeat(repeat, 1, 1, 1, 1)
         timestep = (sigmas[index] * 1000).expand(len(both))
-        velocity = model(model_input, timestep, both, return_dict=False)[0]
+        # step caches of diffusers keep their state by context
+        with model.cache_context("both", step_index=index, sigma=float(sigmas[index])):
+            velocity = model(model_input.to(both), timestep, both, return_dict=False, **extras)[0]
+        velocity = velocity.float()
         if repeat == 2:
             cond, uncond = velocity.chunk(2)
             velocity = uncond + guidance * (cond - uncond)

@@ -1,0 +1,1 @@
+"""Speed and quality of WanTrim and its peers, measured offline."""

@@ -1,0 +1,147 @@
+"""What the peers of WanTrim share, and the simplest of them: blocks that are left out.
+
+Every peer is a context manager `name(model, *, steps, shift, **knobs)` on diffusers' Wan. One video
+of `steps` model calls is sampled within; leaving it, by an exception too, takes every hook off.
+The model gets one row, or the conditional and then the unconditional row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from diffusers import WanTransformer3DModel
+from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+
+class OneVideo(ModelHook):
+    """The outermost hook of every peer: counts the model calls, and knows the timestep."""
+
+    def __init__(self, steps: int):
+        super().__init__()
+        self.steps, self.calls = steps, 0
+        self.timestep: float | None = None
+
+    def pre_forward(self, module, hidden_states, timestep, *args, **kwargs):
+        if len(hidden_states) > 2:
+            raise ValueError(
+                "expected one row or two (conditional, unconditional), got a batch of "
+                f"{len(hidden_states)}: sample one video at a time"
+            )
+        if self.calls == self.steps:
+            raise RuntimeError(
+                f"expected one video of {self.steps} steps, got a further model call: enter the "
+                "method anew for every video, with its number of steps"
+            )
+        self.calls += 1
+        self.timestep = float(timestep.max())
+        return (hidden_states, timestep, *args), kwargs
+
+
+@contextmanager
+def one_video(
+    model: WanTransformer3DModel, video: OneVideo, *hooks: tuple[torch.nn.Module, ModelHook]
+) -> Iterator[None]:
+    """Put hooks on modules, in this order from the inside out, for one video.
+
+    Raises:
+        RuntimeError: the video had fewer steps than were announced, or more.
+    """
+    with ExitStack() as stack:
+        for module, hook in (*hooks, (model, video)):
+            registry = HookRegistry.check_if_exists_or_initialize(module)
+            name = f"wantrim_{type(hook).__name__}"
+            registry.register_hook(hook, name)
+            stack.callback(registry.remove_hook, name, recurse=False)
+        yield
+    if video.calls != video.steps:
+        raise RuntimeError(
+            f"expected one video of {video.steps} steps, got {video.calls} model calls"
+        )
+
+
+def a_fifth(steps: int) -> int:
+    """The first steps that a cache computes in any case: a fifth, as most papers have it."""
+    return max(1, round(steps / 5))
+
+
+def packed(out: torch.Tensor, kwargs: dict):
+    """The model's output in the shape that the keywords of its call ask for."""
+    as_tuple = kwargs.get("return_dict") is False
+    return (out,) if as_tuple else Transformer2DModelOutput(sample=out)
+
+
+class _Identity(ModelHook):
+    def new_forward(self, module, hidden_states, *args, **kwargs):
+        return hidden_states
+
+
+@contextmanager
+def static_blocks(
+    model: WanTransformer3DModel, *, steps: int, shift: float, skip: Sequence[int]
+) -> Iterator[None]:
+    """Blocks that are the identity at every step and are not computed at all.
+
+    Args:
+        skip: indices of the blocks, from 0.
+
+    Raises:
+        ValueError: there is no such block, or it is there twice.
+    """
+    if len(set(skip)) != len(skip) or not set(skip) <= set(range(len(model.blocks))):
+        raise ValueError(
+            f"skip: expected different blocks of 0 to {len(model.blocks) - 1}, got {tuple(skip)}"
+        )
+    hooks = [(model.blocks[index], _Identity()) for index in skip]
+    with one_video(model, OneVideo(steps), *hooks):
+        yield
+
+
+def knob_for(
+    target_ratio: float,
+    run: Callable[[float], float],
+    low: float,
+    high: float,
+    *,
+    tolerance: float = 0.02,
+    tries: int = 12,
+    whole: bool = False,
+) -> tuple[float, float]:
+    """The knob, and its ratio, that comes closest to a target ratio of FLOPs without passing it.
+
+    Bisection between `low` and `high`, whichever of them costs more. Step caches have few levels,
+    so that the target itself is seldom met.
+
+    Args:
+        target_ratio: wanted FLOPs over the dense model's.
+        run: the ratio counted with a knob.
+        tolerance: how far above the target a ratio may be.
+        tries: runs at most, the two ends among them.
+        whole: the knob is an integer.
+
+    Raises:
+        ValueError: no knob came down to the target.
+    """
+    seen = {knob: run(knob) for knob in (low, high)}
+    cheap, costly = sorted(seen, key=seen.get)
+    while len(seen) < tries and seen[cheap] < target_ratio < seen[costly]:
+        middle = (cheap + costly) / 2
+        if whole:
+            middle = round(middle)
+        if middle in seen:
+            break
+        seen[middle] = run(middle)
+        if seen[middle] > target_ratio:
+            costly = middle
+        else:
+            cheap = middle
+    good = [knob for knob in seen if seen[knob] <= target_ratio + tolerance]
+    if not good:
+        raise ValueError(
+            f"expected a knob of {low} to {high} with at most {target_ratio + tolerance:.3f} of "
+            f"the dense FLOPs, got {min(seen.values()):.3f} at best: widen the range"
+        )
+    best = min(good, key=lambda knob: abs(seen[knob] - target_ratio))
+    return best, seen[best]

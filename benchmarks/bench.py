@@ -1,0 +1,217 @@
+"""One task of a subject at one way of sampling: dense videos, and what a case makes of them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from ..hosts.diffusers.attach import attach
+from ..hosts.diffusers.sample import sample
+from ..hosts.diffusers.shape import wan_shape
+from ..hosts.session import COND, UNCOND, TrimPlan
+from ..methods.cost import forward_flops, plan_flops
+from ..methods.grid import TokenGrid
+from .cases import Case, Point, solve_plan
+from .flops import count_flops
+from .metrics import measure, summarise
+from .peers import PEERS, Method, Tuner
+from .subjects import Item, Subject
+
+log = logging.getLogger(__name__)
+# of this many videos one has its FLOPs counted (and is not timed) and one its dense twin timed
+EVERY = 8
+TUNE_ON = 2
+
+
+class Bench:
+    """Dense videos are sampled once and kept in `folder`.
+
+    Args:
+        folder: of results that can be taken up again; None keeps nothing.
+    """
+
+    def __init__(
+        self, subject: Subject, task: str, point: Point, prompts: int, seeds: int, folder: Path
+    ):
+        self.subject, self.task, self.point = subject, task, point
+        self.items = subject.items(task, prompts, seeds)
+        self.prompts, self.seeds = prompts, seeds
+        self.name = f"{task}_{point.steps}_steps_{prompts}x{seeds}"
+        self.folder = folder
+        patch = subject.model.config.patch_size
+        self.grid = TokenGrid(*(n // p for n, p in zip(subject.size, patch, strict=True)))
+        image = subject.model_kwargs(self.items[0]).get("encoder_hidden_states_image")
+        tokens = len(self.items[0].text)
+        self.shape = wan_shape(subject.model, tokens, 0 if image is None else image.shape[1])
+        given = self.items[0].condition
+        self.anchored = 0
+        if given is not None:
+            self.anchored = int((given[:4].amax(0) > 0).all(-1).all(-1).sum())
+        self._dense: torch.Tensor | None = None
+        self._tuner: Tuner | None = None
+        self.dense_flops = 0
+
+    def sample(self, item: Item, steps: int | None = None) -> torch.Tensor:
+        """One video's latents [1, c, f, h, w], with the model as it is."""
+        condition = None if item.condition is None else item.condition[None]
+        return sample(
+            self.subject.model,
+            item.text[None],
+            self.subject.size,
+            steps=steps or self.point.steps,
+            guidance=self.point.guidance,
+            shift=self.point.shift,
+            # a prompt's two seeds and two prompts' first seeds must all be different noise
+            seed=1000 * item.seed + item.prompt_index,
+            condition=condition,
+            negative=self.subject.negative,
+            model_kwargs=self.subject.model_kwargs(item),
+        )
+
+    def dense(self) -> torch.Tensor:
+        """Latents [videos, c, f, h, w] of the untouched model."""
+        path = self.folder / f"dense_{self.subject.name}_{self.name}.safetensors"
+        if self._dense is None and path.exists():
+            self._dense = load_file(path)["latents"]
+        if self._dense is None:
+            self._dense = torch.cat([self.sample(item).cpu() for item in self.items])
+            partial = path.with_suffix(".partial")
+            save_file({"latents": self._dense}, partial)
+            partial.replace(path)
+        if not self.dense_flops:
+            self.dense_flops = count_flops(lambda: self.sample(self.items[0]))
+        return self._dense
+
+    def run(self, case: Case) -> dict[str, object]:
+        """The case's row, and the PSNR of every video under "psnr"; without "row" if it cannot be.
+
+        `unreachable` then says why.
+        """
+        dense = self.dense()
+        try:
+            knob, method, steps, predicted = self._prepare(case)
+        except ValueError as error:
+            return {"case": case.key, "unreachable": str(error)}
+        rows, flops, seconds, dense_seconds = [], [], [], []
+        for index, item in enumerate(self.items):
+            with method():
+                if index % EVERY == 0:
+                    flops.append(
+                        count_flops(lambda item=item: rows.append(self.sample(item, steps)))
+                    )
+                else:
+                    began = time.perf_counter()
+                    rows.append(self.sample(item, steps))
+                    seconds.append(time.perf_counter() - began)
+            if index % EVERY == 1:
+                began = time.perf_counter()
+                self.sample(item)
+                dense_seconds.append(time.perf_counter() - began)
+        figures = [
+            measure(
+                self.subject.to_video(got)[0],
+                self.subject.to_video(want[None])[0],
+                item.scene,
+                item.first_image,
+            )
+            for got, want, item in zip(rows, dense, self.items, strict=True)
+        ]
+        clusters = [item.prompt_index for item in self.items]
+        row = {
+            "group": case.group,
+            "method": case.method,
+            "setting": case.setting,
+            "knob": knob,
+            "model": self.subject.name,
+            "task": self.task,
+            "steps": self.point.steps,
+            "guidance": self.point.guidance,
+            "prompts": self.prompts,
+            "seeds": self.seeds,
+            "target": case.target,
+            "flops_ratio": float(np.mean(flops)) / self.dense_flops,
+            "predicted_ratio": predicted,
+            "time_ratio": _ratio(seconds, dense_seconds),
+            **summarise(figures, clusters),
+        }
+        return {
+            "case": case.key,
+            "row": row,
+            "psnr": [one["psnr_db"] for one in figures],
+            "clusters": clusters,
+        }
+
+    def _prepare(self, case: Case) -> tuple[str, Method, int, float | str]:
+        """Knob in words, context for one video, steps, and the cost model's ratio."""
+        steps = self.point.steps
+        if case.method == "dense":
+            return "", nullcontext, steps, 1.0
+        if case.method == "fewer_steps":
+            steps = max(1, round(case.target * steps))
+            return f"{steps} steps", nullcontext, steps, steps / self.point.steps
+        if case.method in PEERS:
+            if PEERS[case.method].guided and self.point.guidance == 1:
+                raise ValueError(f"{case.method} works on the unconditional row, and there is none")
+            knob, method = self._tune(case)
+            return knob, method, steps, ""
+        plan = solve_plan(case, self.shape, self.grid, self.point, self.anchored)
+        if plan is None:
+            raise ValueError("no keep ratio comes near the target")
+        dense = steps * self.point.prompts * forward_flops(self.shape, self.grid.tokens)
+        predicted = plan_flops(
+            self.shape,
+            plan,
+            self.grid,
+            self.point.progress(),
+            self.anchored,
+            prompts=self.point.prompts,
+        )
+        roles = (COND, UNCOND) if self.point.prompts == 2 else (COND,)
+
+        @contextmanager
+        def method():
+            trim = TrimPlan(plan)
+            with attach(self.subject.model, trim, cond_or_uncond=roles, shift=self.point.shift):
+                yield
+
+        return f"keep {plan.schedule.keep_ratio:.3f}", method, steps, predicted / dense
+
+    def _tune(self, case: Case) -> tuple[str, Method]:
+        if self._tuner is None:
+            some = self.items[:TUNE_ON]
+            samples = [lambda item=item: self.sample(item) for item in some]
+
+            def ratio(method: Method) -> float:
+                total = 0
+                for one in samples:
+                    with method():
+                        total += count_flops(one)
+                return total / (len(samples) * self.dense_flops)
+
+            point = self.point
+            self._tuner = Tuner(self.subject.model, point.steps, point.shift, samples, ratio)
+        return self._tuner.tune(case.method, case.target)
+
+
+def _ratio(seconds: list[float], dense: list[float]) -> float | str:
+    # the median of many short runs: other work on the machine makes some of them slow
+    return float(np.median(seconds) / np.median(dense)) if seconds and dense else ""
+
+
+def read_result(path: Path) -> dict | None:
+    """A result written by `write_result`, or None."""
+    return json.loads(path.read_text("utf-8")) if path.exists() else None
+
+
+def write_result(path: Path, result: dict) -> None:
+    """All or nothing."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(result), "utf-8")
+    partial.replace(path)

@@ -1,0 +1,217 @@
+"""What each way of cutting compute costs in quality: `python -m wantrim.benchmarks.quality`.
+
+Every case is one row of benchmarks/results/quality.csv. Finished cases are kept in --work and not
+run again, so an interrupted run can be taken up; --fresh forgets them. --full runs every case on
+32 prompts and 2 seeds; without it the fast subset runs on 8 prompts and 1 seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import subprocess
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import lru_cache
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+from .bench import Bench, read_result, write_result
+from .cases import POINTS, STUDY_TARGET, Case, Point, all_cases
+from .metrics import difference
+from .subjects import PROMPTS, Subject, read_prompts, real_subject, toy_subject
+from .table import RESULTS, merge_rows
+
+log = logging.getLogger(__name__)
+DENSE = Case("methods", "dense", "", 1.0)
+FAST = (8, 1)
+FULL = (32, 2)
+
+
+def selected(full: bool, only: list[str] | None) -> list[Case]:
+    """The cases to run, by group or method; the fast subset is the methods at one budget."""
+    cases = all_cases()
+    if only:
+        cases = [case for case in cases if case.group in only or case.method in only]
+    elif not full:
+        cases = [c for c in cases if c.group == "methods" and c.target == STUDY_TARGET]
+    return [DENSE, *cases]
+
+
+def result_path(args: argparse.Namespace, task: str, point: Point, case: Case) -> Path:
+    model = Path(args.weights).name if args.weights else "tiny_wan"
+    run = f"{model}_{task}_{point.steps}_{point.guidance:g}_{args.prompts}x{args.seeds}"
+    return Path(args.work) / f"{run}__{case.key}.json"
+
+
+@lru_cache(maxsize=1)
+def _subject(weights, components, prompts, images, width, height, pixel_frames, device, dtype):
+    if weights is None:
+        return toy_subject(device=device)
+    return real_subject(
+        Path(weights),
+        components=Path(components) if components else None,
+        prompts=read_prompts(Path(prompts)) if prompts else PROMPTS,
+        images=[Path(image) for image in images],
+        width=width,
+        height=height,
+        pixel_frames=pixel_frames,
+        device=device,
+        dtype=getattr(torch, dtype),
+    )
+
+
+def load_subject(args: argparse.Namespace) -> Subject:
+    """The model to measure; loaded once a process."""
+    a = args
+    return _subject(
+        a.weights, a.components, a.prompt_file, tuple(a.images), a.width, a.height,
+        a.pixel_frames, a.device, a.dtype,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=8)
+def _bench(subject: Subject, task: str, point: Point, prompts: int, seeds: int, work: str) -> Bench:
+    return Bench(subject, task, point, prompts, seeds, Path(work))
+
+
+def run_case(args: argparse.Namespace, task: str, point: Point, case: Case) -> dict:
+    """Run one case and keep its result."""
+    torch.set_num_threads(args.threads)
+    bench = _bench(load_subject(args), task, point, args.prompts, args.seeds, str(args.work))
+    result = bench.run(case)
+    if "row" in result:
+        result["row"] |= {"commit": _commit(), "torch": torch.__version__, "device": _device(args)}
+    write_result(result_path(args, task, point, case), result)
+    return result
+
+
+def _device(args: argparse.Namespace) -> str:
+    cuda = str(args.device).startswith("cuda")
+    return torch.cuda.get_device_name(args.device) if cuda else "cpu"
+
+
+@lru_cache(maxsize=1)
+def _commit() -> str:
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=7", "--exclude=*"]
+    run = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent
+    )
+    return run.stdout.strip()
+
+
+def against_steps(args: argparse.Namespace, results: dict[tuple, dict]) -> list[dict]:
+    """The rows, each with its PSNR less that of fewer steps at the same target, paired by video."""
+    rows = []
+    for (task, point, case), result in results.items():
+        if "row" not in result:
+            continue
+        row = dict(result["row"])
+        twin = results.get((task, point, Case("methods", "fewer_steps", "", case.target)))
+        row |= {"vs_steps_db": "", "vs_steps_lo": "", "vs_steps_hi": "", "vs_steps": ""}
+        if twin and "row" in twin and case.method not in ("dense", "fewer_steps"):
+            mean, low, high = difference(result["psnr"], twin["psnr"], result["clusters"])
+            row |= {"vs_steps_db": mean, "vs_steps_lo": low, "vs_steps_hi": high}
+            row["vs_steps"] = "tie" if low <= 0 <= high else ("better" if mean > 0 else "worse")
+        rows.append(row)
+    return rows
+
+
+def main() -> None:
+    args = parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    args.work.mkdir(parents=True, exist_ok=True)
+    cases = selected(args.full, args.only)
+    wanted = [
+        (task, point, case)
+        for point in POINTS
+        if not args.steps or point.steps in args.steps
+        for case in cases
+        for task in args.tasks
+    ]
+    results, todo = {}, []
+    for one in wanted:
+        known = None if args.fresh else read_result(result_path(args, *one))
+        if known is None:
+            todo.append(one)
+        else:
+            results[one] = known
+    log.info("%d cases, %d of them done before", len(wanted), len(results))
+    began = time.perf_counter()
+    for count, (one, result) in enumerate(_run_all(args, todo), 1):
+        results[one] = result
+        left = (time.perf_counter() - began) / count * (len(todo) - count) / 60
+        log.info("[%d/%d, %.0f min left] %s", count, len(todo), left, _line(one, result))
+    merge_rows(args.results / "quality.csv", against_steps(args, results))
+
+
+def _run_all(args: argparse.Namespace, todo: list[tuple]):
+    """Yield (case, result) as they come; the dense videos of a task are made before the rest."""
+    if args.jobs == 1:
+        for one in todo:
+            yield one, run_case(args, *one)
+        return
+    with ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool:
+        for part in ([t for t in todo if t[2] is DENSE], [t for t in todo if t[2] is not DENSE]):
+            futures = {pool.submit(run_case, args, *one): one for one in part}
+            try:
+                for future in as_completed(futures):
+                    yield futures[future], future.result()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+
+def _line(one: tuple, result: dict) -> str:
+    task, point, case = one
+    head = f"{task} {point.steps} steps {case.target} {case.method} {case.setting}"
+    if "row" not in result:
+        return f"{head}: no row, {result['unreachable']}"
+    row = result["row"]
+    return (
+        f"{head}: {row['flops_ratio']:.3f} of the FLOPs, {row['psnr_db']:.2f} dB "
+        f"[{row['psnr_lo']:.2f}, {row['psnr_hi']:.2f}], motion {row['motion_ratio']:.2f}"
+    )
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    add = parser.add_argument
+    add("--full", action="store_true", help="every case, 32 prompts x 2 seeds")
+    add("--only", nargs="+", help="groups or methods, for example: methods importance tape")
+    add("--steps", nargs="+", type=int, help="only these numbers of steps")
+    add("--tasks", nargs="+", default=None, choices=("t2v", "i2v"))
+    add("--prompts", type=int)
+    add("--seeds", type=int)
+    add("--fresh", action="store_true", help="forget finished cases")
+    add("--jobs", type=int, help="processes (default: the cores, at most 4; 1 with --weights)")
+    add("--threads", type=int, default=1, help="of torch, in each process")
+    add("--work", type=Path, default=Path("out/quality"), help="finished cases")
+    add("--results", type=Path, default=RESULTS, help="folder of quality.csv")
+    real = parser.add_argument_group("real weights (no truth metrics)")
+    real.add_argument("--weights", help="a diffusers folder, or a Wan checkpoint (.safetensors)")
+    real.add_argument("--components", help="a diffusers folder with VAE and text encoder")
+    real.add_argument("--prompt-file", help="one prompt a line")
+    real.add_argument("--images", nargs="+", default=[], help="first images, for image-to-video")
+    real.add_argument("--width", type=int, default=832)
+    real.add_argument("--height", type=int, default=480)
+    real.add_argument("--pixel-frames", type=int, default=81)
+    real.add_argument("--device", help="default: cuda with --weights, else cpu")
+    real.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    args = parser.parse_args()
+    prompts, seeds = FULL if args.full else FAST
+    args.prompts, args.seeds = args.prompts or prompts, args.seeds or seeds
+    args.device = args.device or ("cuda" if args.weights else "cpu")
+    args.jobs = args.jobs or (1 if args.weights else min(os.cpu_count() or 1, 4))
+    if args.tasks is None:
+        args.tasks = load_subject(args).tasks if args.weights else ("t2v", "i2v")
+    return args
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""Rows in CSV files: written whole, one row per measurement, newer ones in place of older."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+# a row of the same values here is the same measurement
+KEY = (
+    "method",
+    "setting",
+    "model",
+    "task",
+    "steps",
+    "guidance",
+    "prompts",
+    "seeds",
+    "target",
+    "device",
+)
+COLUMNS = (
+    "group", "method", "setting", "knob", "model", "task", "steps", "guidance", "prompts", "seeds",
+    "target", "flops_ratio", "predicted_ratio", "time_ratio", "psnr_db", "psnr_lo", "psnr_hi",
+    "vs_steps_db", "vs_steps_lo", "vs_steps_hi", "vs_steps", "ssim", "motion_ratio", "flicker",
+    "subject_consistency", "background_consistency", "first_frame_db", "colour_ok", "shape_ok",
+    "direction_ok", "speed_error", "commit", "torch", "device",
+)  # fmt: skip
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file; none when there is no file."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def merge_rows(path: Path, rows: Sequence[dict[str, object]], columns=COLUMNS, key=KEY) -> None:
+    """Add rows to a CSV file; a row with the same key takes the older one's place."""
+    merged = {_key(row, key): row for row in read_rows(path)}
+    for row in rows:
+        text = {name: _text(row.get(name, "")) for name in columns}
+        merged[_key(text, key)] = text
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    with partial.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(merged.values())
+    partial.replace(path)
+
+
+def _key(row: dict[str, str], key: Sequence[str]) -> tuple[str, ...]:
+    return tuple(row[name] for name in key)
+
+
+def _text(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.4f}".rstrip("0").rstrip(".")
+    return str(value)

@@ -1,0 +1,215 @@
+"""One forward pass through the model's blocks, on the tokens that a step keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from ..methods.grid import TokenGrid, gather_tokens, scatter_tokens
+from ..methods.importance import Evidence, attention_received, key_size
+from ..methods.restore import FROM_KEPT, frame_mean, frame_members, frame_of, nearest_kept
+from ..methods.tokens import Selection, TokenPlan, select_tokens
+
+if TYPE_CHECKING:
+    from .session import Decision, Session
+
+
+class BlockCall(Protocol):
+    """The host's own block with its inputs, ready to run."""
+
+    hidden: torch.Tensor
+
+    def run(self) -> torch.Tensor:
+        """All tokens."""
+
+    def run_watched(self, look: Callable[[torch.Tensor, torch.Tensor], None]) -> torch.Tensor:
+        """All tokens; calls look(q, k) with self-attention's q and k [b, s, n, d] as it runs."""
+
+    def run_subset(self, index: torch.Tensor, others: torch.Tensor | None) -> torch.Tensor:
+        """Tokens `index` [b, kept] only, as hidden state [b, kept, c].
+
+        With `others` [b, dropped] those tokens still serve as keys and values.
+        """
+
+
+class ModelCall:
+    """One forward pass through the model's blocks, in order."""
+
+    def __init__(
+        self,
+        session: Session,
+        grid: TokenGrid,
+        anchored: torch.Tensor | None,
+        cond_or_uncond: Sequence[int],
+        decider: int,
+        num_blocks: int,
+    ):
+        self.plan: TokenPlan = session.plan.tokens
+        self.report = session.report
+        self.past = session.past
+        self.decision: Decision = session.decision
+        self.grid = grid
+        self.anchored = anchored
+        self.chunks = len(cond_or_uncond)
+        self.decider = decider
+        self.num_blocks = num_blocks
+        self.current: Selection | None = None
+        self.number = self.decision.step.calls
+        self.layout = tuple(cond_or_uncond)
+        self._stretch: _Stretch | None = None
+
+    @property
+    def trims(self) -> bool:
+        """False when this step keeps everything: then the host's model runs untouched."""
+        return self.decision.budget < self.grid.per_frame
+
+    def block(self, block_index: int, call: BlockCall) -> torch.Tensor:
+        """Run one block; the result is always the full-length hidden state [b, s, c]."""
+        if self.plan.trim_reselecting:
+            if self.plan.reselects(block_index):
+                self._choose(block_index, Evidence(self.grid, self._decider(call.hidden)))
+        elif self.plan.reselects(block_index) or self.current is None:
+            self._record(None)
+            return self._reselect(block_index, call)
+        if not self.current.dropped.numel():
+            self.report.note("every latent frame is given and anchored: all tokens were computed")
+            self._record(self.current)
+            return call.run()
+        if self.plan.remembers:
+            return self._remembering(block_index, call)
+        self._record(self.current)
+        kept, out = self._run_kept(call)
+        if self.plan.restore in FROM_KEPT:
+            dropped = self.current.dropped_rows(self.chunks)
+            update = self._from_kept(out - gather_tokens(call.hidden, kept), kept, dropped)
+            stale = gather_tokens(call.hidden, dropped)
+            return scatter_tokens(scatter_tokens(call.hidden, kept, out), dropped, stale + update)
+        return scatter_tokens(call.hidden, kept, out)
+
+    def _run_kept(self, call: BlockCall) -> tuple[torch.Tensor, torch.Tensor]:
+        """Kept positions [b, kept] and the block's result there [b, kept, c]."""
+        kept, others = self.current.rows(self.chunks), None
+        if self.plan.dropped_kv == "keep":
+            others = self.current.dropped_rows(self.chunks)
+        return kept, call.run_subset(kept, others)
+
+    def _from_kept(self, update, kept, dropped) -> torch.Tensor:
+        """Stand-in updates [b, dropped, c] from those of the kept tokens."""
+        extra = self.current.extra
+        if self.plan.restore == "frame_mean":
+            if "members" not in extra:
+                extra["members"] = frame_members(self.current.index, self.grid, update.dtype)
+            mean = frame_mean(update, extra["members"].repeat(self.chunks, 1, 1))
+            return gather_tokens(mean, frame_of(dropped, self.grid))
+        if "nearest" not in extra:
+            extra["nearest"] = nearest_kept(self.current.index, self.current.dropped, self.grid)
+        return gather_tokens(update, extra["nearest"].repeat(self.chunks, 1))
+
+    def _remembering(self, block_index: int, call: BlockCall) -> torch.Tensor:
+        """A block whose dropped tokens get what they got when they were last computed.
+
+        A stretch is the blocks from one choice to the next. The blocks' own updates are added up
+        over it, so that what other nodes add between blocks is not counted twice.
+        """
+        if self._stretch is None:
+            key = (self.number, self.layout, block_index)
+            self._stretch = _Stretch(key, self.past.recall(key, call.hidden))
+        stretch, absolute = self._stretch, self.plan.restore == "last_output"
+        last = block_index == self.num_blocks - 1 or self.plan.reselects(block_index + 1)
+        if stretch.known is None:
+            # nothing to fall back on yet
+            self._record(None)
+            self.past.age = None
+            out = call.run()
+            stretch.add(out - call.hidden)
+            if last:
+                self.past.remember(stretch.key, out if absolute else stretch.total)
+                self._stretch = None
+            return out
+        self._record(self.current)
+        kept, part = self._run_kept(call)
+        stretch.add(part - gather_tokens(call.hidden, kept))
+        out = scatter_tokens(call.hidden, kept, part)
+        if last:
+            dropped = self.current.dropped_rows(self.chunks)
+            known = gather_tokens(stretch.known, dropped)
+            if not absolute:
+                known = known + gather_tokens(call.hidden, dropped)
+            out = scatter_tokens(out, dropped, known)
+            fresh = out if absolute else scatter_tokens(stretch.known, kept, stretch.total)
+            self.past.remember(stretch.key, fresh)
+            self._stretch = None
+        return out
+
+    def _reselect(self, block_index: int, call: BlockCall) -> torch.Tensor:
+        known = self.decision.selections.get(block_index)
+        unused = block_index == self.num_blocks - 1 or self.plan.reselects(block_index + 1)
+        if known is not None or unused:
+            self.current = self._fitting(known, call.hidden)
+            return call.run()
+        before = self._decider(call.hidden)
+        seen = {}
+
+        def look(q: torch.Tensor, k: torch.Tensor) -> None:
+            # scored at once: held through the block's FFN, q and k would add to its peak of memory
+            q, k = self._decider(q), self._decider(k)
+            p = self.plan
+            seen["received"] = attention_received(
+                self.grid, q, k, p.query_ratio, p.exclude_radius, p.min_queries
+            )
+            seen["keys"] = key_size(self.grid, k)
+
+        by_attention = self.plan.needs_attention
+        after = call.run_watched(look) if by_attention else call.run()
+        if by_attention and not seen:
+            self.report.note(
+                f"block {block_index} ran no self-attention (another node replaced it), so tokens "
+                "were not chosen anew there"
+            )
+            return after
+        self._choose(block_index, Evidence(self.grid, before, self._decider(after), **seen))
+        return after
+
+    def _choose(self, block_index: int, evidence: Evidence) -> None:
+        known = self._fitting(self.decision.selections.get(block_index), evidence.before)
+        if known is None:
+            evidence.age, evidence.change = self.past.age, self.decision.change
+            evidence.seed = round(self.decision.sigma * 1e6) * 1000 + block_index
+            known = select_tokens(self.plan, evidence, self.decision.budget, self.anchored)
+            self.decision.selections[block_index] = known
+            self.past.chose(known, self.grid)
+        self.current = known
+
+    def _fitting(self, known: Selection | None, hidden: torch.Tensor) -> Selection | None:
+        """A choice made by another call of this step, in this call's layout."""
+        length = hidden.shape[1]
+        if known is not None and known.length != length:
+            # only one of the prompts has a reference
+            return known.moved(self.decision.step.grid, self.grid, length)
+        return known
+
+    def _decider(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows.chunk(self.chunks)[self.decider]
+
+    def _record(self, selection: Selection | None) -> None:
+        # the other calls of a step do the same work
+        if self.number == 1:
+            self.decision.ran.append(selection)
+
+
+class _Stretch:
+    """The blocks from one choice of tokens to the next, in one model call.
+
+    Args:
+        key: where `Past` keeps what this stretch gave each token.
+        known: that of the step before [b, s, c], or None.
+    """
+
+    def __init__(self, key, known: torch.Tensor | None):
+        self.key, self.known = key, known
+        self.total: torch.Tensor | None = None
+
+    def add(self, update: torch.Tensor) -> None:
+        self.total = update if self.total is None else self.total.add_(update)

@@ -1,0 +1,57 @@
+"""The video's tokens in the sequence, and moving some of them in and out of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class TokenGrid:
+    """Where the video's tokens lie in the sequence: s[start : start + frames*height*width]."""
+
+    frames: int
+    height: int
+    width: int
+    start: int = 0
+
+    @property
+    def per_frame(self) -> int:
+        return self.height * self.width
+
+    @property
+    def tokens(self) -> int:
+        return self.frames * self.per_frame
+
+    def cut(self, sequence: torch.Tensor) -> torch.Tensor:
+        """The grid's part [b, tokens, ...] of a sequence [b, s, ...]."""
+        return sequence[:, self.start : self.start + self.tokens]
+
+
+def gather_tokens(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Rows `index` [b, kept] of `tensor` [b, s, ...]; a batch of 1 is shared by all samples.
+
+    Works for hidden states [b, s, c], rotary tables [1, s, ...] and modulation.
+    """
+    if tensor.shape[0] == 1 and len(index) > 1:
+        tensor = tensor.expand(len(index), *tensor.shape[1:])
+    index = index.view(*index.shape, *[1] * (tensor.ndim - 2))
+    return tensor.gather(1, index.expand(-1, -1, *tensor.shape[2:]))
+
+
+def scatter_tokens(hidden: torch.Tensor, index: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """A copy of `hidden` [b, s, c] with the rows `index` replaced by `kept`."""
+    return hidden.scatter(1, index[..., None].expand_as(kept), kept)
+
+
+def positions(mask: torch.Tensor) -> torch.Tensor:
+    """Where a mask [b, s] is set, the same count in every row: int64 [b, n]."""
+    position = torch.arange(mask.shape[1], device=mask.device)
+    return position.expand_as(mask)[mask].view(len(mask), -1)
+
+
+def other_positions(index: torch.Tensor, length: int) -> torch.Tensor:
+    """The positions of 0..length that are not in `index` [b, n]."""
+    mask = torch.ones(len(index), length, dtype=torch.bool, device=index.device)
+    return positions(mask.scatter_(1, index, False))

@@ -1,0 +1,224 @@
+import pytest
+import torch
+
+from wantrim.hosts.diffusers.attach import attach
+from wantrim.hosts.diffusers.sample import sample
+from wantrim.hosts.diffusers.weights import new_transformer
+from wantrim.hosts.session import COND, UNCOND, TrimPlan
+from wantrim.methods.grid import TokenGrid
+from wantrim.methods.importance import Evidence, rotation
+from wantrim.methods.restore import RESTORE, frame_mean, frame_members, nearest_kept
+from wantrim.methods.schedule import Schedule
+from wantrim.methods.tokens import TokenPlan
+
+BLOCKS = 6
+SIZE = (3, 8, 6)
+BOTH = (COND, UNCOND)
+PLANS = [{"restore": name, "trim_reselecting": name == "last_output"} for name in RESTORE]
+PLANS += [{"restore": "last_update", "trim_reselecting": True}]
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    wan = new_transformer(
+        dim=48, num_heads=4, num_layers=BLOCKS, ffn_dim=64, in_dim=16, out_dim=16, text_dim=24
+    )
+    for block in wan.blocks:
+        torch.nn.init.normal_(block.scale_shift_table, std=0.5)
+    return wan.eval()
+
+
+def plan(keep=0.5, **options) -> TrimPlan:
+    options = {"reselect_every": 3, "importance": "rotation"} | options
+    return TrimPlan(TokenPlan(Schedule(keep, "constant"), **options))
+
+
+def words(batch=1) -> torch.Tensor:
+    return torch.randn(batch, 7, 24, generator=torch.Generator().manual_seed(9))
+
+
+def run(model, trim=None, batch=1, **options):
+    options = {"steps": 4, "guidance": 4.0} | options
+    if trim is None:
+        return sample(model, words(batch), SIZE, **options), None
+    with attach(model, trim, cond_or_uncond=BOTH, shift=3.0) as attachment:
+        return sample(model, words(batch), SIZE, **options), attachment.finish()
+
+
+def test_nearest_is_in_the_same_frame_and_ties_go_to_the_lowest_position():
+    grid = TokenGrid(2, 3, 4, start=5)
+    # frame 0 keeps its corners 0 and 11, frame 1 only 5
+    kept = torch.tensor([[0, 1, 2, 3, 4, 5, 16, 22, 29]])
+    dropped = torch.tensor([[p for p in range(5, 29) if p not in kept[0].tolist()]])
+    place = nearest_kept(kept, dropped, grid)
+    for position, found in zip(dropped[0].tolist(), place[0].tolist(), strict=True):
+        frame, cell = divmod(position - 5, 12)
+        row, column = divmod(cell, 4)
+        near = {0: [(0, 5), (11, 16)], 1: [(5, 22)]}[frame]
+        far = [((row - c // 4) ** 2 + (column - c % 4) ** 2, p) for c, p in near]
+        assert kept[0, found] == min(far)[1]
+
+
+def test_frame_mean_takes_each_frames_kept_tokens_only():
+    grid = TokenGrid(3, 1, 4, start=2)
+    kept = torch.tensor([[0, 1, 2, 4, 6, 7, 13], [0, 1, 3, 5, 8, 9, 12]])
+    update = torch.randn(2, 7, 5)
+    got = frame_mean(update, frame_members(kept, grid, torch.float32))
+    torch.testing.assert_close(got[0, 0], (update[0, 2] + update[0, 3]) / 2)
+    torch.testing.assert_close(got[0, 2], update[0, 6])
+    torch.testing.assert_close(got[1, 1], (update[1, 4] + update[1, 5]) / 2)
+
+
+@pytest.mark.parametrize("options", PLANS)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_every_treatment_changes_only_what_was_dropped_and_is_the_same_again(model, options, batch):
+    dense, _ = run(model, batch=batch)
+    trimmed, report = run(model, plan(**options), batch)
+    assert torch.isfinite(trimmed).all()
+    assert not torch.allclose(trimmed, dense, atol=1e-3)
+    assert torch.equal(trimmed, run(model, plan(**options), batch)[0])
+    assert torch.equal(run(model, batch=batch)[0], dense)
+    assert 0.4 < report.kept_share < 0.95
+    neutral, _ = run(model, plan(1.0, **options), batch)
+    assert torch.equal(neutral, dense)
+
+
+@pytest.mark.parametrize("options", PLANS)
+@pytest.mark.parametrize("dropped_kv", ["leave", "keep"])
+@torch.no_grad()
+def test_split_calls_equal_batched_ones(model, options, dropped_kv):
+    x = torch.randn(1, 16, *SIZE, generator=torch.Generator().manual_seed(3))
+    text = words()
+    none = torch.zeros_like(text)
+    trim = plan(dropped_kv=dropped_kv, **options)
+    outs = []
+    for split in (False, True):
+        chunks = (COND,) if split else BOTH
+        with attach(model, trim, cond_or_uncond=chunks) as attachment:
+            y, steps = x, []
+            for sigma in (0.9, 0.7, 0.5):
+                t = torch.tensor([1000 * sigma])
+                if split:
+                    attachment.cond_or_uncond = (COND,)
+                    cond = model(y, t, text, return_dict=False)[0]
+                    attachment.cond_or_uncond = (UNCOND,)
+                    uncond = model(y, t, none, return_dict=False)[0]
+                else:
+                    twice = torch.cat([text, none])
+                    pair = model(y.repeat(2, 1, 1, 1, 1), t.expand(2), twice, return_dict=False)[0]
+                    cond, uncond = pair.chunk(2)
+                y = y - 0.2 * (uncond + 4 * (cond - uncond))
+                steps.append(y)
+            outs.append(torch.stack(steps))
+    torch.testing.assert_close(*outs, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("restore", ["last_update", "last_output"])
+@torch.no_grad()
+def test_dropped_tokens_get_what_they_got_in_the_step_before(model, restore):
+    x = torch.randn(1, 16, *SIZE, generator=torch.Generator().manual_seed(3))
+    t = torch.tensor([700.0])
+    starts, ends = [], []
+    handles = [
+        model.blocks[0].register_forward_pre_hook(lambda m, args: starts.append(args[0])),
+        model.norm_out.register_forward_pre_hook(lambda m, args: ends.append(args[0])),
+    ]
+    trim = plan(restore=restore, trim_reselecting=True, reselect_every=BLOCKS)
+    with attach(model, trim) as attachment:
+        model(x, t, words(), return_dict=False)
+        model(x * 1.1, t, words(), return_dict=False)
+        dropped = attachment.session.decision.selections[0].dropped[0]
+        report = attachment.finish()
+    for handle in handles:
+        handle.remove()
+    full = model.patch_embedding(x * 1.1).flatten(2).transpose(1, 2)
+    want = ends[0]
+    if restore == "last_update":
+        want = full + (ends[0] - starts[0])
+    torch.testing.assert_close(ends[1][:, dropped], want[:, dropped], atol=1e-5, rtol=1e-4)
+    kept = [p for p in range(want.shape[1]) if p not in dropped.tolist()]
+    assert (ends[1][:, kept] - want[:, kept]).abs().amax(-1).min() > 1e-4
+    assert [step.kept_share for step in report.steps] == [1.0, 0.5]
+
+
+def test_restored_tokens_get_the_mean_of_their_frame_in_a_block(model):
+    """One block after the choice: dropped rows move by the mean of what the kept rows moved."""
+    moves = {}
+    for restore in ("identity", "frame_mean", "nearest"):
+        seen = []
+        handle = model.blocks[1].register_forward_hook(
+            lambda m, a, out, s=seen: s.append((a[0], out))
+        )
+        with attach(model, plan(restore=restore, reselect_every=6), shift=3.0) as attachment:
+            with torch.no_grad():
+                x = torch.randn(1, 16, *SIZE, generator=torch.Generator().manual_seed(3))
+                model(x, torch.tensor([700.0]), words(), return_dict=False)
+            chosen = attachment.session.decision.selections[0]
+        handle.remove()
+        before, after = seen[-1]
+        moves[restore] = (after - before)[0], chosen
+    assert (moves["identity"][0][moves["identity"][1].dropped[0]] == 0).all()
+    move, chosen = moves["frame_mean"]
+    per_frame = 12
+    for frame in range(3):
+        inside = [p for p in chosen.index[0].tolist() if p // per_frame == frame]
+        lost = [p for p in chosen.dropped[0].tolist() if p // per_frame == frame]
+        want = move[inside].mean(0).expand(len(lost), -1)
+        torch.testing.assert_close(move[lost], want, atol=1e-5, rtol=1e-4)
+    move, chosen = moves["nearest"]
+    inside = move[chosen.index[0]]
+    for lost in chosen.dropped[0].tolist():
+        assert (move[lost] - inside).abs().amax(-1).min() < 1e-5
+
+
+def test_rotation_brings_back_what_was_left_out_longest(model):
+    _, report = run(
+        model, plan(0.5, reselect_every=BLOCKS, trim_reselecting=True, alpha=1.0), steps=6
+    )
+    halves = [step.coverage for step in report.steps]
+    # at one half, two steps in a row cover every token once
+    for first, second in zip(halves, halves[1:], strict=False):
+        torch.testing.assert_close(first + second, torch.ones_like(first))
+
+
+def test_rotation_spreads_the_first_choice_over_the_frame():
+    grid = TokenGrid(2, 4, 9)
+    chosen = rotation(Evidence(grid, torch.zeros(1, grid.tokens, 1))).view(2, 36)
+    first = chosen.topk(18).indices.sort(-1).values
+    gaps = first.diff(dim=-1)
+    assert gaps.max() <= 3
+    assert not torch.equal(first[0], first[1])
+
+
+def test_velocity_change_prefers_the_tokens_that_move(model):
+    trim = plan(0.5, importance="velocity_change", alpha=1.0, reselect_every=2)
+    with attach(model, trim) as attachment, torch.no_grad():
+        x = torch.randn(1, 16, *SIZE, generator=torch.Generator().manual_seed(3))
+        velocity = torch.zeros_like(x)
+        for number, sigma in enumerate((0.9, 0.8, 0.7, 0.6)):
+            model(x, torch.tensor([1000 * sigma]), words(), return_dict=False)
+            # the left half of the picture gathers speed
+            velocity[..., :3] = number
+            x = x - 0.1 * velocity
+        chosen = attachment.session.decision.selections[0]
+    columns = chosen.index[0] % 12 % 3
+    assert chosen.index.shape[1] == 18
+    # the column of tokens 0..1 of 3 holds the left half; 8 of 12 tokens of a frame are there
+    assert (columns < 2).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"restore": "magic"}, "restore: expected one of identity.*'magic'"),
+        (
+            {"importance": "attention", "trim_reselecting": True},
+            "attention can only be known after",
+        ),
+        ({"restore": "last_output"}, "last_output.*trim_reselecting"),
+    ],
+)
+def test_plans_that_cannot_work_are_refused(options, said):
+    with pytest.raises(ValueError, match=said):
+        plan(**options)
