@@ -19,9 +19,9 @@ import torch
 from ..hosts.diffusers.blocks import watch_blocks
 from ..hosts.diffusers.sample import sample
 from ..hosts.diffusers.weights import load_original
-from ..methods.roles import SPATIAL, TEMPORAL, intra_slice_ratio, role
 from ..methods.grid import TokenGrid
 from ..methods.importance import sample_queries
+from ..methods.roles import SPATIAL, TEMPORAL, intra_slice_ratio, role
 from ..toy import CHECKPOINT
 from ..toy.metrics import adherence, psnr
 from ..toy.text import encode_prompt
