@@ -52,7 +52,8 @@ def one_video(
     with ExitStack() as stack:
         for module, hook in (*hooks, (model, video)):
             registry = HookRegistry.check_if_exists_or_initialize(module)
-            name = f"wantrim_{type(hook).__name__}"
+            # peers may be entered within one another
+            name = f"wantrim_peer_{len(registry.hooks)}"
             registry.register_hook(hook, name)
             stack.callback(registry.remove_hook, name, recurse=False)
         yield

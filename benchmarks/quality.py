@@ -31,9 +31,9 @@ FAST = (8, 1)
 FULL = (32, 2)
 
 
-def selected(full: bool, only: list[str] | None) -> list[Case]:
+def selected(full: bool, only: list[str] | None, targets: list[float] | None) -> list[Case]:
     """The cases to run, by group or method; the fast subset is the methods at one budget."""
-    cases = all_cases()
+    cases = [case for case in all_cases() if not targets or case.target in targets]
     if only:
         cases = [case for case in cases if case.group in only or case.method in only]
     elif not full:
@@ -124,7 +124,7 @@ def main() -> None:
     args = parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     args.work.mkdir(parents=True, exist_ok=True)
-    cases = selected(args.full, args.only)
+    cases = selected(args.full, args.only, args.targets)
     wanted = [
         (task, point, case)
         for point in POINTS
@@ -184,6 +184,7 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("--full", action="store_true", help="every case, 32 prompts x 2 seeds")
     add("--only", nargs="+", help="groups or methods, for example: methods importance tape")
+    add("--targets", nargs="+", type=float, help="only these shares of the dense FLOPs")
     add("--steps", nargs="+", type=int, help="only these numbers of steps")
     add("--tasks", nargs="+", default=None, choices=("t2v", "i2v"))
     add("--prompts", type=int)

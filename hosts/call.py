@@ -48,10 +48,11 @@ class ModelCall:
     ):
         self.plan: TokenPlan = session.plan.tokens
         self.report = session.report
-        self.past = session.past
         self.decision: Decision = session.decision
+        self.past = self.decision.past
         self.grid = grid
         self.anchored = anchored
+        self.first_trimmed = session.first_trimmed == self.decision.sigma
         self.chunks = len(cond_or_uncond)
         self.decider = decider
         self.num_blocks = num_blocks
@@ -121,6 +122,11 @@ class ModelCall:
         if stretch.known is None:
             # nothing to fall back on yet
             self._record(None)
+            if not self.first_trimmed:
+                self.report.note(
+                    "after the first steps nothing was remembered for a part of the video (context "
+                    "windows that move, or prompts in other batches): all its tokens were computed"
+                )
             self.past.age = None
             out = call.run()
             stretch.add(out - call.hidden)

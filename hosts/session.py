@@ -7,7 +7,7 @@ Knows no host. A host tells it what a model call looks like (`Session.begin`) an
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -54,6 +54,7 @@ class Decision:
     latent: torch.Tensor
     budget: int
     step: Step
+    past: Past
     # of the velocity since the last step [b, tokens]
     change: torch.Tensor | None = None
     selections: dict[int, Selection] = field(default_factory=dict)
@@ -81,7 +82,10 @@ class Session:
         self.plan = plan
         self.report = report
         self.decision: Decision | None = None
-        self.past = Past()
+        # one for every part of the video that is sampled apart
+        self.pasts: dict[Hashable, Past] = {}
+        # sigma of the first step that leaves tokens out
+        self.first_trimmed: float | None = None
         self._began = 0.0
         self._started = time.perf_counter()
 
@@ -95,6 +99,7 @@ class Session:
         grid: TokenGrid,
         anchored: torch.Tensor | None,
         num_blocks: int,
+        window: Hashable = None,
     ) -> ModelCall:
         """Start a model call.
 
@@ -104,6 +109,7 @@ class Session:
             latent: the model's input, chunks of the same samples in the order of `cond_or_uncond`.
             cond_or_uncond: COND or UNCOND per chunk of the batch.
             anchored: bool [f], latent frames that are given and must not lose tokens.
+            window: which part of the video this is, when the host samples it in parts.
         """
         if len(latent) % len(cond_or_uncond):
             raise ValueError(
@@ -127,8 +133,11 @@ class Session:
             self.report.steps.append(step)
             budget = tokens.budget(progress, grid)
             latent = latent.detach().clone()
-            change = self.past.see(sigma, latent, grid, trimmed=budget < grid.per_frame)
-            self.decision = Decision(sigma, latent, budget, step, change)
+            if budget < grid.per_frame and self.first_trimmed is None:
+                self.first_trimmed = sigma
+            past = self.pasts.setdefault(window, Past())
+            change = past.see(sigma, latent, grid, trimmed=budget < grid.per_frame)
+            self.decision = Decision(sigma, latent, budget, step, past, change)
             if not cond:
                 self.report.note(
                     "the unconditional prompt came first in a step and decided which tokens stay"
@@ -140,7 +149,7 @@ class Session:
         """Close the run and drop everything that it held."""
         now = time.perf_counter()
         self._close_step(now)
-        self.past = Past()
+        self.pasts.clear()
         self.report.seconds = now - self._started
         self.report.finished = completed
         if self.report.steps and self.report.kept_share == 1.0:

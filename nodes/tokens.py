@@ -10,14 +10,105 @@ from ..hosts.comfyui.attach import attach, attachment_of
 from ..hosts.comfyui.variants import check_tokens
 from ..hosts.session import TrimPlan
 from ..methods.importance import IMPORTANCE
+from ..methods.presets import PRESETS, preset_plan
+from ..methods.restore import RESTORE
 from ..methods.schedule import DIRECTIONS, Schedule
 from ..methods.tokens import TokenPlan
 
 CATEGORY = "model/patch/wan"
 NAME = "WanTrim Tokens"
 MAX_PRUNE = 0.8
+CUSTOM = "custom"
 # shown to artists -> name in the plan
 DROPPED_KV = {"leave out": "leave", "keep": "keep"}
+# field of the plan -> input, where they differ
+FIELDS = {
+    "restore": "dropped_tokens_get",
+    "trim_reselecting": "trim_choosing_block",
+    "dropped_kv": "dropped_keys_values",
+}
+# of all mixtures, those that are worth a place in the list
+MIXTURES = ("velocity_change+rotation", "attention+rotation")
+
+
+CUSTOM_INPUTS = [
+    io.Combo.Input(
+        "schedule",
+        options=list(DIRECTIONS),
+        default="constant",
+        tooltip=(
+            "How the prune ratio moves over the run, 0.10 to either side of the mean. 'falling' is "
+            "the paper's: prunes most in the early, noisy steps. 'rising' spares the early steps, "
+            "which decide the motion. 'constant' does neither."
+        ),
+    ),
+    io.Combo.Input(
+        "importance",
+        options=[*IMPORTANCE, *MIXTURES],
+        default="velocity_change+rotation",
+        tooltip=(
+            "What makes a token worth computing. 'attention' (how much attention it receives) is the "
+            "paper's; 'velocity_change' computes what still changes from step to step; 'rotation' "
+            "takes what was left out longest; '+' mixes two."
+        ),
+    ),
+    io.Float.Input(
+        "alpha",
+        default=1.0,
+        min=0.0,
+        max=1.0,
+        step=0.05,
+        tooltip=(
+            "Smoothing over time: weight of a latent frame's own importance against the one before "
+            "it. Paper: 0.5. 1 is no smoothing."
+        ),
+    ),
+    io.Combo.Input(
+        "dropped_tokens_get",
+        options=list(RESTORE),
+        default="last_update",
+        tooltip=(
+            "'identity': nothing, they wait for the next choice (paper). 'frame_mean', 'nearest': "
+            "what the computed tokens of their frame got. 'last_update', 'last_output': what they "
+            "got when they were last computed, in an earlier step; needs memory."
+        ),
+    ),
+    io.Int.Input(
+        "reselect_every",
+        default=40,
+        min=1,
+        max=100,
+        tooltip=(
+            "Blocks between two choices of tokens. Paper: 10 (of 40 blocks). As many as the model "
+            "has blocks is one choice a step."
+        ),
+    ),
+    io.Boolean.Input(
+        "trim_choosing_block",
+        default=True,
+        tooltip=(
+            "On: the block that chooses is trimmed too. Off: it runs on all tokens (paper); "
+            "'attention', 'key_norm' and 'update_norm' need that."
+        ),
+    ),
+    io.Combo.Input(
+        "dropped_keys_values",
+        options=list(DROPPED_KV),
+        default="leave out",
+        tooltip=(
+            "'leave out': dropped tokens cannot be attended to either (paper, fastest). 'keep': "
+            "they can, at the cost of their projections."
+        ),
+    ),
+    io.Boolean.Input(
+        "anchor_given_frames",
+        default=True,
+        tooltip=(
+            "Never drop tokens of latent frames that are given: the start image, the end image, "
+            "references. Not studied in the paper; leave on."
+        ),
+    ),
+]
 
 
 class WanTrimTokens(io.ComfyNode):
@@ -28,10 +119,11 @@ class WanTrimTokens(io.ComfyNode):
             display_name=NAME,
             category=CATEGORY,
             description=(
-                "Makes each sampling step of a Wan model cheaper by computing only the most "
-                "important part of the picture in most blocks (TAPE, arXiv 2605.17837). Training-free; "
-                "stacks with 4-step LoRAs. Place it after the LoRA and before ModelSamplingSD3, one "
-                "per expert on Wan2.2. The video will change; prune ratio 0 changes nothing at all."
+                "Makes each sampling step of a Wan model cheaper by computing only a part of the "
+                "picture's tokens in it (token pruning; preset 'paper' is TAPE, arXiv 2605.17837). "
+                "Training-free; stacks with 4-step LoRAs. Place it after the LoRA and before "
+                "ModelSamplingSD3, one per expert on Wan2.2. The video will change; prune ratio 0 "
+                "changes nothing at all."
             ),
             search_aliases=[
                 "TAPE",
@@ -54,66 +146,16 @@ class WanTrimTokens(io.ComfyNode):
                         "0.20 (mild), 0.30 and 0.40 (strong)."
                     ),
                 ),
-                io.Combo.Input(
-                    "schedule",
-                    options=list(DIRECTIONS),
-                    default="falling",
+                io.DynamicCombo.Input(
+                    "preset",
+                    options=[
+                        *(io.DynamicCombo.Option(name, []) for name in PRESETS),
+                        io.DynamicCombo.Option(CUSTOM, CUSTOM_INPUTS),
+                    ],
                     tooltip=(
-                        "How the prune ratio moves over the run, 0.10 to either side of the mean. "
-                        "'falling' is the paper's: prunes most in the early, noisy steps. 'rising' "
-                        "spares the early steps, which decide the motion. 'constant' does neither."
-                    ),
-                ),
-                io.Int.Input(
-                    "reselect_every",
-                    default=10,
-                    min=1,
-                    max=40,
-                    advanced=True,
-                    tooltip=(
-                        "Blocks between two choices of tokens; the choosing block runs on all of "
-                        "them. Paper: 10 (of 40 blocks). 1 computes everything."
-                    ),
-                ),
-                io.Float.Input(
-                    "alpha",
-                    default=0.5,
-                    min=0.0,
-                    max=1.0,
-                    step=0.05,
-                    advanced=True,
-                    tooltip=(
-                        "Smoothing over time: weight of a latent frame's own importance against the "
-                        "one before it. Paper: 0.5. 1 is no smoothing."
-                    ),
-                ),
-                io.Combo.Input(
-                    "importance",
-                    options=list(IMPORTANCE),
-                    default="attention",
-                    advanced=True,
-                    tooltip=(
-                        "What makes a token important. 'attention' (how much attention it receives) "
-                        "is the paper's; the others are cheaper controls."
-                    ),
-                ),
-                io.Combo.Input(
-                    "dropped_keys_values",
-                    options=list(DROPPED_KV),
-                    default="leave out",
-                    advanced=True,
-                    tooltip=(
-                        "'leave out': dropped tokens cannot be attended to either (paper, fastest). "
-                        "'keep': they can, at the cost of their projections (safer)."
-                    ),
-                ),
-                io.Boolean.Input(
-                    "anchor_given_frames",
-                    default=True,
-                    advanced=True,
-                    tooltip=(
-                        "Never drop tokens of latent frames that are given: the start image, the end "
-                        "image, references. Not studied in the paper; leave on."
+                        "'refresh': each step computes the tokens that change most and those left "
+                        "out longest; the others repeat their last update. Kept most on our bench. "
+                        "'paper': TAPE exactly as published. 'custom': everything by hand."
                     ),
                 ),
                 io.Float.Input(
@@ -140,17 +182,7 @@ class WanTrimTokens(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls,
-        model,
-        prune_ratio: float,
-        schedule: str,
-        reselect_every: int,
-        alpha: float,
-        importance: str,
-        dropped_keys_values: str,
-        anchor_given_frames: bool,
-        start_percent: float,
-        end_percent: float,
+        cls, model, prune_ratio: float, preset: dict, start_percent: float, end_percent: float
     ) -> io.NodeOutput:
         check_tokens(model, NAME)
         if not 0.0 <= prune_ratio <= MAX_PRUNE:
@@ -161,21 +193,37 @@ class WanTrimTokens(io.ComfyNode):
                 "swap them"
             )
         try:
-            tokens = TokenPlan(
-                Schedule(1.0 - prune_ratio, schedule),
-                reselect_every=reselect_every,
-                alpha=alpha,
-                importance=importance,
-                dropped_kv=DROPPED_KV.get(dropped_keys_values, dropped_keys_values),
-                anchor=anchor_given_frames,
-                start=start_percent,
-                end=end_percent,
-            )
+            tokens = _plan(preset, 1.0 - prune_ratio, start=start_percent, end=end_percent)
         except ValueError as error:
-            raise ValueError(f"{NAME}: {error}") from error
+            raise ValueError(f"{NAME}: {_shown(str(error))}") from error
         present = attachment_of(model)
         plan = replace(present.plan if present else TrimPlan(), tokens=tokens)
         return io.NodeOutput(attach(model, plan))
+
+
+def _plan(preset: dict, keep_ratio: float, **window: float) -> TokenPlan:
+    name = preset["preset"]
+    if name != CUSTOM:
+        return preset_plan(name, keep_ratio, **window)
+    kept = preset["dropped_keys_values"]
+    return TokenPlan(
+        Schedule(keep_ratio, preset["schedule"]),
+        reselect_every=preset["reselect_every"],
+        alpha=preset["alpha"],
+        importance=preset["importance"],
+        dropped_kv=DROPPED_KV.get(kept, kept),
+        restore=preset["dropped_tokens_get"],
+        trim_reselecting=preset["trim_choosing_block"],
+        anchor=preset["anchor_given_frames"],
+        **window,
+    )
+
+
+def _shown(message: str) -> str:
+    """A message about a plan in the words of the node's inputs."""
+    for field, name in FIELDS.items():
+        message = message.replace(field, name)
+    return message
 
 
 NODES = [WanTrimTokens]

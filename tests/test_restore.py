@@ -4,8 +4,9 @@ import torch
 from wantrim.hosts.diffusers.attach import attach
 from wantrim.hosts.diffusers.sample import sample
 from wantrim.hosts.diffusers.weights import new_transformer
-from wantrim.hosts.session import COND, UNCOND, TrimPlan
-from wantrim.methods.grid import TokenGrid
+from wantrim.hosts.report import Report
+from wantrim.hosts.session import COND, UNCOND, Session, TrimPlan
+from wantrim.methods.grid import TokenGrid, gather_tokens
 from wantrim.methods.importance import Evidence, rotation
 from wantrim.methods.restore import RESTORE, frame_mean, frame_members, nearest_kept
 from wantrim.methods.schedule import Schedule
@@ -14,6 +15,7 @@ from wantrim.methods.tokens import TokenPlan
 BLOCKS = 6
 SIZE = (3, 8, 6)
 BOTH = (COND, UNCOND)
+ONCE = {"restore": "last_update", "trim_reselecting": True, "reselect_every": BLOCKS}
 PLANS = [{"restore": name, "trim_reselecting": name == "last_output"} for name in RESTORE]
 PLANS += [{"restore": "last_update", "trim_reselecting": True}]
 
@@ -222,3 +224,50 @@ def test_velocity_change_prefers_the_tokens_that_move(model):
 def test_plans_that_cannot_work_are_refused(options, said):
     with pytest.raises(ValueError, match=said):
         plan(**options)
+
+
+@torch.no_grad()
+def test_parts_of_the_video_that_are_sampled_apart_remember_apart():
+    """Two context windows in turn: each gets its own last update, and a new one is computed."""
+    session = Session(plan(**ONCE), Report())
+    grid = TokenGrid(3, 4, 3)
+    kept = []
+
+    def step(sigma: float, window, value: float) -> torch.Tensor:
+        latent = torch.full((1, 16, *SIZE), sigma + value)
+        call = session.begin(
+            latent=latent, sigma=sigma, progress=1 - sigma, cond_or_uncond=(COND,), grid=grid,
+            anchored=None, num_blocks=2, window=window,
+        )  # fmt: skip
+        hidden = torch.zeros(1, grid.tokens, 4)
+        for index in range(2):
+            hidden = call.block(index, AddBlock(hidden, value))
+        kept.append(session.decision.ran[0])
+        return hidden
+
+    for window in ("left", "right"):
+        assert (
+            step(0.9, window, 1.0 if window == "left" else 10.0)
+            == 2 * (1 if window == "left" else 10)
+        ).all()
+    assert not session.report.notes
+    left, right = step(0.8, "left", 3.0), step(0.8, "right", 30.0)
+    assert sorted(left.unique().tolist()) == [2.0, 6.0]
+    assert sorted(right.unique().tolist()) == [20.0, 60.0]
+    moved = step(0.7, "middle", 5.0)
+    assert (moved == 10.0).all()
+    assert [selection is None for selection in kept] == [True, True, False, False, True]
+    assert "nothing was remembered" in session.finish(True).notes[0]
+
+
+class AddBlock:
+    """A block that adds a number to every token that it computes."""
+
+    def __init__(self, hidden: torch.Tensor, value: float):
+        self.hidden, self.value = hidden, value
+
+    def run(self) -> torch.Tensor:
+        return self.hidden + self.value
+
+    def run_subset(self, index, others):
+        return gather_tokens(self.hidden, index) + self.value

@@ -216,5 +216,12 @@ def _trimmed_options(
         grid=grid,
         anchored=anchored_frames(dm, x, timestep, grid, extra),
         num_blocks=len(dm.blocks),
+        window=_window(options),
     )
     return replace_blocks(options, call) if call.trims else options
+
+
+def _window(options: dict) -> tuple[int, ...] | None:
+    """Latent frames of the context window that is being sampled, or None without windows."""
+    window = options.get("context_window")
+    return None if window is None else tuple(window.index_list)
