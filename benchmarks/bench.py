@@ -34,7 +34,7 @@ class Bench:
     """Dense videos are sampled once and kept in `folder`.
 
     Args:
-        folder: of results that can be taken up again; None keeps nothing.
+        folder: where.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Bench:
         self.subject, self.task, self.point = subject, task, point
         self.items = subject.items(task, prompts, seeds)
         self.prompts, self.seeds = prompts, seeds
-        self.name = f"{task}_{point.steps}_steps_{prompts}x{seeds}"
+        self.name = f"{task}_{point.steps}_steps_{point.guidance:g}_{prompts}x{seeds}"
         self.folder = folder
         patch = subject.model.config.patch_size
         self.grid = TokenGrid(*(n // p for n, p in zip(subject.size, patch, strict=True)))
