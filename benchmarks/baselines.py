@@ -2,7 +2,8 @@
 
 Every peer is a context manager `name(model, *, steps, shift, **knobs)` on diffusers' Wan. One video
 of `steps` model calls is sampled within; leaving it, by an exception too, takes every hook off.
-The model gets one row, or the conditional and then the unconditional row.
+The model gets one row, or the conditional and then the unconditional row. `shift` is the flow shift
+of the run, as for our own plans; none of the peers looks at it.
 """
 
 from __future__ import annotations

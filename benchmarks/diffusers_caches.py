@@ -229,7 +229,16 @@ def sea_cache(
 class _UncondFirst(ModelHook):
     """Calls the model as FasterCache expects it: by keyword, the unconditional row first."""
 
+    def __init__(self, guided: bool):
+        super().__init__()
+        self.guided = guided
+
     def new_forward(self, module, hidden_states, timestep, encoder_hidden_states, **kwargs):
+        if self.guided and len(hidden_states) != 2:
+            raise ValueError(
+                "guided: expected a conditional and an unconditional row, got "
+                f"{len(hidden_states)}; without guidance pass guided=False"
+            )
         out = self.fn_ref.original_forward(
             hidden_states=hidden_states.flip(0),
             timestep=timestep.flip(0),
@@ -260,7 +269,16 @@ def faster_cache(
         attention_every: steps from one computed self-attention to the next.
         uncond_timesteps, attention_timesteps: where each is done (sigma * 1000).
         guided: False for a video without guidance, whose one row has only its attention reused.
+
+    Raises:
+        ValueError: there is no unconditional row, or attention is to be reused before it was ever
+            computed.
     """
+    if not guided and attention_timesteps[1] >= 1000:
+        raise ValueError(
+            "attention_timesteps: without guidance expected to end below 1000, where the run "
+            f"starts, got {attention_timesteps[1]}"
+        )
     video = OneVideo(steps)
     config = FasterCacheConfig(
         spatial_attention_block_skip_range=attention_every,
@@ -272,5 +290,5 @@ def faster_cache(
         is_guidance_distilled=not guided,
         current_timestep_callback=lambda: video.timestep,
     )
-    with _diffusers_cache(model, video, config, (model, _UncondFirst())):
+    with _diffusers_cache(model, video, config, (model, _UncondFirst(guided))):
         yield

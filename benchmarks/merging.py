@@ -116,7 +116,7 @@ class _PartHook(ModelHook):
             return forward(hidden_states, *args)
         if args and args[-1] is not None:
             # self-attention: who stands for a group keeps its own position
-            args = (*args[:-1], tuple(part[:, merge.kept] for part in args[-1]))
+            args = (*args[:-1], tuple(part[:, : len(merge.kept)] for part in args[-1]))
         return merge.unmerge(forward(merge.merge(hidden_states), *args))
 
 

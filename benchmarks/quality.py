@@ -109,7 +109,7 @@ def against_steps(args: argparse.Namespace, results: dict[tuple, dict]) -> list[
     for (task, point, case), result in results.items():
         if "row" not in result:
             continue
-        row = dict(result["row"])
+        row = dict(result["row"]) | {"shift": point.shift}
         twin = results.get((task, point, Case("methods", "fewer_steps", "", case.target)))
         row |= {"vs_steps_db": "", "vs_steps_lo": "", "vs_steps_hi": "", "vs_steps": ""}
         if twin and "row" in twin and case.method not in ("dense", "fewer_steps"):

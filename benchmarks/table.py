@@ -21,10 +21,11 @@ KEY = (
     "device",
 )
 COLUMNS = (
-    "group", "method", "setting", "knob", "model", "task", "steps", "guidance", "prompts", "seeds",
-    "target", "flops_ratio", "predicted_ratio", "time_ratio", "psnr_db", "psnr_lo", "psnr_hi",
-    "vs_steps_db", "vs_steps_lo", "vs_steps_hi", "vs_steps", "ssim", "motion_ratio", "flicker",
-    "subject_consistency", "background_consistency", "first_frame_db", "colour_ok", "shape_ok",
+    "group", "method", "setting", "knob", "model", "task", "steps", "guidance", "shift",
+    "prompts", "seeds", "target", "flops_ratio", "predicted_ratio", "time_ratio",
+    "psnr_db", "psnr_lo", "psnr_hi", "vs_steps_db", "vs_steps_lo", "vs_steps_hi", "vs_steps",
+    "ssim", "motion_ratio", "flicker", "subject_consistency", "background_consistency",
+    "first_frame_db", "colour_ok", "shape_ok",
     "direction_ok", "speed_error", "commit", "torch", "device",
 )  # fmt: skip
 

@@ -7,22 +7,17 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
-    AutoencoderKLWan,
     FlowMatchEulerDiscreteScheduler,
     WanImageToVideoPipeline,
     WanPipeline,
-    WanTransformer3DModel,
 )
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
     CLIPVisionModel,
-    PreTrainedTokenizerFast,
-    UMT5Config,
     UMT5EncoderModel,
 )
 
@@ -35,58 +30,17 @@ from wantrim.benchmarks.subjects import (
 )
 from wantrim.hosts.diffusers.sample import sample
 from wantrim.hosts.diffusers.weights import save_original, to_original_keys
+from wantrim.tests.tiny_pipeline import ASKED, NEGATIVE, TEXT_DIM, parts, transformer
 from wantrim.toy.metrics import psnr
 from wantrim.toy.text import encode_prompt
 from wantrim.toy.vae import ToyVAE
 from wantrim.toy.world import parse_prompt, render
 
-TEXT_DIM, IMAGE_DIM = 24, 20
+IMAGE_DIM = 20
 SHIFT, STEPS, GUIDANCE = 5.0, 3, 3.0
-ASKED = ["a cat runs", "two old dogs sleep under a tree"]
-NEGATIVE = "blurry dogs"
 VIDEO = {"width": 48, "height": 32, "pixel_frames": 9}
 OPTIONS = {"device": "cpu", "dtype": torch.float32, **VIDEO}
 SAMPLING = {"steps": STEPS, "guidance": GUIDANCE, "shift": SHIFT, "seed": 7}
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    words = sorted({word for prompt in [*ASKED, NEGATIVE] for word in prompt.split()})
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *words])}
-    words = Tokenizer(models.WordLevel(vocabulary, "<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    words.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    )
-
-
-def transformer(**changes) -> WanTransformer3DModel:
-    torch.manual_seed(1)
-    config = {
-        "num_attention_heads": 2,
-        "attention_head_dim": 16,
-        "in_channels": 16,
-        "out_channels": 16,
-        "text_dim": TEXT_DIM,
-        "freq_dim": 32,
-        "ffn_dim": 48,
-        "num_layers": 2,
-    }
-    return WanTransformer3DModel(**{**config, **changes}).eval()
-
-
-def parts() -> dict:
-    torch.manual_seed(0)
-    text = UMT5Config(
-        vocab_size=20, d_model=TEXT_DIM, d_kv=8, d_ff=32, num_layers=1, num_heads=2, dropout_rate=0
-    )
-    vae = AutoencoderKLWan(base_dim=8, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
-    return {
-        "tokenizer": tokenizer(),
-        "text_encoder": UMT5EncoderModel(text).eval(),
-        "vae": vae.eval(),
-        "scheduler": FlowMatchEulerDiscreteScheduler(),
-    }
 
 
 class EvenSigmas(FlowMatchEulerDiscreteScheduler):

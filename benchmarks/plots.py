@@ -1,0 +1,158 @@
+"""Pictures of results/*.csv: `python -m wantrim.benchmarks.plots`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+from .cases import METHODS, STUDY_TARGET
+from .peers import PEERS
+from .table import RESULTS, read_rows
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+
+TASKS = {"t2v": "text to video", "i2v": "image to video"}
+STUDIES = ("ablation", "importance", "restore", "schedule", "reselection", "queries")
+DPI = 110
+
+
+def full_rows(rows: Sequence[dict[str, str]], model: str = "tiny_wan") -> list[dict[str, str]]:
+    """Of each measurement the row with the most videos, and only those of `model`."""
+    best: dict[tuple, dict[str, str]] = {}
+    for row in rows:
+        if row["model"] != model:
+            continue
+        key = (row["method"], row["setting"], row["task"], row["steps"], row["target"])
+        if key not in best or _videos(row) > _videos(best[key]):
+            best[key] = row
+    return list(best.values())
+
+
+def _videos(row: dict[str, str]) -> int:
+    return int(row["prompts"]) * int(row["seeds"])
+
+
+def plot_methods(rows: Sequence[dict[str, str]], path: Path) -> None:
+    """PSNR against share of FLOPs for every method; one panel per task and number of steps."""
+    points = sorted({(int(row["steps"]), row["task"]) for row in rows}, key=lambda p: (p[0], p[1]))
+    steps = sorted({p[0] for p in points})
+    tasks = [task for task in ("t2v", "i2v") if any(p[1] == task for p in points)]
+    names = ["fewer_steps", *METHODS, *PEERS]
+    looks = _looks()
+    size = (5.4 * len(steps) + 2.2, 3.7 * len(tasks))
+    figure, axes = plt.subplots(
+        len(tasks), len(steps), figsize=size, squeeze=False, constrained_layout=True
+    )
+    for line, task in zip(axes, tasks, strict=True):
+        for axis, count in zip(line, steps, strict=True):
+            for name in names:
+                mine = [
+                    r
+                    for r in rows
+                    if (r["method"], r["task"], int(r["steps"])) == (name, task, count)
+                ]
+                if mine:
+                    _line(axis, mine, name, looks[name])
+            axis.set(
+                title=f"{TASKS[task]}, {count} steps",
+                xlabel="share of the dense FLOPs",
+                ylabel="PSNR to the dense video (dB)",
+            )
+            axis.grid(alpha=0.3)
+    handles = {}
+    for axis in axes.flat:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=8)
+    _save(figure, path)
+
+
+def _looks() -> dict[str, dict[str, object]]:
+    """Token plans solid, peers dotted, fewer steps (the one to beat) black."""
+    looks: dict[str, dict[str, object]] = {
+        "fewer_steps": {"color": "black", "marker": "D", "ls": "--", "lw": 1.8}
+    }
+    for name, colour in zip(METHODS, plt.get_cmap("tab10").colors, strict=False):
+        looks[name] = {"color": colour, "marker": "o", "ls": "-", "lw": 1.6}
+    shades = plt.get_cmap("Dark2").colors
+    for index, name in enumerate(PEERS):
+        marker = "sv^<>pPX*h"[index % 10]
+        looks[name] = {
+            "color": shades[index % len(shades)], "marker": marker, "ls": ":", "lw": 1.0,
+        }  # fmt: skip
+    return looks
+
+
+def _line(axis, rows: list[dict[str, str]], name: str, look: dict[str, object]) -> None:
+    # two targets can lead to the same levels of a step cache
+    levels = {row["flops_ratio"]: row for row in rows}
+    rows = sorted(levels.values(), key=lambda row: float(row["flops_ratio"]))
+    x, y, low, high = (
+        np.array([float(row[key]) for row in rows])
+        for key in ("flops_ratio", "psnr_db", "psnr_lo", "psnr_hi")
+    )
+    label = name.replace("_", " ")
+    axis.errorbar(x, y, (y - low, high - y), label=label, capsize=2, ms=5, **look)
+
+
+def plot_study(rows: Sequence[dict[str, str]], group: str, path: Path) -> None:
+    """One study: PSNR and motion of its token plans, at one share of the FLOPs."""
+    mine = [r for r in rows if r["group"] == group and float(r["target"]) == STUDY_TARGET]
+    panels = sorted(
+        {(int(r["steps"]), r["task"]) for r in mine}, key=lambda p: (p[0], p[1] != "t2v")
+    )
+    names = sorted({r["setting"] for r in mine})
+    if not names:
+        return
+    size = (4.2 * len(panels) + 4.5, 0.27 * len(names) + 1.4)
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=size, squeeze=False, sharey=True, constrained_layout=True
+    )
+    for axis, (steps, task) in zip(axes[0], panels, strict=True):
+        for place, name in enumerate(names):
+            for row in mine:
+                if (row["setting"], int(row["steps"]), row["task"]) == (name, steps, task):
+                    y, low, high = (float(row[k]) for k in ("psnr_db", "psnr_lo", "psnr_hi"))
+                    axis.errorbar(
+                        y, place, xerr=[[y - low], [high - y]], fmt="o", color="tab:blue", ms=4
+                    )
+                    text = f" {float(row['motion_ratio']):.2f}"
+                    axis.annotate(text, (high, place), fontsize=7, va="center", color="grey")
+        axis.set(title=f"{TASKS[task]}, {steps} steps", xlabel="PSNR (dB); grey: motion ratio")
+        axis.set_yticks(range(len(names)), names, fontsize=8)
+        axis.margins(x=0.15)
+        axis.grid(alpha=0.3)
+    _save(figure, path)
+
+
+def _save(figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=DPI)
+    plt.close(figure)
+
+
+def draw(results: Path) -> list[Path]:
+    """All pictures of a results folder."""
+    rows = full_rows(read_rows(results / "quality.csv"))
+    methods = [r for r in rows if r["method"] in ("fewer_steps", *METHODS, *PEERS)]
+    paths = [results / "quality.png"]
+    plot_methods(methods, paths[0])
+    for group in STUDIES:
+        paths.append(results / f"study_{group}.png")
+        plot_study(rows, group, paths[-1])
+    return paths
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    draw(parser.parse_args().results)
+
+
+if __name__ == "__main__":
+    main()

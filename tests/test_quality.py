@@ -1,0 +1,264 @@
+import csv
+
+import numpy as np
+import pytest
+import torch
+
+from wantrim.benchmarks import quality
+from wantrim.benchmarks.bench import Bench
+from wantrim.benchmarks.cases import (
+    METHODS,
+    POINTS,
+    STUDY_TARGET,
+    TARGETS,
+    TOLERANCE,
+    Case,
+    Point,
+    all_cases,
+    setting_of,
+    solve_plan,
+    token_plan,
+    tokens_case,
+)
+from wantrim.benchmarks.peers import PEERS
+from wantrim.benchmarks.plots import draw, full_rows
+from wantrim.benchmarks.subjects import toy_subject
+from wantrim.benchmarks.table import COLUMNS, merge_rows, read_rows
+from wantrim.methods.presets import PAPER, REFRESH
+from wantrim.methods.schedule import Schedule
+from wantrim.methods.tokens import TokenPlan
+from wantrim.tests.tiny_pipeline import ASKED, parts, transformer
+
+FEW = Point(4, 1.0, shift=5.0)
+GUIDED = Point(3, 4.0)
+STEPS = Case("methods", "fewer_steps", "", 0.67)
+
+
+@pytest.fixture(scope="module")
+def toy():
+    return toy_subject()
+
+
+@pytest.fixture
+def bench(toy, tmp_path):
+    return lambda task="t2v", point=FEW, prompts=1: Bench(toy, task, point, prompts, 1, tmp_path)
+
+
+def test_the_issue_is_covered():
+    """Every baseline at every budget, every part of the token study at 0.67."""
+    cases = all_cases()
+    assert len({case.key for case in cases}) == len(cases)
+    for target in TARGETS:
+        names = {case.method for case in cases if case.target == target}
+        assert {"fewer_steps", *METHODS, *PEERS} <= names
+    plans = [case.tokens for case in cases if case.tokens and case.target == STUDY_TARGET]
+    for importance in (
+        "attention", "key_norm", "hidden_norm", "update_norm", "velocity_change", "random", "rotation",
+    ):  # fmt: skip
+        smoothed = {plan.get("alpha", 0.5) for plan in plans if plan["importance"] == importance}
+        assert {0.5, 1.0} <= smoothed
+    assert any("+" in plan["importance"] for plan in plans)
+    restored = {plan.get("restore", "identity") for plan in plans}
+    assert restored == {"identity", "frame_mean", "nearest", "last_update", "last_output"}
+    assert {plan.get("query_ratio") for plan in plans} >= {1 / 4, 1 / 16, 1 / 64}
+    assert {plan["every"] for plan in plans} >= {5, 10, 15}
+    assert {plan["schedule"] for plan in plans} == {"falling", "constant", "rising"}
+    assert {plan.get("dropped_kv", "leave") for plan in plans} == {"leave", "keep"}
+
+
+def test_the_named_plans_are_the_presets():
+    """The bench's TAPE is the preset that artists get, but for the depth that it is scaled to."""
+    fields = dict(PAPER)
+    published = TokenPlan(Schedule(0.6, fields.pop("schedule")), **fields)
+    assert token_plan(METHODS["tape"], 0.6, 40) == published
+    fields = dict(REFRESH)
+    refresh = TokenPlan(Schedule(0.6, fields.pop("schedule")), **{**fields, "reselect_every": 40})
+    assert token_plan(METHODS["mixed_update_once"], 0.6, 40) == refresh
+
+
+@pytest.mark.parametrize("task", ["t2v", "i2v"])
+@pytest.mark.parametrize("point", POINTS)
+def test_plans_are_solved_for_equal_compute(bench, task, point):
+    it = bench(task, point)
+    assert it.anchored == (1 if task == "i2v" else 0)
+    asked = [c for c in all_cases() if c.tokens and c.group in ("methods", "reselection")]
+    missing = [c for c in asked if not solve_plan(c, it.shape, it.grid, point, it.anchored)]
+    # only what chooses on all tokens too often cannot come down
+    assert all(c.tokens["every"] == 5 or c.target == 0.5 for c in missing)
+    assert len(missing) <= 3
+
+
+@pytest.mark.parametrize("name", ["tape", "rotation_mean", "mixed_update_once"])
+@pytest.mark.parametrize("task", ["t2v", "i2v"])
+def test_counted_flops_are_the_cost_models_within_two_percent(bench, name, task):
+    it = bench(task, GUIDED if task == "t2v" else FEW)
+    row = it.run(tokens_case("methods", 0.67, METHODS[name], name))["row"]
+    assert row["flops_ratio"] == pytest.approx(row["predicted_ratio"], rel=0.02)
+    assert row["flops_ratio"] == pytest.approx(0.67, abs=TOLERANCE)
+
+
+def test_dense_is_exact_and_fewer_steps_cost_their_share(bench):
+    it = bench(prompts=2)
+    dense = it.run(quality.DENSE)["row"]
+    assert (dense["psnr_db"], dense["ssim"], dense["flops_ratio"]) == (100, 1, 1)
+    assert dense["motion_ratio"] == 1
+    fewer = it.run(STEPS)
+    assert fewer["row"]["flops_ratio"] == 0.75
+    assert fewer["row"]["knob"] == "3 steps"
+    assert 15 < fewer["row"]["psnr_db"] < 60
+    assert len(fewer["psnr"]) == 2
+    assert set(fewer["row"]) >= {"colour_ok", "shape_ok", "direction_ok", "speed_error"}
+
+
+def test_image_to_video_is_measured_against_its_image(bench):
+    row = bench("i2v").run(STEPS)["row"]
+    assert row["first_frame_db"] > 20
+
+
+def test_methods_that_cannot_reach_the_budget_say_so(bench):
+    result = bench().run(Case("methods", "faster_cache", "", 0.5))
+    assert "row" not in result
+    assert "unconditional" in result["unreachable"]
+
+
+@pytest.mark.parametrize("name", ["static_blocks", "mag_cache"])
+def test_peers_are_tuned_to_the_budget_and_leave_the_model_alone(bench, toy, name):
+    it = bench()
+    before = it.sample(it.items[0])
+    row = it.run(Case("methods", name, "", 0.67))["row"]
+    assert 0.4 < row["flops_ratio"] <= 0.70
+    assert row["psnr_db"] < 60
+    assert torch.equal(it.sample(it.items[0]), before)
+    assert all(
+        not getattr(b, "_diffusers_hook", None) or not b._diffusers_hook.hooks
+        for b in toy.model.blocks
+    )
+
+
+ARGUMENTS = ["--jobs", "1", "--prompts", "1", "--seeds", "1", "--steps", "4", "--tasks", "t2v"]
+
+
+def run_main(monkeypatch, tmp_path, *more: str) -> list[dict[str, str]]:
+    folders = ["--work", str(tmp_path / "work"), "--results", str(tmp_path / "results")]
+    monkeypatch.setattr("sys.argv", ["quality", *ARGUMENTS, *folders, *more])
+    quality.main()
+    return read_rows(tmp_path / "results" / "quality.csv")
+
+
+def test_a_finished_case_is_not_run_again_and_an_interrupted_one_is(monkeypatch, tmp_path):
+    only = ("--only", "fewer_steps", "random", "--targets", "0.67")
+    first = run_main(monkeypatch, tmp_path, *only)
+    assert [row["method"] for row in first] == ["dense", "fewer_steps", "random"]
+    issue = (
+        "method setting task steps prompts seeds flops_ratio time_ratio psnr_db psnr_lo psnr_hi ssim "
+        "motion_ratio flicker colour_ok shape_ok direction_ok model commit torch"
+    )
+    assert set(issue.split()) <= set(first[0])
+    ran = []
+    run = Bench.run
+    monkeypatch.setattr(Bench, "run", lambda self, case: ran.append(case.method) or run(self, case))
+    again = run_main(monkeypatch, tmp_path, *only)
+    assert (again, ran) == (first, [])
+    next(iter((tmp_path / "work").glob("*random*.json"))).unlink()
+    run_main(monkeypatch, tmp_path, *only)
+    assert ran == ["random"]
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_real_weights_take_the_same_way(monkeypatch, tmp_path):
+    """A diffusers folder: no truth metrics, and the row names the model."""
+    from diffusers import WanPipeline
+
+    folder = tmp_path / "my-wan"
+    WanPipeline(**parts(), transformer=transformer()).save_pretrained(folder)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(ASKED))
+    rows = run_main(
+        monkeypatch, tmp_path, "--weights", str(folder), "--prompt-file", str(prompts), "--width",
+        "160", "--height", "160", "--pixel-frames", "9", "--device", "cpu", "--dtype", "float32",
+        "--only", "fewer_steps", "rotation_mean", "--targets", "0.75", "--prompts", "2",
+    )  # fmt: skip
+    assert {row["model"] for row in rows} == {"my-wan"}
+    assert [row["method"] for row in rows] == ["dense", "fewer_steps", "rotation_mean"]
+    predicted = float(rows[2]["predicted_ratio"])
+    assert float(rows[2]["flops_ratio"]) == pytest.approx(predicted, rel=0.02)
+    assert rows[2]["shape_ok"] == ""
+    assert float(rows[2]["psnr_db"]) < 100
+    assert str(tmp_path) not in (tmp_path / "results" / "quality.csv").read_text()
+
+
+def result(values, method="tape", target=0.67):
+    row = {"method": method, "target": target, "psnr_db": float(np.mean(values))}
+    return {"case": method, "row": row, "psnr": list(values), "clusters": list(range(len(values)))}
+
+
+@pytest.mark.parametrize(("shift", "verdict"), [(3.0, "better"), (-3.0, "worse"), (0.0, "tie")])
+def test_a_difference_inside_the_interval_is_a_tie(shift, verdict):
+    rng = np.random.default_rng(0)
+    steps = rng.normal(20, 2, 24)
+    mine = steps + rng.normal(0, 1, 24) - 0.02 + shift
+    case = tokens_case("methods", 0.67, METHODS["tape"], "tape")
+    results = {
+        ("t2v", FEW, case): result(mine),
+        ("t2v", FEW, STEPS): result(steps, "fewer_steps"),
+    }
+    rows = quality.against_steps(None, results)
+    assert [row["vs_steps"] for row in rows] == [verdict, ""]
+    assert rows[0]["vs_steps_lo"] < rows[0]["vs_steps_db"] < rows[0]["vs_steps_hi"]
+
+
+def test_rows_are_added_and_newer_ones_replace_older(tmp_path):
+    path = tmp_path / "some" / "quality.csv"
+    row = {
+        "method": "tape",
+        "model": "a",
+        "task": "t2v",
+        "steps": 4,
+        "target": 0.5,
+        "psnr_db": 20.0,
+    }
+    merge_rows(path, [row, row | {"model": "b"}])
+    merge_rows(path, [row | {"psnr_db": 1 / 3}])
+    rows = read_rows(path)
+    assert [(r["model"], r["psnr_db"]) for r in rows] == [("a", "0.3333"), ("b", "20")]
+    with path.open() as file:
+        assert tuple(next(csv.reader(file))) == COLUMNS
+    with pytest.raises(AttributeError):
+        merge_rows(path, [row, None])
+    assert read_rows(path) == rows
+
+
+def test_plots_show_every_method_that_has_a_row(tmp_path):
+    rows = []
+    for steps in (4, 20):
+        for number, name in enumerate(["fewer_steps", "tape", "tome"]):
+            for target in TARGETS:
+                rows.append(
+                    {
+                        "group": "methods",
+                        "method": name,
+                        "setting": "",
+                        "model": "tiny_wan",
+                        "task": "t2v",
+                        "steps": steps,
+                        "prompts": 4,
+                        "seeds": 1,
+                        "target": target,
+                        "flops_ratio": target,
+                        "psnr_db": 20.0 + number,
+                        "psnr_lo": 19.0,
+                        "psnr_hi": 25.0,
+                        "motion_ratio": 1.0,
+                    }  # fmt: skip
+                )
+    setting = setting_of(METHODS["tape"])
+    rows.append(
+        {**rows[0], "group": "importance", "method": "tape", "setting": setting, "target": 0.67}
+    )
+    merge_rows(tmp_path / "quality.csv", rows)
+    small, large = {**rows[0], "prompts": 2}, {**rows[0], "prompts": 32}
+    kept = full_rows([{k: str(v) for k, v in row.items()} for row in (small, large)])
+    assert [row["prompts"] for row in kept] == ["32"]
+    paths = [path for path in draw(tmp_path) if path.exists()]
+    assert [path.name for path in paths] == ["quality.png", "study_importance.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
