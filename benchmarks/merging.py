@@ -58,7 +58,7 @@ def match_tokens(hidden: torch.Tensor, grid: TokenGrid, keep_ratio: float) -> Me
     count = min(grid.per_frame - round(keep_ratio * grid.per_frame), len(source))
     if count == 0:
         return None
-    unit = normalize(hidden.float().view(grid.frames, grid.per_frame, -1), dim=-1)
+    unit = (hidden.float().view(grid.frames, grid.per_frame, -1), dim=-1)
     score, into = (unit[:, source] @ unit[:, target].mT).max(-1)
     # stable: sources of equal score are taken in the same order everywhere
     merged = score.argsort(dim=-1, descending=True, stable=True)[:, :count]
@@ -116,7 +116,7 @@ class _PartHook(ModelHook):
             return forward(hidden_states, *args)
         if args and args[-1] is not None:
             # self-attention: who stands for a group keeps its own position
-            args = (*args[:-1], tuple(part[:, : len(merge.kept)] for part in args[-1]))
+            args = (*args[:-1], tuple(part[:, merge.kept] for part in args[-1]))
         return merge.unmerge(forward(merge.merge(hidden_states), *args))
 
 

@@ -32,7 +32,7 @@ def test_demo_writes_everything_it_promises(result, tmp_path):
     assert data["neutral_exact"] is True
     assert data["environment"]["torch"] == torch.__version__
     names = [(run["task"], run["name"]) for run in data["runs"]]
-    kinds = ("dense", "tape_20", "tape_30", "tape_40", "random_30", "fewer_steps")
+    kinds = ("dense", "tape_20", "tape_30", "tape_40", "refresh_30", "random_30", "fewer_steps")
     assert names == [(task, kind) for task in ("t2v", "i2v") for kind in kinds]
     assert all(set(run) >= ROW for run in data["runs"])
     for task in ("t2v", "i2v"):
