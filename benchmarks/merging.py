@@ -58,7 +58,7 @@ def match_tokens(hidden: torch.Tensor, grid: TokenGrid, keep_ratio: float) -> Me
     count = min(grid.per_frame - round(keep_ratio * grid.per_frame), len(source))
     if count == 0:
         return None
-    unit = (hidden.float().view(grid.frames, grid.per_frame, -1), dim=-1)
+    unit = normalize(hidden.float().view(grid.frames, grid.per_frame, -1), dim=-1)
     score, into = (unit[:, source] @ unit[:, target].mT).max(-1)
     # stable: sources of equal score are taken in the same order everywhere
     merged = score.argsort(dim=-1, descending=True, stable=True)[:, :count]
@@ -99,7 +99,7 @@ class _BlockHook(ModelHook):
     def pre_forward(self, module, hidden_states, *args, **kwargs):
         m = self.matching
         # the conditional row is the first and decides for both
-        m.merge = match_tokens(hidden_states[0], m.grid, m.keep_ratio)
+        m.merge = match_tokens(hidden_states[-1], m.grid, m.keep_ratio)
         return (hidden_states, *args), kwargs
 
 

@@ -324,3 +324,9 @@ def test_word_vectors_are_the_same_everywhere():
 def test_a_bad_prompt_is_not_encoded():
     with pytest.raises(ValueError, match="does not know the prompt"):
         encode_prompt("a cat on a mat")
+
+
+def test_more_held_out_scenes_than_there_are_is_an_error():
+    assert len(held_out_scenes(111)) == 111
+    with pytest.raises(ValueError, match="found only 111.*got 112"):
+        held_out_scenes(112)

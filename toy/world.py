@@ -41,6 +41,8 @@ RADIUS_RANGE = (13.0, 17.0)
 MAX_OBJECTS = 3
 # one scene in this many is never trained on
 HELD_OUT_EVERY = 8
+# draws without a new held-out scene after which there is none left
+MAX_MISSES = 20_000
 
 
 @dataclass(frozen=True)
@@ -126,13 +128,22 @@ def random_scene(rng: np.random.Generator, num_objects: int = 1) -> Scene:
 
 
 def held_out_scenes(count: int, seed: int = 0, num_objects: int = 1) -> list[Scene]:
-    """`count` different scenes that training never saw, always the same ones for a seed."""
+    """`count` different scenes that training never saw, always the same ones for a seed.
+
+    Raises:
+        ValueError: there are not so many (111 with one object).
+    """
     rng = np.random.default_rng([seed, num_objects, 7])
     scenes: dict[str, Scene] = {}
+    misses = 0
     while len(scenes) < count:
         scene = random_scene(rng, num_objects)
-        if scene.held_out:
-            scenes.setdefault(scene.prompt(), scene)
+        if scene.held_out and scene.prompt() not in scenes:
+            scenes[scene.prompt()], misses = scene, 0
+        elif (misses := misses + 1) > MAX_MISSES:
+            raise ValueError(
+                f"count: found only {len(scenes)} held-out scenes of {num_objects} objects, got {count}"
+            )
     return list(scenes.values())
 
 
