@@ -240,7 +240,7 @@ class _UncondFirst(ModelHook):
                 f"{len(hidden_states)}; without guidance pass guided=False"
             )
         out = self.fn_ref.original_forward(
-            hidden_states=hidden_states.flip(0),
+            hidden_states=hidden_states,
             timestep=timestep.flip(0),
             encoder_hidden_states=encoder_hidden_states.flip(0),
             **{**kwargs, "return_dict": False},

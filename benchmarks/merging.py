@@ -99,7 +99,7 @@ class _BlockHook(ModelHook):
     def pre_forward(self, module, hidden_states, *args, **kwargs):
         m = self.matching
         # the conditional row is the first and decides for both
-        m.merge = match_tokens(hidden_states[-1], m.grid, m.keep_ratio)
+        m.merge = match_tokens(hidden_states[0], m.grid, m.keep_ratio)
         return (hidden_states, *args), kwargs
 
 

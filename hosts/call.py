@@ -129,14 +129,17 @@ class ModelCall:
                 )
             self.past.age = None
             out = call.run()
-            stretch.add(out - call.hidden)
+            if not absolute:
+                stretch.add(out - call.hidden)
             if last:
-                self.past.remember(stretch.key, out if absolute else stretch.total)
+                # a copy, because the host may go on in place
+                self.past.remember(stretch.key, out.clone() if absolute else stretch.total)
                 self._stretch = None
             return out
         self._record(self.current)
         kept, part = self._run_kept(call)
-        stretch.add(part - gather_tokens(call.hidden, kept))
+        if not absolute:
+            stretch.add(part - gather_tokens(call.hidden, kept))
         out = scatter_tokens(call.hidden, kept, part)
         if last:
             dropped = self.current.dropped_rows(self.chunks)
@@ -144,8 +147,9 @@ class ModelCall:
             if not absolute:
                 known = known + gather_tokens(call.hidden, dropped)
             out = scatter_tokens(out, dropped, known)
-            fresh = out if absolute else scatter_tokens(stretch.known, kept, stretch.total)
-            self.past.remember(stretch.key, fresh)
+            # in place: a second full-length copy would add to the peak of memory
+            fresh = gather_tokens(out, kept) if absolute else stretch.total
+            stretch.known.scatter_(1, kept[..., None].expand_as(fresh), fresh)
             self._stretch = None
         return out
 
