@@ -8,7 +8,7 @@ for 40 blocks, and are scaled to the depth of the model.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ..methods.cost import WanShape, forward_flops, plan_flops
 from ..methods.grid import TokenGrid
@@ -49,7 +49,7 @@ class Case:
     """One row of the table.
 
     Args:
-        group: the question that the row belongs to.
+        group: the questions that the row belongs to, separated by spaces.
         tokens: a token plan without its keep ratio, `every` in blocks of 40 and `schedule` by
             direction; None for peers and for fewer steps.
         target: share of dense FLOPs.
@@ -60,6 +60,10 @@ class Case:
     setting: str
     target: float
     tokens: Mapping[str, object] | None = field(default=None, hash=False)
+
+    @property
+    def groups(self) -> list[str]:
+        return self.group.split()
 
     @property
     def key(self) -> str:
@@ -131,6 +135,7 @@ def all_cases() -> list[Case]:
     target = STUDY_TARGET
     for parts in ({}, {"alpha": 0.5}, {"every": 10}, {"schedule": "falling"}):
         cases.append(tokens_case("ablation", target, METHODS["evit"] | parts))
+    cases.append(tokens_case("ablation", target, TAPE))
     for importance in IMPORTANCES:
         for alpha in (0.5, 1.0):
             plan = TAPE | {"importance": importance, "alpha": alpha}
@@ -163,7 +168,9 @@ def all_cases() -> list[Case]:
             cases.append(tokens_case("importance", target, plan))
     unique: dict[str, Case] = {}
     for case in cases:
-        unique.setdefault(case.key, case)
+        known = unique.setdefault(case.key, case)
+        if case.group not in known.groups:
+            unique[case.key] = replace(known, group=f"{known.group} {case.group}")
     return list(unique.values())
 
 

@@ -32,7 +32,7 @@ def _diffusers_cache(model, video: OneVideo, config, *hooks) -> Iterator[None]:
         with one_video(model, video, *hooks):
             yield
     finally:
-        model.disable_cache()
+        pass
 
 
 @contextmanager
@@ -240,7 +240,7 @@ class _UncondFirst(ModelHook):
                 f"{len(hidden_states)}; without guidance pass guided=False"
             )
         out = self.fn_ref.original_forward(
-            hidden_states=hidden_states,
+            hidden_states=hidden_states.flip(0),
             timestep=timestep.flip(0),
             encoder_hidden_states=encoder_hidden_states.flip(0),
             **{**kwargs, "return_dict": False},

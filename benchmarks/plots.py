@@ -102,7 +102,7 @@ def _line(axis, rows: list[dict[str, str]], name: str, look: dict[str, object]) 
 
 def plot_study(rows: Sequence[dict[str, str]], group: str, path: Path) -> None:
     """One study: PSNR and motion of its token plans, at one share of the FLOPs."""
-    mine = [r for r in rows if r["group"] == group and float(r["target"]) == STUDY_TARGET]
+    mine = [r for r in rows if group in r["group"].split() and float(r["target"]) == STUDY_TARGET]
     panels = sorted(
         {(int(r["steps"]), r["task"]) for r in mine}, key=lambda p: (p[0], p[1] != "t2v")
     )

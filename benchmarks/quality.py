@@ -35,9 +35,9 @@ def selected(full: bool, only: list[str] | None, targets: list[float] | None) ->
     """The cases to run, by group or method; the fast subset is the methods at one budget."""
     cases = [case for case in all_cases() if not targets or case.target in targets]
     if only:
-        cases = [case for case in cases if case.group in only or case.method in only]
+        cases = [case for case in cases if {*case.groups, case.method}.intersection(only)]
     elif not full:
-        cases = [c for c in cases if c.group == "methods" and c.target == STUDY_TARGET]
+        cases = [c for c in cases if "methods" in c.groups and c.target == STUDY_TARGET]
     return [DENSE, *cases]
 
 
@@ -109,7 +109,7 @@ def against_steps(args: argparse.Namespace, results: dict[tuple, dict]) -> list[
     for (task, point, case), result in results.items():
         if "row" not in result:
             continue
-        row = dict(result["row"]) | {"shift": point.shift}
+        row = dict(result["row"]) | {"shift": point.shift, "group": case.group}
         twin = results.get((task, point, Case("methods", "fewer_steps", "", case.target)))
         row |= {"vs_steps_db": "", "vs_steps_lo": "", "vs_steps_hi": "", "vs_steps": ""}
         if twin and "row" in twin and case.method not in ("dense", "fewer_steps"):

@@ -23,7 +23,8 @@ from wantrim.benchmarks.cases import (
 from wantrim.benchmarks.peers import PEERS
 from wantrim.benchmarks.plots import draw, full_rows
 from wantrim.benchmarks.subjects import toy_subject
-from wantrim.benchmarks.table import COLUMNS, merge_rows, read_rows
+from wantrim.benchmarks.summary import README, fill, tables
+from wantrim.benchmarks.table import COLUMNS, RESULTS, merge_rows, read_rows
 from wantrim.methods.presets import PAPER, REFRESH
 from wantrim.methods.schedule import Schedule
 from wantrim.methods.tokens import TokenPlan
@@ -81,7 +82,7 @@ def test_the_named_plans_are_the_presets():
 def test_plans_are_solved_for_equal_compute(bench, task, point):
     it = bench(task, point)
     assert it.anchored == (1 if task == "i2v" else 0)
-    asked = [c for c in all_cases() if c.tokens and c.group in ("methods", "reselection")]
+    asked = [c for c in all_cases() if c.tokens and {"methods", "reselection"} & {*c.groups}]
     missing = [c for c in asked if not solve_plan(c, it.shape, it.grid, point, it.anchored)]
     # only what chooses on all tokens too often cannot come down
     assert all(c.tokens["every"] == 5 or c.target == 0.5 for c in missing)
@@ -262,3 +263,24 @@ def test_plots_show_every_method_that_has_a_row(tmp_path):
     paths = [path for path in draw(tmp_path) if path.exists()]
     assert [path.name for path in paths] == ["quality.png", "study_importance.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
+
+
+def test_a_plan_that_answers_two_questions_is_run_once_and_counted_twice():
+    tape = next(c for c in all_cases() if c.method == "tape" and c.target == STUDY_TARGET)
+    assert {"methods", "ablation", "importance", "schedule", "reselection"} <= {*tape.groups}
+
+
+def test_the_readmes_tables_are_those_of_the_rows():
+    text = README.read_text("utf-8")
+    assert fill(text, tables(RESULTS)) == text
+    assert text.count("<!-- table ") >= 4
+
+
+def test_a_table_without_rows_is_refused():
+    with pytest.raises(ValueError, match="expected one of a, closed; got 'b'"):
+        fill("<!-- table b -->\n<!-- end -->", {"a": ""})
+    with pytest.raises(ValueError, match="closed"):
+        fill("<!-- table a -->", {"a": ""})
+    assert fill("x <!-- table a -->old<!-- end --> y", {"a": "new"}) == (
+        "x <!-- table a -->\nnew\n<!-- end --> y"
+    )

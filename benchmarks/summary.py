@@ -1,0 +1,139 @@
+"""The tables of benchmarks/README.md: `python -m wantrim.benchmarks.summary` writes them anew."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from .cases import STUDY_TARGET
+from .plots import STUDIES, full_rows
+from .table import RESULTS, read_rows
+
+README = Path(__file__).parent / "README.md"
+BEGIN, END = "<!-- table {} -->", "<!-- end -->"
+METHODS_HEAD = (
+    "| asked | method | FLOPs | time | PSNR (95 %), dB | against fewer steps | SSIM | motion "
+    "| colour / shape / direction |\n|---|---|---|---|---|---|---|---|---|"
+)
+STUDY_HEAD = "| plan | FLOPs | PSNR (95 %), dB | SSIM | motion | shape / direction |\n|---|---|---|---|---|---|"
+
+
+def methods_table(rows: Iterable[dict[str, str]], task: str, steps: str) -> str:
+    """All methods of one task and number of steps, by share of the FLOPs asked for."""
+    mine = [r for r in rows if (r["task"], r["steps"]) == (task, steps) and _is_method(r)]
+    mine.sort(key=lambda r: (-float(r["target"]), -float(r["psnr_db"])))
+    lines = [METHODS_HEAD]
+    for r in mine:
+        verdict = r["vs_steps"]
+        if verdict:
+            verdict += f" ({float(r['vs_steps_db']):+.1f})"
+        truth = " / ".join(f"{float(r[k]):.0%}" for k in ("colour_ok", "shape_ok", "direction_ok"))
+        cells = (
+            r["target"], r["method"].replace("_", " "), _fixed(r, "flops_ratio"),
+            _fixed(r, "time_ratio"), _psnr(r), verdict, _fixed(r, "ssim"),
+            _fixed(r, "motion_ratio"), truth,
+        )  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def study_table(rows: Iterable[dict[str, str]], group: str, task: str, steps: str) -> str:
+    """One study's plans, best first."""
+    mine = [
+        r
+        for r in rows
+        if (r["task"], r["steps"]) == (task, steps)
+        and group in r["group"].split()
+        and float(r["target"]) == STUDY_TARGET
+    ]
+    mine.sort(key=lambda r: -float(r["psnr_db"]))
+    lines = [STUDY_HEAD]
+    for r in mine:
+        truth = " / ".join(f"{float(r[k]):.0%}" for k in ("shape_ok", "direction_ok"))
+        cells = (
+            r["setting"], _fixed(r, "flops_ratio"), _psnr(r), _fixed(r, "ssim"),
+            _fixed(r, "motion_ratio"), truth,
+        )  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def calibration_table(rows: Sequence[dict[str, str]]) -> str:
+    """Published figures beside the toy's, one column per number of steps and guidance."""
+    points = sorted({(int(r["steps"]), float(r["guidance"])) for r in rows})
+    heads = [f"{steps} steps, guidance {guidance:g}" for steps, guidance in points]
+    lines = ["| published | speed-up | PSNR there, dB | nearest here | " + " | ".join(heads) + " |"]
+    lines.append("|---" * (4 + len(points)) + "|")
+    found = {(r["published"], r["speedup"], int(r["steps"]), float(r["guidance"])): r for r in rows}
+    for name, speedup in dict.fromkeys((r["published"], r["speedup"]) for r in rows):
+        some = next(r for r in rows if (r["published"], r["speedup"]) == (name, speedup))
+        cells = [name, f"{speedup}x", some["published_psnr_db"], some["method"].replace("_", " ")]
+        for point in points:
+            row = found.get((name, speedup, *point))
+            if row is None or not row["psnr_db"]:
+                cells.append("not reached" if row else "")
+            else:
+                cells.append(f"{float(row['psnr_db']):.1f} ({1 / float(row['flops_ratio']):.2f}x)")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def tables(results: Path) -> dict[str, str]:
+    """Every table by its name in the README."""
+    rows = full_rows(read_rows(results / "quality.csv"))
+    points = sorted({(r["task"], r["steps"]) for r in rows})
+    made = {f"methods {task} {steps}": methods_table(rows, task, steps) for task, steps in points}
+    for group in STUDIES:
+        for task, steps in points:
+            made[f"{group} {task} {steps}"] = study_table(rows, group, task, steps)
+    calibration = read_rows(results / "calibration.csv")
+    if calibration:
+        made["calibration"] = calibration_table(calibration)
+    return made
+
+
+def fill(text: str, made: dict[str, str]) -> str:
+    """`text` with what stands between its table marks made anew.
+
+    Raises:
+        ValueError: a mark names a table that there are no rows for, or is not closed.
+    """
+    pieces = text.split("<!-- table ")
+    out = [pieces[0]]
+    for piece in pieces[1:]:
+        name, _, rest = piece.partition(" -->")
+        _, closed, after = rest.partition(END)
+        if name not in made or not closed:
+            raise ValueError(f"README: expected one of {', '.join(made)}, closed; got {name!r}")
+        out.append(f"{BEGIN.format(name)}\n{made[name]}\n{END}{after}")
+    return "".join(out)
+
+
+def _is_method(row: dict[str, str]) -> bool:
+    return "methods" in row["group"].split() and row["method"] != "dense"
+
+
+def _fixed(row: dict[str, str], key: str) -> str:
+    return f"{float(row[key]):.2f}" if row[key] else ""
+
+
+def _psnr(row: dict[str, str]) -> str:
+    return (
+        f"{float(row['psnr_db']):.1f} ({float(row['psnr_lo']):.1f} to {float(row['psnr_hi']):.1f})"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--readme", type=Path, default=README)
+    args = parser.parse_args()
+    text = fill(args.readme.read_text("utf-8"), tables(args.results))
+    partial = args.readme.with_suffix(".partial")
+    partial.write_text(text, "utf-8")
+    partial.replace(args.readme)
+
+
+if __name__ == "__main__":
+    main()
