@@ -32,7 +32,7 @@ def _diffusers_cache(model, video: OneVideo, config, *hooks) -> Iterator[None]:
         with one_video(model, video, *hooks):
             yield
     finally:
-        pass
+        model.disable_cache()
 
 
 @contextmanager

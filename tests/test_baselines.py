@@ -373,7 +373,8 @@ def test_matching_by_hand():
     hidden = torch.eye(9)
     hidden[1] = 5 * hidden[2] + 0.1 * hidden[0]
     hidden[7] = hidden[0] + 0.5 * hidden[6]
-    hidden[4] = hidden[8] + hidden[4]
+    # long, so that its product with 8 is the largest, and yet far from it
+    hidden[4] = 9 * hidden[8] + 40 * hidden[4]
     grid = TokenGrid(1, 3, 3)
     merge = match_tokens(hidden, grid, 7 / 9)
     # the two most similar: 1 to 2 whatever its length, 7 to 0 across the frame

@@ -174,6 +174,28 @@ def test_restored_tokens_get_the_mean_of_their_frame_in_a_block(model):
         assert (move[lost] - inside).abs().amax(-1).min() < 1e-5
 
 
+def test_restoring_by_block_is_restoring_by_stretch(model):
+    """The kept tokens are the same in all blocks of a stretch, so their means add up."""
+    states = []
+    handles = [
+        model.blocks[1].register_forward_pre_hook(lambda m, args: states.append(args[0])),
+        model.blocks[BLOCKS - 1].register_forward_hook(lambda m, args, out: states.append(out)),
+    ]
+    with attach(model, plan(restore="frame_mean", reselect_every=BLOCKS)) as attachment:
+        with torch.no_grad():
+            x = torch.randn(1, 16, *SIZE, generator=torch.Generator().manual_seed(3))
+            model(x, torch.tensor([700.0]), words(), return_dict=False)
+        chosen = attachment.session.decision.selections[0]
+    for handle in handles:
+        handle.remove()
+    move = (states[-1] - states[0])[0]
+    for frame in range(3):
+        inside = [p for p in chosen.index[0].tolist() if p // 12 == frame]
+        lost = [p for p in chosen.dropped[0].tolist() if p // 12 == frame]
+        want = move[inside].mean(0).expand(len(lost), -1)
+        torch.testing.assert_close(move[lost], want, atol=1e-4, rtol=1e-3)
+
+
 def test_rotation_brings_back_what_was_left_out_longest(model):
     _, report = run(
         model, plan(0.5, reselect_every=BLOCKS, trim_reselecting=True, alpha=1.0), steps=6
