@@ -42,11 +42,20 @@ PEERS = {
     "teacache": Peer(teacache, "threshold", 0.0, 2.0),
     "first_block_cache": Peer(of_diffusers.first_block_cache, "threshold", 0.0, 2.0),
     "mag_cache": Peer(of_diffusers.mag_cache, "threshold", 0.0, 4.0),
-    "sea_cache": Peer(of_diffusers.sea_cache, "threshold", 0.0, 4.0),
+    # order 1, diffusers' default, keeps far less here: an extrapolation with guidance overshoots
+    "sea_cache": Peer(partial(of_diffusers.sea_cache, order=0), "threshold", 0.0, 4.0),
     "taylorseer": Peer(of_diffusers.taylorseer, "every", 1, 8, whole=True),
-    "pyramid_attention": Peer(
-        of_diffusers.pyramid_attention_broadcast, "self_every", 1, 8, whole=True
+    "taylorseer_order_0": Peer(
+        partial(of_diffusers.taylorseer, order=0, warmup=1), "every", 1, 8, whole=True
     ),
+    # over all timesteps: between the default ones it saves too little to be compared
+    "pyramid_attention": Peer(
+        partial(of_diffusers.pyramid_attention_broadcast, timesteps=(-1, 1001)),
+        "self_every",
+        1,
+        8,
+        whole=True,
+    ),  # fmt: skip
     "faster_cache": Peer(of_diffusers.faster_cache, "uncond_every", 1, 8, whole=True, guided=True),
 }
 
