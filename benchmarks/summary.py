@@ -1,4 +1,4 @@
-"""The tables of benchmarks/README.md: `python -m wantrim.benchmarks.summary` writes them anew."""
+"""The tables of both READMEs: `python -m wantrim.benchmarks.summary` writes them anew."""
 
 from __future__ import annotations
 
@@ -7,15 +7,29 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from .cases import STUDY_TARGET
-from .plots import STUDIES, full_rows
+from .plots import STUDIES, TASKS, full_rows
 from .table import RESULTS, read_rows
 
-README = Path(__file__).parent / "README.md"
+READMES = (Path(__file__).parent / "README.md", Path(__file__).parents[1] / "README.md")
 BEGIN, END = "<!-- table {} -->", "<!-- end -->"
 METHODS_HEAD = (
     "| asked | method | FLOPs | time | PSNR (95 %), dB | against fewer steps | SSIM | motion "
     "| colour / shape / direction |\n|---|---|---|---|---|---|---|---|---|"
 )
+HEADLINE_HEAD = (
+    "| sampling | method | FLOPs | PSNR to dense (95 %), dB | motion / dense "
+    "| colour / shape / direction right |\n|---|---|---|---|---|---|"
+)
+# what the first page shows, at the study's share of the FLOPs
+HEADLINE = {
+    "dense": "dense (baseline)",
+    "fewer_steps": "dense, fewer steps",
+    "mag_cache": "step cache (MagCache)",
+    "mixed_update_once": "**WanTrim, refresh** (default)",
+    "tape": "WanTrim, paper (TAPE)",
+    "random": "random tokens",
+    "tome": "token merging (ToMe)",
+}
 STUDY_HEAD = "| plan | FLOPs | PSNR (95 %), dB | SSIM | motion | shape / direction |\n|---|---|---|---|---|---|"
 
 
@@ -28,13 +42,36 @@ def methods_table(rows: Iterable[dict[str, str]], task: str, steps: str) -> str:
         verdict = r["vs_steps"]
         if verdict:
             verdict += f" ({float(r['vs_steps_db']):+.1f})"
-        truth = " / ".join(f"{float(r[k]):.0%}" for k in ("colour_ok", "shape_ok", "direction_ok"))
         cells = (
             r["target"], r["method"].replace("_", " "), _fixed(r, "flops_ratio"),
             _fixed(r, "time_ratio"), _psnr(r), verdict, _fixed(r, "ssim"),
-            _fixed(r, "motion_ratio"), truth,
+            _fixed(r, "motion_ratio"), _truth(r, "colour_ok", "shape_ok", "direction_ok"),
         )  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def headline_table(rows: Iterable[dict[str, str]], points: Iterable[tuple[str, str]]) -> str:
+    """A few methods at one share of the FLOPs, for the first page."""
+    lines = [HEADLINE_HEAD]
+    for task, steps in points:
+        mine = {
+            r["method"]: r
+            for r in rows
+            if (r["task"], r["steps"]) == (task, steps)
+            and float(r["target"]) in (STUDY_TARGET, 1.0)
+        }
+        sampling = f"{TASKS[task]}, {steps} steps"
+        for method, name in HEADLINE.items():
+            if method in mine:
+                r = mine[method]
+                psnr = "" if method == "dense" else _psnr(r)
+                cells = (
+                    sampling, name, _fixed(r, "flops_ratio"), psnr, _fixed(r, "motion_ratio"),
+                    _truth(r, "colour_ok", "shape_ok", "direction_ok"),
+                )  # fmt: skip
+                lines.append("| " + " | ".join(cells) + " |")
+                sampling = ""
     return "\n".join(lines)
 
 
@@ -50,10 +87,9 @@ def study_table(rows: Iterable[dict[str, str]], group: str, task: str, steps: st
     mine.sort(key=lambda r: -float(r["psnr_db"]))
     lines = [STUDY_HEAD]
     for r in mine:
-        truth = " / ".join(f"{float(r[k]):.0%}" for k in ("shape_ok", "direction_ok"))
         cells = (
             r["setting"], _fixed(r, "flops_ratio"), _psnr(r), _fixed(r, "ssim"),
-            _fixed(r, "motion_ratio"), truth,
+            _fixed(r, "motion_ratio"), _truth(r, "shape_ok", "direction_ok"),
         )  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -82,11 +118,14 @@ def calibration_table(rows: Sequence[dict[str, str]]) -> str:
 def tables(results: Path) -> dict[str, str]:
     """Every table by its name in the README."""
     rows = full_rows(read_rows(results / "quality.csv"))
-    points = sorted({(r["task"], r["steps"]) for r in rows})
+    points = sorted(
+        {(r["task"], r["steps"]) for r in rows}, key=lambda p: (p[0] != "t2v", -int(p[1]))
+    )
     made = {f"methods {task} {steps}": methods_table(rows, task, steps) for task, steps in points}
     for group in STUDIES:
         for task, steps in points:
             made[f"{group} {task} {steps}"] = study_table(rows, group, task, steps)
+    made["headline"] = headline_table(rows, points)
     calibration = read_rows(results / "calibration.csv")
     if calibration:
         made["calibration"] = calibration_table(calibration)
@@ -118,6 +157,11 @@ def _fixed(row: dict[str, str], key: str) -> str:
     return f"{float(row[key]):.2f}" if row[key] else ""
 
 
+def _truth(row: dict[str, str], *keys: str) -> str:
+    # real weights have no truth
+    return " / ".join(f"{float(row[key]):.0%}" if row[key] else "" for key in keys)
+
+
 def _psnr(row: dict[str, str]) -> str:
     return (
         f"{float(row['psnr_db']):.1f} ({float(row['psnr_lo']):.1f} to {float(row['psnr_hi']):.1f})"
@@ -127,12 +171,13 @@ def _psnr(row: dict[str, str]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--readme", type=Path, default=README)
     args = parser.parse_args()
-    text = fill(args.readme.read_text("utf-8"), tables(args.results))
-    partial = args.readme.with_suffix(".partial")
-    partial.write_text(text, "utf-8")
-    partial.replace(args.readme)
+    made = tables(args.results)
+    for readme in READMES:
+        text = fill(readme.read_text("utf-8"), made)
+        partial = readme.with_suffix(".partial")
+        partial.write_text(text, "utf-8")
+        partial.replace(readme)
 
 
 if __name__ == "__main__":
