@@ -20,7 +20,7 @@ from .subjects import toy_subject
 from .table import RESULTS, merge_rows
 
 log = logging.getLogger(__name__)
-POINTS = (Point(20, 8.0), Point(20, 4.0), Point(50, 8.0), Point(50, 4.0))
+POINTS = (Point(20, 8.0), Point(20, 4.0), Point(50, 8.0))
 COLUMNS = (
     "published", "speedup", "published_psnr_db", "source", "method", "knob", "steps", "guidance",
     "prompts", "seeds", "flops_ratio", "psnr_db", "psnr_lo", "psnr_hi", "ssim", "motion_ratio",
