@@ -92,6 +92,8 @@ METHODS = {
     },
     "rotation_output": {**ROTATION, **EARLY, **ONCE, "restore": "last_output"},
 }
+# the preset of this name
+REFRESH = "mixed_update_once"
 IMPORTANCES = (
     "attention",
     "key_norm",

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from .bench import Bench, read_result, write_result
-from .cases import POINTS, STUDY_TARGET, Case, Point, all_cases
+from .cases import METHODS, POINTS, REFRESH, STUDY_TARGET, Case, Point, all_cases, tokens_case
 from .metrics import difference
 from .subjects import PROMPTS, Subject, read_prompts, real_subject, toy_subject
 from .table import RESULTS, merge_rows
@@ -103,21 +103,33 @@ def _commit() -> str:
     return run.stdout.strip()
 
 
-def against_steps(args: argparse.Namespace, results: dict[tuple, dict]) -> list[dict]:
-    """The rows, each with its PSNR less that of fewer steps at the same target, paired by video."""
+def paired_rows(results: dict[tuple, dict]) -> list[dict]:
+    """The rows, with their PSNR less that of two others at the same target, paired by video.
+
+    `vs_steps*` is against fewer steps, `vs_refresh*` against the preset refresh; each with its 95%
+    interval, and "tie" where that holds 0.
+    """
+    by_key = {(task, point, case.key): r for (task, point, case), r in results.items()}
     rows = []
     for (task, point, case), result in results.items():
         if "row" not in result:
             continue
         row = dict(result["row"]) | {"shift": point.shift, "group": case.group}
-        twin = results.get((task, point, Case("methods", "fewer_steps", "", case.target)))
-        row |= {"vs_steps_db": "", "vs_steps_lo": "", "vs_steps_hi": "", "vs_steps": ""}
-        if twin and "row" in twin and case.method not in ("dense", "fewer_steps"):
-            mean, low, high = difference(result["psnr"], twin["psnr"], result["clusters"])
-            row |= {"vs_steps_db": mean, "vs_steps_lo": low, "vs_steps_hi": high}
-            row["vs_steps"] = "tie" if low <= 0 <= high else ("better" if mean > 0 else "worse")
+        for name, other in (
+            ("vs_steps", Case("methods", "fewer_steps", "", case.target)),
+            ("vs_refresh", tokens_case("methods", case.target, METHODS[REFRESH])),
+        ):
+            twin = by_key.get((task, point, other.key))
+            if twin and "row" in twin and case.key != other.key and case.method != "dense":
+                row |= _paired(name, result, twin)
         rows.append(row)
     return rows
+
+
+def _paired(name: str, result: dict, twin: dict) -> dict[str, object]:
+    mean, low, high = difference(result["psnr"], twin["psnr"], result["clusters"])
+    verdict = "tie" if low <= 0 <= high else ("better" if mean > 0 else "worse")
+    return {f"{name}_db": mean, f"{name}_lo": low, f"{name}_hi": high, name: verdict}
 
 
 def main() -> None:
@@ -145,7 +157,7 @@ def main() -> None:
         results[one] = result
         left = (time.perf_counter() - began) / count * (len(todo) - count) / 60
         log.info("[%d/%d, %.0f min left] %s", count, len(todo), left, _line(one, result))
-    merge_rows(args.results / "quality.csv", against_steps(args, results))
+    merge_rows(args.results / "quality.csv", paired_rows(results))
 
 
 def _run_all(args: argparse.Namespace, todo: list[tuple]):

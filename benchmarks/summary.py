@@ -39,12 +39,9 @@ def methods_table(rows: Iterable[dict[str, str]], task: str, steps: str) -> str:
     mine.sort(key=lambda r: (-float(r["target"]), -float(r["psnr_db"])))
     lines = [METHODS_HEAD]
     for r in mine:
-        verdict = r["vs_steps"]
-        if verdict:
-            verdict += f" ({float(r['vs_steps_db']):+.1f})"
         cells = (
             r["target"], r["method"].replace("_", " "), _fixed(r, "flops_ratio"),
-            _fixed(r, "time_ratio"), _psnr(r), verdict, _fixed(r, "ssim"),
+            _fixed(r, "time_ratio"), _psnr(r), _verdict(r, "vs_steps"), _fixed(r, "ssim"),
             _fixed(r, "motion_ratio"), _truth(r, "colour_ok", "shape_ok", "direction_ok"),
         )  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
@@ -88,7 +85,8 @@ def study_table(rows: Iterable[dict[str, str]], group: str, task: str, steps: st
     lines = [STUDY_HEAD]
     for r in mine:
         cells = (
-            r["setting"], _fixed(r, "flops_ratio"), _psnr(r), _fixed(r, "ssim"),
+            r["setting"], _fixed(r, "flops_ratio"), _psnr(r), _verdict(r, "vs_refresh"),
+            _fixed(r, "ssim"),
             _fixed(r, "motion_ratio"), _truth(r, "shape_ok", "direction_ok"),
         )  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
@@ -155,6 +153,10 @@ def _is_method(row: dict[str, str]) -> bool:
 
 def _fixed(row: dict[str, str], key: str) -> str:
     return f"{float(row[key]):.2f}" if row[key] else ""
+
+
+def _verdict(row: dict[str, str], name: str) -> str:
+    return f"{row[name]} ({float(row[name + '_db']):+.1f})" if row.get(name) else ""
 
 
 def _truth(row: dict[str, str], *keys: str) -> str:

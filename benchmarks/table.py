@@ -24,6 +24,7 @@ COLUMNS = (
     "group", "method", "setting", "knob", "model", "task", "steps", "guidance", "shift",
     "prompts", "seeds", "target", "flops_ratio", "predicted_ratio", "time_ratio",
     "psnr_db", "psnr_lo", "psnr_hi", "vs_steps_db", "vs_steps_lo", "vs_steps_hi", "vs_steps",
+    "vs_refresh_db", "vs_refresh_lo", "vs_refresh_hi", "vs_refresh",
     "ssim", "motion_ratio", "flicker", "subject_consistency", "background_consistency",
     "first_frame_db", "colour_ok", "shape_ok",
     "direction_ok", "speed_error", "commit", "torch", "device",

@@ -203,7 +203,7 @@ def test_a_difference_inside_the_interval_is_a_tie(shift, verdict):
         ("t2v", FEW, case): result(mine),
         ("t2v", FEW, STEPS): result(steps, "fewer_steps"),
     }
-    rows = quality.against_steps(None, results)
+    rows = quality.paired_rows(results)
     assert [row["vs_steps"] for row in rows] == [verdict, ""]
     assert rows[0]["vs_steps_lo"] < rows[0]["vs_steps_db"] < rows[0]["vs_steps_hi"]
 
