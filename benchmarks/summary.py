@@ -30,7 +30,10 @@ HEADLINE = {
     "random": "random tokens",
     "tome": "token merging (ToMe)",
 }
-STUDY_HEAD = "| plan | FLOPs | PSNR (95 %), dB | SSIM | motion | shape / direction |\n|---|---|---|---|---|---|"
+STUDY_HEAD = (
+    "| plan | FLOPs | PSNR (95 %), dB | against refresh | SSIM | motion | shape / direction |"
+    "\n|---|---|---|---|---|---|---|"
+)
 
 
 def methods_table(rows: Iterable[dict[str, str]], task: str, steps: str) -> str:
