@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from ..methods.grid import TokenGrid, gather_tokens, scatter_tokens
-from ..methods.importance import Evidence, attention_received, key_size
-from ..methods.restore import FROM_KEPT, frame_mean, frame_members, frame_of, nearest_kept
+from ..methods.importance import Evidence, attention_received, key_size, parts
+from ..methods.restore import FROM_KEPT, frame_of, frame_weights, nearest_kept
 from ..methods.tokens import Selection, TokenPlan, select_tokens
 
 if TYPE_CHECKING:
+    from .past import Key
     from .session import Decision, Session
 
 
@@ -45,7 +46,9 @@ class ModelCall:
         cond_or_uncond: Sequence[int],
         decider: int,
         num_blocks: int,
+        mixed: bool = False,
     ):
+        self.mixed = mixed
         self.plan: TokenPlan = session.plan.tokens
         self.report = session.report
         self.decision: Decision = session.decision
@@ -64,7 +67,7 @@ class ModelCall:
     @property
     def trims(self) -> bool:
         """False when this step keeps everything: then the host's model runs untouched."""
-        return self.decision.budget < self.grid.per_frame
+        return not self.mixed and self.decision.budget < self.grid.per_frame
 
     def block(self, block_index: int, call: BlockCall) -> torch.Tensor:
         """Run one block; the result is always the full-length hidden state [b, s, c]."""
@@ -85,8 +88,10 @@ class ModelCall:
         if self.plan.restore in FROM_KEPT:
             dropped = self.current.dropped_rows(self.chunks)
             update = self._from_kept(out - gather_tokens(call.hidden, kept), kept, dropped)
-            stale = gather_tokens(call.hidden, dropped)
-            return scatter_tokens(scatter_tokens(call.hidden, kept, out), dropped, stale + update)
+            update += gather_tokens(call.hidden, dropped)
+            full = scatter_tokens(call.hidden, kept, out)
+            # in place: a second full-length copy would add to the peak of memory
+            return full.scatter_(1, dropped[..., None].expand_as(update), update)
         return scatter_tokens(call.hidden, kept, out)
 
     def _run_kept(self, call: BlockCall) -> tuple[torch.Tensor, torch.Tensor]:
@@ -100,9 +105,9 @@ class ModelCall:
         """Stand-in updates [b, dropped, c] from those of the kept tokens."""
         extra = self.current.extra
         if self.plan.restore == "frame_mean":
-            if "members" not in extra:
-                extra["members"] = frame_members(self.current.index, self.grid, update.dtype)
-            mean = frame_mean(update, extra["members"].repeat(self.chunks, 1, 1))
+            if "weights" not in extra:
+                extra["weights"] = frame_weights(self.current.index, self.grid, update.dtype)
+            mean = extra["weights"].repeat(self.chunks, 1, 1) @ update
             return gather_tokens(mean, frame_of(dropped, self.grid))
         if "nearest" not in extra:
             extra["nearest"] = nearest_kept(self.current.index, self.current.dropped, self.grid)
@@ -127,7 +132,7 @@ class ModelCall:
                     "after the first steps nothing was remembered for a part of the video (context "
                     "windows that move, or prompts in other batches): all its tokens were computed"
                 )
-            self.past.age = None
+            self.past.ages.pop(self._stretch.start, None)
             out = call.run()
             if not absolute:
                 stretch.add(out - call.hidden)
@@ -146,8 +151,8 @@ class ModelCall:
             known = gather_tokens(stretch.known, dropped)
             if not absolute:
                 known = known + gather_tokens(call.hidden, dropped)
-            out = scatter_tokens(out, dropped, known)
-            # in place: a second full-length copy would add to the peak of memory
+            # in place: second full-length copies would add to the peak of memory
+            out.scatter_(1, dropped[..., None].expand_as(known), known)
             fresh = gather_tokens(out, kept) if absolute else stretch.total
             stretch.known.scatter_(1, kept[..., None].expand_as(fresh), fresh)
             self._stretch = None
@@ -165,11 +170,13 @@ class ModelCall:
         def look(q: torch.Tensor, k: torch.Tensor) -> None:
             # scored at once: held through the block's FFN, q and k would add to its peak of memory
             q, k = self._decider(q), self._decider(k)
-            p = self.plan
-            seen["received"] = attention_received(
-                self.grid, q, k, p.query_ratio, p.exclude_radius, p.min_queries
-            )
-            seen["keys"] = key_size(self.grid, k)
+            p, names = self.plan, parts(self.plan.importance)
+            if "attention" in names:
+                seen["received"] = attention_received(
+                    self.grid, q, k, p.query_ratio, p.exclude_radius, p.min_queries
+                )
+            if "key_norm" in names:
+                seen["keys"] = key_size(self.grid, k)
 
         by_attention = self.plan.needs_attention
         after = call.run_watched(look) if by_attention else call.run()
@@ -185,11 +192,12 @@ class ModelCall:
     def _choose(self, block_index: int, evidence: Evidence) -> None:
         known = self._fitting(self.decision.selections.get(block_index), evidence.before)
         if known is None:
-            evidence.age, evidence.change = self.past.age, self.decision.change
+            evidence.age = self.past.ages.get(block_index)
+            evidence.change = self.decision.change
             evidence.seed = round(self.decision.sigma * 1e6) * 1000 + block_index
             known = select_tokens(self.plan, evidence, self.decision.budget, self.anchored)
             self.decision.selections[block_index] = known
-            self.past.chose(known, self.grid)
+            self.past.chose(block_index, known, self.grid)
         self.current = known
 
     def _fitting(self, known: Selection | None, hidden: torch.Tensor) -> Selection | None:
@@ -217,8 +225,9 @@ class _Stretch:
         known: that of the step before [b, s, c], or None.
     """
 
-    def __init__(self, key, known: torch.Tensor | None):
+    def __init__(self, key: Key, known: torch.Tensor | None):
         self.key, self.known = key, known
+        self.start = key[-1]
         self.total: torch.Tensor | None = None
 
     def add(self, update: torch.Tensor) -> None:

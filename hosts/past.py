@@ -2,66 +2,94 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-
 import torch
 
 from ..methods.grid import TokenGrid
 from ..methods.tokens import Selection
 
+# number of the model call in its step, its prompts, and the block that a stretch begins with
+Key = tuple[int, tuple[int, ...], int]
+
 
 class Past:
-    """Velocities, ages and updates of tokens in one sampling run.
+    """Velocities, ages and updates of the tokens in one part of a sampling run.
 
     Attributes:
-        age: selections in a row that left each token out, int64 [b, tokens]; None is never.
+        ages: per choosing block, choices in a row that left each token out, int64 [b, tokens].
+        sigma: of the last step that used it.
+        knew_change: whether the change of the velocity was ever known.
     """
 
     def __init__(self):
-        self.age: torch.Tensor | None = None
-        self._kept: dict[Hashable, torch.Tensor] = {}
+        self.ages: dict[int, torch.Tensor] = {}
+        self.sigma: float | None = None
+        self.knew_change = False
+        self._kept: dict[Key, torch.Tensor] = {}
         self._point: tuple[float, torch.Tensor] | None = None
         self._velocity: torch.Tensor | None = None
 
     def see(
-        self, sigma: float, latent: torch.Tensor, grid: TokenGrid, trimmed: bool
+        self, sigma: float, latent: torch.Tensor, grid: TokenGrid, patch_frames: int, trimmed: bool
     ) -> torch.Tensor | None:
         """Take in a new step's latent [b, c, f, h, w].
+
+        The path between two steps is taken for a straight line. Samplers that add noise on the way
+        (LCM, SDE) give the change of that noise as well.
+
+        Args:
+            patch_frames: latent frames in a token.
 
         Returns:
             How much the velocity changed between the last two steps, as mean size per token
             [b, tokens]; None while fewer than three steps of one size were seen.
         """
+        self.sigma = sigma
         if not trimmed:
-            self.age = None
+            self.ages.clear()
         last, old = self._point, self._velocity
-        self._point, self._velocity = (sigma, latent), None
-        if last is None or last[0] == sigma or last[1].shape != latent.shape:
+        if last is not None and last[0] == sigma:
+            # a two-call sampler comes back to a sigma with another latent
             return None
-        # the path is a straight line between two steps, whatever the sampler
-        self._velocity = (latent - last[1]).float() / (sigma - last[0])
+        self._point, self._velocity = (sigma, latent), None
+        if last is None or last[1].shape != latent.shape:
+            return None
+        self._velocity = (latent.float() - last[1].float()) / (sigma - last[0])
         if old is None:
             return None
+        self.knew_change = True
         change = (self._velocity - old).abs().mean(1)
-        size = (grid.frames, grid.height, grid.width)
-        return torch.nn.functional.adaptive_avg_pool3d(change, size).flatten(1)
+        frames = -(-change.shape[1] // patch_frames)
+        size = (min(frames, grid.frames), grid.height, grid.width)
+        tokens = torch.nn.functional.adaptive_avg_pool3d(change, size).flatten(1)
+        # reference frames behind the video never change
+        return torch.nn.functional.pad(tokens, (0, grid.tokens - tokens.shape[1]))
 
-    def chose(self, selection: Selection, grid: TokenGrid) -> None:
-        """Count how long each token has been left out."""
-        age = self.age
+    def chose(self, block_index: int, selection: Selection, grid: TokenGrid) -> None:
+        """Count how long each token has been left out after the choices of this block."""
+        age = self.ages.get(block_index)
         if age is None or age.shape != (len(selection.index), grid.tokens):
             age = torch.zeros(
                 len(selection.index), grid.tokens, dtype=torch.int64, device=selection.index.device
             )
         dropped = torch.zeros_like(age, dtype=torch.bool)
         dropped.scatter_(1, selection.dropped - grid.start, True)
-        self.age = torch.where(dropped, age + 1, 0)
+        self.ages[block_index] = torch.where(dropped, age + 1, 0)
 
-    def recall(self, key: Hashable, like: torch.Tensor) -> torch.Tensor | None:
+    def recall(self, key: Key, like: torch.Tensor) -> torch.Tensor | None:
         """What was remembered under `key`, unless the call's layout changed since."""
         known = self._kept.get(key)
         same = known is not None and known.shape == like.shape and known.device == like.device
         return known if same else None
 
-    def remember(self, key: Hashable, value: torch.Tensor) -> None:
+    def remember(self, key: Key, value: torch.Tensor) -> None:
+        """Keep a full-length tensor; what the same call had in another layout is dropped."""
+        number, _, block_index = key
+        for old in [k for k in self._kept if (k[0], k[2]) == (number, block_index)]:
+            del self._kept[old]
         self._kept[key] = value
+
+    def clear(self) -> None:
+        """Let go of everything."""
+        self.ages.clear()
+        self._kept.clear()
+        self._point = self._velocity = None

@@ -37,9 +37,13 @@ class Step:
         grid = self.grid
         coverage = torch.full((grid.tokens,), 0.0 if nothing_ran else 1.0)
         self.kept_per_block = [0 if nothing_ran else grid.tokens] * self.num_blocks
+        positions: dict[int, torch.Tensor] = {}
         for block_index, selection in enumerate(ran):
             if selection is not None:
-                dropped = selection.dropped[0].cpu() - grid.start
+                # most blocks share a choice, and each copy waits for the device
+                if id(selection) not in positions:
+                    positions[id(selection)] = selection.dropped[0].cpu() - grid.start
+                dropped = positions[id(selection)]
                 coverage[dropped] -= 1 / self.num_blocks
                 self.kept_per_block[block_index] -= len(dropped)
         self.coverage = coverage.view(grid.frames, grid.height, grid.width)

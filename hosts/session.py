@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..methods.grid import TokenGrid
+from ..methods.importance import parts
 from ..methods.tokens import Selection, TokenPlan
 from .call import ModelCall
 from .past import Past
@@ -43,6 +44,8 @@ class TrimPlan:
             text += ", the choosing block trimmed too"
         if t.restore != "identity":
             text += f", dropped tokens get their {t.restore.replace('_', ' ')}"
+        if t.remembers:
+            text += ", after a first step on all tokens"
         return text + (", keys and values kept)" if t.dropped_kv == "keep" else ")")
 
 
@@ -100,6 +103,7 @@ class Session:
         anchored: torch.Tensor | None,
         num_blocks: int,
         window: Hashable = None,
+        patch_frames: int = 1,
     ) -> ModelCall:
         """Start a model call.
 
@@ -110,6 +114,7 @@ class Session:
             cond_or_uncond: COND or UNCOND per chunk of the batch.
             anchored: bool [f], latent frames that are given and must not lose tokens.
             window: which part of the video this is, when the host samples it in parts.
+            patch_frames: latent frames in a token.
         """
         if len(latent) % len(cond_or_uncond):
             raise ValueError(
@@ -117,6 +122,12 @@ class Session:
                 f"{len(cond_or_uncond)} for a batch of {len(latent)}"
             )
         chunks = latent.chunk(len(cond_or_uncond))
+        mixed = not all(_equal(chunks[0], chunk) for chunk in chunks[1:])
+        if mixed:
+            self.report.note(
+                "prompts of different areas of the picture came in one model call: all tokens were "
+                "computed there"
+            )
         # hosts put the first conditional prompt last in a batch
         cond = [i for i, role in enumerate(cond_or_uncond) if role == COND]
         decider = cond[-1] if cond else len(cond_or_uncond) - 1
@@ -135,30 +146,52 @@ class Session:
             latent = latent.detach().clone()
             if budget < grid.per_frame and self.first_trimmed is None:
                 self.first_trimmed = sigma
-            past = self.pasts.setdefault(window, Past())
-            change = past.see(sigma, latent, grid, trimmed=budget < grid.per_frame)
+            past = self._past(window, last and last.sigma, sigma)
+            trimmed = budget < grid.per_frame
+            change = past.see(sigma, latent, grid, patch_frames, trimmed)
             self.decision = Decision(sigma, latent, budget, step, past, change)
             if not cond:
                 self.report.note(
                     "the unconditional prompt came first in a step and decided which tokens stay"
                 )
         self.decision.step.calls += 1
-        return ModelCall(self, grid, anchored, cond_or_uncond, decider, num_blocks)
+        return ModelCall(self, grid, anchored, cond_or_uncond, decider, num_blocks, mixed)
 
     def finish(self, completed: bool) -> Report:
         """Close the run and drop everything that it held."""
         now = time.perf_counter()
         self._close_step(now)
+        if self.plan.tokens is not None and self.first_trimmed is not None:
+            self._note_unknown_change()
+        for past in self.pasts.values():
+            past.clear()
         self.pasts.clear()
         self.report.seconds = now - self._started
         self.report.finished = completed
         if self.report.steps and self.report.kept_share == 1.0:
             self.report.note(
-                "no token was left out in any step. Reasons can be: reselect_every 1, all steps "
+                "no token was left out in any step. Reasons can be: a run of one step (the first "
+                "one computes what later ones repeat), reselect_every 1, all steps "
                 "outside start_percent and end_percent, only given latent frames, or a prune ratio "
                 f"too small for {self.report.steps[0].grid.per_frame} tokens in a latent frame"
             )
         return self.report
+
+    def _past(self, window: Hashable, last: float | None, sigma: float) -> Past:
+        """The past of a part of the video; parts that this step and the last one left alone go."""
+        if last != sigma:
+            recent = {last, sigma}
+            for key in [k for k, past in self.pasts.items() if past.sigma not in recent]:
+                self.pasts.pop(key).clear()
+        return self.pasts.setdefault(window, Past())
+
+    def _note_unknown_change(self) -> None:
+        wants = "velocity_change" in parts(self.plan.tokens.importance)
+        if wants and not any(past.knew_change for past in self.pasts.values()):
+            self.report.note(
+                "the change of the velocity was never known (it takes three steps of one run with "
+                "different sigmas): tokens were chosen by how long they had been left out"
+            )
 
     def _close_step(self, now: float) -> None:
         if self.decision is None:

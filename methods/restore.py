@@ -17,17 +17,16 @@ FROM_LAST_STEP = ("last_update", "last_output")
 RESTORE = ("identity", *FROM_KEPT, *FROM_LAST_STEP)
 
 
-def frame_members(kept: torch.Tensor, grid: TokenGrid, dtype: torch.dtype) -> torch.Tensor:
-    """1 where a kept token [b, kept] lies in a latent frame, else 0: [b, f, kept]."""
+def frame_weights(kept: torch.Tensor, grid: TokenGrid, dtype: torch.dtype) -> torch.Tensor:
+    """Matrix [b, f, kept] that takes the mean of the kept tokens of every latent frame.
+
+    A matrix product and not a scatter, for the same bytes every time on a GPU; weights and not a
+    sum that is divided later, which would overflow in fp16.
+    """
     number = torch.arange(grid.frames, device=kept.device)[:, None]
     # tokens outside the grid belong to no latent frame
-    return (frame_of(kept, grid)[:, None, :] == number).to(dtype)
-
-
-def frame_mean(update: torch.Tensor, members: torch.Tensor) -> torch.Tensor:
-    """Mean of the kept tokens' `update` [b, kept, c] in every latent frame: [b, f, c]."""
-    # a matrix product and not a scatter: the same bytes every time on a GPU
-    return members @ update / members.sum(-1, keepdim=True).clamp(min=1)
+    own = (frame_of(kept, grid)[:, None, :] == number).float()
+    return (own / own.sum(-1, keepdim=True).clamp(min=1)).to(dtype)
 
 
 def frame_of(index: torch.Tensor, grid: TokenGrid) -> torch.Tensor:

@@ -21,11 +21,11 @@ MAX_PRUNE = 0.8
 CUSTOM = "custom"
 # shown to artists -> name in the plan
 DROPPED_KV = {"leave out": "leave", "keep": "keep"}
-# field of the plan -> input, where they differ
-FIELDS = {
+# words of the plan -> words of the node, where they differ
+WORDS = {
     "restore": "dropped_tokens_get",
     "trim_reselecting": "trim_choosing_block",
-    "dropped_kv": "dropped_keys_values",
+    "leave that block whole": "turn trim_choosing_block off",
 }
 # of all mixtures, those that are worth a place in the list
 MIXTURES = ("velocity_change+rotation", "attention+rotation")
@@ -182,11 +182,23 @@ class WanTrimTokens(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, prune_ratio: float, preset: dict, start_percent: float, end_percent: float
+        cls,
+        model,
+        prune_ratio: float,
+        start_percent: float,
+        end_percent: float,
+        preset: dict | str | None = None,
     ) -> io.NodeOutput:
         check_tokens(model, NAME)
-        if not 0.0 <= prune_ratio <= MAX_PRUNE:
-            raise ValueError(f"{NAME}: prune_ratio: expected 0 to {MAX_PRUNE}, got {prune_ratio}")
+        # a linked value passes by the ranges that ComfyUI checks
+        given = (
+            ("prune_ratio", prune_ratio, MAX_PRUNE),
+            ("start_percent", start_percent, 1),
+            ("end_percent", end_percent, 1),
+        )
+        for name, value, most in given:
+            if not 0.0 <= value <= most:
+                raise ValueError(f"{NAME}: {name}: expected 0 to {most}, got {value}")
         if start_percent > end_percent:
             raise ValueError(
                 f"{NAME}: start_percent ({start_percent}) is after end_percent ({end_percent}); "
@@ -201,17 +213,28 @@ class WanTrimTokens(io.ComfyNode):
         return io.NodeOutput(attach(model, plan))
 
 
-def _plan(preset: dict, keep_ratio: float, **window: float) -> TokenPlan:
-    name = preset["preset"]
-    if name != CUSTOM:
+def _plan(preset: dict | str | None, keep_ratio: float, **window: float) -> TokenPlan:
+    # ComfyUI hands over the choice with its inputs, a linked one bare, and an unknown one not at all
+    name = preset["preset"] if isinstance(preset, dict) else preset
+    if name in PRESETS:
         return preset_plan(name, keep_ratio, **window)
+    if name != CUSTOM or not isinstance(preset, dict):
+        raise ValueError(
+            f"preset: expected one of {', '.join([*PRESETS, CUSTOM])}, got {name or 'none of them'}. "
+            "Choose one at the node: the workflow may be from another version of WanTrim, and "
+            "'custom' cannot be linked"
+        )
     kept = preset["dropped_keys_values"]
+    if kept not in DROPPED_KV:
+        raise ValueError(
+            f"dropped_keys_values: expected one of {', '.join(DROPPED_KV)}, got {kept!r}"
+        )
     return TokenPlan(
         Schedule(keep_ratio, preset["schedule"]),
         reselect_every=preset["reselect_every"],
         alpha=preset["alpha"],
         importance=preset["importance"],
-        dropped_kv=DROPPED_KV.get(kept, kept),
+        dropped_kv=DROPPED_KV[kept],
         restore=preset["dropped_tokens_get"],
         trim_reselecting=preset["trim_choosing_block"],
         anchor=preset["anchor_given_frames"],
@@ -221,8 +244,8 @@ def _plan(preset: dict, keep_ratio: float, **window: float) -> TokenPlan:
 
 def _shown(message: str) -> str:
     """A message about a plan in the words of the node's inputs."""
-    for field, name in FIELDS.items():
-        message = message.replace(field, name)
+    for word, shown in WORDS.items():
+        message = message.replace(word, shown)
     return message
 
 

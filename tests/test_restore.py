@@ -2,13 +2,14 @@ import pytest
 import torch
 
 from wantrim.hosts.diffusers.attach import attach
-from wantrim.hosts.diffusers.sample import sample
+from wantrim.hosts.diffusers.sample import denoise, sample
 from wantrim.hosts.diffusers.weights import new_transformer
+from wantrim.hosts.past import Past
 from wantrim.hosts.report import Report
 from wantrim.hosts.session import COND, UNCOND, Session, TrimPlan
 from wantrim.methods.grid import TokenGrid, gather_tokens
 from wantrim.methods.importance import Evidence, rotation
-from wantrim.methods.restore import RESTORE, frame_mean, frame_members, nearest_kept
+from wantrim.methods.restore import RESTORE, frame_weights, nearest_kept
 from wantrim.methods.schedule import Schedule
 from wantrim.methods.tokens import TokenPlan
 
@@ -66,7 +67,7 @@ def test_frame_mean_takes_each_frames_kept_tokens_only():
     grid = TokenGrid(3, 1, 4, start=2)
     kept = torch.tensor([[0, 1, 2, 4, 6, 7, 13], [0, 1, 3, 5, 8, 9, 12]])
     update = torch.randn(2, 7, 5)
-    got = frame_mean(update, frame_members(kept, grid, torch.float32))
+    got = frame_weights(kept, grid, torch.float32) @ update
     torch.testing.assert_close(got[0, 0], (update[0, 2] + update[0, 3]) / 2)
     torch.testing.assert_close(got[0, 2], update[0, 6])
     torch.testing.assert_close(got[1, 1], (update[1, 4] + update[1, 5]) / 2)
@@ -293,3 +294,66 @@ class AddBlock:
 
     def run_subset(self, index, others):
         return gather_tokens(self.hidden, index) + self.value
+
+
+def test_rotation_reaches_every_token_in_every_stretch(model):
+    """Several choices a step: each stretch has a memory of its own, and so an age of its own."""
+    trim = plan(0.6, restore="last_update", trim_reselecting=True, alpha=1.0, reselect_every=2)
+    waits = {}
+    with attach(model, trim, cond_or_uncond=BOTH, shift=3.0) as attachment:
+        for latents in denoise(model, words(), SIZE, steps=8, guidance=4.0):
+            assert torch.isfinite(latents).all()
+            for block, chosen in attachment.session.decision.selections.items():
+                age = waits.setdefault(block, torch.zeros(36, dtype=torch.int64))
+                age[chosen.dropped[0]] += 1
+                age[chosen.index[0]] = 0
+                assert age.max() <= 2
+    assert sorted(waits) == [0, 2, 4]
+
+
+def test_the_mean_of_large_updates_fits_half_precision():
+    grid = TokenGrid(1, 60, 60)
+    kept = torch.arange(2520)[None]
+    update = torch.full((1, 2520, 4), 40.0, dtype=torch.float16)
+    mean = frame_weights(kept, grid, torch.float16) @ update
+    torch.testing.assert_close(mean, torch.full_like(mean, 40.0), rtol=5e-3, atol=0)
+
+
+def test_a_reference_frame_behind_the_video_has_no_change():
+    past, grid = Past(), TokenGrid(4, 2, 2)
+    latents = torch.zeros(3, 1, 2, 3, 4, 4)
+    # the velocity changes in the middle latent frame only
+    latents[2][:, :, 1] = 1.0
+    for sigma, latent in zip((0.9, 0.8, 0.7), latents, strict=True):
+        change = past.see(sigma, latent, grid, 1, trimmed=True)
+    assert change.view(4, 4).amax(1).gt(0).tolist() == [False, True, False, False]
+
+
+def test_parts_that_are_sampled_no_more_are_forgotten():
+    session = Session(plan(**ONCE), Report())
+    latent = torch.randn(1, 16, *SIZE)
+    for number, sigma in enumerate((0.9, 0.8, 0.7, 0.6)):
+        for window in (0, number):
+            session.begin(
+                latent=latent * sigma + window, sigma=sigma, progress=0.0, cond_or_uncond=(COND,),
+                grid=TokenGrid(3, 4, 3), anchored=None, num_blocks=2, window=window,
+            )  # fmt: skip
+    assert sorted(session.pasts) == [0, 2, 3]
+    session.finish(True)
+    assert not session.pasts
+
+
+def test_prompts_of_different_areas_in_one_call_are_all_computed():
+    session = Session(plan(**ONCE), Report())
+    call = session.begin(
+        latent=torch.randn(2, 16, *SIZE), sigma=0.9, progress=0.1, cond_or_uncond=(COND, COND),
+        grid=TokenGrid(3, 4, 3), anchored=None, num_blocks=2,
+    )  # fmt: skip
+    assert not call.trims
+    assert "different areas" in session.finish(True).notes[0]
+
+
+def test_a_run_too_short_to_know_the_velocity_says_so(model):
+    trim = plan(**{**ONCE, "importance": "velocity_change+rotation"})
+    assert not any("never known" in note for note in run(model, trim, steps=4)[1].notes)
+    assert any("never known" in note for note in run(model, trim, steps=2)[1].notes)

@@ -75,6 +75,8 @@ class _Run:
         # the host runs cond and uncond in two calls, uncond first
         self.split = False
         self.awaits_cond = False
+        # of the call that runs, before the host rounds it to the model's dtype
+        self.latent: torch.Tensor | None = None
 
     def __deepcopy__(self, memo) -> _Run:
         return self
@@ -172,7 +174,13 @@ def _apply_model(
         if COND not in options.get("cond_or_uncond", [COND]):
             raise _UncondFirst
         run.awaits_cond = False
-    return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+    if run is None:
+        return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+    run.latent = x
+    try:
+        return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+    finally:
+        run.latent = None
 
 
 @torch.compiler.disable
@@ -207,21 +215,31 @@ def _trimmed_options(
     check_latent(x)
     sigma = float(options["sigmas"].max()) if "sigmas" in options else float(timestep.max()) / 1000
     grid = token_grid(dm, x, time_dim_concat, extra)
+    # without the image channels, which only one of the two prompts may have
+    noise = x[:, : dm.out_dim]
+    if run.latent is not None and run.latent.shape == noise.shape:
+        # the change of the velocity drowns in the rounding of a half-precision latent
+        noise = run.latent
     call = run.session.begin(
-        # without the image channels, which only one of the two prompts may have
-        latent=x[:, : dm.out_dim],
+        latent=noise,
         sigma=sigma,
         progress=progress_at(sigma, run.shift),
         cond_or_uncond=options.get("cond_or_uncond", [COND]),
         grid=grid,
         anchored=anchored_frames(dm, x, timestep, grid, extra),
         num_blocks=len(dm.blocks),
-        window=_window(options),
+        window=_part(options),
+        patch_frames=dm.patch_size[0],
     )
     return replace_blocks(options, call) if call.trims else options
 
 
-def _window(options: dict) -> tuple[int, ...] | None:
-    """Latent frames of the context window that is being sampled, or None without windows."""
+def _part(options: dict) -> tuple:
+    """Latent frames of the context window that is being sampled, and the prompts it is sampled for.
+
+    A prompt can have an area of its own, so that its tokens are not those of the others.
+    """
     window = options.get("context_window")
-    return None if window is None else tuple(window.index_list)
+    frames = None if window is None else tuple(window.index_list)
+    # an unconditional prompt made for such an area shares its number
+    return frames, *(tuple(options.get(key, ())) for key in ("uuids", "cond_or_uncond"))

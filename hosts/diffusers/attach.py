@@ -104,6 +104,7 @@ class _ModelHook(ModelHook):
             grid=grid,
             anchored=_anchored(module, hidden_states, timestep, grid),
             num_blocks=len(module.blocks),
+            patch_frames=module.config.patch_size[0],
         )
         a.call = call if call.trims else None
         try:
