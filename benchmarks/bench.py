@@ -27,7 +27,9 @@ from .subjects import Item, Subject
 log = logging.getLogger(__name__)
 # of this many videos one has its FLOPs counted (and is not timed) and one its dense twin timed
 EVERY = 8
-TUNE_ON = 2
+# step caches decide for each video alone: every second one is counted
+EVERY_ADAPTIVE = 2
+TUNE_ON = 4
 
 
 class Bench:
@@ -35,15 +37,25 @@ class Bench:
 
     Args:
         folder: where.
+        made_of: stands for the model, the prompts and the size in the names of what is kept.
     """
 
     def __init__(
-        self, subject: Subject, task: str, point: Point, prompts: int, seeds: int, folder: Path
+        self,
+        subject: Subject,
+        task: str,
+        point: Point,
+        prompts: int,
+        seeds: int,
+        folder: Path,
+        made_of: str = "",
     ):
         self.subject, self.task, self.point = subject, task, point
         self.items = subject.items(task, prompts, seeds)
         self.prompts, self.seeds = prompts, seeds
-        self.name = f"{task}_{point.steps}_steps_{point.guidance:g}_{prompts}x{seeds}"
+        self.name = (
+            f"{task}_{point.steps}_{point.guidance:g}_{point.shift:g}_{prompts}x{seeds}_{made_of}"
+        )
         self.folder = folder
         patch = subject.model.config.patch_size
         self.grid = TokenGrid(*(n // p for n, p in zip(subject.size, patch, strict=True)))
@@ -99,10 +111,11 @@ class Bench:
             knob, method, steps, predicted = self._prepare(case)
         except ValueError as error:
             return {"case": case.key, "unreachable": str(error)}
+        every = EVERY_ADAPTIVE if case.method in PEERS else EVERY
         rows, flops, seconds, dense_seconds = [], [], [], []
         for index, item in enumerate(self.items):
             with method():
-                if index % EVERY == 0:
+                if index % every == 0:
                     flops.append(
                         count_flops(lambda item=item: rows.append(self.sample(item, steps)))
                     )
@@ -185,7 +198,7 @@ class Bench:
 
     def _tune(self, case: Case) -> tuple[str, Method]:
         if self._tuner is None:
-            some = self.items[:TUNE_ON]
+            some = self._items_to_tune_on()
             samples = [lambda item=item: self.sample(item) for item in some]
 
             def ratio(method: Method) -> float:
@@ -198,6 +211,13 @@ class Bench:
             point = self.point
             self._tuner = Tuner(self.subject.model, point.steps, point.shift, samples, ratio)
         return self._tuner.tune(case.method, case.target)
+
+    def _items_to_tune_on(self) -> list[Item]:
+        """Videos of further prompts; of the same ones where there are no others."""
+        try:
+            return self.subject.items(self.task, self.prompts + TUNE_ON, 1)[-TUNE_ON:]
+        except ValueError:
+            return self.items[:TUNE_ON]
 
 
 def _ratio(seconds: list[float], dense: list[float]) -> float | str:

@@ -38,12 +38,12 @@ class Peer:
 PEERS = {
     "tome": Peer(tome, "keep_ratio", 0.25, 1.0),
     "static_blocks": Peer(static_blocks, "skip", 0, 12, whole=True),
-    "easycache": Peer(easycache, "threshold", 0.0, 4.0),
-    "teacache": Peer(teacache, "threshold", 0.0, 2.0),
-    "first_block_cache": Peer(of_diffusers.first_block_cache, "threshold", 0.0, 2.0),
-    "mag_cache": Peer(of_diffusers.mag_cache, "threshold", 0.0, 4.0),
+    "easycache": Peer(easycache, "threshold", 0.0, 1.0),
+    "teacache": Peer(teacache, "threshold", 0.0, 1.0),
+    "first_block_cache": Peer(of_diffusers.first_block_cache, "threshold", 0.0, 1.0),
+    "mag_cache": Peer(of_diffusers.mag_cache, "threshold", 0.0, 1.0),
     # order 1, diffusers' default, keeps far less here: an extrapolation with guidance overshoots
-    "sea_cache": Peer(partial(of_diffusers.sea_cache, order=0), "threshold", 0.0, 4.0),
+    "sea_cache": Peer(partial(of_diffusers.sea_cache, order=0), "threshold", 0.0, 2.0),
     "taylorseer": Peer(of_diffusers.taylorseer, "every", 1, 8, whole=True),
     "taylorseer_order_0": Peer(
         partial(of_diffusers.taylorseer, order=0, warmup=1), "every", 1, 8, whole=True
@@ -88,7 +88,7 @@ class Tuner:
                 self._ratios[name, knob] = self.ratio(self._method(peer, knob))
             return self._ratios[name, knob]
 
-        knob, _ = knob_for(target, run, peer.low, peer.high, tries=9, whole=peer.whole)
+        knob, _ = knob_for(target, run, peer.low, peer.high, tries=12, whole=peer.whole)
         words = f"{len(self._skipped(knob))} blocks" if peer.knob == "skip" else f"{knob:.3g}"
         return f"{peer.knob} {words}", self._method(peer, knob)
 

@@ -8,6 +8,7 @@ run again, so an interrupted run can be taken up; --fresh forgets them. --full r
 from __future__ import annotations
 
 import argparse
+import hashlib
 import logging
 import os
 import subprocess
@@ -19,8 +20,9 @@ from pathlib import Path
 
 import torch
 
+from ..toy import CHECKPOINT
 from .bench import Bench, read_result, write_result
-from .cases import METHODS, POINTS, REFRESH, STUDY_TARGET, Case, Point, all_cases, tokens_case
+from .cases import POINTS, REFRESH, STUDY_TARGET, Case, Point, all_cases
 from .metrics import difference
 from .subjects import PROMPTS, Subject, read_prompts, real_subject, toy_subject
 from .table import RESULTS, merge_rows
@@ -28,6 +30,8 @@ from .table import RESULTS, merge_rows
 log = logging.getLogger(__name__)
 DENSE = Case("methods", "dense", "", 1.0)
 FAST = (8, 1)
+# rows whose shares of the dense FLOPs differ by more are not compared
+FAIR = 0.03
 FULL = (32, 2)
 
 
@@ -42,9 +46,23 @@ def selected(full: bool, only: list[str] | None, targets: list[float] | None) ->
 
 
 def result_path(args: argparse.Namespace, task: str, point: Point, case: Case) -> Path:
-    model = Path(args.weights).name if args.weights else "tiny_wan"
-    run = f"{model}_{task}_{point.steps}_{point.guidance:g}_{args.prompts}x{args.seeds}"
-    return Path(args.work) / f"{run}__{case.key}.json"
+    model = Path(args.weights).name if args.weights else CHECKPOINT.stem
+    sampling = f"{point.steps}_{point.guidance:g}_{point.shift:g}"
+    run = f"{model}_{task}_{sampling}_{args.prompts}x{args.seeds}"
+    return Path(args.work) / f"{run}_{args.digest}__{case.key}.json"
+
+
+def digest(args: argparse.Namespace) -> str:
+    """Stands for what a finished case was made of: weights, prompts, images, size and dtype."""
+    files = [args.weights or CHECKPOINT, args.components, args.prompt_file, *args.images]
+    made_of = [args.width, args.height, args.pixel_frames, args.dtype]
+    for file in files:
+        if file is None:
+            continue
+        path = Path(file)
+        inside = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        made_of += [(p.name, p.stat().st_size) for p in inside]
+    return hashlib.sha256(repr(made_of).encode()).hexdigest()[:8]
 
 
 @lru_cache(maxsize=1)
@@ -74,14 +92,18 @@ def load_subject(args: argparse.Namespace) -> Subject:
 
 
 @lru_cache(maxsize=8)
-def _bench(subject: Subject, task: str, point: Point, prompts: int, seeds: int, work: str) -> Bench:
-    return Bench(subject, task, point, prompts, seeds, Path(work))
+def _bench(
+    subject: Subject, task: str, point: Point, prompts: int, seeds: int, work: str, made_of: str
+) -> Bench:
+    return Bench(subject, task, point, prompts, seeds, Path(work), made_of)
 
 
 def run_case(args: argparse.Namespace, task: str, point: Point, case: Case) -> dict:
     """Run one case and keep its result."""
     torch.set_num_threads(args.threads)
-    bench = _bench(load_subject(args), task, point, args.prompts, args.seeds, str(args.work))
+    bench = _bench(
+        load_subject(args), task, point, args.prompts, args.seeds, str(args.work), args.digest
+    )
     result = bench.run(case)
     if "row" in result:
         result["row"] |= {"commit": _commit(), "torch": torch.__version__, "device": _device(args)}
@@ -106,24 +128,30 @@ def _commit() -> str:
 def paired_rows(results: dict[tuple, dict]) -> list[dict]:
     """The rows, with their PSNR less that of two others at the same target, paired by video.
 
-    `vs_steps*` is against fewer steps, `vs_refresh*` against the preset refresh; each with its 95%
-    interval, and "tie" where that holds 0.
+    `vs_steps*` is against fewer steps, `vs_refresh*` against the preset refresh, each where it
+    costs as much within FAIR of the dense FLOPs; with its 95% interval, and "tie" where that
+    holds 0.
     """
-    by_key = {(task, point, case.key): r for (task, point, case), r in results.items()}
     rows = []
     for (task, point, case), result in results.items():
         if "row" not in result:
             continue
         row = dict(result["row"]) | {"shift": point.shift, "group": case.group}
-        for name, other in (
-            ("vs_steps", Case("methods", "fewer_steps", "", case.target)),
-            ("vs_refresh", tokens_case("methods", case.target, METHODS[REFRESH])),
-        ):
-            twin = by_key.get((task, point, other.key))
-            if twin and "row" in twin and case.key != other.key and case.method != "dense":
+        for name, method in (("vs_steps", "fewer_steps"), ("vs_refresh", REFRESH)):
+            twins = [
+                r
+                for (t, p, _), r in results.items()
+                if (t, p) == (task, point) and r.get("row", {}).get("method") == method
+            ]
+            twin = min(twins, key=lambda r: _apart(r, result), default=None)
+            if twin and case.method not in ("dense", method) and _apart(twin, result) <= FAIR:
                 row |= _paired(name, result, twin)
         rows.append(row)
     return rows
+
+
+def _apart(one: dict, other: dict) -> float:
+    return abs(one["row"]["flops_ratio"] - other["row"]["flops_ratio"])
 
 
 def _paired(name: str, result: dict, twin: dict) -> dict[str, object]:
@@ -137,13 +165,10 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     args.work.mkdir(parents=True, exist_ok=True)
     cases = selected(args.full, args.only, args.targets)
-    wanted = [
-        (task, point, case)
-        for point in POINTS
-        if not args.steps or point.steps in args.steps
-        for case in cases
-        for task in args.tasks
-    ]
+    wanted = [(task, point, case) for point in args.points for case in cases for task in args.tasks]
+    if args.fresh:
+        for file in args.work.glob(f"dense_*{args.digest}.safetensors"):
+            file.unlink()
     results, todo = {}, []
     for one in wanted:
         known = None if args.fresh else read_result(result_path(args, *one))
@@ -157,7 +182,19 @@ def main() -> None:
         results[one] = result
         left = (time.perf_counter() - began) / count * (len(todo) - count) / 60
         log.info("[%d/%d, %.0f min left] %s", count, len(todo), left, _line(one, result))
-    merge_rows(args.results / "quality.csv", paired_rows(results))
+    merge_rows(args.results / "quality.csv", paired_rows(_everything(args)))
+
+
+def _everything(args: argparse.Namespace) -> dict[tuple, dict]:
+    """All finished cases, also those that this call was not asked for: rows are compared."""
+    found = {}
+    for point in args.points:
+        for case in [DENSE, *all_cases()]:
+            for task in args.tasks:
+                result = read_result(result_path(args, task, point, case))
+                if result is not None:
+                    found[task, point, case] = result
+    return found
 
 
 def _run_all(args: argparse.Namespace, todo: list[tuple]):
@@ -197,7 +234,7 @@ def parse_args() -> argparse.Namespace:
     add("--full", action="store_true", help="every case, 32 prompts x 2 seeds")
     add("--only", nargs="+", help="groups or methods, for example: methods importance tape")
     add("--targets", nargs="+", type=float, help="only these shares of the dense FLOPs")
-    add("--steps", nargs="+", type=int, help="only these numbers of steps")
+    add("--steps", nargs="+", type=int, help="only these numbers of steps (default: 20 and 4)")
     add("--tasks", nargs="+", default=None, choices=("t2v", "i2v"))
     add("--prompts", type=int)
     add("--seeds", type=int)
@@ -214,11 +251,17 @@ def parse_args() -> argparse.Namespace:
     real.add_argument("--width", type=int, default=832)
     real.add_argument("--height", type=int, default=480)
     real.add_argument("--pixel-frames", type=int, default=81)
+    real.add_argument("--guidance", type=float, default=5.0)
+    real.add_argument("--shift", type=float, default=5.0)
     real.add_argument("--device", help="default: cuda with --weights, else cpu")
     real.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     args = parser.parse_args()
     prompts, seeds = FULL if args.full else FAST
     args.prompts, args.seeds = args.prompts or prompts, args.seeds or seeds
+    args.points = [p for p in POINTS if not args.steps or p.steps in args.steps]
+    if args.weights:
+        args.points = [Point(n, args.guidance, args.shift) for n in args.steps or (20,)]
+    args.digest = digest(args)
     args.device = args.device or ("cuda" if args.weights else "cpu")
     args.jobs = args.jobs or (1 if args.weights else min(os.cpu_count() or 1, 4))
     if args.tasks is None:

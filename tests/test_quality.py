@@ -188,8 +188,8 @@ def test_real_weights_take_the_same_way(monkeypatch, tmp_path):
     assert str(tmp_path) not in (tmp_path / "results" / "quality.csv").read_text()
 
 
-def result(values, method="tape", target=0.67):
-    row = {"method": method, "target": target, "psnr_db": float(np.mean(values))}
+def result(values, method="tape", target=0.67, flops=0.67):
+    row = {"method": method, "target": target, "flops_ratio": flops, "psnr_db": np.mean(values)}
     return {"case": method, "row": row, "psnr": list(values), "clusters": list(range(len(values)))}
 
 
@@ -201,11 +201,25 @@ def test_a_difference_inside_the_interval_is_a_tie(shift, verdict):
     case = tokens_case("methods", 0.67, METHODS["tape"], "tape")
     results = {
         ("t2v", FEW, case): result(mine),
-        ("t2v", FEW, STEPS): result(steps, "fewer_steps"),
+        ("t2v", FEW, STEPS): result(steps, "fewer_steps", flops=0.65),
+        ("t2v", FEW, Case("methods", "fewer_steps", "", 0.5)): result(
+            steps - 9, "fewer_steps", 0.5, 0.5
+        ),
+        ("i2v", FEW, STEPS): result(steps - 9, "fewer_steps", flops=0.67),
     }
     rows = quality.paired_rows(results)
-    assert [row.get("vs_steps") for row in rows] == [verdict, None]
+    assert [row.get("vs_steps") for row in rows] == [verdict, None, None, None]
     assert rows[0]["vs_steps_lo"] < rows[0]["vs_steps_db"] < rows[0]["vs_steps_hi"]
+
+
+def test_rows_that_cost_something_else_are_not_compared():
+    """3 of 4 steps are 0.75 of the FLOPs, whatever was asked for."""
+    case = tokens_case("methods", 0.67, METHODS["tape"], "tape")
+    results = {
+        ("t2v", FEW, case): result([20.0, 21.0]),
+        ("t2v", FEW, STEPS): result([30.0, 31.0], "fewer_steps", flops=0.75),
+    }
+    assert "vs_steps" not in quality.paired_rows(results)[0]
 
 
 def test_rows_are_added_and_newer_ones_replace_older(tmp_path):
