@@ -17,7 +17,7 @@ PAPER = {
     "restore": "identity",
     "trim_reselecting": False,
 }
-# what kept most on the quality bench (benchmarks/README.md): a toy, not 14B
+# of all token plans what kept most on the quality bench (benchmarks/README.md): a toy, not 14B
 REFRESH = {
     "schedule": "constant",
     # one choice for a whole step: more blocks than any Wan has
