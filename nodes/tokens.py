@@ -154,7 +154,8 @@ class WanTrimTokens(io.ComfyNode):
                     ],
                     tooltip=(
                         "'refresh': each step computes the tokens that change most and those left "
-                        "out longest; the others repeat their last update. Kept most on our bench. "
+                        "out longest; the others repeat their last update, after a first step that "
+                        "computes all. Kept most of all token plans on our toy bench. "
                         "'paper': TAPE exactly as published. 'custom': everything by hand."
                     ),
                 ),

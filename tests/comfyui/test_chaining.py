@@ -63,6 +63,11 @@ NEIGHBOURS = {
     "shift": shifted,
     "lora": lora,
 }
+TRIMS = {
+    "leave out": tiny.trimmed,
+    "keep": lambda m: tiny.trimmed(m, dropped_kv="keep"),
+    "refresh": tiny.preset,
+}
 
 
 def both(order: str, neighbour, trim):
@@ -95,10 +100,10 @@ def test_neighbour_alone_equals_neighbour_with_a_plan_without_effect(neighbour, 
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("dropped_kv", ["leave", "keep"])
+@pytest.mark.parametrize("trim", TRIMS.values(), ids=TRIMS)
 @pytest.mark.parametrize("neighbour", NEIGHBOURS.values(), ids=NEIGHBOURS)
-def test_both_act_together(neighbour, dropped_kv, order):
-    model = both(order, neighbour, lambda m: tiny.trimmed(m, dropped_kv=dropped_kv))
+def test_both_act_together(neighbour, trim, order):
+    model = both(order, neighbour, trim)
     out = tiny.sample(model, steps=6)
     assert torch.isfinite(out).all()
     report = tiny.report_of(model)
@@ -252,6 +257,14 @@ def test_compiled_model_does_not_freeze_the_choice_of_a_step(compiled, order):
     assert torch.equal(
         again, tiny.sample(tiny.trimmed(tiny.base_model()), tiny.case(frames=2), steps=2)
     )
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_compiled_model_remembers_as_an_eager_one(compiled, order):
+    model = both(order, compiled, tiny.preset)
+    expected = tiny.sample(tiny.preset(tiny.base_model()), steps=5)
+    assert torch.equal(tiny.sample(model, steps=5), expected)
+    assert tiny.shares(model) == pytest.approx([1, 0.7, 0.7, 0.7, 0.7])
 
 
 def test_several_gpus_compute_everything_and_say_so(monkeypatch):

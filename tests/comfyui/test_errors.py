@@ -10,23 +10,13 @@ import torch
 import comfy.ldm.wan
 from comfy.ldm.wan.model import WanModel
 from comfy.model_patcher import ModelPatcher
+from wantrim.hosts.comfyui.attach import attachment_of
 from wantrim.hosts.comfyui.variants import TOKENS
 from wantrim.nodes import demo
 from wantrim.nodes.report import WanTrimReport
 from wantrim.nodes.tokens import WanTrimTokens
 from wantrim.tests.comfyui import tiny
 
-DEFAULTS = {
-    "prune_ratio": 0.3,
-    "schedule": "falling",
-    "reselect_every": 10,
-    "alpha": 0.5,
-    "importance": "attention",
-    "dropped_keys_values": "leave out",
-    "anchor_given_frames": True,
-    "start_percent": 0.0,
-    "end_percent": 1.0,
-}
 REFUSED = [name for name, reason in TOKENS.items() if reason is not None]
 
 
@@ -43,8 +33,9 @@ def model_of(name: str, base=torch.nn.Module) -> ModelPatcher:
 
 
 def execute(model=None, **options):
-    model = model or tiny.base_model()
-    return WanTrimTokens.execute(model=model, **{**DEFAULTS, **options})
+    inputs = {"prune_ratio": 0.3, "start_percent": 0.0, "end_percent": 1.0, **options}
+    inputs.setdefault("preset", tiny.choice())
+    return WanTrimTokens.execute(model=model or tiny.base_model(), **inputs)
 
 
 def says(error, *parts: str) -> None:
@@ -95,13 +86,8 @@ def test_table_names_every_wan_class_of_the_host():
             {"start_percent": 0.6, "end_percent": 0.4},
             ["start_percent", "end_percent", "0.6", "0.4"],
         ),
-        ({"end_percent": 1.5}, ["end", "1.5", "1"]),
-        ({"start_percent": -0.5}, ["start", "-0.5", "0"]),
-        ({"alpha": 1.5}, ["alpha", "0 to 1", "1.5"]),
-        ({"reselect_every": 0}, ["reselect_every", "at least 1", "0"]),
-        ({"schedule": "sideways"}, ["schedule", "falling, constant, rising", "sideways"]),
-        ({"importance": "taste"}, ["importance", "attention", "taste"]),
-        ({"dropped_keys_values": "maybe"}, ["dropped", "leave", "keep", "maybe"]),
+        ({"end_percent": 1.5}, ["end_percent", "0 to 1", "1.5"]),
+        ({"start_percent": -0.5}, ["start_percent", "0 to 1", "-0.5"]),
     ],
     ids=str,
 )
@@ -109,6 +95,64 @@ def test_inputs_outside_their_range_are_refused(options, parts):
     with pytest.raises(ValueError) as error:
         execute(**options)
     says(error, "WanTrim Tokens", *parts)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "parts"),
+    [
+        ({"alpha": 1.5}, ["alpha", "0 to 1", "1.5"]),
+        ({"reselect_every": 0}, ["reselect_every", "at least 1", "0"]),
+        ({"schedule": "sideways"}, ["schedule", "falling, constant, rising", "sideways"]),
+        ({"importance": "taste"}, ["importance", "attention", "taste"]),
+        ({"importance": "rotation+taste"}, ["importance", "joined by '+'", "rotation+taste"]),
+        (
+            {"dropped_tokens_get": "gifts"},
+            ["dropped_tokens_get", "identity", "last_output", "gifts"],
+        ),
+        ({"dropped_keys_values": "maybe"}, ["dropped_keys_values", "leave out, keep", "maybe"]),
+        # two inputs that exclude each other
+        ({"importance": "attention"}, ["importance", "attention", "turn trim_choosing_block off"]),
+        (
+            {"importance": "rotation+key_norm"},
+            ["importance", "key_norm", "turn trim_choosing_block off"],
+        ),
+        (
+            {"dropped_tokens_get": "last_output", "trim_choosing_block": False},
+            ["dropped_tokens_get", "last_output", "needs trim_choosing_block"],
+        ),
+    ],
+    ids=str,
+)
+def test_custom_inputs_that_do_not_go_are_refused_in_the_words_of_the_node(inputs, parts):
+    with pytest.raises(ValueError) as error:
+        execute(preset=tiny.choice("custom", **inputs))
+    says(error, "WanTrim Tokens", *parts)
+    for word in ("restore", "trim_reselecting", "dropped_kv", "reselecting block whole"):
+        assert word not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("preset", "got"),
+    [
+        # ComfyUI hands over nothing when it does not know the choice
+        (None, "none of them"),
+        ({"preset": "falling"}, "got falling"),
+        # linked, so without its inputs
+        ("custom", "'custom' cannot be linked"),
+        ("rising", "got rising"),
+    ],
+    ids=str,
+)
+def test_preset_that_is_not_one_is_refused(preset, got):
+    with pytest.raises(ValueError) as error:
+        execute(preset=preset)
+    says(error, "WanTrim Tokens", "preset", "refresh, paper, custom", got, "another version")
+
+
+@pytest.mark.parametrize("name", ["refresh", "paper"])
+def test_linked_preset_is_taken(name):
+    linked = attachment_of(execute(preset=name).result[0]).plan
+    assert linked == attachment_of(tiny.at_node(tiny.base_model(), name)).plan
 
 
 @pytest.mark.parametrize("size", [{"frames": 0}, {"batch": 0}], ids=str)

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import comfy.sd
-from wantrim.hosts import session
+from wantrim.hosts import call
+from wantrim.methods.restore import RESTORE
 from wantrim.methods.tokens import Selection
-from wantrim.nodes.tokens import WanTrimTokens
 from wantrim.tests.comfyui import tiny
 
 PLANS = {
@@ -24,23 +24,27 @@ SIZES = {
 DTYPES = [torch.bfloat16, torch.float16, torch.float8_e4m3fn]
 
 
-def node_defaults(node) -> dict:
-    """The inputs of a node that have a default."""
-    inputs = {i.id: getattr(i, "default", None) for i in node.define_schema().inputs}
-    return {name: value for name, value in inputs.items() if value is not None}
+class NotEmpty(torch.Tensor):
+    """No positions at all, but taken for some."""
+
+    def numel(self) -> int:
+        return 1
 
 
-def keep_everything(evidence, budget, anchored=None) -> Selection:
+def keep_everything(plan, evidence, budget, anchored=None) -> Selection:
+    """A choice of all tokens that still goes through gathering, restoring and scattering."""
     batch, length = evidence.before.shape[:2]
-    return Selection(torch.arange(length).expand(batch, -1).contiguous(), length)
+    chosen = Selection(torch.arange(length).expand(batch, -1).contiguous(), length)
+    chosen.dropped = chosen.dropped.as_subclass(NotEmpty)
+    return chosen
 
 
+@pytest.mark.parametrize("name", ["refresh", "paper", "custom"])
 @pytest.mark.parametrize("kind", tiny.KINDS)
-def test_prune_ratio_zero_at_the_node_equals_the_untouched_model(kind):
+def test_prune_ratio_zero_at_the_node_equals_the_untouched_model(kind, name):
     model, given = tiny.base_model(kind), tiny.case(kind)
-    options = {**node_defaults(WanTrimTokens), "prune_ratio": 0.0}
-    patched = WanTrimTokens.execute(model=model, **options).result[0]
-    assert torch.equal(tiny.sample(patched, given), tiny.sample(model, given))
+    patched = tiny.at_node(model, name, prune_ratio=0.0)
+    assert torch.equal(tiny.ksampler(patched, given), tiny.ksampler(model, given))
 
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
@@ -52,17 +56,24 @@ def test_plan_without_effect_equals_the_untouched_model(kind, plan):
     assert tiny.report_of(patched).kept_share == 1.0
 
 
-@pytest.mark.parametrize("dropped_kv", ["leave", "keep"])
 @pytest.mark.parametrize("kind", tiny.KINDS)
-def test_gathering_and_scattering_all_tokens_equals_the_untouched_model(
-    kind, dropped_kv, monkeypatch
-):
-    monkeypatch.setattr(session, "select_tokens", keep_everything)
+def test_gathering_and_scattering_all_tokens_equals_the_untouched_model(kind, monkeypatch):
+    monkeypatch.setattr(call, "select_tokens", keep_everything)
     model, given = tiny.base_model(kind), tiny.case(kind)
-    patched = tiny.trimmed(model, dropped_kv=dropped_kv)
+    patched = tiny.trimmed(model)
     calls = tiny.watch(patched)
     assert torch.equal(tiny.sample(patched, given), tiny.sample(model, given))
     assert calls and all(set(call.kept) == {0, 3} for call in calls)
+
+
+@pytest.mark.parametrize("restore", RESTORE)
+@pytest.mark.parametrize("kind", ["t2v", "vace", "fun"])
+def test_restoring_no_token_equals_the_untouched_model(kind, restore, monkeypatch):
+    monkeypatch.setattr(call, "select_tokens", keep_everything)
+    model, given = tiny.base_model(kind), tiny.case(kind)
+    patched = tiny.preset(model, restore=restore)
+    assert torch.equal(tiny.ksampler(patched, given), tiny.ksampler(model, given))
+    assert len(tiny.report_of(patched).steps) == 4
 
 
 @pytest.mark.parametrize("cfg", [1.0, 5.0])
@@ -75,11 +86,13 @@ def test_sizes_and_cfg_are_neutral_too(kind, size, cfg):
     assert torch.equal(tiny.sample(patched, given, cfg=cfg), expected)
 
 
+@pytest.mark.parametrize("name", ["refresh", "paper"])
 @pytest.mark.parametrize("dropped_kv", ["leave", "keep"])
-def test_one_given_latent_frame_leaves_nothing_to_drop(dropped_kv):
+def test_one_given_latent_frame_leaves_nothing_to_drop(dropped_kv, name):
     model, given = tiny.base_model("i2v"), tiny.case("i2v", frames=1)
-    patched = tiny.trimmed(model, dropped_kv=dropped_kv)
+    patched = tiny.preset(model, name, dropped_kv=dropped_kv)
     assert torch.equal(tiny.sample(patched, given), tiny.sample(model, given))
+    assert any("given" in note for note in tiny.report_of(patched).notes)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -92,8 +105,13 @@ def test_other_weight_types_are_neutral_and_can_be_trimmed(dtype, monkeypatch):
     for dropped_kv in ("leave", "keep"):
         out = tiny.sample(tiny.trimmed(model, dropped_kv=dropped_kv), given)
         assert torch.isfinite(out).all() and not torch.equal(out, expected)
-    monkeypatch.setattr(session, "select_tokens", keep_everything)
+    refreshed = tiny.preset(model)
+    out = tiny.sample(refreshed, given)
+    assert torch.isfinite(out).all() and not torch.equal(out, expected)
+    assert tiny.shares(refreshed) == pytest.approx([1, 0.8, 0.8])
+    monkeypatch.setattr(call, "select_tokens", keep_everything)
     assert torch.equal(tiny.sample(tiny.trimmed(model), given), expected)
+    assert torch.equal(tiny.sample(tiny.preset(model), given), expected)
 
 
 def test_several_prompts_with_areas_and_ranges_are_neutral():

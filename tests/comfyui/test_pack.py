@@ -1,11 +1,16 @@
 """The pack as ComfyUI's own loader sees it."""
 
 import asyncio
+import json
 import shutil
 
 import pytest
 
 import nodes as comfy_nodes
+from comfy_api.latest import io
+from wantrim.methods.importance import IMPORTANCE
+from wantrim.methods.restore import RESTORE
+from wantrim.methods.schedule import DIRECTIONS
 from wantrim.nodes import demo, report, tokens
 
 FOLDER = "ComfyUI-WanTrim.v1-x"
@@ -17,7 +22,13 @@ NODE_IDS = {
     "WanTrimDemoImage",
 }
 NODES = [*tokens.NODES, *report.NODES, *demo.NODES]
+ALL = ("refresh", "paper", "custom")
 by_id = pytest.mark.parametrize("node", NODES, ids=lambda n: n.define_schema().node_id)
+
+
+def every_input(schema) -> list:
+    """The inputs of a node with those that a choice reveals."""
+    return [inner for given in schema.inputs for inner in given.get_all()]
 
 
 @pytest.fixture
@@ -59,13 +70,13 @@ def test_schema_explains_itself(node):
     assert schema.display_name.startswith("WanTrim")
     assert schema.category.startswith("model/patch/wan")
     assert len(schema.description) > 40
-    for given in schema.inputs:
+    for given in every_input(schema):
         assert given.tooltip and given.tooltip.endswith("."), given.id
 
 
 @by_id
 def test_defaults_are_allowed_values(node):
-    for given in node.define_schema().inputs:
+    for given in every_input(node.define_schema()):
         default = getattr(given, "default", None)
         if default is None:
             assert given.io_type not in ("INT", "FLOAT", "COMBO", "BOOLEAN", "STRING"), given.id
@@ -76,20 +87,39 @@ def test_defaults_are_allowed_values(node):
             assert default in given.options, given.id
 
 
-def test_defaults_of_the_node_are_the_papers():
+def test_defaults_of_the_node():
     inputs = {i.id: i for i in tokens.WanTrimTokens.define_schema().inputs}
-    defaults = {name: i.default for name, i in inputs.items() if name != "model"}
+    assert list(inputs) == ["model", "prune_ratio", "preset", "start_percent", "end_percent"]
+    defaults = {name: getattr(i, "default", None) for name, i in inputs.items()}
     assert defaults == {
+        "model": None,
         "prune_ratio": 0.3,
-        "schedule": "falling",
-        "reselect_every": 10,
-        "alpha": 0.5,
-        "importance": "attention",
-        "dropped_keys_values": "leave out",
-        "anchor_given_frames": True,
+        "preset": None,
         "start_percent": 0.0,
         "end_percent": 1.0,
     }
+    # the frontend starts with the first
+    assert tuple(option.key for option in inputs["preset"].options) == ALL
+    revealed = {option.key: option.inputs for option in inputs["preset"].options}
+    assert revealed["refresh"] == revealed["paper"] == []
+    assert {i.id: i.default for i in revealed["custom"]} == {
+        "schedule": "constant",
+        "importance": "velocity_change+rotation",
+        "alpha": 1.0,
+        "dropped_tokens_get": "last_update",
+        "reselect_every": 40,
+        "trim_choosing_block": True,
+        "dropped_keys_values": "leave out",
+        "anchor_given_frames": True,
+    }
+
+
+def test_custom_offers_every_importance_and_every_treatment_of_dropped_tokens():
+    offered = {i.id: i.options for i in tokens.CUSTOM_INPUTS if i.io_type == "COMBO"}
+    singles = [name for name in offered["importance"] if "+" not in name]
+    assert singles == list(IMPORTANCE)
+    assert offered["dropped_tokens_get"] == list(RESTORE)
+    assert offered["schedule"] == list(DIRECTIONS)
 
 
 @by_id
@@ -99,8 +129,33 @@ def test_help_page_names_every_input(node, root):
     assert page.is_file(), f"{page} is missing"
     text = page.read_text("utf-8")
     assert text.startswith("# ")
-    missing = [given.id for given in schema.inputs if f"{given.id}" not in text]
+    missing = [given.id for given in every_input(schema) if f"**{given.id}**" not in text]
     assert not missing, f"{page} does not explain {missing}"
+    choices = []
+    for given in every_input(schema):
+        if given.io_type == "COMBO":
+            choices += given.options
+        elif isinstance(given, io.DynamicCombo.Input):
+            choices += [option.key for option in given.options]
+    unexplained = [choice for choice in choices if f"*{choice}*" not in text]
+    assert not unexplained, f"{page} does not explain {unexplained}"
+
+
+def test_chinese_strings_name_every_input(root):
+    """The frontend asks for "preset.alpha" as "preset_alpha"."""
+    file = root / "locales" / "zh" / "nodeDefs.json"
+    strings = json.loads(file.read_text("utf-8"))
+    assert set(strings) == NODE_IDS
+    for node in NODES:
+        schema = node.define_schema()
+        wanted = set()
+        for given in schema.inputs:
+            wanted.add(given.id)
+            wanted |= {f"{given.id}_{inner.id}" for inner in given.get_all()[1:]}
+        found = strings[schema.node_id].get("inputs", {})
+        assert set(found) == wanted, schema.node_id
+        for name, words in found.items():
+            assert words["name"] and words["tooltip"].endswith("。"), name
 
 
 def test_toy_video_goes_through_the_demo_nodes():

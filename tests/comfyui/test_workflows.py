@@ -1,6 +1,7 @@
 """The example workflows, checked against and run on a real server."""
 
 import copy
+import itertools
 import json
 
 import av
@@ -8,6 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from wantrim.nodes.tokens import CUSTOM_INPUTS
+from wantrim.tests.comfyui import tiny
 from wantrim.tests.comfyui.server import FOLDER, running
 from wantrim.tests.comfyui.workflow_tools import graphs, problems, to_api
 
@@ -78,16 +81,20 @@ def with_inputs(prompt: dict, kind: str, /, **inputs) -> dict:
     return changed
 
 
-def only_for(prompt: dict, kind: str) -> dict:
-    """What the nodes of a kind need of a prompt: the host runs other outputs despite an error."""
-    pending = [key for key, node in prompt.items() if node["class_type"] == kind]
-    needed = set()
+def needed_by(prompt: dict, *keys: str) -> dict:
+    """The part of a prompt that these nodes need, with them."""
+    pending, needed = list(keys), set()
     while pending:
         key = pending.pop()
         needed.add(key)
         links = [value for value in prompt[key]["inputs"].values() if isinstance(value, list)]
         pending += [link[0] for link in links if link[0] not in needed]
     return {key: node for key, node in prompt.items() if key in needed}
+
+
+def only_for(prompt: dict, kind: str) -> dict:
+    """What the nodes of a kind need of a prompt: the host runs other outputs despite an error."""
+    return needed_by(prompt, *(key for key, node in prompt.items() if node["class_type"] == kind))
 
 
 @every
@@ -110,6 +117,39 @@ def test_no_other_workflow_is_shipped_unchecked(root):
     assert {file.stem for file in (root / "workflows").glob("*.json")} == set(WORKFLOWS)
 
 
+def open_custom(workflow: dict) -> dict:
+    """The node WanTrim Tokens of a workflow, switched to "custom" as the frontend saves it."""
+    node = next(node for node in workflow["nodes"] if node["type"] == "WanTrimTokens")
+    place = [given["name"] for given in node["inputs"]].index("preset") + 1
+    revealed = [
+        {"name": f"preset.{given.id}", "type": given.io_type, "link": None}
+        for given in CUSTOM_INPUTS
+    ]
+    for given in revealed:
+        given["widget"] = {"name": given["name"]}
+    node["inputs"][place:place] = revealed
+    node["widgets_values"][1:2] = ["custom", *(given.default for given in CUSTOM_INPUTS)]
+    return node
+
+
+def test_workflows_begin_with_the_default_preset(root):
+    for name in WORKFLOWS:
+        workflow = json.loads((root / "workflows" / f"{name}.json").read_text("utf-8"))
+        values = [n["widgets_values"] for n in workflow["nodes"] if n["type"] == "WanTrimTokens"]
+        assert values and all(found == [0.3, "refresh", 0, 1] for found in values)
+
+
+def test_opened_preset_fits_the_node(demo, infos):
+    open_custom(demo)
+    assert problems(demo, infos) == []
+    inputs = next(
+        n["inputs"] for n in to_api(demo, infos).values() if n["class_type"] == "WanTrimTokens"
+    )
+    assert {name for name in inputs if name.startswith("preset.")} == {
+        f"preset.{given.id}" for given in CUSTOM_INPUTS
+    }
+
+
 # each of these must be found, or the test above could not fail
 BREAK = {
     "unknown node": lambda n, links: n.update(type="WanTrimOfTomorrow"),
@@ -123,6 +163,23 @@ BREAK = {
     "a link to no node": lambda n, links: links[0].__setitem__(3, 999),
     "an input without its link": lambda n, links: n["inputs"][0].update(link=None),
 }
+
+
+# the same for what "custom" reveals
+BREAK_CUSTOM = {
+    "an unknown preset": lambda n: n["widgets_values"].__setitem__(1, "paper"),
+    "a value out of range": lambda n: n["widgets_values"].__setitem__(4, 2.0),
+    "an unknown choice": lambda n: n["widgets_values"].__setitem__(3, "taste"),
+    "a word for a switch": lambda n: n["widgets_values"].__setitem__(7, "on"),
+    "an input too few": lambda n: (n["inputs"].pop(5), n["widgets_values"].pop(4)),
+    "inputs in another order": lambda n: n["inputs"].insert(4, n["inputs"].pop(3)),
+}
+
+
+@pytest.mark.parametrize("harm", BREAK_CUSTOM.values(), ids=BREAK_CUSTOM)
+def test_check_finds_a_broken_custom_preset(harm, demo, infos):
+    harm(open_custom(demo))
+    assert problems(demo, infos)
 
 
 @pytest.mark.parametrize("harm", BREAK.values(), ids=BREAK)
@@ -149,22 +206,65 @@ def test_demo_runs_as_it_is_and_writes_its_videos(workflow, server, infos):
     assert "Traceback" not in server.log
 
 
-def test_prune_ratio_zero_makes_the_same_pictures_as_without(demo, server, infos):
-    prompt = with_inputs(to_api(demo, infos), "KSampler", steps=3)
-    # the video encoder runs in threads and is not exact
+def pictures(prompt: dict) -> dict:
+    """The prompt with its videos saved as pictures and nothing else; video encoders are not exact."""
     decoders = [key for key, node in prompt.items() if node["class_type"] == "VAEDecode"]
     for key in decoders:
-        inputs = {"images": [key, 0], "filename_prefix": f"from_{key}"}
+        kinds = {node["class_type"] for node in needed_by(prompt, key).values()}
+        inputs = {"images": [key, 0]}
+        inputs["filename_prefix"] = "with" if "WanTrimTokens" in kinds else "without"
         prompt[f"save {key}"] = {"class_type": "SaveImage", "inputs": inputs}
-    prompt = only_for(prompt, "SaveImage")
+    return only_for(prompt, "SaveImage")
+
+
+def both_videos(server, prompt: dict) -> np.ndarray:
+    """Frames [2, f, h, w, c] of the video with WanTrim and of the one without."""
+    entry = server.run(prompt)
+    assert entry["status"]["status_str"] == "success", entry["status"]["messages"]
+    found = np.stack([np.asarray(Image.open(file)) for file in saved(server, entry)])
+    assert found.shape == (2 * PIXEL_FRAMES, SIDE, SIDE, 3)
+    return found.reshape(2, PIXEL_FRAMES, SIDE, SIDE, 3)
+
+
+def test_prune_ratio_zero_makes_the_same_pictures_as_without(demo, server, infos):
+    prompt = pictures(with_inputs(to_api(demo, infos), "KSampler", steps=3))
     same = {}
     for ratio in (0.0, 0.4):
-        entry = server.run(with_inputs(prompt, "WanTrimTokens", prune_ratio=ratio))
-        assert entry["status"]["status_str"] == "success"
-        pictures = np.stack([np.asarray(Image.open(file)) for file in saved(server, entry)])
-        assert pictures.shape == (2 * PIXEL_FRAMES, SIDE, SIDE, 3)
-        same[ratio] = np.array_equal(*pictures.reshape(2, PIXEL_FRAMES, SIDE, SIDE, 3))
+        videos = both_videos(server, with_inputs(prompt, "WanTrimTokens", prune_ratio=ratio))
+        same[ratio] = np.array_equal(*videos)
     assert same == {0.0: True, 0.4: False}
+
+
+def with_preset(prompt: dict, name: str, **inputs) -> dict:
+    """A prompt in API form with another preset and its inputs."""
+    changed = copy.deepcopy(prompt)
+    for node in changed.values():
+        if node["class_type"] == "WanTrimTokens":
+            nested = tiny.choice(name, **inputs)
+            for key, value in nested.items():
+                node["inputs"][key if key == "preset" else f"preset.{key}"] = value
+    return changed
+
+
+def test_preset_and_its_inputs_arrive_over_http(demo, server, infos):
+    prompt = pictures(with_inputs(to_api(demo, infos), "KSampler", steps=3))
+    made = {
+        "refresh": with_preset(prompt, "refresh"),
+        "paper": with_preset(prompt, "paper"),
+        # begins with the values of refresh
+        "custom": with_preset(prompt, "custom"),
+        "other": with_preset(prompt, "custom", dropped_tokens_get="identity"),
+    }
+    videos = {name: both_videos(server, wanted)[0] for name, wanted in made.items()}
+    assert np.array_equal(videos["custom"], videos["refresh"])
+    for name, other in itertools.combinations(["refresh", "paper", "other"], 2):
+        assert not np.array_equal(videos[name], videos[other]), (name, other)
+
+
+def refused(server, prompt: dict) -> str:
+    status, answer = server.post("/prompt", {"prompt": prompt})
+    assert status == 400
+    return json.dumps(answer["node_errors"])
 
 
 @pytest.mark.parametrize(
@@ -172,15 +272,38 @@ def test_prune_ratio_zero_makes_the_same_pictures_as_without(demo, server, infos
     [
         ("WanTrimDemoPrompt", {"prompt": "a cat"}, "does not know the prompt 'a cat'"),
         ("WanTrimTokens", {"prune_ratio": 0.9}, "0.8"),
-        ("WanTrimTokens", {"importance": "taste"}, "taste"),
+        ("WanTrimTokens", {"start_percent": 4}, "start_percent"),
     ],
 )
 def test_wrong_input_is_refused_before_the_run(kind, inputs, says, demo, server, infos):
     prompt = only_for(to_api(demo, infos), "WanTrimReport")
-    prompt = with_inputs(prompt, kind, **inputs)
-    status, answer = server.post("/prompt", {"prompt": prompt})
-    assert status == 400
-    assert says in json.dumps(answer["node_errors"])
+    assert says in refused(server, with_inputs(prompt, kind, **inputs))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "says"),
+    [
+        ({"importance": "taste"}, ["preset.importance: 'taste' not in ['attention', "]),
+        ({"dropped_tokens_get": "gifts"}, ["preset.dropped_tokens_get: 'gifts' not in", "nearest"]),
+        ({"alpha": 2}, ["preset.alpha", "2.0 bigger than max of 1.0"]),
+        ({"reselect_every": 0}, ["preset.reselect_every", "0 smaller than min of 1"]),
+        ({"alpha": "much"}, ["preset.alpha", "much", "FLOAT"]),
+    ],
+    ids=str,
+)
+def test_wrong_input_of_a_preset_is_refused_before_the_run(inputs, says, demo, server, infos):
+    prompt = only_for(to_api(demo, infos), "WanTrimReport")
+    errors = refused(server, with_preset(prompt, "custom", **inputs))
+    for part in says:
+        assert part in errors
+
+
+def test_missing_input_of_a_preset_is_refused_before_the_run(demo, server, infos):
+    prompt = with_preset(only_for(to_api(demo, infos), "WanTrimReport"), "custom")
+    for node in prompt.values():
+        node["inputs"].pop("preset.alpha", None)
+    errors = refused(server, prompt)
+    assert "Required input is missing" in errors and "preset.alpha" in errors
 
 
 def test_server_serves_the_pack(server, infos):
@@ -207,3 +330,33 @@ def test_server_offers_the_workflows(name, server, root):
 
 def test_server_log_is_clean_at_the_end(server):
     assert "Traceback" not in server.log
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        # ComfyUI does not check a choice that reveals inputs
+        (
+            lambda i: i.update({"preset": "falling"}),
+            "preset: expected one of refresh, paper, custom",
+        ),
+        (lambda i: i.pop("preset"), "preset: expected one of refresh, paper, custom"),
+        (
+            lambda i: i.update({"preset.importance": "attention"}),
+            "attention can only be known after the reselecting block; choose another importance or "
+            "turn trim_choosing_block off",
+        ),
+    ],
+    ids=["an unknown preset", "no preset", "inputs that exclude each other"],
+)
+def test_node_says_what_comfyui_let_pass(change, says, demo, server, infos):
+    """Behind the test of the log: ComfyUI prints a traceback for every error of a node."""
+    prompt = with_preset(only_for(to_api(demo, infos), "WanTrimReport"), "custom")
+    for node in prompt.values():
+        if node["class_type"] == "WanTrimTokens":
+            change(node["inputs"])
+    entry = server.run(prompt)
+    [error] = [told for kind, told in entry["status"]["messages"] if kind == "execution_error"]
+    assert error["node_type"] == "WanTrimTokens"
+    assert error["exception_message"].startswith("WanTrim Tokens: ")
+    assert says in error["exception_message"]

@@ -12,13 +12,16 @@ import torch
 import comfy.ops
 import comfy.sample
 import comfy.sd
+import nodes as comfy_nodes
 from comfy.ldm.wan.model import CameraWanModel, VaceWanModel, WanModel
 from comfy.patcher_extension import WrappersMP
 from comfy_extras import nodes_wan
 from wantrim.hosts.comfyui.attach import SESSION_KEY, attach, attachment_of
 from wantrim.hosts.session import TrimPlan
+from wantrim.methods.presets import preset_plan
 from wantrim.methods.schedule import Schedule
 from wantrim.methods.tokens import TokenPlan
+from wantrim.nodes.tokens import CUSTOM, CUSTOM_INPUTS, WanTrimTokens
 
 HEADS, DIM, LAYERS, TEXT_DIM = 8, 96, 6, 64
 FRAMES, HEIGHT, WIDTH = 3, 8, 10
@@ -95,8 +98,36 @@ def trimmed(model, keep: float = 0.7, **options):
     return attach(model, TrimPlan(token_plan(keep, **options)))
 
 
+def preset(model, name: str = "refresh", keep: float = 0.7, **fields):
+    """A clone of `model` with a preset's plan on it; `fields` of the plan may differ."""
+    return attach(model, TrimPlan(preset_plan(name, keep, **fields)))
+
+
+def choice(name: str = "refresh", **inputs) -> dict:
+    """The node's input 'preset' as ComfyUI hands it over; inputs not given have their default."""
+    if name != CUSTOM:
+        return {"preset": name}
+    return {"preset": name, **{given.id: given.default for given in CUSTOM_INPUTS}, **inputs}
+
+
+def at_node(model, name: str = "refresh", *, prune_ratio=0.3, start=0.0, end=1.0, **inputs):
+    """What WanTrim Tokens makes of `model` with a preset (inputs: those under "custom")."""
+    return WanTrimTokens.execute(
+        model=model,
+        prune_ratio=prune_ratio,
+        preset=choice(name, **inputs),
+        start_percent=start,
+        end_percent=end,
+    ).result[0]
+
+
 def report_of(model):
     return attachment_of(model).report
+
+
+def shares(model) -> list[float]:
+    """Share of the token work that each step of the last run did."""
+    return [step.kept_share for step in report_of(model).steps]
 
 
 class StubVAE:
@@ -207,6 +238,40 @@ def sample(
         seed=seed,
         **options,
     )
+
+
+def ksampler(model, given: Case | None = None, *, steps=4, cfg=5.0, sampler="euler", seed=7):
+    """The samples of the node KSampler."""
+    given = given or case()
+    latent = {"samples": given.latent}
+    if given.noise_mask is not None:
+        latent["noise_mask"] = given.noise_mask
+    prompts = (given.positive, given.negative)
+    made = comfy_nodes.KSampler().sample(
+        model, seed, steps, cfg, sampler, "simple", *prompts, latent, denoise=1.0
+    )
+    return made[0]["samples"]
+
+
+def ksampler_advanced(model, latent, first: int, last: int, *, steps=4, cfg=5.0, seed=7):
+    """The samples of the node KSampler (Advanced) that does the steps first to last."""
+    given, begins, ends = case(), first == 0, last >= steps
+    made = comfy_nodes.KSamplerAdvanced().sample(
+        model,
+        "enable" if begins else "disable",
+        seed,
+        steps,
+        cfg,
+        "euler",
+        "simple",
+        given.positive,
+        given.negative,
+        {"samples": latent},
+        first,
+        last,
+        "disable" if ends else "enable",
+    )
+    return made[0]["samples"]
 
 
 @dataclass

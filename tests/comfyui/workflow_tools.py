@@ -7,7 +7,8 @@ from collections.abc import Iterator
 # live in the frontend only
 FRONTEND = {"MarkdownNote", "Note", "Reroute", "PrimitiveNode"}
 NOTES = {"MarkdownNote", "Note"}
-WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
+DYNAMIC = "COMFY_DYNAMICCOMBO_V3"
+WIDGET_TYPES = {DYNAMIC, "INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 CONTROLS = {"fixed", "increment", "decrement", "randomize"}
 # the frontend adds a control to whole numbers of these names, asked for or not
 SEEDS = {"seed", "noise_seed"}
@@ -32,23 +33,35 @@ def graphs(workflow: dict) -> Iterator[tuple[list[dict], list[dict]]]:
         yield graph["nodes"], links
 
 
-def schema_inputs(info: dict) -> dict[str, tuple]:
-    """Input name -> (type, options) in the order of the node."""
-    groups = info["input"]
+def schema_inputs(info: dict, values: dict | None = None) -> dict[str, tuple]:
+    """Input name -> (type, options) in the order of the node.
+
+    Args:
+        values: of the widgets; a choice among them reveals its inputs, as "choice.input".
+    """
+    return _inputs(info["input"], values or {}, "")
+
+
+def _inputs(groups: dict, values: dict, prefix: str) -> dict[str, tuple]:
     found = {}
     for group in ("required", "optional"):
         for name, spec in groups.get(group, {}).items():
+            name = prefix + name
             kind = "COMBO" if isinstance(spec[0], list) else spec[0]
             options = dict(spec[1]) if len(spec) > 1 else {}
             if isinstance(spec[0], list):
                 options["options"] = spec[0]
+            revealed = {}
+            if kind == DYNAMIC:
+                revealed = {option["key"]: option["inputs"] for option in options["options"]}
+                options["options"] = list(revealed)
             found[name] = (kind, options)
+            found |= _inputs(revealed.get(values.get(name), {}), values, f"{name}.")
     return found
 
 
 def is_widget(kind: str, options: dict) -> bool:
-    typed = kind in WIDGET_TYPES or kind.startswith("COMFY_DYNAMICCOMBO")
-    return typed and not options.get("forceInput")
+    return kind in WIDGET_TYPES and not options.get("forceInput")
 
 
 def has_control(name: str, kind: str, options: dict) -> bool:
@@ -97,8 +110,12 @@ def node_problems(node: dict, infos: dict) -> list[str]:
         values = widget_values(node, infos[kind])
     except ValueError as error:
         return [*problems, str(error)]
-    schema = schema_inputs(infos[kind])
-    names = {given["name"] for given in node.get("inputs", [])}
+    schema = schema_inputs(infos[kind], values)
+    names = [given["name"] for given in node.get("inputs", [])]
+    # the frontend has widgets of its own, such as LoadImage's upload
+    shown = [name for name in names if name in values and (name in schema or "." in name)]
+    if shown != [name for name in schema if is_widget(*schema[name])]:
+        problems.append(f"{kind}: the widgets are not those of the node, in its order: {shown}")
     problems += [f"{kind}: input {name!r} is missing" for name in schema if name not in names]
     for name, value in values.items():
         problems += value_problems(kind, name, value, *schema.get(name, ("", {})))
@@ -124,7 +141,8 @@ def value_problems(node: str, name: str, value, kind: str, options: dict) -> lis
         if not low <= value <= high:
             return [f"{node}: {name} is {value}, expected {low} to {high}"]
     # model and image files are those of the artist's machine
-    if kind == "COMBO" and node not in {*LOADERS, "LoadImage"} and value not in options["options"]:
+    files = kind == "COMBO" and node in {*LOADERS, "LoadImage"}
+    if kind in ("COMBO", DYNAMIC) and not files and value not in options["options"]:
         return [f"{node}: {name} is {value!r}, expected one of {options['options']}"]
     if kind == "BOOLEAN" and not isinstance(value, bool):
         return [f"{node}: {name} is {value!r}, expected true or false"]
