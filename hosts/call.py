@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -47,6 +47,7 @@ class ModelCall:
         decider: int,
         num_blocks: int,
         mixed: bool = False,
+        prompts: Hashable = None,
     ):
         self.mixed = mixed
         self.plan: TokenPlan = session.plan.tokens
@@ -61,7 +62,10 @@ class ModelCall:
         self.num_blocks = num_blocks
         self.current: Selection | None = None
         self.number = self.decision.step.calls
-        self.layout = tuple(cond_or_uncond)
+        # the same prompts again are another pass: skip layer guidance
+        again = (prompts, tuple(cond_or_uncond))
+        self.decision.passes[again] += 1
+        self.identity = (*again, self.decision.passes[again])
         self._stretch: _Stretch | None = None
 
     @property
@@ -120,7 +124,7 @@ class ModelCall:
         over it, so that what other nodes add between blocks is not counted twice.
         """
         if self._stretch is None:
-            key = (self.number, self.layout, block_index)
+            key = (self.identity, block_index)
             self._stretch = _Stretch(key, self.past.recall(key, call.hidden))
         stretch, absolute = self._stretch, self.plan.restore == "last_output"
         last = block_index == self.num_blocks - 1 or self.plan.reselects(block_index + 1)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import torch
 
 from ..methods.grid import TokenGrid
 from ..methods.tokens import Selection
 
-# number of the model call in its step, its prompts, and the block that a stretch begins with
-Key = tuple[int, tuple[int, ...], int]
+# which call of its step it is, and the block that a stretch begins with
+Key = tuple[Hashable, int]
 
 
 class Past:
@@ -25,6 +27,7 @@ class Past:
         self.sigma: float | None = None
         self.knew_change = False
         self._kept: dict[Key, torch.Tensor] = {}
+        self._used: set[Key] = set()
         self._point: tuple[float, torch.Tensor] | None = None
         self._velocity: torch.Tensor | None = None
 
@@ -44,6 +47,11 @@ class Past:
             [b, tokens]; None while fewer than three steps of one size were seen.
         """
         self.sigma = sigma
+        # what the last step had no use for belongs to prompts or a layout that are gone; in a step
+        # that another node's cache answered nothing was of use
+        if self._used:
+            self._kept = {key: value for key, value in self._kept.items() if key in self._used}
+            self._used.clear()
         if not trimmed:
             self.ages.clear()
         last, old = self._point, self._velocity
@@ -77,15 +85,13 @@ class Past:
 
     def recall(self, key: Key, like: torch.Tensor) -> torch.Tensor | None:
         """What was remembered under `key`, unless the call's layout changed since."""
+        self._used.add(key)
         known = self._kept.get(key)
         same = known is not None and known.shape == like.shape and known.device == like.device
         return known if same else None
 
     def remember(self, key: Key, value: torch.Tensor) -> None:
-        """Keep a full-length tensor; what the same call had in another layout is dropped."""
-        number, _, block_index = key
-        for old in [k for k in self._kept if (k[0], k[2]) == (number, block_index)]:
-            del self._kept[old]
+        """Keep a full-length tensor for the step that follows."""
         self._kept[key] = value
 
     def clear(self) -> None:

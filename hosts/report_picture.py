@@ -77,8 +77,12 @@ def _title(report: Report) -> Image.Image:
     image, draw = _canvas(72)
     draw.text((MARGIN, 12), f"WanTrim on {report.model}", INK, _font(22))
     steps = f"{len(report.steps)} steps, " if report.steps else ""
-    line = f"{report.planned}   {steps}{report.seconds:.1f} s"
-    draw.text((MARGIN, 44), line, FAINT, _font(16))
+    font = _font(16)
+    line = f"{steps}{report.seconds:.1f} s   {report.planned}"
+    # the report's text has the whole of it
+    while draw.textlength(line, font) > WIDTH - 2 * MARGIN:
+        line = line.removesuffix(" ...").rpartition(" ")[0] + " ..."
+    draw.text((MARGIN, 44), line, FAINT, font)
     return image
 
 

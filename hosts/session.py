@@ -7,6 +7,7 @@ Knows no host. A host tells it what a model call looks like (`Session.begin`) an
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
@@ -61,6 +62,8 @@ class Decision:
     # of the velocity since the last step [b, tokens]
     change: torch.Tensor | None = None
     selections: dict[int, Selection] = field(default_factory=dict)
+    # model calls so far, by prompts
+    passes: Counter = field(default_factory=Counter)
     # what each block of the step's first call ran on; None is all tokens
     ran: list[Selection | None] = field(default_factory=list)
 
@@ -104,6 +107,7 @@ class Session:
         num_blocks: int,
         window: Hashable = None,
         patch_frames: int = 1,
+        prompts: Hashable = None,
     ) -> ModelCall:
         """Start a model call.
 
@@ -115,6 +119,7 @@ class Session:
             anchored: bool [f], latent frames that are given and must not lose tokens.
             window: which part of the video this is, when the host samples it in parts.
             patch_frames: latent frames in a token.
+            prompts: which prompts these are, when the host has a name for them.
         """
         if len(latent) % len(cond_or_uncond):
             raise ValueError(
@@ -155,7 +160,7 @@ class Session:
                     "the unconditional prompt came first in a step and decided which tokens stay"
                 )
         self.decision.step.calls += 1
-        return ModelCall(self, grid, anchored, cond_or_uncond, decider, num_blocks, mixed)
+        return ModelCall(self, grid, anchored, cond_or_uncond, decider, num_blocks, mixed, prompts)
 
     def finish(self, completed: bool) -> Report:
         """Close the run and drop everything that it held."""
@@ -189,8 +194,8 @@ class Session:
         wants = "velocity_change" in parts(self.plan.tokens.importance)
         if wants and not any(past.knew_change for past in self.pasts.values()):
             self.report.note(
-                "the change of the velocity was never known (it takes three steps of one run with "
-                "different sigmas): tokens were chosen by how long they had been left out"
+                "tokens were chosen by how long they had been left out alone: how much they change "
+                "is known from the third step of a run on, and each expert of Wan 2.2 is a run"
             )
 
     def _close_step(self, now: float) -> None:

@@ -355,5 +355,5 @@ def test_prompts_of_different_areas_in_one_call_are_all_computed():
 
 def test_a_run_too_short_to_know_the_velocity_says_so(model):
     trim = plan(**{**ONCE, "importance": "velocity_change+rotation"})
-    assert not any("never known" in note for note in run(model, trim, steps=4)[1].notes)
-    assert any("never known" in note for note in run(model, trim, steps=2)[1].notes)
+    assert not any("left out alone" in note for note in run(model, trim, steps=4)[1].notes)
+    assert any("left out alone" in note for note in run(model, trim, steps=2)[1].notes)

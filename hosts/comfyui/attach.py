@@ -230,6 +230,7 @@ def _trimmed_options(
         num_blocks=len(dm.blocks),
         window=_part(options),
         patch_frames=dm.patch_size[0],
+        prompts=tuple(options.get("uuids", ())),
     )
     return replace_blocks(options, call) if call.trims else options
 
