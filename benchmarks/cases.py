@@ -87,6 +87,7 @@ METHODS = {
         **ROTATION,
         **EARLY,
         **ONCE,
+        "alpha": 0.5,
         "importance": "velocity_change+rotation",
         "restore": "last_update",
     },
@@ -94,6 +95,8 @@ METHODS = {
 }
 # the preset of this name
 REFRESH = "mixed_update_once"
+# its parts were studied without smoothing
+UNSMOOTHED = METHODS[REFRESH] | {"alpha": 1.0}
 IMPORTANCES = (
     "attention",
     "key_norm",
@@ -155,15 +158,14 @@ def all_cases() -> list[Case]:
     for restore in ("identity", "frame_mean", "last_update"):
         plan = ROTATION | EARLY | {"restore": restore, "dropped_kv": "keep"}
         cases.append(tokens_case("restore", target, plan))
-    for plan in (TAPE, METHODS["mixed_update_once"]):
+    for plan in (TAPE, UNSMOOTHED):
         cases.append(tokens_case("restore", target, plan | {"dropped_kv": "keep"}))
-    for name in ("tape", "rotation_mean", "mixed_update_once"):
+    for base in (TAPE, METHODS["rotation_mean"], UNSMOOTHED):
         for direction in ("falling", "constant", "rising"):
-            plan = METHODS[name] | {"schedule": direction}
-            cases.append(tokens_case("schedule", target, plan))
+            cases.append(tokens_case("schedule", target, base | {"schedule": direction}))
         for every in (5, 10, 15, PAPER_BLOCKS):
-            cases.append(tokens_case("reselection", target, METHODS[name] | {"every": every}))
-    cases.append(tokens_case("importance", target, METHODS["mixed_update_once"] | {"alpha": 0.5}))
+            cases.append(tokens_case("reselection", target, base | {"every": every}))
+    cases += [tokens_case("importance", target, plan) for plan in (METHODS[REFRESH], UNSMOOTHED)]
     for base in ("rotation_mean", "rotation_update_once", "rotation_output"):
         for importance in ("velocity_change", "velocity_change+rotation", "hidden_norm", "random"):
             plan = METHODS[base] | {"importance": importance}

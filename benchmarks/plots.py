@@ -58,6 +58,9 @@ def plot_methods(rows: Sequence[dict[str, str]], path: Path) -> None:
                 ]
                 if mine:
                     _line(axis, mine, name, looks[name])
+            if (count, task) not in points:
+                axis.set_visible(False)
+                continue
             axis.set(
                 title=f"{TASKS[task]}, {count} steps",
                 xlabel="share of the dense FLOPs",
@@ -106,9 +109,12 @@ def plot_study(rows: Sequence[dict[str, str]], group: str, path: Path) -> None:
     panels = sorted(
         {(int(r["steps"]), r["task"]) for r in mine}, key=lambda p: (p[0], p[1] != "t2v")
     )
-    names = sorted({r["setting"] for r in mine})
-    if not names:
+    if not mine:
         return
+    first = {r["setting"]: float(r["psnr_db"]) for r in reversed(mine) if _panel(r) == panels[0]}
+    names = sorted({r["setting"] for r in mine}, key=lambda name: first.get(name, 0.0))
+    # a panel of a few plans says nothing
+    panels = [p for p in panels if sum(_panel(r) == p for r in mine) >= len(names) / 2]
     size = (4.2 * len(panels) + 4.5, 0.27 * len(names) + 1.4)
     figure, axes = plt.subplots(
         1, len(panels), figsize=size, squeeze=False, sharey=True, constrained_layout=True
@@ -116,7 +122,7 @@ def plot_study(rows: Sequence[dict[str, str]], group: str, path: Path) -> None:
     for axis, (steps, task) in zip(axes[0], panels, strict=True):
         for place, name in enumerate(names):
             for row in mine:
-                if (row["setting"], int(row["steps"]), row["task"]) == (name, steps, task):
+                if (row["setting"], *_panel(row)) == (name, steps, task):
                     y, low, high = (float(row[k]) for k in ("psnr_db", "psnr_lo", "psnr_hi"))
                     axis.errorbar(
                         y, place, xerr=[[y - low], [high - y]], fmt="o", color="tab:blue", ms=4
@@ -128,6 +134,10 @@ def plot_study(rows: Sequence[dict[str, str]], group: str, path: Path) -> None:
         axis.margins(x=0.15)
         axis.grid(alpha=0.3)
     _save(figure, path)
+
+
+def _panel(row: dict[str, str]) -> tuple[int, str]:
+    return int(row["steps"]), row["task"]
 
 
 def _save(figure, path: Path) -> None:

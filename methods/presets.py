@@ -22,7 +22,7 @@ REFRESH = {
     "schedule": "constant",
     # one choice for a whole step: more blocks than any Wan has
     "reselect_every": 100,
-    "alpha": 1.0,
+    "alpha": 0.5,
     "importance": "velocity_change+rotation",
     "dropped_kv": "leave",
     "restore": "last_update",

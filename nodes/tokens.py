@@ -54,7 +54,7 @@ CUSTOM_INPUTS = [
     ),
     io.Float.Input(
         "alpha",
-        default=1.0,
+        default=0.5,
         min=0.0,
         max=1.0,
         step=0.05,

@@ -105,7 +105,7 @@ def test_defaults_of_the_node():
     assert {i.id: i.default for i in revealed["custom"]} == {
         "schedule": "constant",
         "importance": "velocity_change+rotation",
-        "alpha": 1.0,
+        "alpha": 0.5,
         "dropped_tokens_get": "last_update",
         "reselect_every": 40,
         "trim_choosing_block": True,
