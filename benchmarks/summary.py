@@ -24,6 +24,7 @@ HEADLINE_HEAD = (
 HEADLINE = {
     "dense": "dense (baseline)",
     "fewer_steps": "dense, fewer steps",
+    "easycache": "step cache (EasyCache)",
     "mag_cache": "step cache (MagCache)",
     "mixed_update_once": "**WanTrim, refresh** (default)",
     "tape": "WanTrim, paper (TAPE)",
