@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 DENSE = Case("methods", "dense", "", 1.0)
 FAST = (8, 1)
 # rows whose shares of the dense FLOPs differ by more are not compared
-FAIR = 0.03
+FAIR = 0.035
 FULL = (32, 2)
 
 
