@@ -159,7 +159,8 @@ def test_refresh_chooses_once_a_step_for_both_prompts():
 
 
 def test_rotation_computes_every_token_within_two_steps():
-    patched = tiny.at_node(tiny.base_model(), "custom", importance="rotation", prune_ratio=0.4)
+    options = {"importance": "rotation", "alpha": 1.0, "prune_ratio": 0.4}
+    patched = tiny.at_node(tiny.base_model(), "custom", **options)
     calls = tiny.watch(patched)
     tiny.ksampler(patched, steps=6)
     first, *kept = [set(call.kept[0][0].tolist()) for call in calls]
