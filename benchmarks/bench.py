@@ -214,10 +214,12 @@ class Bench:
 
     def _items_to_tune_on(self) -> list[Item]:
         """Videos of further prompts; of the same ones where there are no others."""
+        # a quick look may tune roughly, or tuning would be most of its time
+        count = max(1, min(TUNE_ON, self.prompts // 4))
         try:
-            return self.subject.items(self.task, self.prompts + TUNE_ON, 1)[-TUNE_ON:]
+            return self.subject.items(self.task, self.prompts + count, 1)[-count:]
         except ValueError:
-            return self.items[:TUNE_ON]
+            return self.items[:count]
 
 
 def _ratio(seconds: list[float], dense: list[float]) -> float | str:
