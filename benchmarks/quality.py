@@ -169,17 +169,10 @@ def main() -> None:
     if args.fresh:
         for file in args.work.glob(f"dense_*{args.digest}.safetensors"):
             file.unlink()
-    results, todo = {}, []
-    for one in wanted:
-        known = None if args.fresh else read_result(result_path(args, *one))
-        if known is None:
-            todo.append(one)
-        else:
-            results[one] = known
-    log.info("%d cases, %d of them done before", len(wanted), len(results))
+    todo = [o for o in wanted if args.fresh or read_result(result_path(args, *o)) is None]
+    log.info("%d cases, %d of them done before", len(wanted), len(wanted) - len(todo))
     began = time.perf_counter()
     for count, (one, result) in enumerate(_run_all(args, todo), 1):
-        results[one] = result
         left = (time.perf_counter() - began) / count * (len(todo) - count) / 60
         log.info("[%d/%d, %.0f min left] %s", count, len(todo), left, _line(one, result))
     merge_rows(args.results / "quality.csv", paired_rows(_everything(args)))
