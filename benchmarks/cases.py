@@ -165,6 +165,8 @@ def all_cases() -> list[Case]:
             cases.append(tokens_case("schedule", target, base | {"schedule": direction}))
         for every in (5, 10, 15, PAPER_BLOCKS):
             cases.append(tokens_case("reselection", target, base | {"every": every}))
+    for direction in ("falling", "rising"):
+        cases.append(tokens_case("schedule", target, METHODS[REFRESH] | {"schedule": direction}))
     cases += [tokens_case("importance", target, plan) for plan in (METHODS[REFRESH], UNSMOOTHED)]
     for base in ("rotation_mean", "rotation_update_once", "rotation_output"):
         for importance in ("velocity_change", "velocity_change+rotation", "hidden_norm", "random"):
