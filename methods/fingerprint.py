@@ -1,0 +1,85 @@
+"""Which model an artifact was made for: its sizes, and a sample of numbers that no format changes.
+
+The modulation tables of a Wan are parameters that checkpoints keep in high precision and LoRAs
+leave alone, so a sample of them tells models of the same size apart, such as the two experts of
+Wan2.2, and holds for fp8, quantised and patched weights of the same model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+
+# numbers taken of each modulation table
+SAMPLES = 8
+# relative distance up to which two samples are the same model: above what fp8 rounds away
+SAME = 0.04
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Sizes of a Wan transformer, and its sample."""
+
+    dim: int
+    ffn_dim: int
+    num_blocks: int
+    num_heads: int
+    in_channels: int
+    out_channels: int
+    sample: tuple[float, ...] = ()
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
+
+    def to_json(self) -> dict:
+        return asdict(self) | {"sample": [float(f"{value:.6g}") for value in self.sample]}
+
+    @classmethod
+    def from_json(cls, data: object) -> Fingerprint:
+        """Read what `to_json` wrote.
+
+        Raises:
+            ValueError: it is something else.
+        """
+        sizes = ("dim", "ffn_dim", "num_blocks", "num_heads", "in_channels", "out_channels")
+        if not isinstance(data, dict) or not all(type(data.get(n)) is int for n in sizes):
+            raise ValueError(f"model: expected the sizes {', '.join(sizes)}, got {data!r:.200}")
+        sample = data.get("sample", [])
+        if not isinstance(sample, list) or not all(isinstance(x, int | float) for x in sample):
+            raise ValueError("model: expected a list of numbers as its sample")
+        if min(data[name] for name in sizes) < 1 or data["dim"] % data["num_heads"]:
+            raise ValueError(f"model: impossible sizes {data!r:.200}")
+        return cls(*(data[name] for name in sizes), tuple(float(x) for x in sample))
+
+    def describe(self) -> str:
+        return (
+            f"{self.num_blocks} blocks, {self.num_heads} heads, dim {self.dim}, ffn {self.ffn_dim}, "
+            f"{self.in_channels} input channels"
+        )
+
+    def differs(self, other: Fingerprint) -> str | None:
+        """What makes `other` another model than this one, or None."""
+        if self.describe() != other.describe() or self.out_channels != other.out_channels:
+            return f"expected {self.describe()}, got {other.describe()}"
+        mine, theirs = torch.tensor(self.sample), torch.tensor(other.sample)
+        if mine.shape != theirs.shape:
+            return "their samples have different lengths"
+        if len(mine) and float((mine - theirs).norm()) > SAME * float(mine.norm()):
+            return (
+                "the sizes are the same but the weights are not (Wan2.2's two experts look alike: "
+                "was the other one meant?)"
+            )
+        return None
+
+
+def sample_modulation(tables: Sequence[torch.Tensor]) -> tuple[float, ...]:
+    """Evenly spaced numbers of each modulation table, as `Fingerprint.sample`."""
+    numbers = []
+    for table in tables:
+        flat = table.detach().float().flatten()
+        index = torch.linspace(0, len(flat) - 1, SAMPLES, device=flat.device).long()
+        numbers += flat[index].tolist()
+    return tuple(numbers)

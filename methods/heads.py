@@ -1,0 +1,81 @@
+"""What each attention head of each block computes: full attention, a cheap pattern, or nothing.
+
+PARE (arXiv 2605.27336) drops heads. Ours also demotes: a head whose attention stays in its own
+latent frame needs no other keys, and one that looks through time at one place needs only a spatial
+tile of every latent frame.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+FULL, FRAME, OFF = "full", "frame", "off"
+# tiles per side of the picture
+TILES = {"tile2": 2, "tile3": 3, "tile4": 4}
+# the cheap ones, in the order in which a profile lists the mass that they keep
+CHEAP = (FRAME, *TILES)
+PATTERNS = (FULL, *CHEAP, OFF)
+
+
+@dataclass(frozen=True)
+class HeadPlan:
+    """The pattern of every head. Plain data, independent of a run.
+
+    Args:
+        self_attention: name in `PATTERNS` per block and head.
+        cross_attention: FULL or OFF per block and head; text and image part alike.
+    """
+
+    self_attention: tuple[tuple[str, ...], ...]
+    cross_attention: tuple[tuple[str, ...], ...]
+
+    def __post_init__(self):
+        for kind, allowed in (("self_attention", PATTERNS), ("cross_attention", (FULL, OFF))):
+            blocks = getattr(self, kind)
+            unknown = {name for heads in blocks for name in heads} - set(allowed)
+            if unknown:
+                raise ValueError(
+                    f"{kind}: expected {', '.join(allowed)}, got {', '.join(sorted(unknown))}"
+                )
+        if len(self.self_attention) != len(self.cross_attention):
+            raise ValueError(
+                f"expected as many blocks in cross_attention as in self_attention, got "
+                f"{len(self.cross_attention)} and {len(self.self_attention)}"
+            )
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.self_attention)
+
+    @property
+    def neutral(self) -> bool:
+        return not any(self.changes(index) for index in range(self.num_blocks))
+
+    def changes(self, block_index: int) -> bool:
+        """Whether any head of this block does less than full attention."""
+        heads = (*self.self_attention[block_index], *self.cross_attention[block_index])
+        return any(name != FULL for name in heads)
+
+    def count(self, pattern: str) -> int:
+        """Self-attention heads of this pattern in the whole model."""
+        return sum(heads.count(pattern) for heads in self.self_attention)
+
+    @classmethod
+    def full(cls, num_blocks: int, num_heads: int) -> HeadPlan:
+        heads = ((FULL,) * num_heads,) * num_blocks
+        return cls(heads, heads)
+
+    @classmethod
+    def keeping(
+        cls, num_heads: int, self_kept: Sequence[Sequence[int]], cross_kept: Sequence[Sequence[int]]
+    ) -> HeadPlan:
+        """Drop every head that is not among those kept, per block."""
+
+        def patterns(blocks):
+            return tuple(
+                tuple(FULL if head in set(kept) else OFF for head in range(num_heads))
+                for kept in blocks
+            )
+
+        return cls(patterns(self_kept), patterns(cross_kept))

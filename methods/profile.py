@@ -1,0 +1,182 @@
+"""What was measured about a model while it sampled (PARE, arXiv 2605.27336, section 3.2).
+
+Sums over model calls, so that runs can be merged by adding them. A call is one sample of the
+conditional prompt at one sigma.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from .fingerprint import Fingerprint
+from .heads import CHEAP
+
+FORMAT = "wantrim_profile/1"
+KEY = "wantrim_profile"
+BINS = 10
+# measurements that are kept per sigma bin
+PER_BIN = ("mass", "self_output", "cross_output", "residual", "hidden")
+
+
+def timestep_weight(sigma: float) -> float:
+    """w(t) of eq. 3, for t/T = sigma."""
+    return math.log1p(sigma)
+
+
+def sigma_bin(sigma: float) -> int:
+    """Which of BINS equal parts of 0..1 a sigma falls into."""
+    return min(BINS - 1, max(0, int(sigma * BINS)))
+
+
+def layout(model: Fingerprint) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor in a profile.
+
+    t sigma bins, l blocks, n heads, d head_dim, p patterns of `CHEAP`, c FFN channels.
+
+    count [t]: calls. mass [t, l, n, p]: attention mass that each cheap pattern keeps; the first is
+    the intra-slice ratio (eq. 4). self_output, cross_output [t, l, n]: w(t) times the root mean
+    square of a head's output (eq. 3, before the output projection's norm). self_mean, cross_mean
+    [l, n, d]: a head's mean output. residual, hidden [t, l]: root mean square of what a block adds,
+    and of what it gets. q_share, k_share, cross_q_share, cross_k_share [l, n, n]: second moments of
+    the heads' shares in a token's energy before the norm over all heads, and k_img_share likewise.
+    channel_energy [l, c]: mean square of each FFN channel after its activation.
+
+    Of the weights, not summed: self_o_norm, cross_o_norm [l, n]: norm of the output projection's
+    columns of a head (eq. 3). channel_norm [l, c]: FFN score (eq. 6).
+    """
+    t, l, n, c = BINS, model.num_blocks, model.num_heads, model.ffn_dim
+    d = model.head_dim
+    shares = ("q_share", "k_share", "cross_q_share", "cross_k_share", "k_img_share")
+    return {
+        "count": (t,),
+        "mass": (t, l, n, len(CHEAP)),
+        "self_output": (t, l, n),
+        "cross_output": (t, l, n),
+        "self_mean": (l, n, d),
+        "cross_mean": (l, n, d),
+        "residual": (t, l),
+        "hidden": (t, l),
+        **dict.fromkeys(shares, (l, n, n)),
+        "channel_energy": (l, c),
+        **of_weights(model),
+    }
+
+
+def of_weights(model: Fingerprint) -> dict[str, tuple[int, ...]]:
+    """The part of the layout that only depends on the weights."""
+    l, n, c = model.num_blocks, model.num_heads, model.ffn_dim
+    return {"self_o_norm": (l, n), "cross_o_norm": (l, n), "channel_norm": (l, c)}
+
+
+@dataclass
+class Profile:
+    """Sums of the measurements in `layout`, fp32 on the CPU.
+
+    Args:
+        runs: what was sampled: grid (f, h, w), sigmas and calls of every run.
+    """
+
+    model: Fingerprint
+    tensors: dict[str, torch.Tensor]
+    runs: list[dict] = field(default_factory=list)
+
+    @classmethod
+    def empty(cls, model: Fingerprint) -> Profile:
+        return cls(model, {name: torch.zeros(shape) for name, shape in layout(model).items()})
+
+    @property
+    def calls(self) -> int:
+        return round(float(self.tensors["count"].sum()))
+
+    def mean(self, name: str) -> torch.Tensor:
+        """A measurement per call; per sigma bin [t, ...] where the layout has bins."""
+        total = self.tensors[name]
+        if name in PER_BIN:
+            count = self.tensors["count"].view(-1, *[1] * (total.ndim - 1))
+            return total / count.clamp(min=1)
+        return total / max(1, self.calls)
+
+    def mass(self) -> torch.Tensor:
+        """Attention mass that each pattern of `CHEAP` keeps, mean over all calls [l, n, p]."""
+        return self.tensors["mass"].sum(0) / max(1, self.calls)
+
+    def ratio(self) -> torch.Tensor:
+        """Intra-slice ratio of each head (eq. 4), mean over all calls [l, n]."""
+        return self.mass()[..., 0]
+
+    def importance(self, kind: str = "self") -> torch.Tensor:
+        """Head importance (eq. 3) of "self" or "cross" attention [l, n]."""
+        output = self.tensors[f"{kind}_output"].sum(0) / max(1, self.calls)
+        return output * self.tensors[f"{kind}_o_norm"]
+
+    def merged(self, other: Profile) -> Profile:
+        """Both together.
+
+        Raises:
+            ValueError: they are of different models.
+        """
+        reason = self.model.differs(other.model)
+        if reason is not None:
+            raise ValueError(f"profile: cannot merge profiles of two models: {reason}")
+        fixed = of_weights(self.model)
+        tensors = {
+            name: other.tensors[name] if name in fixed else value + other.tensors[name]
+            for name, value in self.tensors.items()
+        }
+        return Profile(self.model, tensors, self.runs + other.runs)
+
+    def save(self, path: Path, package: str = "") -> None:
+        """Write it whole or not at all."""
+        header = {
+            "format": FORMAT,
+            "model": self.model.to_json(),
+            "runs": self.runs,
+            "package": package,
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        tensors = {name: value.contiguous() for name, value in self.tensors.items()}
+        save_file(tensors, partial, {KEY: json.dumps(header)})
+        partial.replace(path)
+
+
+def load_profile(path: Path) -> Profile:
+    """Read a profile.
+
+    Raises:
+        ValueError: the file is damaged or something else, in an artist's words.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            header = json.loads((file.metadata() or {}).get(KEY, "null"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (OSError, SafetensorError, ValueError) as error:
+        raise ValueError(
+            f"{path.name}: expected a WanTrim profile, got a file that cannot be read ({error}). "
+            "Make it again with WanTrim Profile."
+        ) from error
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        came = header.get("format") if isinstance(header, dict) else "no profile header"
+        raise ValueError(
+            f"{path.name}: expected a WanTrim profile ({FORMAT}), got {came}. Choose a file that "
+            "WanTrim Save Profile wrote, or update WanTrim."
+        )
+    try:
+        model = Fingerprint.from_json(header.get("model"))
+    except ValueError as error:
+        raise ValueError(f"{path.name}: {error}") from error
+    for name, shape in layout(model).items():
+        came = tuple(tensors[name].shape) if name in tensors else "nothing"
+        if came != shape:
+            raise ValueError(f"{path.name}: {name}: expected {shape}, got {came}: damaged file")
+        if not torch.isfinite(tensors[name]).all():
+            raise ValueError(f"{path.name}: {name} holds values that are not finite: damaged file")
+    runs = header.get("runs") if isinstance(header.get("runs"), list) else []
+    return Profile(model, {name: tensors[name].float() for name in layout(model)}, runs)
