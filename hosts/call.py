@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from ..methods.attend import Layout
 from ..methods.grid import TokenGrid, gather_tokens, scatter_tokens
 from ..methods.importance import Evidence, attention_received, key_size, parts
 from ..methods.restore import FROM_KEPT, frame_of, frame_weights, nearest_kept
 from ..methods.tokens import Selection, TokenPlan, select_tokens
+from .heads import BlockHeads
 
 if TYPE_CHECKING:
     from .past import Key
@@ -50,7 +52,7 @@ class ModelCall:
         prompts: Hashable = None,
     ):
         self.mixed = mixed
-        self.plan: TokenPlan = session.plan.tokens
+        self.plan: TokenPlan | None = session.plan.tokens
         self.report = session.report
         self.decision: Decision = session.decision
         self.past = self.decision.past
@@ -67,14 +69,47 @@ class ModelCall:
         self.decision.passes[again] += 1
         self.identity = (*again, self.decision.passes[again])
         self._stretch: _Stretch | None = None
+        self._groups = session.heads
+        self._whole_layouts = session.layouts
+        self._layouts: dict[int, tuple[Selection, Layout]] = {}
 
     @property
     def trims(self) -> bool:
-        """False when this step keeps everything: then the host's model runs untouched."""
+        """False when this step does everything: then the host's model runs untouched."""
+        return self.trims_tokens or self._groups is not None
+
+    @property
+    def trims_tokens(self) -> bool:
         return not self.mixed and self.decision.budget < self.grid.per_frame
+
+    def heads(self, block_index: int, length: int) -> BlockHeads | None:
+        """The block's heads, or None when all of them run as the model has them.
+
+        Args:
+            length: tokens of the whole sequence.
+        """
+        groups = self._groups[block_index] if self._groups is not None else None
+        if groups is None:
+            return None
+        return BlockHeads(*groups, lambda kept, others: self._layout(length, kept, others))
+
+    def _layout(
+        self, length: int, kept: torch.Tensor | None, others: torch.Tensor | None
+    ) -> Layout:
+        if kept is None:
+            return self._whole_layouts.setdefault((self.grid, length), Layout(self.grid, length))
+        # the selection is held, so that its id stays its own
+        known = self._layouts.get(id(self.current))
+        if known is None:
+            layout = Layout(self.grid, length, kept, self.current.per_frame, others)
+            known = self._layouts[id(self.current)] = (self.current, layout)
+        return known[1]
 
     def block(self, block_index: int, call: BlockCall) -> torch.Tensor:
         """Run one block; the result is always the full-length hidden state [b, s, c]."""
+        if not self.trims_tokens:
+            self._record(None)
+            return call.run()
         if self.plan.trim_reselecting:
             if self.plan.reselects(block_index):
                 self._choose(block_index, Evidence(self.grid, self._decider(call.hidden)))

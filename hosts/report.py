@@ -65,6 +65,8 @@ class Report:
     finished: bool = False
     # of the whole run, also when nothing was trimmed
     seconds: float = 0.0
+    # of the self-attention's query-key pairs, what the heads' patterns leave; None without a plan
+    attention_share: float | None = None
 
     def note(self, text: str) -> None:
         """Say once what did not happen and why."""
@@ -74,6 +76,11 @@ class Report:
     @property
     def kept_share(self) -> float:
         return statistics.fmean(s.kept_share for s in self.steps) if self.steps else 1.0
+
+    def _heads_line(self) -> list[str]:
+        if self.attention_share is None:
+            return []
+        return [f"Self-attention work left by the heads' patterns: {self.attention_share:.1%}."]
 
     def coverage(self) -> torch.Tensor | None:
         """Mean over the steps of the share of blocks that computed each token [f, h, w]."""
@@ -96,6 +103,7 @@ class Report:
             f"{len(self.steps)} steps, {self.seconds:.1f} s in all, {seconds:.2f} s per step (median).",
             f"Token work done: {self.kept_share:.1%} of block x token "
             "(an untouched model does 100%; time falls less than work on small videos).",
+            *self._heads_line(),
             "",
             # before the table: a long run would push them out of sight
             *remarks,

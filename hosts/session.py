@@ -13,10 +13,13 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ..methods.attend import Layout
 from ..methods.grid import TokenGrid
+from ..methods.heads import OFF, PATTERNS, HeadPlan
 from ..methods.importance import parts
 from ..methods.tokens import Selection, TokenPlan
 from .call import ModelCall
+from .heads import attention_share, head_groups
 from .past import Past
 from .report import Report, Step
 
@@ -28,26 +31,47 @@ class TrimPlan:
     """All that we decided to trim. None leaves that part of the model alone."""
 
     tokens: TokenPlan | None = None
+    heads: HeadPlan | None = None
+
+    @property
+    def trims_tokens(self) -> bool:
+        return self.tokens is not None and self.tokens.schedule.keep_ratio < 1.0
+
+    @property
+    def trims_heads(self) -> bool:
+        return self.heads is not None and not self.heads.neutral
 
     @property
     def neutral(self) -> bool:
-        return self.tokens is None or self.tokens.schedule.keep_ratio == 1.0
+        return not self.trims_tokens and not self.trims_heads
 
     def describe(self) -> str:
-        if self.neutral:
-            return "nothing trimmed"
-        t = self.tokens
-        text = (
-            f"{1 - t.schedule.keep_ratio:.0%} of the tokens dropped ({t.schedule.direction}, "
-            f"importance {t.importance}, reselected every {t.reselect_every} blocks"
-        )
-        if t.trim_reselecting:
-            text += ", the choosing block trimmed too"
-        if t.restore != "identity":
-            text += f", dropped tokens get their {t.restore.replace('_', ' ')}"
-        if t.remembers:
-            text += ", after a first step on all tokens"
-        return text + (", keys and values kept)" if t.dropped_kv == "keep" else ")")
+        parts = []
+        if self.trims_tokens:
+            parts.append(_describe_tokens(self.tokens))
+        if self.trims_heads:
+            parts.append(_describe_heads(self.heads))
+        return "; ".join(parts) or "nothing trimmed"
+
+
+def _describe_tokens(t: TokenPlan) -> str:
+    text = (
+        f"{1 - t.schedule.keep_ratio:.0%} of the tokens dropped ({t.schedule.direction}, "
+        f"importance {t.importance}, reselected every {t.reselect_every} blocks"
+    )
+    if t.trim_reselecting:
+        text += ", the choosing block trimmed too"
+    if t.restore != "identity":
+        text += f", dropped tokens get their {t.restore.replace('_', ' ')}"
+    if t.remembers:
+        text += ", after a first step on all tokens"
+    return text + (", keys and values kept)" if t.dropped_kv == "keep" else ")")
+
+
+def _describe_heads(plan: HeadPlan) -> str:
+    counts = ", ".join(f"{plan.count(name)} {name}" for name in PATTERNS if plan.count(name))
+    cross = sum(heads.count(OFF) for heads in plan.cross_attention)
+    return f"heads {counts}" + (f", {cross} cross-attention heads off" if cross else "")
 
 
 @dataclass
@@ -92,6 +116,9 @@ class Session:
         self.pasts: dict[Hashable, Past] = {}
         # sigma of the first step that leaves tokens out
         self.first_trimmed: float | None = None
+        self.heads = head_groups(plan.heads) if plan.trims_heads else None
+        # of whole sequences, by grid and length
+        self.layouts: dict[tuple[TokenGrid, int], Layout] = {}
         self._began = 0.0
         self._started = time.perf_counter()
 
@@ -128,7 +155,7 @@ class Session:
             )
         chunks = latent.chunk(len(cond_or_uncond))
         mixed = not all(_equal(chunks[0], chunk) for chunk in chunks[1:])
-        if mixed:
+        if mixed and self.plan.trims_tokens:
             self.report.note(
                 "prompts of different areas of the picture came in one model call: all tokens were "
                 "computed there"
@@ -144,18 +171,22 @@ class Session:
         if not same:
             self._close_step(now)
             self._began = now
-            tokens = self.plan.tokens
-            step = Step(sigma, progress, tokens.keep_at(progress), grid, num_blocks)
+            keep_ratio, budget = 1.0, grid.per_frame
+            if self.plan.trims_tokens:
+                keep_ratio = self.plan.tokens.keep_at(progress)
+                budget = self.plan.tokens.budget(progress, grid)
+            step = Step(sigma, progress, keep_ratio, grid, num_blocks)
             self.report.steps.append(step)
-            budget = tokens.budget(progress, grid)
+            if self.plan.trims_heads and self.report.attention_share is None:
+                self.report.attention_share = attention_share(self.plan.heads, grid)
             latent = latent.detach().clone()
-            if budget < grid.per_frame and self.first_trimmed is None:
+            trimmed = budget < grid.per_frame
+            if trimmed and self.first_trimmed is None:
                 self.first_trimmed = sigma
             past = self._past(window, last and last.sigma, sigma)
-            trimmed = budget < grid.per_frame
             change = past.see(sigma, latent, grid, patch_frames, trimmed)
             self.decision = Decision(sigma, latent, budget, step, past, change)
-            if not cond:
+            if not cond and self.plan.trims_tokens:
                 self.report.note(
                     "the unconditional prompt came first in a step and decided which tokens stay"
                 )
@@ -166,14 +197,15 @@ class Session:
         """Close the run and drop everything that it held."""
         now = time.perf_counter()
         self._close_step(now)
-        if self.plan.tokens is not None and self.first_trimmed is not None:
+        if self.first_trimmed is not None:
             self._note_unknown_change()
         for past in self.pasts.values():
             past.clear()
         self.pasts.clear()
         self.report.seconds = now - self._started
         self.report.finished = completed
-        if self.report.steps and self.report.kept_share == 1.0:
+        self.layouts.clear()
+        if self.plan.trims_tokens and self.report.steps and self.report.kept_share == 1.0:
             self.report.note(
                 "no token was left out in any step. Reasons can be: a run of one step (the first "
                 "one computes what later ones repeat), reselect_every 1, all steps "
@@ -203,7 +235,7 @@ class Session:
             return
         step = self.decision.step
         step.seconds = now - self._began
-        trims = self.decision.budget < step.grid.per_frame
+        trims = self.plan.trims_heads or self.decision.budget < step.grid.per_frame
         step.record(self.decision.ran, nothing_ran=trims and not self.decision.ran)
         if step.kept_share == 0:
             self.report.note("the model's blocks did not run in some steps: another node's cache")

@@ -121,11 +121,13 @@ class Selection:
         index: int64 [b, kept], ascending positions in the whole sequence; tokens outside the grid
             and anchored latent frames are always among them.
         length: tokens in the whole sequence.
+        per_frame: how many tokens each latent frame keeps.
         extra: what `restore` worked out from this choice, for the blocks that follow.
     """
 
     index: torch.Tensor
     length: int
+    per_frame: tuple[int, ...]
     dropped: torch.Tensor = field(init=False)
     extra: dict[str, torch.Tensor] = field(default_factory=dict)
 
@@ -137,7 +139,9 @@ class Selection:
         dropped = self.dropped - old.start
         # rows drop equally many tokens of every latent frame, in order
         dropped = dropped[:, : int((dropped[0] < new.tokens).sum())] + new.start
-        return Selection(other_positions(dropped, length), length)
+        added = (new.per_frame,) * max(0, new.frames - old.frames)
+        per_frame = (*self.per_frame[: new.frames], *added)
+        return Selection(other_positions(dropped, length), length, per_frame)
 
     def rows(self, repeats: int) -> torch.Tensor:
         """Kept index for `repeats` chunks of the same samples, as cond and uncond are batched."""
@@ -160,8 +164,11 @@ def select_tokens(
     scores = score(plan.importance, evidence)
     position = smooth_select(scores, budget, plan.alpha)
     keep = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, position, True)
+    per_frame = [budget] * grid.frames
     if anchored is not None and plan.anchor:
         keep |= anchored.to(device).view(1, -1, 1)
+        whole = anchored.tolist()
+        per_frame = [grid.per_frame if given else budget for given in whole]
     mask = torch.ones(len(keep), length, dtype=torch.bool, device=device)
     mask[:, grid.start : grid.start + grid.tokens] = keep.flatten(1)
-    return Selection(positions(mask), length)
+    return Selection(positions(mask), length, tuple(per_frame))

@@ -93,7 +93,7 @@ def report_of(kept: list[int], frames=2) -> Report:
     grid = TokenGrid(frames, 3, 4)
     index = torch.cat([torch.tensor(kept) + 12 * f for f in range(frames)])[None]
     step = Step(0.9, 0.1, 0.5, grid, 4, calls=1, seconds=0.5)
-    step.record([None, Selection(index, grid.tokens)])
+    step.record([None, Selection(index, grid.tokens, (len(kept),) * frames)])
     return Report("Wan", [step], planned="half", finished=True)
 
 

@@ -10,6 +10,7 @@ from diffusers.hooks import HookRegistry, ModelHook
 
 from ...methods.grid import TokenGrid
 from ...methods.schedule import progress_at
+from ..heads import check_heads
 from ..report import Report
 from ..session import COND, ModelCall, Session, TrimPlan, check_latent
 from .blocks import Block
@@ -66,13 +67,15 @@ def attach(
         shift: the scheduler's flow shift, to place a sigma in the run.
 
     Raises:
-        ValueError: the model is not a WanTransformer3DModel.
+        ValueError: the model is not a WanTransformer3DModel, or has other heads than the plan.
     """
     if type(model) is not WanTransformer3DModel:
         raise ValueError(
             f"model: expected diffusers' WanTransformer3DModel, got {type(model).__name__}: "
             "WanTrim cannot drop tokens there"
         )
+    if plan.trims_heads:
+        check_heads(plan.heads, len(model.blocks), model.config.num_attention_heads)
     attachment = Attachment(model, plan, cond_or_uncond, shift)
     attachment.detach()
     if not plan.neutral:
@@ -123,7 +126,8 @@ class _BlockHook(ModelHook):
         call = self.attachment.call
         if call is None:
             return forward(hidden_states, encoder_hidden_states, temb, rotary_emb)
-        block = Block(forward, hidden_states, encoder_hidden_states, temb, rotary_emb)
+        heads = call.heads(self.index, hidden_states.shape[1])
+        block = Block(forward, hidden_states, encoder_hidden_states, temb, rotary_emb, heads)
         return call.block(self.index, block)
 
 

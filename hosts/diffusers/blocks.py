@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from diffusers import WanTransformer3DModel
@@ -11,36 +11,48 @@ from diffusers.hooks import HookRegistry, ModelHook
 from torch.overrides import TorchFunctionMode
 
 from ...methods.grid import gather_tokens
+from ..heads import BlockHeads
 
 
 class Block:
     """A WanTransformerBlock's original forward with its inputs, as the session runs it."""
 
-    def __init__(self, forward, hidden, text, temb, rotary):
+    def __init__(self, forward, hidden, text, temb, rotary, heads: BlockHeads | None = None):
         self.forward, self.hidden, self.text = forward, hidden, text
-        self.temb, self.rotary = temb, rotary
+        self.temb, self.rotary, self.heads = temb, rotary, heads
 
     def run(self) -> torch.Tensor:
-        return self.forward(self.hidden, self.text, self.temb, self.rotary)
+        with self._tap():
+            return self._forward()
 
     def run_watched(self, look) -> torch.Tensor:
-        with _FirstAttention(look) as tap:
-            out = self.run()
+        with self._tap(look=look) as tap:
+            out = self._forward()
         tap.require_seen()
         return out
 
     def run_subset(self, index, others):
         extra = None
         if others is not None:
-            probe = _FirstAttention(stop=True)
+            probe = AttentionTap(stop=True)
             try:
                 with probe:
                     self._on(others)
             except _Stopped:
                 extra = (probe.k, probe.v)
             probe.require_seen()
-        with _FirstAttention(extra=extra):
+        with self._tap(index, others, extra=extra):
             return self._on(index)
+
+    def _tap(self, index=None, others=None, **options):
+        if self.heads is not None:
+            options["heads"] = self.heads
+            options["layout"] = self.heads.layout(index, others)
+        wanted = any(option is not None for option in options.values())
+        return AttentionTap(**options) if wanted else nullcontext()
+
+    def _forward(self) -> torch.Tensor:
+        return self.forward(self.hidden, self.text, self.temb, self.rotary)
 
     def _on(self, index):
         # per-token modulation [b, s, 6, c] only for TI2V
@@ -53,20 +65,22 @@ class _Stopped(Exception):
     """The probe has what it wanted."""
 
 
-class _FirstAttention(TorchFunctionMode):
-    """Sees the block's self-attention, its first call with as many keys as queries.
+class AttentionTap(TorchFunctionMode):
+    """Sees a block's attention calls; self-attention is the first, with as many keys as queries.
 
     q, k, v are [b, n, s, d] there.
 
     Args:
-        look: called with q and k [b, s, n, d].
+        look: called with self-attention's q and k [b, s, n, d].
         extra: keys and values to append to the call's own.
         stop: leave the block by `_Stopped` before the attention is computed.
+        heads: what each head computes; needs self-attention's layout.
     """
 
-    def __init__(self, look=None, extra=None, stop: bool = False):
+    def __init__(self, look=None, extra=None, stop: bool = False, heads=None, layout=None):
         super().__init__()
         self.look, self.extra, self.stop = look, extra, stop
+        self.heads, self.layout = heads, layout
         self.seen = False
         # of the call that `stop` left
         self.k = self.v = None
@@ -80,14 +94,14 @@ class _FirstAttention(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is torch.nn.functional.scaled_dot_product_attention and not self.seen:
-            names = ("query", "key", "value")
-            bound = {**dict(zip(names, args, strict=False)), **kwargs}
-            q, k, v = (bound[name] for name in names)
-            if q.shape[2] != k.shape[2]:
-                # cross-attention: self-attention went another way
-                return func(*args, **kwargs)
-            self.seen = True
+        if func is not torch.nn.functional.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        names = ("query", "key", "value")
+        bound = {**dict(zip(names, args, strict=False)), **kwargs}
+        q, k, v = (bound[name] for name in names)
+        layout = None
+        if not self.seen and q.shape[2] == k.shape[2]:
+            self.seen, layout = True, self.layout
             if self.look is not None:
                 self.look(q.transpose(1, 2), k.transpose(1, 2))
             if self.stop:
@@ -96,8 +110,16 @@ class _FirstAttention(TorchFunctionMode):
             if self.extra is not None:
                 k = torch.cat([k, self.extra[0]], 2)
                 v = torch.cat([v, self.extra[1]], 2)
-                return func(q, k, v, *args[3:], **_without(bound, names))
-        return func(*args, **kwargs)
+        rest, options = args[3:], _without(bound, names)
+        if self.heads is None:
+            return func(q, k, v, *rest, **options)
+
+        def attention(q, k, v):
+            parts = (t.transpose(1, 2) for t in (q, k, v))
+            return func(*parts, *rest, **options).transpose(1, 2)
+
+        parts = (t.transpose(1, 2) for t in (q, k, v))
+        return self.heads.attend(*parts, attention, layout).transpose(1, 2)
 
 
 def _without(kwargs: dict, names) -> dict:

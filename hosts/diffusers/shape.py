@@ -22,4 +22,5 @@ def wan_shape(model: WanTransformer3DModel, text_tokens: int, image_tokens: int 
         freq_dim=config.freq_dim,
         image_tokens=image_tokens,
         image_dim=config.image_dim or 0,
+        head_dim=config.attention_head_dim,
     )

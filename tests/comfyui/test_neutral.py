@@ -34,7 +34,8 @@ class NotEmpty(torch.Tensor):
 def keep_everything(plan, evidence, budget, anchored=None) -> Selection:
     """A choice of all tokens that still goes through gathering, restoring and scattering."""
     batch, length = evidence.before.shape[:2]
-    chosen = Selection(torch.arange(length).expand(batch, -1).contiguous(), length)
+    whole = torch.arange(length).expand(batch, -1).contiguous()
+    chosen = Selection(whole, length, (evidence.grid.per_frame,) * evidence.grid.frames)
     chosen.dropped = chosen.dropped.as_subclass(NotEmpty)
     return chosen
 

@@ -1,0 +1,245 @@
+"""Attention in which each head has its own pattern, through the host's own attention function.
+
+A cheap pattern is a reshape: the tokens that may see each other become a batch of short sequences.
+No kernel and no mask is needed, so every attention backend can run it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+import torch
+
+from .grid import TokenGrid, gather_tokens
+from .heads import FRAME, FULL, OFF, TILES
+
+# q, k, v [b, s, n, d] -> [b, s, n, d], for any number of heads
+Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass
+class Groups:
+    """Grid tokens in groups that attend within themselves.
+
+    Args:
+        order: int64 [b or 1, tokens], positions in the sequence, group after group; None where
+            that is the sequence itself.
+        sizes: tokens in each group.
+    """
+
+    order: torch.Tensor | None
+    sizes: list[int]
+
+
+@dataclass
+class Layout:
+    """Where the tokens of a sequence lie in the video, for one run of a block.
+
+    Args:
+        grid: the whole video.
+        length: tokens of the whole sequence, those outside the grid included.
+        kept: int64 [b, s], ascending positions of the tokens that run; None for all.
+        per_frame: how many of them each latent frame has; None for all.
+        others: int64 [b, m], ascending positions of tokens that are keys and values only, behind
+            the kept ones.
+    """
+
+    grid: TokenGrid
+    length: int
+    kept: torch.Tensor | None = None
+    per_frame: Sequence[int] | None = None
+    others: torch.Tensor | None = None
+    _groups: dict[str, tuple[Groups, Groups | None]] = field(default_factory=dict)
+
+    @property
+    def before(self) -> int:
+        """Tokens in front of the grid: references; they are never dropped."""
+        return self.grid.start
+
+    @property
+    def after(self) -> int:
+        return self.length - self.grid.start - self.grid.tokens
+
+    def counts(self) -> list[int]:
+        """Tokens of each latent frame that run."""
+        whole = [self.grid.per_frame] * self.grid.frames
+        return whole if self.per_frame is None else list(self.per_frame)
+
+    def groups(self, pattern: str, device: torch.device) -> tuple[Groups, Groups | None]:
+        """Groups of the queries, and of the keys that follow behind them."""
+        if pattern not in self._groups:
+            counts = self.counts()
+            own = self._group(pattern, counts, self.kept, self.before, device)
+            rest = None
+            if self.others is not None:
+                left = [self.grid.per_frame - count for count in counts]
+                behind = self.before + sum(counts) + self.after
+                rest = self._group(pattern, left, self.others, 0, device, behind)
+            self._groups[pattern] = own, rest
+        return self._groups[pattern]
+
+    def _group(self, pattern, counts, positions, first, device, offset: int = 0) -> Groups:
+        """`first` skips what lies before the grid in `positions`."""
+        start = offset + first
+        if pattern == FRAME:
+            if start == 0:
+                return Groups(None, counts)
+            return Groups(torch.arange(sum(counts), device=device)[None] + start, counts)
+        tiles = TILES[pattern] ** 2
+        if positions is None:
+            at = torch.arange(self.grid.tokens, device=device)[None]
+        else:
+            at = positions[:, first : first + sum(counts)] - self.grid.start
+        # the tokens of a latent frame in the order of their tile, cut into equal parts: exact tiles
+        # where the picture divides, and as many tokens for each where it does not or some are left out
+        tile = _tile(at % self.grid.per_frame, self.grid, TILES[pattern])
+        frame = torch.repeat_interleave(
+            torch.arange(len(counts), device=device), torch.tensor(counts, device=device)
+        )
+        by_tile = (frame * tiles + tile).argsort(stable=True, dim=1)
+        parts = [_split(count, tiles) for count in counts]
+        group = torch.repeat_interleave(
+            torch.arange(tiles, device=device).repeat(len(counts)),
+            torch.tensor(parts, device=device).flatten(),
+        )
+        order = by_tile.gather(1, group.argsort(stable=True).expand(len(by_tile), -1))
+        return Groups(order + start, [sum(sizes) for sizes in zip(*parts, strict=True)])
+
+
+def _split(count: int, parts: int) -> list[int]:
+    """Sizes of equal parts of `count`, the first ones larger by one where it does not divide."""
+    size, more = divmod(count, parts)
+    return [size + (part < more) for part in range(parts)]
+
+
+def _tile(position: torch.Tensor, grid: TokenGrid, side: int) -> torch.Tensor:
+    """Number of the tile that a position within a latent frame lies in."""
+    row = position // grid.width * side // grid.height
+    return row * side + position % grid.width * side // grid.width
+
+
+def pattern_pairs(pattern: str, grid: TokenGrid, per_frame: Sequence[int] | None = None) -> int:
+    """Query-key pairs that a head of this pattern computes on the grid's tokens."""
+    layout = Layout(grid, grid.start + grid.tokens, per_frame=per_frame)
+    counts = layout.counts()
+    if pattern == OFF:
+        return 0
+    if pattern == FULL:
+        return sum(counts) ** 2
+    if pattern == FRAME:
+        return sum(count**2 for count in counts)
+    parts = [_split(count, TILES[pattern] ** 2) for count in counts]
+    return sum(sum(sizes) ** 2 for sizes in zip(*parts, strict=True))
+
+
+class HeadGroups:
+    """The heads of one attention by pattern.
+
+    Args:
+        patterns: name in `PATTERNS` of every head.
+    """
+
+    def __init__(self, patterns: Sequence[str]):
+        self.patterns = tuple(patterns)
+        self.whole = all(name == FULL for name in self.patterns)
+        self._index: dict[torch.device, dict[str, torch.Tensor]] = {}
+
+    def on(self, device: torch.device) -> dict[str, torch.Tensor]:
+        """Heads of every pattern but OFF."""
+        if device not in self._index:
+            names = sorted(set(self.patterns) - {OFF})
+            self._index[device] = {
+                name: torch.tensor(
+                    [h for h, pattern in enumerate(self.patterns) if pattern == name], device=device
+                )
+                for name in names
+            }
+        return self._index[device]
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        attention: Attention,
+        layout: Layout | None = None,
+    ) -> torch.Tensor:
+        """The attention's output [b, s, n, d]; heads that are off give zeros.
+
+        Args:
+            q, k, v: [b, s, n, d]; keys and values may be more than queries.
+            layout: of self-attention; cross-attention has none and only FULL and OFF.
+        """
+        if self.whole:
+            return attention(q, k, v)
+        if len(self.patterns) != q.shape[2]:
+            raise ValueError(
+                f"heads: expected a plan for {q.shape[2]} heads, got {len(self.patterns)}"
+            )
+        out = torch.zeros_like(q)
+        for name, heads in self.on(q.device).items():
+            some = (t.index_select(2, heads) for t in (q, k, v))
+            part = _within(*some, layout, name, attention) if name != FULL else attention(*some)
+            out.index_copy_(2, heads, part.to(out.dtype))
+        return out
+
+
+def _within(q, k, v, layout: Layout, pattern: str, attention: Attention) -> torch.Tensor:
+    """Every grid token sees its group and what lies outside the grid; that sees everything."""
+    own, rest = layout.groups(pattern, q.device)
+    outside = layout.before + layout.after
+    kept = sum(own.sizes)
+    simple = own.order is None and rest is None and not outside
+    if simple and len(set(own.sizes)) == 1:
+        groups = (t.unflatten(1, (len(own.sizes), -1)).flatten(0, 1) for t in (q, k, v))
+        return attention(*groups).unflatten(0, (len(q), -1)).flatten(1, 2)
+    if own.order is None:
+        own = Groups(torch.arange(kept, device=q.device)[None], own.sizes)
+    out = torch.empty_like(q)
+    if outside:
+        apart = _outside(layout, kept, q.device)
+        out.index_copy_(1, apart, attention(q.index_select(1, apart), k, v))
+        extra = [t.index_select(1, apart) for t in (k, v)]
+    for index, behind, count in _classes(own, rest):
+        keys = index if behind is None else torch.cat([index, behind], -1)
+        parts = [_take(q, index, count), *(_take(t, keys, count) for t in (k, v))]
+        if outside:
+            for at, t in enumerate(extra, 1):
+                shared = t[:, None].expand(-1, count, -1, -1, -1).flatten(0, 1)
+                parts[at] = torch.cat([parts[at], shared], 1)
+        result = attention(*parts).unflatten(0, (len(q), count)).flatten(1, 2)
+        flat = index.flatten(1)[..., None, None].expand(len(q), -1, *result.shape[2:])
+        out.scatter_(1, flat, result)
+    return out
+
+
+def _outside(layout: Layout, kept: int, device: torch.device) -> torch.Tensor:
+    before = torch.arange(layout.before, device=device)
+    return torch.cat([before, torch.arange(layout.after, device=device) + layout.before + kept])
+
+
+def _classes(own: Groups, rest: Groups | None):
+    """Yield groups of one size: query and further key positions [b, groups, size], their number."""
+    more = rest.sizes if rest is not None else [0] * len(own.sizes)
+    for sizes in sorted(set(zip(own.sizes, more, strict=True)), reverse=True):
+        members = [i for i, both in enumerate(zip(own.sizes, more, strict=True)) if both == sizes]
+        if not sizes[0]:
+            continue
+        index = _members(own, members)
+        yield index, _members(rest, members) if sizes[1] else None, len(members)
+
+
+def _members(groups: Groups, members: list[int]) -> torch.Tensor:
+    starts = [0, *accumulate(groups.sizes)]
+    parts = [groups.order[:, starts[i] : starts[i + 1]] for i in members]
+    return torch.stack(parts, 1)
+
+
+def _take(tensor: torch.Tensor, index: torch.Tensor, count: int) -> torch.Tensor:
+    """[b, s, n, d] at positions [b or 1, groups, size] -> [b * groups, size, n, d]."""
+    flat = index.flatten(1)
+    if len(flat) != len(tensor):
+        return tensor.index_select(1, flat[0]).unflatten(1, (count, -1)).flatten(0, 1)
+    return gather_tokens(tensor, flat).unflatten(1, (count, -1)).flatten(0, 1)
