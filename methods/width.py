@@ -1,9 +1,35 @@
-"""A width: which heads and FFN channels a slim model keeps. The rules that choose it are PARE's
-(arXiv 2605.27336, eq. 3 to 7) and ours."""
+"""A width: which heads and FFN channels a slim model keeps, by PARE's rules.
+
+PARE: arXiv 2605.27336, section 3.2, eq. 3 to 7.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+import torch
+
+from .profile import PER_BIN, Profile
+from .roles import TEMPORAL
+
+# PARE's smallest number of heads, of how many
+MINIMUM, PAPER_HEADS = 8, 40
+# how a head is scored: eq. 3 and 5; eq. 3 alone; the weights alone
+HEAD_RULES = ("role_aware", "uniform", "magnitude")
+# FFN widths are multiples of this; in an FFN of less than SMALL channels, of the second
+MULTIPLE, SMALL_MULTIPLE, SMALL = 128, 16, 1024
+# cosine from which two channels are alike, and how it is relaxed; not stated in the paper
+TAU, RELAX = 0.9, 0.02
+# channels compared at once: 2 x 1024 signatures of a 14B in fp32 are 84 MB
+CHUNK = 1024
+
+# measurements that a recording may lack
+WHAT = {"cross_output": "the cross-attention heads", "channel_energy": "the FFN channels"}
+
+# [c, 2 * dim] of a block: rows of W_up beside columns of W_down
+Signature = Callable[[int], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -18,3 +44,240 @@ class Width:
     self_heads: tuple[tuple[int, ...], ...]
     cross_heads: tuple[tuple[int, ...], ...]
     ffn_channels: tuple[tuple[int, ...], ...]
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.self_heads)
+
+    def sizes(self, block_index: int) -> tuple[int, int, int]:
+        """Self-attention heads, cross-attention heads and FFN channels of a block."""
+        parts = (self.self_heads, self.cross_heads, self.ffn_channels)
+        return tuple(len(part[block_index]) for part in parts)
+
+
+def check_ratio(prune_ratio: float) -> None:
+    """Refuse a share that is not one.
+
+    Raises:
+        ValueError: says what was expected.
+    """
+    if not 0.0 <= prune_ratio < 1.0:
+        raise ValueError(
+            f"prune_ratio: expected 0 (keep all) to less than 1 (keep none), got {prune_ratio}"
+        )
+
+
+def check_recorded(profile: Profile, *needed: str) -> None:
+    """Refuse a profile in which nothing was measured, or not what is needed.
+
+    Args:
+        needed: of "cross_output" and "channel_energy", which a recording may lack.
+
+    Raises:
+        ValueError: says what to do.
+    """
+    if not profile.calls:
+        raise ValueError(
+            "profile: expected one with at least one recorded step, got an empty one. Sample a "
+            "video with WanTrim Profile on the model first."
+        )
+    for name in needed:
+        total = profile.tensors[name]
+        total = total.sum(0) if name in PER_BIN else total
+        missing = [block for block, one in enumerate(total) if not one.any()]
+        if missing:
+            raise ValueError(
+                f"profile: {WHAT[name]} of {len(missing)} of {len(total)} blocks (first: block "
+                f"{missing[0]}) could not be recorded, so nothing is known of them. Record the "
+                "profile again without the node or the weight format that its notes name."
+            )
+
+
+def kept_count(num_heads: int, prune_ratio: float, minimum: int = MINIMUM) -> int:
+    """K = max(8, ceil(H(1-p))); the 8 is of 40 heads, so a model with fewer heads keeps its share.
+
+    Raises:
+        ValueError: prune_ratio is not a share.
+    """
+    check_ratio(prune_ratio)
+    least = min(minimum, math.ceil(minimum * num_heads / PAPER_HEADS))
+    return max(least, _ceil(num_heads * (1 - prune_ratio)))
+
+
+def ffn_multiple(ffn_dim: int) -> int:
+    """What an FFN's width is a multiple of: 128, or 16 in a model too small for that."""
+    return MULTIPLE if ffn_dim >= SMALL else SMALL_MULTIPLE
+
+
+def ffn_count(ffn_dim: int, prune_ratio: float) -> int:
+    """FFN channels that stay: rounded up to a multiple, never more than there are.
+
+    Raises:
+        ValueError: prune_ratio is not a share.
+    """
+    check_ratio(prune_ratio)
+    multiple = ffn_multiple(ffn_dim)
+    return min(ffn_dim, multiple * _ceil(ffn_dim * (1 - prune_ratio) / multiple))
+
+
+def _ceil(value: float) -> int:
+    # 40 * (1 - 0.7) is a little more than 12
+    return math.ceil(value - 1e-9)
+
+
+def protected(profile: Profile, protection: float = 1.5) -> torch.Tensor:
+    """Importance of self-attention heads, that of temporal heads times `protection` (eq. 5)."""
+    factor = torch.where(profile.ratio() < TEMPORAL, protection, 1.0)
+    return profile.importance("self") * factor
+
+
+def head_scores(
+    profile: Profile, kind: str = "self", rule: str = "role_aware", protection: float = 1.5
+) -> torch.Tensor:
+    """Score of each head of "self" or "cross" attention [l, n] by a name in `HEAD_RULES`.
+
+    Raises:
+        ValueError: there is no such rule.
+    """
+    if rule not in HEAD_RULES:
+        raise ValueError(f"rule: expected one of {', '.join(HEAD_RULES)}, got {rule!r}")
+    if rule == "magnitude":
+        return profile.tensors[f"{kind}_o_norm"]
+    if rule == "role_aware" and kind == "self":
+        return protected(profile, protection)
+    return profile.importance(kind)
+
+
+def top(scores: torch.Tensor, count: int) -> tuple[int, ...]:
+    """Ascending positions of the `count` highest of `scores` [n]; of equals the first."""
+    return tuple(sorted(scores.argsort(descending=True, stable=True)[:count].tolist()))
+
+
+def pare_heads(
+    profile: Profile,
+    prune_ratio: float = 0.3,
+    protection: float = 1.5,
+    minimum: int = MINIMUM,
+    *,
+    kind: str = "self",
+    rule: str = "role_aware",
+) -> tuple[tuple[int, ...], ...]:
+    """Heads that each block keeps (section 3.2): equally many in every block, each its own best.
+
+    Args:
+        protection: factor on the score of temporal heads; cross-attention has none.
+        minimum: heads that stay of 40.
+        kind: "self" or "cross".
+        rule: name in `HEAD_RULES`; all but "role_aware" are ablations.
+
+    Raises:
+        ValueError: prune_ratio is not a share, no such rule, or the profile lacks a measurement.
+    """
+    uses_outputs = kind == "cross" and rule != "magnitude"
+    check_recorded(profile, *(["cross_output"] if uses_outputs else []))
+    count = kept_count(profile.model.num_heads, prune_ratio, minimum)
+    scores = head_scores(profile, kind, rule, protection)
+    return tuple(top(block, count) for block in scores)
+
+
+def ffn_channels(
+    score: torch.Tensor,
+    signature: torch.Tensor | None,
+    keep: int,
+    tau: float = TAU,
+    relax: float = RELAX,
+) -> tuple[int, ...]:
+    """FFN channels that a block keeps (eq. 7), ascending.
+
+    Greedy from the highest score down; a channel is skipped when it is too much like a kept one.
+    Where that leaves fewer than `keep`, it is done anew with a higher `tau`.
+
+    Args:
+        score: [c].
+        signature: [c, 2 * dim], any float type and device; None keeps the highest scores.
+    """
+    order = score.argsort(descending=True, stable=True)
+    if signature is None or keep >= len(score):
+        return tuple(sorted(order[:keep].tolist()))
+    order = order.to(signature.device)
+    while tau < 1:
+        kept = _unlike(signature, order, keep, tau)
+        if len(kept) == keep:
+            return tuple(sorted(kept.tolist()))
+        tau += relax
+    return tuple(sorted(order[:keep].tolist()))
+
+
+def _unlike(signature: torch.Tensor, order: torch.Tensor, keep: int, tau: float) -> torch.Tensor:
+    """At most `keep` of the channels in `order`, no two of them with a cosine above `tau`."""
+
+    def unit(channels: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.normalize(signature[channels].float(), dim=1)
+
+    kept = order[:0]
+    for some in order.split(CHUNK):
+        mine = unit(some)
+        alike = torch.zeros(len(some), dtype=torch.bool, device=some.device)
+        for others in kept.split(CHUNK):
+            alike |= (mine @ unit(others).T > tau).any(1)
+        conflicts = (mine @ mine.T > tau).triu(1).cpu()
+        skipped, busy = alike.cpu(), conflicts.any(1).tolist()
+        for i, has in enumerate(busy):
+            if has and not skipped[i]:
+                skipped |= conflicts[i]
+        kept = torch.cat([kept, some[~skipped.to(some.device)]])[:keep]
+        if len(kept) == keep:
+            break
+    return kept
+
+
+def ffn_scores(profile: Profile, by: str = "norm") -> torch.Tensor:
+    """Score of each FFN channel [l, c].
+
+    Args:
+        by: "norm" is eq. 6, from the weights alone; "energy" is ours, the root mean square of what
+            the channel adds to the hidden state while the model samples.
+
+    Raises:
+        ValueError: there is no such score, or the profile lacks its measurement.
+    """
+    if by == "norm":
+        return profile.tensors["channel_norm"]
+    if by == "energy":
+        check_recorded(profile, "channel_energy")
+        return profile.mean("channel_energy").sqrt() * profile.tensors["down_norm"]
+    raise ValueError(f"by: expected norm or energy, got {by!r}")
+
+
+def pare_width(
+    profile: Profile,
+    prune_ratio: float = 0.3,
+    signature: Signature | None = None,
+    *,
+    rule: str = "role_aware",
+    ffn_by: str = "norm",
+) -> Width:
+    """PARE's width: heads by `pare_heads`, channels by `ffn_channels`, alike in every block.
+
+    Args:
+        signature: makes a block's signatures, called once a block; None does not look for
+            channels that are alike.
+        rule: of the heads; a name in `HEAD_RULES`.
+        ffn_by: score of the channels, see `ffn_scores`.
+    """
+    keep = ffn_count(profile.model.ffn_dim, prune_ratio)
+    return Width(
+        pare_heads(profile, prune_ratio, rule=rule),
+        pare_heads(profile, prune_ratio, kind="cross", rule=rule),
+        channels(ffn_scores(profile, ffn_by), [keep] * profile.model.num_blocks, signature),
+    )
+
+
+def channels(
+    scores: torch.Tensor, counts: Sequence[int], signature: Signature | None
+) -> tuple[tuple[int, ...], ...]:
+    """`ffn_channels` of every block: scores [l, c], channels to keep per block."""
+    return tuple(
+        ffn_channels(scores[block], signature and signature(block), keep)
+        for block, keep in enumerate(counts)
+    )

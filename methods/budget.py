@@ -1,0 +1,223 @@
+"""One budget for the whole model: what each head does, or how wide each block is.
+
+PARE (arXiv 2605.27336) keeps equally many heads and channels in every block. Ours spends a budget
+where the profile says that it buys most, and may demote a head to a cheap pattern.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from .attend import pattern_pairs
+from .cost import WanShape, block_flops, block_parameters
+from .grid import TokenGrid
+from .heads import CHEAP, FULL, OFF, HeadPlan
+from .knapsack import BudgetTooSmall, Option, choose
+from .profile import BINS, Profile, timestep_weight
+from .width import (
+    Signature,
+    Width,
+    channels,
+    check_recorded,
+    ffn_multiple,
+    ffn_scores,
+    protected,
+)
+
+TEXT_TOKENS = 512
+
+
+def check_budget(budget: float) -> None:
+    """Refuse a share that is not one.
+
+    Raises:
+        ValueError: says what was expected.
+    """
+    if not 0.0 < budget <= 1.0:
+        raise ValueError(
+            f"budget: expected more than 0 (nothing left) to 1 (all of it), got {budget}"
+        )
+
+
+def solve_heads(
+    profile: Profile,
+    grid: TokenGrid,
+    budget: float,
+    patterns: Sequence[str] = CHEAP,
+    *,
+    demote: bool = True,
+    text_tokens: int = TEXT_TOKENS,
+    image_tokens: int = 0,
+    protection: float = 1.5,
+    power: float = 1.0,
+) -> HeadPlan:
+    """Full, a cheap pattern or off for every head, for the most importance within a budget.
+
+    A head that is off keeps nothing of its importance (eq. 3), one with a cheap pattern the
+    attention mass that the pattern keeps. Temporal heads are protected (eq. 5). Every block keeps
+    at least one self-attention head that is not off.
+
+    Args:
+        grid: of the video that will be made; what a pattern costs depends on it.
+        budget: share of the attention's FLOPs that stays, self- and cross-attention together.
+            Projections are computed in any case.
+        patterns: the cheap ones that may be used.
+        demote: False drops only, as PARE does.
+        text_tokens, image_tokens: keys of cross-attention.
+
+    Raises:
+        ValueError: not a share, too small for a head in every block, or the profile lacks a measurement.
+    """
+    check_budget(budget)
+    check_recorded(profile, "cross_output")
+    blocks, n = profile.model.num_blocks, profile.model.num_heads
+    if budget == 1.0:
+        return HeadPlan.full(blocks, n)
+    names = [OFF, *(name for name in CHEAP if demote and name in patterns), FULL]
+    pairs = [pattern_pairs(name, grid) for name in names]
+    own = _worth(protected(profile, protection), power)
+    values = own[..., None] * (1 - (1 - _retained(profile, names)) ** power)
+    cross_pairs = grid.tokens * (text_tokens + image_tokens)
+    groups: list[list[Option]] = [
+        list(zip(pairs, head, strict=True)) for head in values.flatten(0, 1).tolist()
+    ]
+    for worth in _worth(profile.importance("cross"), power).flatten().tolist():
+        groups.append([(0, 0.0), (cross_pairs, worth)])
+    needed = [range(block * n, (block + 1) * n) for block in range(blocks)]
+    chosen = _spend(groups, budget, needed)
+    own_names = [names[option] for option in chosen[: blocks * n]]
+    cross_names = [FULL if option else OFF for option in chosen[blocks * n :]]
+    return HeadPlan(_rows(own_names, n), _rows(cross_names, n))
+
+
+def attention_share(
+    plan: HeadPlan, grid: TokenGrid, text_tokens: int = TEXT_TOKENS, image_tokens: int = 0
+) -> float:
+    """Share of the attention's FLOPs that a plan computes, as `solve_heads` counts its budget."""
+    own = [name for heads in plan.self_attention for name in heads]
+    cross = [name for heads in plan.cross_attention for name in heads]
+    pairs = {name: pattern_pairs(name, grid) for name in {FULL, *own}}
+    cross_pairs = grid.tokens * (text_tokens + image_tokens)
+    left = sum(pairs[name] for name in own) + cross.count(FULL) * cross_pairs
+    return left / (len(own) * pairs[FULL] + len(cross) * cross_pairs)
+
+
+def solve_width(
+    profile: Profile,
+    budget: float,
+    signature: Signature | None = None,
+    *,
+    grid: TokenGrid | None = None,
+    text_tokens: int = TEXT_TOKENS,
+    image_tokens: int = 0,
+    protection: float = 1.5,
+    power: float = 2.0,
+) -> Width:
+    """Heads and channels of every block, for the most importance within a budget.
+
+    Heads and groups of FFN channels are worth what they add to the hidden state: the norm of it in
+    the root mean square over tokens, for a head by eq. 3 under the assumption that its output
+    points everywhere alike. Contributions count squared, as independent ones add up, so that a
+    group's worth does not depend on how channels are grouped. Every block keeps at least one head
+    of each attention and one group of channels.
+
+    Args:
+        budget: share of what can be cut (heads, FFN channels) that stays.
+        signature: as for `pare_width`; tells channels that are alike.
+        grid: counts FLOPs of a video of this size; None counts parameters.
+        text_tokens, image_tokens: keys of cross-attention.
+
+    Raises:
+        ValueError: not a share, too small for what every block keeps, or the profile lacks a measurement.
+    """
+    check_budget(budget)
+    check_recorded(profile, "cross_output", "channel_energy")
+    model = profile.model
+    blocks, n, multiple = model.num_blocks, model.num_heads, ffn_multiple(model.ffn_dim)
+    shape = WanShape.of(model, text_tokens, image_tokens)
+    head, cross_head, channel = unit_costs(shape, grid)
+    scores = ffn_scores(profile, "energy")
+    weight = _mean_weight(profile)
+    groups: list[list[Option]] = []
+    for importance, cost in (
+        (protected(profile, protection), head),
+        (profile.importance("cross"), cross_head),
+    ):
+        groups += [[(0, 0.0), (cost, one)] for one in _worth(importance, power).flatten().tolist()]
+    steps = [*range(0, model.ffn_dim, multiple), model.ffn_dim]
+    for block in _worth(scores * weight, power):
+        total = block.sort(descending=True).values.cumsum(0).tolist()
+        groups.append([(0, 0.0), *((at * channel, total[at - 1]) for at in steps[1:])])
+    needed = [range(at * n, (at + 1) * n) for at in range(2 * blocks)]
+    needed += [[2 * blocks * n + block] for block in range(blocks)]
+    chosen = _spend(groups, budget, needed)
+    taken = [chosen[at * n : (at + 1) * n] for at in range(2 * blocks)]
+    heads = [tuple(h for h, option in enumerate(options) if option) for options in taken]
+    counts = [steps[option] for option in chosen[2 * blocks * n :]]
+    return Width(tuple(heads[:blocks]), tuple(heads[blocks:]), channels(scores, counts, signature))
+
+
+def unit_costs(shape: WanShape, grid: TokenGrid | None = None) -> tuple[int, int, int]:
+    """What one self-attention head, one cross-attention head and one FFN channel of a block cost.
+
+    Args:
+        grid: FLOPs of a video of this size; None counts parameters.
+    """
+
+    def cost(*sizes: int) -> int:
+        if grid is None:
+            return block_parameters(shape, sizes)
+        return block_flops(shape, grid.tokens, width=sizes)
+
+    none = cost(0, 0, 0)
+    return cost(1, 0, 0) - none, cost(0, 1, 0) - none, cost(0, 0, 1) - none
+
+
+def width_share(width: Width, shape: WanShape, grid: TokenGrid | None = None) -> float:
+    """Share of what can be cut that a width keeps, as `solve_width` counts its budget."""
+    costs = unit_costs(shape, grid)
+    num_heads = shape.dim // shape.head_dim
+    full = (num_heads, num_heads, shape.ffn_dim)
+    kept = [width.sizes(block) for block in range(width.num_blocks)]
+    left = sum(cost * size for sizes in kept for cost, size in zip(costs, sizes, strict=True))
+    return left / (len(kept) * sum(cost * size for cost, size in zip(costs, full, strict=True)))
+
+
+def _worth(contribution: torch.Tensor, power: float) -> torch.Tensor:
+    # never quite nothing: a budget of all keeps all
+    least = max(1e-6 * float(contribution.max()), torch.finfo(torch.float32).tiny)
+    return contribution.clamp(min=least).double() ** power
+
+
+def _retained(profile: Profile, names: Sequence[str]) -> torch.Tensor:
+    """Share of a head's importance that each pattern keeps [l, n, names]."""
+    mass = profile.mass().clamp(0, 1).double()
+    zero, one = torch.zeros_like(mass[..., 0]), torch.ones_like(mass[..., 0])
+    shares = {OFF: zero, FULL: one, **{name: mass[..., p] for p, name in enumerate(CHEAP)}}
+    return torch.stack([shares[name] for name in names], -1)
+
+
+def _mean_weight(profile: Profile) -> float:
+    """Mean of w(t) over the profile's calls, which is in the heads' importance already."""
+    weights = torch.tensor([timestep_weight((t + 0.5) / BINS) for t in range(BINS)])
+    count = profile.tensors["count"]
+    return float((count * weights).sum() / count.sum())
+
+
+def _spend(groups: list[list[Option]], budget: float, needed) -> list[int]:
+    whole = sum(max(cost for cost, _ in options) for options in groups)
+    try:
+        return choose(groups, math.floor(budget * whole + 1e-6), needed)
+    except BudgetTooSmall as error:
+        least = math.ceil(100 * error.least / whole) / 100
+        raise ValueError(
+            f"budget: expected at least {least} here, so that every block keeps something; got "
+            f"{budget}"
+        ) from error
+
+
+def _rows(names: list[str], n: int) -> tuple[tuple[str, ...], ...]:
+    return tuple(tuple(names[at : at + n]) for at in range(0, len(names), n))
