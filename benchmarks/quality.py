@@ -11,7 +11,6 @@ import argparse
 import hashlib
 import logging
 import os
-import subprocess
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import lru_cache
@@ -25,7 +24,7 @@ from .bench import Bench, read_result, write_result
 from .cases import POINTS, REFRESH, STUDY_TARGET, Case, Point, all_cases
 from .metrics import difference
 from .subjects import PROMPTS, Subject, read_prompts, real_subject, toy_subject
-from .table import RESULTS, merge_rows
+from .table import RESULTS, commit, merge_rows
 
 log = logging.getLogger(__name__)
 DENSE = Case("methods", "dense", "", 1.0)
@@ -106,7 +105,7 @@ def run_case(args: argparse.Namespace, task: str, point: Point, case: Case) -> d
     )
     result = bench.run(case)
     if "row" in result:
-        result["row"] |= {"commit": _commit(), "torch": torch.__version__, "device": _device(args)}
+        result["row"] |= {"commit": commit(), "torch": torch.__version__, "device": _device(args)}
     write_result(result_path(args, task, point, case), result)
     return result
 
@@ -114,15 +113,6 @@ def run_case(args: argparse.Namespace, task: str, point: Point, case: Case) -> d
 def _device(args: argparse.Namespace) -> str:
     cuda = str(args.device).startswith("cuda")
     return torch.cuda.get_device_name(args.device) if cuda else "cpu"
-
-
-@lru_cache(maxsize=1)
-def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=7", "--exclude=*"]
-    run = subprocess.run(
-        command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent
-    )
-    return run.stdout.strip()
 
 
 def paired_rows(results: dict[tuple, dict]) -> list[dict]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import subprocess
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
@@ -52,6 +54,16 @@ def merge_rows(path: Path, rows: Sequence[dict[str, object]], columns=COLUMNS, k
         writer.writeheader()
         writer.writerows(merged.values())
     partial.replace(path)
+
+
+@lru_cache(maxsize=1)
+def commit() -> str:
+    """What the rows were made with."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=7", "--exclude=*"]
+    run = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent
+    )
+    return run.stdout.strip()
 
 
 def _key(row: dict[str, str], key: Sequence[str]) -> tuple[str, ...]:

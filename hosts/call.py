@@ -13,6 +13,8 @@ from ..methods.importance import Evidence, attention_received, key_size, parts
 from ..methods.restore import FROM_KEPT, frame_of, frame_weights, nearest_kept
 from ..methods.tokens import Selection, TokenPlan, select_tokens
 from .heads import BlockHeads
+from .report import SKIPPED
+from .skipping import BlockCalls
 
 if TYPE_CHECKING:
     from .past import Key
@@ -69,14 +71,20 @@ class ModelCall:
         self.decision.passes[again] += 1
         self.identity = (*again, self.decision.passes[again])
         self._stretch: _Stretch | None = None
+        self._skipping = False
         self._groups = session.heads
+        self._blocks: BlockCalls | None = None
+        if self.decision.blocks is not None and not self.decision.blocks.idle:
+            self._blocks = BlockCalls(
+                self.decision.blocks, self.past, self.identity, self._decider, self.number == 1
+            )
         self._whole_layouts = session.layouts
         self._layouts: dict[int, tuple[Selection, Layout]] = {}
 
     @property
     def trims(self) -> bool:
         """False when this step does everything: then the host's model runs untouched."""
-        return self.trims_tokens or self._groups is not None
+        return self.trims_tokens or self._groups is not None or self._blocks is not None
 
     @property
     def trims_tokens(self) -> bool:
@@ -107,6 +115,9 @@ class ModelCall:
 
     def block(self, block_index: int, call: BlockCall) -> torch.Tensor:
         """Run one block; the result is always the full-length hidden state [b, s, c]."""
+        self._skipping = self._blocks is not None and self._blocks.skips(block_index)
+        if self._blocks is not None:
+            call = self._blocks.wrap(block_index, call)
         if not self.trims_tokens:
             self._record(None)
             return call.run()
@@ -115,6 +126,10 @@ class ModelCall:
                 self._choose(block_index, Evidence(self.grid, self._decider(call.hidden)))
         elif self.plan.reselects(block_index) or self.current is None:
             self._record(None)
+            if self._skipping:
+                # nothing to choose by; the next block that runs does
+                self.current = None
+                return call.run()
             return self._reselect(block_index, call)
         if not self.current.dropped.numel():
             self.report.note("every latent frame is given and anchored: all tokens were computed")
@@ -253,7 +268,7 @@ class ModelCall:
     def _record(self, selection: Selection | None) -> None:
         # the other calls of a step do the same work
         if self.number == 1:
-            self.decision.ran.append(selection)
+            self.decision.ran.append(SKIPPED if self._skipping else selection)
 
 
 class _Stretch:

@@ -6,8 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from ..methods.attend import Attention, HeadGroups, Layout, pattern_pairs
-from ..methods.grid import TokenGrid
+from ..methods.attend import Attention, HeadGroups, Layout
 from ..methods.heads import HeadPlan
 
 # kept positions and further keys' positions of a run of the block -> its layout
@@ -36,13 +35,6 @@ def head_groups(plan: HeadPlan) -> list[tuple[HeadGroups, HeadGroups] | None]:
         (HeadGroups(own), HeadGroups(cross)) if plan.changes(index) else None
         for index, (own, cross) in enumerate(pairs)
     ]
-
-
-def attention_share(plan: HeadPlan, grid: TokenGrid) -> float:
-    """Share of the self-attention's query-key pairs that the plan computes on all tokens."""
-    names = [name for heads in plan.self_attention for name in heads]
-    pairs = {name: pattern_pairs(name, grid) for name in set(names)}
-    return sum(pairs[name] for name in names) / (len(names) * grid.tokens**2)
 
 
 def check_heads(plan: HeadPlan, num_blocks: int, num_heads: int) -> None:

@@ -9,8 +9,8 @@ import torch
 from ..methods.grid import TokenGrid
 from ..methods.tokens import Selection
 
-# which call of its step it is, and the block that a stretch begins with
-Key = tuple[Hashable, int]
+# which call of its step it is, and the block or blocks of a stretch
+Key = tuple[Hashable, Hashable]
 
 
 class Past:
@@ -90,8 +90,13 @@ class Past:
         same = known is not None and known.shape == like.shape and known.device == like.device
         return known if same else None
 
+    def use(self, key: Key) -> None:
+        """Say that what is remembered under `key` will be wanted again."""
+        self._used.add(key)
+
     def remember(self, key: Key, value: torch.Tensor) -> None:
         """Keep a full-length tensor for the step that follows."""
+        self._used.add(key)
         self._kept[key] = value
 
     def clear(self) -> None:

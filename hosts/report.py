@@ -10,6 +10,9 @@ import torch
 from ..methods.grid import TokenGrid
 from ..methods.tokens import Selection
 
+# in place of a selection: the block did not run
+SKIPPED = "skipped"
+
 
 @dataclass
 class Step:
@@ -27,11 +30,12 @@ class Step:
     # share of the blocks that computed each token [f, h, w], first sample of the batch
     coverage: torch.Tensor | None = None
 
-    def record(self, ran: list[Selection | None], nothing_ran: bool = False) -> None:
+    def record(self, ran: list[Selection | str | None], nothing_ran: bool = False) -> None:
         """Take in what each block ran on.
 
         Args:
-            ran: per block, None for all tokens; empty when the host's model ran untouched.
+            ran: per block, None for all tokens, SKIPPED for none; empty when the host's model ran
+                untouched.
             nothing_ran: another node answered the step, and no block ran at all.
         """
         grid = self.grid
@@ -39,7 +43,10 @@ class Step:
         self.kept_per_block = [0 if nothing_ran else grid.tokens] * self.num_blocks
         positions: dict[int, torch.Tensor] = {}
         for block_index, selection in enumerate(ran):
-            if selection is not None:
+            if selection == SKIPPED:
+                coverage -= 1 / self.num_blocks
+                self.kept_per_block[block_index] = 0
+            elif selection is not None:
                 # most blocks share a choice, and each copy waits for the device
                 if id(selection) not in positions:
                     positions[id(selection)] = selection.dropped[0].cpu() - grid.start
@@ -47,6 +54,10 @@ class Step:
                 coverage[dropped] -= 1 / self.num_blocks
                 self.kept_per_block[block_index] -= len(dropped)
         self.coverage = coverage.view(grid.frames, grid.height, grid.width)
+
+    @property
+    def blocks_run(self) -> int:
+        return sum(kept > 0 for kept in self.kept_per_block)
 
     @property
     def kept_share(self) -> float:
@@ -82,6 +93,15 @@ class Report:
             return []
         return [f"Self-attention work left by the heads' patterns: {self.attention_share:.1%}."]
 
+    def _blocks_line(self) -> list[str]:
+        """The real mean: how many steps lie at high noise is the sampler's and the shift's doing."""
+        run = [step.blocks_run for step in self.steps]
+        num_blocks = self.steps[0].num_blocks
+        if min(run) == num_blocks:
+            return []
+        per_step = " ".join(str(count) for count in run)
+        return [f"Blocks run: {statistics.fmean(run):.1f} of {num_blocks} (per step: {per_step})."]
+
     def coverage(self) -> torch.Tensor | None:
         """Mean over the steps of the share of blocks that computed each token [f, h, w]."""
         maps = [s.coverage for s in self.steps if s.coverage is not None]
@@ -104,6 +124,7 @@ class Report:
             f"Token work done: {self.kept_share:.1%} of block x token "
             "(an untouched model does 100%; time falls less than work on small videos).",
             *self._heads_line(),
+            *self._blocks_line(),
             "",
             # before the table: a long run would push them out of sight
             *remarks,

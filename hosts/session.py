@@ -14,14 +14,18 @@ from dataclasses import dataclass, field
 import torch
 
 from ..methods.attend import Layout
+from ..methods.budget import attention_share
+from ..methods.depth import BlockPlan
 from ..methods.grid import TokenGrid
 from ..methods.heads import OFF, PATTERNS, HeadPlan
 from ..methods.importance import parts
+from ..methods.routers import Content
 from ..methods.tokens import Selection, TokenPlan
 from .call import ModelCall
-from .heads import attention_share, head_groups
+from .heads import head_groups
 from .past import Past
 from .report import Report, Step
+from .skipping import Skips, StepBlocks
 
 COND, UNCOND = 0, 1
 
@@ -32,6 +36,7 @@ class TrimPlan:
 
     tokens: TokenPlan | None = None
     heads: HeadPlan | None = None
+    blocks: BlockPlan | None = None
 
     @property
     def trims_tokens(self) -> bool:
@@ -42,8 +47,12 @@ class TrimPlan:
         return self.heads is not None and not self.heads.neutral
 
     @property
+    def trims_blocks(self) -> bool:
+        return self.blocks is not None and not self.blocks.neutral
+
+    @property
     def neutral(self) -> bool:
-        return not self.trims_tokens and not self.trims_heads
+        return not (self.trims_tokens or self.trims_heads or self.trims_blocks)
 
     def describe(self) -> str:
         parts = []
@@ -51,6 +60,8 @@ class TrimPlan:
             parts.append(_describe_tokens(self.tokens))
         if self.trims_heads:
             parts.append(_describe_heads(self.heads))
+        if self.trims_blocks:
+            parts.append(_describe_blocks(self.blocks))
         return "; ".join(parts) or "nothing trimmed"
 
 
@@ -74,6 +85,15 @@ def _describe_heads(plan: HeadPlan) -> str:
     return f"heads {counts}" + (f", {cross} cross-attention heads off" if cross else "")
 
 
+def _describe_blocks(plan: BlockPlan) -> str:
+    b = plan.budget
+    if plan.router.name == "fixed":
+        text = "always the same blocks skipped"
+    else:
+        text = f"{b.k_min:.0%} to {b.k_max:.0%} of the blocks run ({b.shape}, {plan.router.name})"
+    return text + (", skipped ones repeat their last update" if plan.skipped == "reuse" else "")
+
+
 @dataclass
 class Decision:
     """What one step keeps: made by the first call that sees the step, shared by the others."""
@@ -83,6 +103,8 @@ class Decision:
     budget: int
     step: Step
     past: Past
+    # None when every block runs in every step
+    blocks: StepBlocks | None = None
     # of the velocity since the last step [b, tokens]
     change: torch.Tensor | None = None
     selections: dict[int, Selection] = field(default_factory=dict)
@@ -116,6 +138,7 @@ class Session:
         self.pasts: dict[Hashable, Past] = {}
         # sigma of the first step that leaves tokens out
         self.first_trimmed: float | None = None
+        self.skips = Skips(plan.blocks) if plan.trims_blocks else None
         self.heads = head_groups(plan.heads) if plan.trims_heads else None
         # of whole sequences, by grid and length
         self.layouts: dict[tuple[TokenGrid, int], Layout] = {}
@@ -135,6 +158,8 @@ class Session:
         window: Hashable = None,
         patch_frames: int = 1,
         prompts: Hashable = None,
+        clip: torch.Tensor | None = None,
+        upcoming: tuple[float, float] | None = None,
     ) -> ModelCall:
         """Start a model call.
 
@@ -147,6 +172,8 @@ class Session:
             window: which part of the video this is, when the host samples it in parts.
             patch_frames: latent frames in a token.
             prompts: which prompts these are, when the host has a name for them.
+            clip: class embedding of a given image [b, c], chunks like those of `latent`.
+            upcoming: sigma and progress of the next step, when the host knows them.
         """
         if len(latent) % len(cond_or_uncond):
             raise ValueError(
@@ -178,14 +205,20 @@ class Session:
             step = Step(sigma, progress, keep_ratio, grid, num_blocks)
             self.report.steps.append(step)
             if self.plan.trims_heads and self.report.attention_share is None:
-                self.report.attention_share = attention_share(self.plan.heads, grid)
+                share = attention_share(self.plan.heads, grid, text_tokens=0)
+                self.report.attention_share = share
             latent = latent.detach().clone()
             trimmed = budget < grid.per_frame
             if trimmed and self.first_trimmed is None:
                 self.first_trimmed = sigma
             past = self._past(window, last and last.sigma, sigma)
             change = past.see(sigma, latent, grid, patch_frames, trimmed)
-            self.decision = Decision(sigma, latent, budget, step, past, change)
+            blocks = None
+            if self.skips is not None:
+                clip = None if clip is None else clip.chunk(len(chunks))[decider]
+                content = Content(latent, clip)
+                blocks = self.skips.step(sigma, progress, content, num_blocks, upcoming)
+            self.decision = Decision(sigma, latent, budget, step, past, blocks, change)
             if not cond and self.plan.trims_tokens:
                 self.report.note(
                     "the unconditional prompt came first in a step and decided which tokens stay"
@@ -236,6 +269,7 @@ class Session:
         step = self.decision.step
         step.seconds = now - self._began
         trims = self.plan.trims_heads or self.decision.budget < step.grid.per_frame
+        trims |= self.decision.blocks is not None and not self.decision.blocks.idle
         step.record(self.decision.ran, nothing_ran=trims and not self.decision.ran)
         if step.kept_share == 0:
             self.report.note("the model's blocks did not run in some steps: another node's cache")

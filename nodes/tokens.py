@@ -7,7 +7,7 @@ from dataclasses import replace
 from comfy_api.latest import io
 
 from ..hosts.comfyui.attach import attach, attachment_of
-from ..hosts.comfyui.variants import check_tokens
+from ..hosts.comfyui.variants import check_variant
 from ..hosts.session import TrimPlan
 from ..methods.importance import IMPORTANCE
 from ..methods.presets import PRESETS, preset_plan
@@ -190,7 +190,7 @@ class WanTrimTokens(io.ComfyNode):
         end_percent: float,
         preset: dict | str | None = None,
     ) -> io.NodeOutput:
-        check_tokens(model, NAME)
+        check_variant(model, NAME)
         # a linked value passes by the ranges that ComfyUI checks
         given = (
             ("prune_ratio", prune_ratio, MAX_PRUNE),

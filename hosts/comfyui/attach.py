@@ -198,14 +198,14 @@ def _diffusion_model(
     run: _Run | None = options.get(SESSION_KEY)
     if run is not None:
         options = _trimmed_options(
-            executor.class_obj, run, x, timestep, time_dim_concat, options, kwargs
+            executor.class_obj, run, x, timestep, clip_fea, time_dim_concat, options, kwargs
         )
     # positional, because other packs' wrappers read the options as the last argument
     return executor(x, timestep, context, clip_fea, time_dim_concat, options, **kwargs)
 
 
 def _trimmed_options(
-    dm, run: _Run, x, timestep, time_dim_concat, options: dict, extra: dict
+    dm, run: _Run, x, timestep, clip_fea, time_dim_concat, options: dict, extra: dict
 ) -> dict:
     report = run.session.report
     reason = run.dense or why_not_now(options)
@@ -231,8 +231,19 @@ def _trimmed_options(
         window=_part(options),
         patch_frames=dm.patch_size[0],
         prompts=tuple(options.get("uuids", ())),
+        clip=None if clip_fea is None else clip_fea[:, 0],
+        upcoming=_upcoming(options, sigma, run.shift),
     )
     return replace_blocks(options, call) if call.trims else options
+
+
+def _upcoming(options: dict, sigma: float, shift: float) -> tuple[float, float] | None:
+    """The next step's sigma and progress; samplers that choose their own sigmas have none."""
+    sigmas = options.get("sample_sigmas")
+    if sigmas is None:
+        return None
+    later = [s for s in sigmas.tolist() if 0 < s < sigma - 1e-4]
+    return (max(later), progress_at(max(later), shift)) if later else None
 
 
 def _part(options: dict) -> tuple:

@@ -6,8 +6,8 @@ import torch
 
 from ...methods.grid import TokenGrid
 
-# class name -> None when tokens may be dropped, else the reason
-TOKENS: dict[str, str | None] = {
+# class name -> None when tokens may be dropped and heads trimmed, else the reason
+SUPPORTED: dict[str, str | None] = {
     "WanModel": None,
     "VaceWanModel": None,
     "CameraWanModel": None,
@@ -26,8 +26,8 @@ class UnsupportedModel(ValueError):
     """The model cannot do what the plan asks; the message is for the artist."""
 
 
-def check_tokens(model, node: str) -> None:
-    """Refuse a MODEL that cannot drop tokens.
+def check_variant(model, node: str, aim: str = "drop tokens of") -> None:
+    """Refuse a MODEL that cannot do what a node aims at.
 
     Raises:
         UnsupportedModel: says what came, what was expected and what to do.
@@ -39,11 +39,11 @@ def check_tokens(model, node: str) -> None:
             f"{node}: the input 'model' expects a Wan video model, but got {name}. Connect a Load "
             "Diffusion Model node with a Wan checkpoint, or remove this node."
         )
-    reason = TOKENS.get(name, "this Wan variant is not known to WanTrim")
+    reason = SUPPORTED.get(name, "this Wan variant is not known to WanTrim")
     if reason is not None:
-        supported = ", ".join(key for key, value in TOKENS.items() if value is None)
+        supported = ", ".join(key for key, value in SUPPORTED.items() if value is None)
         raise UnsupportedModel(
-            f"{node}: cannot drop tokens of {name}: {reason}. Bypass this node for this model. "
+            f"{node}: cannot {aim} {name}: {reason}. Bypass this node for this model. "
             f"Supported: {supported}."
         )
 

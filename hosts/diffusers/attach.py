@@ -21,8 +21,11 @@ HOOK = "wantrim"
 class Attachment:
     """A plan on a model. Use as a context manager, or call `detach` when done."""
 
-    def __init__(self, model: WanTransformer3DModel, plan: TrimPlan, cond_or_uncond, shift: float):
+    def __init__(
+        self, model: WanTransformer3DModel, plan: TrimPlan, cond_or_uncond, shift: float, sigmas
+    ):
         self.model, self.plan, self.shift = model, plan, shift
+        self.sigmas = tuple(float(sigma) for sigma in sigmas)
         self.cond_or_uncond = tuple(cond_or_uncond)
         self.call: ModelCall | None = None
         self.new_run()
@@ -44,6 +47,11 @@ class Attachment:
             if hasattr(module, "_diffusers_hook"):
                 module._diffusers_hook.remove_hook(HOOK, recurse=False)
 
+    def upcoming(self, sigma: float) -> tuple[float, float] | None:
+        """The next step's sigma and progress, or None."""
+        later = [s for s in self.sigmas if s < sigma - 1e-4]
+        return (max(later), progress_at(max(later), self.shift)) if later else None
+
     def __enter__(self) -> Attachment:
         return self
 
@@ -58,6 +66,7 @@ def attach(
     *,
     cond_or_uncond: Sequence[int] = (COND,),
     shift: float = 1.0,
+    sigmas: Sequence[float] = (),
 ) -> Attachment:
     """Put `plan` on a transformer, alone or inside a pipeline. An earlier plan is taken off first.
 
@@ -65,6 +74,7 @@ def attach(
         cond_or_uncond: COND or UNCOND for each chunk of a batch, in order; one chunk when the two
             come in separate calls, as in WanPipeline.
         shift: the scheduler's flow shift, to place a sigma in the run.
+        sigmas: of the steps to come; skipped blocks that repeat their last update need them.
 
     Raises:
         ValueError: the model is not a WanTransformer3DModel, or has other heads than the plan.
@@ -76,7 +86,7 @@ def attach(
         )
     if plan.trims_heads:
         check_heads(plan.heads, len(model.blocks), model.config.num_attention_heads)
-    attachment = Attachment(model, plan, cond_or_uncond, shift)
+    attachment = Attachment(model, plan, cond_or_uncond, shift, sigmas)
     attachment.detach()
     if not plan.neutral:
         HookRegistry.check_if_exists_or_initialize(model).register_hook(
@@ -108,6 +118,7 @@ class _ModelHook(ModelHook):
             anchored=_anchored(module, hidden_states, timestep, grid),
             num_blocks=len(module.blocks),
             patch_frames=module.config.patch_size[0],
+            upcoming=a.upcoming(sigma),
         )
         a.call = call if call.trims else None
         try:

@@ -11,13 +11,13 @@ import comfy.ldm.wan
 from comfy.ldm.wan.model import WanModel
 from comfy.model_patcher import ModelPatcher
 from wantrim.hosts.comfyui.attach import attachment_of
-from wantrim.hosts.comfyui.variants import TOKENS
+from wantrim.hosts.comfyui.variants import SUPPORTED
 from wantrim.nodes import demo
 from wantrim.nodes.report import WanTrimReport
 from wantrim.nodes.tokens import WanTrimTokens
 from wantrim.tests.comfyui import tiny
 
-REFUSED = [name for name, reason in TOKENS.items() if reason is not None]
+REFUSED = [name for name, reason in SUPPORTED.items() if reason is not None]
 
 
 def bare(self, *args, **kwargs):
@@ -54,7 +54,7 @@ def test_other_models_are_refused(name):
 def test_refused_wan_classes_are_refused_with_their_reason(name):
     with pytest.raises(ValueError) as error:
         execute(model_of(name, WanModel))
-    says(error, "WanTrim Tokens", name, TOKENS[name], "Bypass", "WanModel, VaceWanModel")
+    says(error, "WanTrim Tokens", name, SUPPORTED[name], "Bypass", "WanModel, VaceWanModel")
 
 
 def test_unknown_wan_class_is_refused():
@@ -72,7 +72,7 @@ def test_table_names_every_wan_class_of_the_host():
             pending.append(sub)
             if sub.__module__.startswith("comfy.ldm.wan"):
                 found.add(sub.__name__)
-    assert found == set(TOKENS)
+    assert found == set(SUPPORTED)
 
 
 @pytest.mark.parametrize(

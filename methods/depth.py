@@ -1,0 +1,119 @@
+"""PARE's depth: which blocks run at a step (arXiv 2605.27336, section 3.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .routers import Router
+from .schedule import progress_at
+
+SHAPES = ("falling", "constant", "rising")
+SKIPPED = ("identity", "reuse")
+# of 40 blocks, in the paper: 20 and 35
+K_MIN, K_MAX = 0.5, 0.875
+
+
+@dataclass(frozen=True)
+class BlockBudget:
+    """How many blocks run, as a function of sigma (eq. 8).
+
+    K(sigma) = K_min + (K_max - K_min) * sigma, in fractions of the blocks.
+
+    Args:
+        k_min, k_max: fractions of the blocks at the two ends (paper 0.5 and 0.875).
+        shape: "falling" runs most blocks at high noise (paper), "rising" at low noise,
+            "constant" their mean throughout.
+    """
+
+    k_min: float = K_MIN
+    k_max: float = K_MAX
+    shape: str = "falling"
+
+    def __post_init__(self):
+        if not 0.0 < self.k_min <= self.k_max <= 1.0:
+            raise ValueError(
+                f"k_min and k_max: expected 0 < k_min <= k_max <= 1, got {self.k_min} and {self.k_max}"
+            )
+        if self.shape not in SHAPES:
+            raise ValueError(f"shape: expected one of {', '.join(SHAPES)}, got {self.shape!r}")
+
+    def fraction(self, sigma: float) -> float:
+        at = min(1.0, max(0.0, sigma))
+        if self.shape == "constant":
+            return (self.k_min + self.k_max) / 2
+        if self.shape == "rising":
+            at = 1 - at
+        return self.k_min + (self.k_max - self.k_min) * at
+
+    def blocks(self, sigma: float, num_blocks: int) -> int:
+        """Blocks that run; the first and the last always do and count."""
+        return max(min(2, num_blocks), round(self.fraction(sigma) * num_blocks))
+
+
+def choose_blocks(logits: torch.Tensor, count: int) -> tuple[int, ...]:
+    """The `count` blocks that run (eq. 10), ascending: the first, the last and the highest logits.
+
+    Args:
+        logits: [l]; of equals the first.
+    """
+    if count >= len(logits):
+        return tuple(range(len(logits)))
+    pinned = logits.clone().double()
+    pinned[[0, -1]] = float("inf")
+    order = pinned.argsort(descending=True, stable=True)
+    return tuple(sorted(order[:count].tolist()))
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """Which blocks to skip, and what stands in for them. Plain data, independent of a run.
+
+    Args:
+        router: says which blocks matter; see routers.py.
+        skipped: a skipped block is the "identity" (eq. 12, paper), or gives again what it gave in
+            an earlier step, "reuse" (ours).
+        start, end: progress between which blocks are skipped.
+        memory: hidden states that "reuse" may hold for each prompt.
+    """
+
+    router: Router
+    budget: BlockBudget = BlockBudget()
+    skipped: str = "identity"
+    start: float = 0.0
+    end: float = 1.0
+    memory: int = 8
+
+    def __post_init__(self):
+        if self.skipped not in SKIPPED:
+            raise ValueError(f"skipped: expected one of {', '.join(SKIPPED)}, got {self.skipped!r}")
+        if not 0.0 <= self.start <= self.end <= 1.0:
+            raise ValueError(
+                f"start and end: expected 0 <= start <= end <= 1, got {self.start} and {self.end}"
+            )
+        if self.memory < 1:
+            raise ValueError(f"memory: expected at least 1 hidden state, got {self.memory}")
+
+    @property
+    def neutral(self) -> bool:
+        return self.router.skips_nothing or self.budget.k_min == 1.0
+
+    def count(self, sigma: float, progress: float, num_blocks: int) -> int:
+        """Blocks that run in a step."""
+        if not self.start <= progress <= self.end:
+            return num_blocks
+        return self.router.count(num_blocks, self.budget.blocks(sigma, num_blocks))
+
+
+def blocks_per_step(
+    plan: BlockPlan, sigmas: Sequence[float], shift: float, num_blocks: int
+) -> list[int]:
+    """How many blocks will run at each step of a sampler's sigmas (without the last, 0)."""
+    counts = [plan.count(s, progress_at(s, shift), num_blocks) for s in sigmas]
+    # the first step that skips computes what later ones use again
+    first = next((i for i, count in enumerate(counts) if count < num_blocks), None)
+    if plan.skipped == "reuse" and first is not None:
+        counts[first] = num_blocks
+    return counts

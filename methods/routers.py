@@ -1,0 +1,356 @@
+"""Which blocks matter at a step: one logit per block from sigma and content.
+
+PARE (arXiv 2605.27336, section 3.3) trains a router (eq. 9) and finds that it recovers the size of
+what each block adds at each timestep; the profiled router reads that off a profile.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from .fingerprint import Fingerprint
+from .profile import BINS, Profile, sigma_bin
+
+FORMAT = "wantrim_router/1"
+KEY = "wantrim_router"
+# weight of a new observation against the earlier ones
+FRESH = 0.5
+
+
+@dataclass
+class Content:
+    """What a router may look at besides sigma.
+
+    Args:
+        latent: the model's input of the conditional prompt [b, c, f, h, w].
+        clip: class embedding of the given image [b, c], or None.
+    """
+
+    latent: torch.Tensor
+    clip: torch.Tensor | None = None
+
+
+class RouterRun(Protocol):
+    """A router during one sampling run."""
+
+    # whether `observe` wants to be told
+    watches: bool
+
+    def logits(self, sigma: float, content: Content) -> torch.Tensor:
+        """One logit per block [l]; the highest run."""
+
+    def observe(self, sigma: float, block_index: int, size: torch.Tensor) -> None:
+        """Take in how much a block that ran added, relative to its input (a scalar tensor)."""
+
+
+class Router(Protocol):
+    """Plain data; `run` makes the state of one sampling run."""
+
+    name: str
+    skips_nothing: bool
+
+    def count(self, num_blocks: int, budget: int) -> int:
+        """Blocks that run where the budget asks for `budget`."""
+
+    def run(self, num_blocks: int) -> RouterRun: ...
+
+
+class _Budgeted:
+    """A router that follows the budget."""
+
+    skips_nothing = False
+
+    def count(self, num_blocks: int, budget: int) -> int:
+        return budget
+
+
+@dataclass(frozen=True)
+class FixedRouter:
+    """Always the same blocks, whatever the budget.
+
+    Args:
+        skipped: blocks that never run; the first and the last block run all the same.
+    """
+
+    skipped: tuple[int, ...]
+    name = "fixed"
+
+    @property
+    def skips_nothing(self) -> bool:
+        return not self.skipped
+
+    def _inside(self, num_blocks: int) -> set[int]:
+        outside = [index for index in self.skipped if not 0 <= index < num_blocks]
+        if outside:
+            raise ValueError(f"blocks: expected numbers from 0 to {num_blocks - 1}, got {outside}")
+        return set(self.skipped) - {0, num_blocks - 1}
+
+    def count(self, num_blocks: int, budget: int) -> int:
+        return num_blocks - len(self._inside(num_blocks))
+
+    def run(self, num_blocks: int) -> RouterRun:
+        logits = torch.ones(num_blocks)
+        logits[sorted(self._inside(num_blocks))] = 0
+        return _Constant(logits)
+
+
+class _Constant:
+    watches = False
+
+    def __init__(self, logits: torch.Tensor):
+        self._logits = logits
+
+    def logits(self, sigma: float, content: Content) -> torch.Tensor:
+        return self._logits
+
+    def observe(self, sigma: float, block_index: int, size: torch.Tensor) -> None:
+        """Nothing changes its mind."""
+
+
+@dataclass(frozen=True)
+class RandomRouter(_Budgeted):
+    """Blocks by chance, anew at every sigma: what any other router has to beat."""
+
+    seed: int = 0
+    name = "random"
+
+    def run(self, num_blocks: int) -> RouterRun:
+        return _Random(num_blocks, self.seed)
+
+
+class _Random(_Constant):
+    def __init__(self, num_blocks: int, seed: int):
+        super().__init__(torch.zeros(num_blocks))
+        self._seed = seed
+
+    def logits(self, sigma: float, content: Content) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + round(sigma * 1e6))
+        return torch.rand(len(self._logits), generator=generator)
+
+
+def residual_sizes(profile: Profile) -> torch.Tensor:
+    """What each block adds relative to its input, per sigma bin [t, l].
+
+    Bins that saw no call take over from the nearest one that did.
+
+    Raises:
+        ValueError: the profile holds no calls.
+    """
+    counts = profile.tensors["count"]
+    seen = counts.nonzero()[:, 0]
+    if not len(seen):
+        raise ValueError("profile: expected one with at least one recorded run, got an empty one")
+    size = profile.mean("residual") / profile.mean("hidden").clamp(min=1e-12)
+    nearest = (torch.arange(BINS)[:, None] - seen).abs().argmin(1)
+    return size[seen[nearest]]
+
+
+class ProfiledRouter(_Budgeted):
+    """By the size of what each block added at this sigma when the profile was recorded."""
+
+    name = "profiled"
+
+    def __init__(self, profile: Profile):
+        self.sizes = residual_sizes(profile)
+
+    def run(self, num_blocks: int) -> RouterRun:
+        if self.sizes.shape[1] != num_blocks:
+            raise ValueError(
+                f"profile: expected one of a model with {num_blocks} blocks, got "
+                f"{self.sizes.shape[1]}: the profile is of another model"
+            )
+        return _Profiled(self.sizes)
+
+
+class _Profiled(_Constant):
+    def __init__(self, sizes: torch.Tensor):
+        super().__init__(sizes[0])
+        self._sizes = sizes
+
+    def logits(self, sigma: float, content: Content) -> torch.Tensor:
+        return self._sizes[sigma_bin(sigma)]
+
+
+class OnlineRouter(ProfiledRouter):
+    """The profiled router, corrected by what this run's own blocks added when they last ran."""
+
+    name = "online"
+
+    def run(self, num_blocks: int) -> RouterRun:
+        super().run(num_blocks)
+        return _Online(self.sizes)
+
+
+class _Online(_Profiled):
+    watches = True
+
+    def __init__(self, sizes: torch.Tensor):
+        super().__init__(sizes)
+        self._factor = torch.ones(sizes.shape[1])
+        self._seen: dict[int, tuple[float, torch.Tensor]] = {}
+
+    def logits(self, sigma: float, content: Content) -> torch.Tensor:
+        if self._seen:
+            blocks = sorted(self._seen)
+            # one wait for the device for all blocks
+            now = torch.stack([self._seen[i][1] for i in blocks]).float().cpu()
+            told = torch.stack([self._sizes[sigma_bin(self._seen[i][0]), i] for i in blocks])
+            factor = now / told.clamp(min=1e-12)
+            self._factor[blocks] += FRESH * (factor - self._factor[blocks])
+            self._seen.clear()
+        return super().logits(sigma, content) * self._factor
+
+    def observe(self, sigma: float, block_index: int, size: torch.Tensor) -> None:
+        self._seen[block_index] = (sigma, size)
+
+
+def latent_statistics(latent: torch.Tensor) -> torch.Tensor:
+    """Statistics of a noisy latent [b, c, f, h, w] as content [b, 4 * c].
+
+    Mean, standard deviation, mean absolute difference in time and mean absolute spatial gradient of
+    every channel. Which ones is not stated in the paper.
+    """
+    x = latent.float()
+    over = (2, 3, 4)
+    parts = [x.mean(over), x.std(over, correction=0)]
+    for axes in ((2,), (3, 4)):
+        change = [x.diff(dim=axis).abs().flatten(2) for axis in axes if x.shape[axis] > 1]
+        still = torch.zeros_like(parts[0])
+        parts.append(torch.cat(change, 2).mean(2) if change else still)
+    return torch.cat(parts, 1)
+
+
+class RouterMLP(nn.Module):
+    """The trained router (eq. 9): three layers with SiLU, one logit per block.
+
+    Args:
+        content_dim: 0 leaves the content out (the paper's timestep-only router).
+    """
+
+    def __init__(self, num_blocks: int, content_dim: int, hidden: int = 256, time_dim: int = 256):
+        super().__init__()
+        self.num_blocks, self.content_dim = num_blocks, content_dim
+        self.hidden, self.time_dim = hidden, time_dim
+        self.layers = nn.Sequential(
+            nn.Linear(time_dim + content_dim, hidden),
+            nn.SiLU(),
+            nn.Linear(hidden, hidden),
+            nn.SiLU(),
+            nn.Linear(hidden, num_blocks),
+        )
+
+    def forward(self, sigma: torch.Tensor, content: torch.Tensor | None) -> torch.Tensor:
+        """Logits [b, l] for sigma [b] and content [b, content_dim]."""
+        half = self.time_dim // 2
+        steps = torch.arange(half, device=sigma.device, dtype=torch.float32)
+        angles = 1000 * sigma.float()[:, None] * torch.exp(-math.log(10000) * steps / half)
+        given = torch.cat([angles.cos(), angles.sin()], 1)
+        if self.content_dim:
+            given = torch.cat([given, content.float()], 1)
+        return self.layers(given.to(self.layers[0].weight.dtype))
+
+
+class TrainedRouter(_Budgeted):
+    """A `RouterMLP` with weights.
+
+    Args:
+        kind: of content: "clip", "latent" or "none".
+    """
+
+    name = "trained"
+
+    def __init__(self, mlp: RouterMLP, kind: str, model: Fingerprint):
+        self.mlp, self.kind, self.model = mlp, kind, model
+
+    def run(self, num_blocks: int) -> RouterRun:
+        if self.mlp.num_blocks != num_blocks:
+            raise ValueError(
+                f"router: expected one for {num_blocks} blocks, got {self.mlp.num_blocks}: it was "
+                "trained for another model"
+            )
+        return _Trained(self)
+
+
+class _Trained(_Constant):
+    def __init__(self, router: TrainedRouter):
+        super().__init__(torch.zeros(router.mlp.num_blocks))
+        self._router = router
+
+    @torch.no_grad()
+    def logits(self, sigma: float, content: Content) -> torch.Tensor:
+        mlp, kind = self._router.mlp, self._router.kind
+        given = None
+        if kind == "clip":
+            if content.clip is None:
+                raise ValueError(
+                    "router: this one looks at the start image through CLIP; connect a CLIP vision "
+                    "output to the image-to-video conditioning, or use another router"
+                )
+            given = content.clip[:1]
+        elif kind == "latent":
+            given = latent_statistics(content.latent[:1])
+        weight = mlp.layers[0].weight
+        at = torch.tensor([sigma], device=weight.device)
+        given = None if given is None else given.to(weight.device)
+        return mlp(at, given)[0].float().cpu()
+
+
+def save_router(path: Path, router: TrainedRouter, package: str = "") -> None:
+    """Write it whole or not at all."""
+    mlp = router.mlp
+    header = {
+        "format": FORMAT,
+        "model": router.model.to_json(),
+        "content": router.kind,
+        "sizes": [mlp.num_blocks, mlp.content_dim, mlp.hidden, mlp.time_dim],
+        "package": package,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    tensors = {name: value.detach().cpu().contiguous() for name, value in mlp.state_dict().items()}
+    save_file(tensors, partial, {KEY: json.dumps(header)})
+    partial.replace(path)
+
+
+def load_router(path: Path) -> TrainedRouter:
+    """Read a trained router.
+
+    Raises:
+        ValueError: the file is damaged or something else, in an artist's words.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            header = json.loads((file.metadata() or {}).get(KEY, "null"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (OSError, SafetensorError, ValueError) as error:
+        raise ValueError(
+            f"{path.name}: expected a WanTrim router, got a file that cannot be read ({error})"
+        ) from error
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        raise ValueError(f"{path.name}: expected a WanTrim router ({FORMAT}), got another file")
+    sizes, kind = header.get("sizes"), header.get("content")
+    known = isinstance(sizes, list) and len(sizes) == 4 and _plausible(sizes)
+    if not known or kind not in ("clip", "latent", "none"):
+        raise ValueError(f"{path.name}: damaged file: impossible sizes {sizes!r:.100}")
+    model = Fingerprint.from_json(header.get("model"))
+    with torch.device("meta"):
+        mlp = RouterMLP(*sizes)
+    shapes = {name: value.shape for name, value in mlp.state_dict().items()}
+    if {name: value.shape for name, value in tensors.items()} != shapes:
+        raise ValueError(f"{path.name}: damaged file: its tensors do not fit its header")
+    mlp.load_state_dict(tensors, assign=True)
+    return TrainedRouter(mlp.requires_grad_(False), kind, model)
+
+
+def _plausible(sizes: Sequence[object]) -> bool:
+    return all(type(n) is int and 0 <= n < 1 << 16 for n in sizes) and sizes[0] > 0

@@ -1,0 +1,141 @@
+"""The node that gives each attention head what its role is worth (PARE, arXiv 2605.27336)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from comfy_api.latest import io
+
+from ..hosts.comfyui.attach import attach, attachment_of
+from ..hosts.comfyui.profiling import check_profile
+from ..hosts.comfyui.variants import check_variant
+from ..hosts.profiling import ProfileFile
+from ..hosts.session import TrimPlan
+from ..methods.budget import attention_share, solve_heads
+from ..methods.grid import TokenGrid
+from ..methods.heads import OFF, PATTERNS, HeadPlan
+from ..methods.profile import Profile
+from ..methods.width import pare_heads
+from .profile import ProfileSocket
+
+NAME = "WanTrim Heads"
+MAX_PRUNE = 0.9
+METHODS = ("demote", "drop", "paper")
+
+
+class WanTrimHeads(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="WanTrimHeads",
+            display_name=NAME,
+            category="model/patch/wan",
+            description=(
+                "Gives each attention head of a Wan model only the attention that its role needs, "
+                "as measured in a profile (PARE, arXiv 2605.27336, and beyond). No training; works "
+                "with LoRAs, fp8 and WanTrim Tokens. Place it after the LoRA and before "
+                "ModelSamplingSD3, one per expert on Wan2.2. The video will change; prune ratio 0 "
+                "changes nothing at all."
+            ),
+            search_aliases=[
+                "PARE",
+                "head pruning",
+                "attention heads",
+                "sparse attention",
+                "wan speed",
+            ],
+            inputs=[
+                io.Model.Input("model", tooltip="A Wan 2.1 or 2.2 model, after its LoRAs."),
+                ProfileSocket.Input(
+                    "profile",
+                    tooltip="From WanTrim Load Profile: what was measured about this model.",
+                ),
+                io.Float.Input(
+                    "prune_ratio",
+                    default=0.30,
+                    min=0.0,
+                    max=MAX_PRUNE,
+                    step=0.01,
+                    display_mode=io.NumberDisplay.slider,
+                    tooltip=(
+                        "Share of the attention that is not computed. 0 is off and bit-exact. The "
+                        "paper drops 0.30 of the heads, and then trains the model again."
+                    ),
+                ),
+                io.Combo.Input(
+                    "method",
+                    options=list(METHODS),
+                    default="demote",
+                    tooltip=(
+                        "'demote': a head keeps to its own latent frame, or to a tile of the picture "
+                        "through all frames, before it is dropped. 'drop': heads are whole or off, "
+                        "where the whole model misses them least. 'paper': PARE's rule, equally many "
+                        "heads off in every block."
+                    ),
+                ),
+            ],
+            outputs=[
+                io.Model.Output(tooltip="The model with the plan on it."),
+                io.String.Output(
+                    "text", display_name="text", tooltip="What each block's heads will do."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model, profile: ProfileFile, prune_ratio: float, method: str) -> io.NodeOutput:
+        check_variant(model, NAME, "trim the heads of")
+        check_profile(model, profile.profile, NAME)
+        # a linked value passes by what ComfyUI checks
+        if not 0.0 <= prune_ratio <= MAX_PRUNE:
+            raise ValueError(f"{NAME}: prune_ratio: expected 0 to {MAX_PRUNE}, got {prune_ratio}")
+        if method not in METHODS:
+            raise ValueError(
+                f"{NAME}: method: expected one of {', '.join(METHODS)}, got {method!r}"
+            )
+        grid = _grid(profile.profile)
+        try:
+            heads = plan_heads(profile.profile, grid, prune_ratio, method)
+        except ValueError as error:
+            raise ValueError(f"{NAME}: {error}") from error
+        present = attachment_of(model)
+        plan = replace(present.plan if present else TrimPlan(), heads=heads)
+        return io.NodeOutput(attach(model, plan), _text(heads, grid))
+
+
+def plan_heads(profile: Profile, grid: TokenGrid, prune_ratio: float, method: str) -> HeadPlan:
+    """The plan of a method; at prune ratio 0 every head is full."""
+    model = profile.model
+    if prune_ratio == 0:
+        return HeadPlan.full(model.num_blocks, model.num_heads)
+    if method == "paper":
+        kept = (pare_heads(profile, prune_ratio, kind=kind) for kind in ("self", "cross"))
+        return HeadPlan.keeping(model.num_heads, *kept)
+    return solve_heads(profile, grid, 1 - prune_ratio, demote=method == "demote")
+
+
+def _grid(profile: Profile) -> TokenGrid:
+    """Of the last recorded run; what a pattern costs depends on it."""
+    try:
+        frames, height, width = profile.runs[-1]["grid"]
+    except (IndexError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{NAME}: profile: expected one with at least one recorded run, got none. Record one "
+            "with WanTrim Profile."
+        ) from error
+    return TokenGrid(frames, height, width)
+
+
+def _text(plan: HeadPlan, grid: TokenGrid) -> str:
+    lines = [
+        f"Attention left at {grid.frames} latent frames of {grid.height} x {grid.width} tokens: "
+        f"{attention_share(plan, grid):.1%}",
+        "block  " + "  ".join(f"{name:>5}" for name in PATTERNS) + "  cross off",
+    ]
+    for index, heads in enumerate(plan.self_attention):
+        counts = "  ".join(f"{heads.count(name):>5}" for name in PATTERNS)
+        lines.append(f"{index:>5}  {counts}  {plan.cross_attention[index].count(OFF):>9}")
+    return "\n".join(lines)
+
+
+NODES = [WanTrimHeads]
