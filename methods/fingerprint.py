@@ -48,8 +48,11 @@ class Fingerprint:
         if not isinstance(data, dict) or not all(type(data.get(n)) is int for n in sizes):
             raise ValueError(f"model: expected the sizes {', '.join(sizes)}, got {data!r:.200}")
         sample = data.get("sample", [])
-        if not isinstance(sample, list) or not all(isinstance(x, int | float) for x in sample):
-            raise ValueError("model: expected a list of numbers as its sample")
+        # no NaN either
+        if not isinstance(sample, list) or not all(
+            isinstance(x, int | float) and abs(x) < 1e30 for x in sample
+        ):
+            raise ValueError("model: expected a list of finite numbers as its sample")
         if min(data[name] for name in sizes) < 1 or data["dim"] % data["num_heads"]:
             raise ValueError(f"model: impossible sizes {data!r:.200}")
         return cls(*(data[name] for name in sizes), tuple(float(x) for x in sample))

@@ -49,7 +49,8 @@ def layout(model: Fingerprint) -> dict[str, tuple[int, ...]]:
     channel_energy [l, c]: mean square of each FFN channel after its activation.
 
     Of the weights, not summed: self_o_norm, cross_o_norm [l, n]: norm of the output projection's
-    columns of a head (eq. 3). channel_norm [l, c]: FFN score (eq. 6).
+    columns of a head (eq. 3). channel_norm [l, c]: FFN score (eq. 6). down_norm [l, c]: norm of the
+    FFN down projection's column of each channel, its second factor.
     """
     t, l, n, c = BINS, model.num_blocks, model.num_heads, model.ffn_dim
     d = model.head_dim
@@ -72,7 +73,8 @@ def layout(model: Fingerprint) -> dict[str, tuple[int, ...]]:
 def of_weights(model: Fingerprint) -> dict[str, tuple[int, ...]]:
     """The part of the layout that only depends on the weights."""
     l, n, c = model.num_blocks, model.num_heads, model.ffn_dim
-    return {"self_o_norm": (l, n), "cross_o_norm": (l, n), "channel_norm": (l, c)}
+    channels = ("channel_norm", "down_norm")
+    return {"self_o_norm": (l, n), "cross_o_norm": (l, n), **dict.fromkeys(channels, (l, c))}
 
 
 @dataclass
@@ -157,7 +159,7 @@ def load_profile(path: Path) -> Profile:
         with safe_open(path, "pt") as file:
             header = json.loads((file.metadata() or {}).get(KEY, "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
         raise ValueError(
             f"{path.name}: expected a WanTrim profile, got a file that cannot be read ({error}). "
             "Make it again with WanTrim Profile."
@@ -174,9 +176,10 @@ def load_profile(path: Path) -> Profile:
         raise ValueError(f"{path.name}: {error}") from error
     for name, shape in layout(model).items():
         came = tuple(tensors[name].shape) if name in tensors else "nothing"
-        if came != shape:
+        if came != shape or tensors[name].dtype != torch.float32:
             raise ValueError(f"{path.name}: {name}: expected {shape}, got {came}: damaged file")
         if not torch.isfinite(tensors[name]).all():
             raise ValueError(f"{path.name}: {name} holds values that are not finite: damaged file")
-    runs = header.get("runs") if isinstance(header.get("runs"), list) else []
-    return Profile(model, {name: tensors[name].float() for name in layout(model)}, runs)
+    runs = header.get("runs")
+    runs = [run for run in runs if isinstance(run, dict)] if isinstance(runs, list) else []
+    return Profile(model, {name: tensors[name] for name in layout(model)}, runs)

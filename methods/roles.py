@@ -21,7 +21,7 @@ def intra_slice_ratio(
         query_index: int64 [m], positions within the grid of the sampled queries.
     """
     size = (grid.frames, grid.height, grid.width)
-    return frame_mass(q, k, size, query_index, start=grid.start)
+    return frame_mass(q, k, size, query_index, start=grid.start, tiles=())[..., 0]
 
 
 def role(ratio: float) -> str:

@@ -116,14 +116,14 @@ def plan_heads(profile: Profile, grid: TokenGrid, prune_ratio: float, method: st
 
 def _grid(profile: Profile) -> TokenGrid:
     """Of the last recorded run; what a pattern costs depends on it."""
-    try:
-        frames, height, width = profile.runs[-1]["grid"]
-    except (IndexError, KeyError, TypeError, ValueError) as error:
+    sizes = profile.runs[-1].get("grid") if profile.runs else None
+    known = isinstance(sizes, list) and len(sizes) == 3
+    if not known or not all(type(size) is int and 0 < size < 1 << 16 for size in sizes):
         raise ValueError(
-            f"{NAME}: profile: expected one with at least one recorded run, got none. Record one "
-            "with WanTrim Profile."
-        ) from error
-    return TokenGrid(frames, height, width)
+            f"{NAME}: profile: expected one that says how large the recorded video was, got "
+            f"{sizes!r:.60}. Record one with WanTrim Profile."
+        )
+    return TokenGrid(*sizes)
 
 
 def _text(plan: HeadPlan, grid: TokenGrid) -> str:

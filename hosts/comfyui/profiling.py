@@ -1,0 +1,273 @@
+"""Records a profile of a ComfyUI MODEL while it is sampled, and leaves nothing behind.
+
+Two keyed wrappers: OUTER_SAMPLE makes the recorder of a run; DIFFUSION_MODEL, in the run's own copy
+of the options and behind all others, watches the blocks of each call. Other plans and other nodes'
+patches run inside of it, so that the model is recorded as it runs.
+"""
+
+from __future__ import annotations
+
+import logging
+import uuid
+
+import torch
+
+import comfy.model_patcher
+from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
+
+from ...methods.calibration import calibration_bytes
+from ...methods.fingerprint import Fingerprint, sample_modulation
+from ...methods.profile import Profile
+from ..profiling import Projections, Recorder
+from ..recording import BlockRecord, BlockWatch, CallRecord
+from ..session import COND, check_latent
+from .attach import COMPILE_KEY, attachment_of
+from .blocks import OVERRIDE
+from .variants import token_grid
+
+log = logging.getLogger(__name__)
+
+KEY = "wantrim_profile"
+RUN_KEY = "wantrim_profile_run"
+
+
+class ProfileAttachment:
+    """A recorder as it sits on a MODEL, with what the last run showed.
+
+    Args:
+        calibrate: name in `methods.calibration.CALIBRATE`.
+
+    Attributes:
+        recorder: of the last run, if there is something in it.
+        reason: why there is none.
+    """
+
+    def __init__(self, calibrate: str):
+        self.calibrate = calibrate
+        self.recorder: Recorder | None = None
+        self.reason = "the model was not sampled yet"
+
+    def __deepcopy__(self, memo) -> ProfileAttachment:
+        # older hosts deep-copy model_options with every clone; the recorder must stay reachable
+        return self
+
+
+def profile_of(model) -> ProfileAttachment | None:
+    """The recorder that sits on a MODEL, or None."""
+    return model.model_options["transformer_options"].get(KEY)
+
+
+def attach_profile(model, calibrate: str = "none"):
+    """A clone of a MODEL that records a profile whenever it is sampled."""
+    patched = detach_profile(model)
+    patched.model_options["transformer_options"][KEY] = ProfileAttachment(calibrate)
+    patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _outer_sample)
+    return patched
+
+
+def detach_profile(model):
+    """A clone of a MODEL that does not record."""
+    clean = model.clone()
+    clean.model_options["transformer_options"].pop(KEY, None)
+    clean.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, KEY)
+    return clean
+
+
+def model_fingerprint(network) -> Fingerprint:
+    """Sizes of a Wan network (the diffusion_model of a MODEL), and its modulation's sample."""
+    tables = [block.modulation for block in network.blocks]
+    return Fingerprint(
+        dim=network.dim,
+        ffn_dim=network.ffn_dim,
+        num_blocks=len(network.blocks),
+        num_heads=network.num_heads,
+        in_channels=network.in_dim,
+        out_channels=network.out_dim,
+        sample=sample_modulation([*tables, network.head.modulation]),
+    )
+
+
+def check_profile(model, profile: Profile, node: str) -> None:
+    """Refuse a profile of another model than this MODEL.
+
+    Raises:
+        ValueError: says what came, what was expected and what to do.
+    """
+    reason = model_fingerprint(model.model.diffusion_model).differs(profile.model)
+    if reason is not None:
+        raise ValueError(
+            f"{node}: profile: it was recorded with another model than the one at 'model': "
+            f"{reason}. Load the profile that belongs to this model, or record one with WanTrim "
+            "Profile."
+        )
+
+
+class _Run:
+    """The recorder of one sampling run; it is made when the network is seen."""
+
+    def __init__(self, calibrate: str, about: dict):
+        self.calibrate, self.about = calibrate, about
+        self.recorder: Recorder | None = None
+        self.notes: list[str] = []
+        # why nothing of this run can be recorded
+        self.off: str | None = None
+
+    def __deepcopy__(self, memo) -> _Run:
+        return self
+
+    def begin(self, network, x, timestep, time_dim_concat, options, extra) -> CallRecord | None:
+        check_latent(x)
+        if self.recorder is None:
+            model = model_fingerprint(network)
+            image = hasattr(network.blocks[0].cross_attn, "k_img")
+            self.recorder = Recorder(model, image=image, calibrate=self.calibrate, about=self.about)
+            if self.calibrate != "none":
+                needed = calibration_bytes(model, self.calibrate) / 1e9
+                log.info("WanTrim Profile: the calibration needs %.1f GB of RAM", needed)
+            for note in self.notes:
+                self.recorder.note(note)
+        sigma = options["sigmas"] if "sigmas" in options else timestep / 1000
+        return self.recorder.begin(
+            sigma=float(sigma.max()),
+            grid=token_grid(network, x, time_dim_concat, extra),
+            cond_or_uncond=options.get("cond_or_uncond", [COND]),
+            batch=len(x),
+        )
+
+    def finish(self, network, call: CallRecord) -> None:
+        call.finish()
+        if self.recorder.calls:
+            # now that all weights are where the model needs them
+            layers = [
+                Projections(
+                    block.self_attn.o,
+                    block.cross_attn.o,
+                    block.ffn[0],
+                    block.ffn[2],
+                )
+                for block in network.blocks
+            ]
+            self.recorder.measure_weights(layers, call.like)
+
+
+def _outer_sample(executor, *args, **kwargs):
+    guider = executor.class_obj
+    original = guider.model_options
+    options = comfy.model_patcher.create_model_options_clone(original)
+    attachment: ProfileAttachment = options["transformer_options"][KEY]
+    # a run that was not saved lets go of what it held before the next one holds as much
+    attachment.recorder, attachment.reason = None, "the last run was cancelled or failed"
+    sampling = guider.model_patcher.get_model_object("model_sampling")
+    about = {"id": uuid.uuid4().hex}
+    shift = getattr(sampling, "shift", None)
+    if shift is not None:
+        about["shift"] = float(shift)
+    plan = attachment_of(guider.model_patcher)
+    if plan is not None and not plan.plan.neutral:
+        about["plan"] = plan.plan.describe()
+    run = _Run(attachment.calibrate, about)
+    if "multigpu_clones" in original:
+        run.off = "several GPUs share a step, and each sees a part of it"
+    wrappers = options["transformer_options"].get("wrappers", {})
+    if COMPILE_KEY in wrappers.get(WrappersMP.APPLY_MODEL, {}):
+        run.notes.append("torch.compile: the recorded run was not compiled")
+    options["transformer_options"][RUN_KEY] = run
+    # last, so that what other packs do to a call happens inside the blocks that are watched
+    add_wrapper_with_key(
+        WrappersMP.DIFFUSION_MODEL, KEY, _diffusion_model, options, is_model_options=True
+    )
+    guider.model_options = options
+    try:
+        result = executor(*args, **kwargs)
+        attachment.recorder = run.recorder
+        attachment.reason = run.off or "the last run never called the model"
+        return result
+    finally:
+        guider.model_options = original
+        if run.recorder is not None:
+            log.info("WanTrim Profile: %d calls recorded", run.recorder.calls)
+
+
+@torch.compiler.disable
+def _diffusion_model(
+    executor,
+    x,
+    timestep,
+    context,
+    clip_fea=None,
+    time_dim_concat=None,
+    transformer_options=None,
+    **kwargs,
+):
+    options, network = transformer_options or {}, executor.class_obj
+    run: _Run | None = options.get(RUN_KEY)
+    call = None
+    if run is not None and run.off is None:
+        call = run.begin(network, x, timestep, time_dim_concat, options, kwargs)
+    if call is not None:
+        patches = options.get("patches", {})
+        if patches.get("attn1_patch") or patches.get("attn2_patch"):
+            run.recorder.note("another node patches the attention: what it adds was not recorded")
+        options = _watched(options, call, len(network.blocks))
+    # positional, because other packs' wrappers read the options as the last argument
+    out = executor(x, timestep, context, clip_fea, time_dim_concat, options, **kwargs)
+    if call is not None:
+        run.finish(network, call)
+    return out
+
+
+def _watched(transformer_options: dict, call: CallRecord, num_blocks: int) -> dict:
+    """A copy of `transformer_options` in which `call` sees every block."""
+    replaced = dict(transformer_options.get("patches_replace", {}))
+    blocks = dict(replaced.get("dit", {}))
+    for index in range(num_blocks):
+        key = ("double_block", index)
+        watch = _WatchedBlock(call, index, blocks.get(key))
+        blocks[key] = torch.compiler.disable(watch.__call__)
+    replaced["dit"] = blocks
+    return {**transformer_options, "patches_replace": replaced}
+
+
+class _WatchedBlock:
+    """The ("double_block", i) replacement of one call; an earlier replacement runs inside of it."""
+
+    def __init__(self, call: CallRecord, index: int, previous):
+        self.call, self.index, self.previous = call, index, previous
+
+    def __call__(self, args: dict, extra: dict) -> dict:
+        original, length = extra["original_block"], args["img"].shape[1]
+
+        def watched(args: dict) -> dict:
+            record = self.call.block(self.index, args["img"], length)
+            if record is None:
+                return original(args)
+            options = dict(args["transformer_options"])
+            options[OVERRIDE] = _Tap(record, options.get(OVERRIDE))
+            with BlockWatch(record):
+                out = original({**args, "transformer_options": options})
+            record.done(out["img"])
+            return out
+
+        if self.previous is None:
+            return watched(args)
+        return self.previous(args, {**extra, "original_block": watched})
+
+
+class _Tap:
+    """A chained attention override, the outermost: shows each call and its result to the record."""
+
+    def __init__(self, record: BlockRecord, previous):
+        self.record, self.previous = record, previous
+
+    def __call__(self, func, q, k, v, *args, **kwargs):
+        heads = kwargs["heads"] if "heads" in kwargs else args[0]
+        if self.previous is None:
+            out = func(q, k, v, *args, **kwargs)
+        else:
+            out = self.previous(func, q, k, v, *args, **kwargs)
+        # [b, n, s, d] or [b, s, n * d]
+        seen = (
+            t.transpose(1, 2) if t.ndim == 4 else t.unflatten(-1, (heads, -1)) for t in (q, k, out)
+        )
+        self.record.attention(*seen)
+        return out

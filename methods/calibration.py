@@ -1,0 +1,184 @@
+"""What the output projections of a model get to see: second moments of their inputs (ours).
+
+The least-squares refit of a slim model needs the sum of x x^T of the inputs x of each output
+projection, never the inputs themselves. Sums, so that runs can be merged by adding them.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from .fingerprint import Fingerprint
+
+FORMAT = "wantrim_calibration/1"
+KEY = "wantrim_calibration"
+# what is recorded -> which inputs: of self- and cross-attention's o, of the FFN's down projection
+CALIBRATE = {
+    "none": (),
+    "attention": ("self", "cross"),
+    "all": ("self", "cross", "ffn"),
+}
+
+
+def input_size(model: Fingerprint, kind: str) -> int:
+    """Length of the inputs of a kind, "self", "cross" or "ffn"."""
+    return model.ffn_dim if kind == "ffn" else model.dim
+
+
+def calibration_bytes(model: Fingerprint, calibrate: str) -> int:
+    """Memory (and file size) that a calibration needs: 14B "attention" 8.4 GB, "all" 39 GB."""
+    return sum(4 * model.num_blocks * input_size(model, kind) ** 2 for kind in CALIBRATE[calibrate])
+
+
+class Calibration:
+    """Sums of x x^T, fp32 on the CPU, as they grow during a run.
+
+    Args:
+        calibrate: name in `CALIBRATE`.
+
+    Attributes:
+        sums: "{kind}.{block}" -> [size, size].
+        tokens: "{kind}.{block}" -> how many inputs x are in the sum.
+    """
+
+    def __init__(self, model: Fingerprint, calibrate: str):
+        if calibrate not in CALIBRATE:
+            raise ValueError(
+                f"calibrate: expected one of {', '.join(CALIBRATE)}, got {calibrate!r}"
+            )
+        self.model = model
+        self.kinds = CALIBRATE[calibrate]
+        self.sums: dict[str, torch.Tensor] = {}
+        self.tokens: dict[str, int] = {}
+
+    def add(self, kind: str, block: int, inputs: torch.Tensor) -> None:
+        """Take in inputs [m, size] of a block's projection, any float type and device."""
+        x = inputs.float()
+        self._add(f"{kind}.{block}", (x.T @ x).cpu(), len(x))
+
+    def absorb(self, saved: SavedCalibration) -> None:
+        """Add what a file holds, one tensor at a time.
+
+        Raises:
+            ValueError: it is of another model, or damaged.
+        """
+        reason = self.model.differs(saved.model)
+        if reason is not None:
+            raise ValueError(
+                f"{saved.path.name}: cannot merge calibrations of two models: {reason}"
+            )
+        for name, tokens in saved.tokens.items():
+            kind, _, block = name.partition(".")
+            self._add(name, saved.gram(kind, int(block)), tokens)
+
+    def save(self, path: Path, package: str = "") -> None:
+        """Write it whole or not at all."""
+        header = {
+            "format": FORMAT,
+            "model": self.model.to_json(),
+            "tokens": self.tokens,
+            "package": package,
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        try:
+            save_file(self.sums, partial, {KEY: json.dumps(header)})
+            partial.replace(path)
+        finally:
+            # gigabytes that a full disk can do without
+            partial.unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Let go of everything."""
+        self.sums.clear()
+        self.tokens.clear()
+
+    def _add(self, name: str, gram: torch.Tensor, tokens: int) -> None:
+        if name not in self.sums:
+            # outside inference mode: it is added to wherever the next call runs
+            with torch.inference_mode(False):
+                self.sums[name] = torch.zeros(gram.shape)
+        self.sums[name] += gram
+        self.tokens[name] = self.tokens.get(name, 0) + tokens
+
+
+class SavedCalibration:
+    """A calibration file; tensors are read one at a time, when they are asked for.
+
+    Args:
+        tokens: how many inputs are in each sum, by "{kind}.{block}".
+    """
+
+    def __init__(self, path: Path, model: Fingerprint, tokens: dict[str, int]):
+        self.path, self.model, self.tokens = path, model, tokens
+
+    def gram(self, kind: str, block: int) -> torch.Tensor | None:
+        """Sum of x x^T [size, size] of a projection's inputs in fp32; None if it is not there.
+
+        Args:
+            kind: "self", "cross" or "ffn".
+
+        Raises:
+            ValueError: the file is damaged, or changed since it was opened.
+        """
+        name = f"{kind}.{block}"
+        if name not in self.tokens:
+            return None
+        try:
+            with safe_open(self.path, "pt") as file:
+                gram = file.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{self.path.name}: {name} cannot be read ({error})") from error
+        if not torch.isfinite(gram).all():
+            raise ValueError(
+                f"{self.path.name}: {name} holds values that are not finite: damaged file"
+            )
+        return gram
+
+
+def load_calibration(path: Path) -> SavedCalibration:
+    """Open a calibration and check everything but its numbers.
+
+    Raises:
+        ValueError: the file is damaged or something else, in an artist's words.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            header = json.loads((file.metadata() or {}).get(KEY, "null"))
+            parts = {name: file.get_slice(name) for name in file.keys()}
+            found = {name: (tuple(p.get_shape()), p.get_dtype()) for name, p in parts.items()}
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path.name}: expected a WanTrim calibration, got a file that cannot be read "
+            f"({error}). Record it again with WanTrim Profile."
+        ) from error
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        came = header.get("format") if isinstance(header, dict) else "no calibration header"
+        raise ValueError(
+            f"{path.name}: expected a WanTrim calibration ({FORMAT}), got {came!r:.80}. Choose a "
+            "file that WanTrim Save Profile wrote, or update WanTrim."
+        )
+    try:
+        model = Fingerprint.from_json(header.get("model"))
+    except ValueError as error:
+        raise ValueError(f"{path.name}: {error}") from error
+    tokens = header.get("tokens")
+    if not isinstance(tokens, dict) or tokens.keys() != found.keys():
+        raise ValueError(f"{path.name}: the header does not list what the file holds: damaged file")
+    known = {
+        f"{kind}.{block}": (input_size(model, kind),) * 2
+        for kind in CALIBRATE["all"]
+        for block in range(model.num_blocks)
+    }
+    for name, came in found.items():
+        if came != (known.get(name), "F32") or type(tokens[name]) is not int or tokens[name] < 1:
+            raise ValueError(
+                f"{path.name}: {name}: expected {known.get(name)} in F32, got {came[0]} in "
+                f"{came[1]} from {tokens[name]!r:.20} tokens: damaged file"
+            )
+    return SavedCalibration(path, model, tokens)

@@ -1,0 +1,264 @@
+"""The nodes that record, save and load what was measured about a model."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+
+import folder_paths
+from comfy_api.latest import io, ui
+
+from ..hosts.comfyui.profiling import attach_profile, profile_of
+from ..hosts.comfyui.variants import check_variant
+from ..hosts.profile_picture import draw_profile, summary
+from ..hosts.profiling import (
+    CALIBRATION_ENDING,
+    ProfileFile,
+    calibration_path,
+    open_profile,
+    save_profile,
+)
+from ..methods.calibration import CALIBRATE
+from ..methods.profile import load_profile
+from ..toy import CHECKPOINT
+
+CATEGORY = "model/patch/wan"
+FOLDER = "wantrim_profiles"
+SUFFIX = ".safetensors"
+RECORD, SAVE, LOAD = "WanTrim Profile", "WanTrim Save Profile", "WanTrim Load Profile"
+# shown in the list; comes with the pack
+DEMO, DEMO_FILE = "tiny Wan (demo)", CHECKPOINT.with_name("tiny_wan_profile.safetensors")
+MAX_NAME = 100
+# no separators, nothing that some file system forbids, and no hidden file
+NAME = re.compile(r"[^\W_][\w .+()\[\]-]*")
+RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
+
+ProfileSocket = io.Custom("WANTRIM_PROFILE")
+
+folder_paths.add_model_folder_path(
+    FOLDER, str(Path(folder_paths.models_dir) / "wantrim" / "profiles")
+)
+
+
+class WanTrimProfile(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="WanTrimProfile",
+            display_name=RECORD,
+            category=CATEGORY,
+            description=(
+                "Records what each attention head and FFN channel of a Wan model does while you "
+                "sample as usual: your prompts, LoRAs and size, 4 steps or 50. The video stays the "
+                "same, bit for bit. Place it after the LoRA and before ModelSamplingSD3, and save "
+                "with WanTrim Save Profile."
+            ),
+            search_aliases=["PARE", "head roles", "calibrate wan", "record profile"],
+            inputs=[
+                io.Model.Input("model", tooltip="A Wan 2.1 or 2.2 model, after its LoRAs."),
+                io.Combo.Input(
+                    "calibrate",
+                    options=list(CALIBRATE),
+                    default="none",
+                    advanced=True,
+                    tooltip=(
+                        "What to record for the least-squares refit of a slim model, beside the "
+                        "profile. It needs memory: on 14B 'attention' 8.4 GB and 'all' 39 GB of RAM, "
+                        "and as much on disk."
+                    ),
+                ),
+            ],
+            outputs=[io.Model.Output(tooltip="The model; it records whenever it is sampled.")],
+        )
+
+    @classmethod
+    def execute(cls, model, calibrate: str) -> io.NodeOutput:
+        check_variant(model, RECORD, "record")
+        # a linked value passes by what ComfyUI checks
+        if calibrate not in CALIBRATE:
+            raise ValueError(
+                f"{RECORD}: calibrate: expected one of {', '.join(CALIBRATE)}, got {calibrate!r}"
+            )
+        return io.NodeOutput(attach_profile(model, calibrate))
+
+
+class WanTrimSaveProfile(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="WanTrimSaveProfile",
+            display_name=SAVE,
+            category=CATEGORY,
+            description=(
+                "Saves what WanTrim Profile recorded in the run that made these images into "
+                "models/wantrim/profiles, and draws it: head roles, importance, and what cheap "
+                "attention patterns would keep."
+            ),
+            search_aliases=["PARE", "head roles", "save profile"],
+            is_output_node=True,
+            # what a run showed is not a function of the inputs
+            not_idempotent=True,
+            inputs=[
+                io.Model.Input(
+                    "model", tooltip="The model that was sampled, with WanTrim Profile on it."
+                ),
+                io.Image.Input(
+                    "images",
+                    tooltip="The decoded video of that run; it only says that sampling comes first.",
+                ),
+                io.String.Input(
+                    "filename",
+                    default="my_wan",
+                    tooltip=(
+                        "Name of the file, without a folder. One file for each model; on Wan 2.2 one "
+                        "for each expert."
+                    ),
+                ),
+                io.Boolean.Input(
+                    "merge",
+                    default=True,
+                    tooltip=(
+                        "On: add the run to the file, if there is one of the same model. Off: "
+                        "replace the file."
+                    ),
+                ),
+            ],
+            outputs=_outputs(),
+        )
+
+    @classmethod
+    def execute(cls, model, images: torch.Tensor, filename: str, merge: bool) -> io.NodeOutput:
+        path = Path(folder_paths.get_folder_paths(FOLDER)[0]) / profile_filename(filename)
+        attachment = profile_of(model)
+        if attachment is None:
+            raise ValueError(
+                f"{SAVE}: the input 'model' has no WanTrim Profile on it. Connect the output of "
+                "WanTrim Profile, or of a node behind it, and take off its bypass."
+            )
+        recorder = attachment.recorder
+        if recorder is None or not recorder.calls:
+            reasons = [attachment.reason] if recorder is None else recorder.notes
+            raise ValueError(
+                f"{SAVE}: nothing was recorded: {'; '.join(reasons) or 'no positive prompt was run'}. "
+                "Connect 'images' to the VAE Decode of the sampler that uses this model."
+            )
+        try:
+            saved = save_profile(recorder, path, merge)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(
+                f"{SAVE}: {path.name} cannot be written ({error}). Is the disk full, or the folder "
+                "read-only?"
+            ) from error
+        except ValueError as error:
+            raise ValueError(
+                f"{SAVE}: the run cannot be added to {path.name}: {error}. Choose another filename, "
+                "or turn merge off to replace that file."
+            ) from error
+        return _show(cls, saved, path.stem, f"Saved as {path.name}.")
+
+
+class WanTrimLoadProfile(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="WanTrimLoadProfile",
+            display_name=LOAD,
+            category=CATEGORY,
+            description=(
+                "Loads what was measured about a Wan model from models/wantrim/profiles, for WanTrim "
+                "Heads and WanTrim Slim, and draws it. A profile of the demo's tiny Wan comes with "
+                "the pack."
+            ),
+            search_aliases=["PARE", "head roles", "load profile"],
+            inputs=[
+                io.Combo.Input(
+                    "filename",
+                    options=[DEMO, *saved_profiles()],
+                    default=DEMO,
+                    tooltip="A file that WanTrim Save Profile wrote. One for each model.",
+                ),
+            ],
+            outputs=_outputs(),
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, filename: str) -> str:
+        """Load again when the file was written again."""
+        path = _find(filename)
+        if path is None:
+            return ""
+        files = [file for file in (path, calibration_path(path)) if file.is_file()]
+        return repr([(str(file), file.stat().st_mtime_ns) for file in files])
+
+    @classmethod
+    def execute(cls, filename: str) -> io.NodeOutput:
+        path = _find(filename)
+        if path is None:
+            raise ValueError(
+                f"{LOAD}: filename: there is no profile {filename!r} in models/wantrim/profiles. "
+                "Choose one of the list, or record one with WanTrim Profile."
+            )
+        try:
+            opened = ProfileFile(load_profile(path)) if path == DEMO_FILE else open_profile(path)
+        except ValueError as error:
+            raise ValueError(f"{LOAD}: {error}") from error
+        return _show(cls, opened, path.stem, f"Loaded from {path.name}.")
+
+
+def profile_filename(given: str) -> str:
+    """The name of a profile's file.
+
+    Raises:
+        ValueError: it is empty, has a folder in it, or cannot be a file everywhere.
+    """
+    stem = given.strip().removesuffix(SUFFIX).strip()
+    good = NAME.fullmatch(stem) and not RESERVED.fullmatch(stem) and not stem.endswith(".")
+    if not good or len(stem) > MAX_NAME or stem.endswith(".calibration"):
+        raise ValueError(
+            f"{SAVE}: filename: expected a plain name such as 'wan_14b_t2v' (letters, digits, "
+            f"spaces, _ . + - ( ) [ ], at most {MAX_NAME}, no folder), got {given!r:.120}"
+        )
+    return stem + SUFFIX
+
+
+def saved_profiles() -> list[str]:
+    """Files in the profile folders, without the calibrations beside them."""
+    return [
+        name
+        for name in folder_paths.get_filename_list(FOLDER)
+        if name.endswith(SUFFIX) and not name.endswith(CALIBRATION_ENDING)
+    ]
+
+
+def _find(filename: str) -> Path | None:
+    if filename == DEMO:
+        return DEMO_FILE
+    found = folder_paths.get_full_path(FOLDER, filename)
+    return None if found is None else Path(found)
+
+
+def _outputs() -> list:
+    return [
+        ProfileSocket.Output(
+            "profile", display_name="profile", tooltip="For WanTrim Heads and WanTrim Slim."
+        ),
+        io.Image.Output("picture", display_name="picture", tooltip="The profile as a picture."),
+        io.String.Output("text", display_name="text", tooltip="The profile in words."),
+    ]
+
+
+def _show(cls, opened: ProfileFile, name: str, said: str) -> io.NodeOutput:
+    drawn = np.asarray(draw_profile(opened.profile, name), np.float32) / 255
+    picture = torch.from_numpy(drawn)[None]
+    text = f"{said}\n{summary(opened.profile)}"
+    if opened.calibration is not None:
+        text += f"\nCalibration for WanTrim Slim: {opened.calibration.name}"
+    shown = {**ui.PreviewImage(picture, cls=cls).as_dict(), "text": (text,)}
+    return io.NodeOutput(opened, picture, text, ui=shown)
+
+
+NODES = [WanTrimProfile, WanTrimSaveProfile, WanTrimLoadProfile]
