@@ -2,9 +2,10 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import demo, report, tokens
+from . import blocks, demo, heads, profile, report, slim, tokens
 
 
 class WanTrimExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [*tokens.NODES, *report.NODES, *demo.NODES]
+        stages = (tokens, heads, blocks, profile, slim, report, demo)
+        return [node for stage in stages for node in stage.NODES]

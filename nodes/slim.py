@@ -1,0 +1,211 @@
+"""The nodes that write and load slim checkpoints: fewer heads and FFN channels, for good."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import comfy.model_management
+import comfy.utils
+import folder_paths
+from comfy_api.latest import io
+
+from ..hosts.comfyui.slim import DTYPES, load_slim
+from ..hosts.slim_export import RULES, TICKS, slim_checkpoint
+from ..toy import CHECKPOINT
+from .profile import DEMO, MAX_NAME, NAME, RESERVED, ProfileSocket
+
+CATEGORY = "model/patch/wan"
+TRIM, LOAD = "WanTrim Slim", "WanTrim Load Slim"
+FOLDER = "wantrim_slim"
+SUFFIX = ".safetensors"
+MAX_PRUNE = 0.8
+
+folder_paths.add_model_folder_path(
+    FOLDER, str(Path(folder_paths.models_dir) / "wantrim" / "slim"), is_default=True
+)
+
+
+def _files(folder: str) -> list[str]:
+    return [name for name in folder_paths.get_filename_list(folder) if name.endswith(SUFFIX)]
+
+
+class WanTrimSlim(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="WanTrimSlim",
+            display_name=TRIM,
+            category=CATEGORY,
+            description=(
+                "Writes a smaller checkpoint of a Wan model: whole attention heads and FFN channels "
+                "are left out, chosen from a profile (PARE, arXiv 2605.27336). Runs faster and "
+                "needs less memory everywhere; no training. Load it with WanTrim Load Slim."
+            ),
+            search_aliases=["PARE", "prune model", "smaller wan", "export slim checkpoint"],
+            is_output_node=True,
+            inputs=[
+                io.Combo.Input(
+                    "diffusion_model",
+                    options=[DEMO, *_files("diffusion_models")],
+                    default=DEMO,
+                    tooltip=(
+                        "The full Wan checkpoint that was profiled: bf16, fp16, fp32 or plain fp8 "
+                        "safetensors. GGUF and scaled fp8 cannot be cut."
+                    ),
+                ),
+                ProfileSocket.Input(
+                    "profile",
+                    tooltip="From WanTrim Load Profile or WanTrim Profile, of this model.",
+                ),
+                io.Float.Input(
+                    "prune_ratio",
+                    default=0.30,
+                    min=0.0,
+                    max=MAX_PRUNE,
+                    step=0.01,
+                    display_mode=io.NumberDisplay.slider,
+                    tooltip=(
+                        "Share of the heads and FFN channels that goes. The paper uses 0.30, with "
+                        "training afterwards; without, stay below."
+                    ),
+                ),
+                io.Combo.Input(
+                    "rule",
+                    options=list(RULES),
+                    default="pare",
+                    tooltip=(
+                        "'pare': as published, equally many in every block. 'budget': the same size, "
+                        "spent where the profile says that it matters."
+                    ),
+                ),
+                io.Boolean.Input(
+                    "refit",
+                    default=True,
+                    tooltip=(
+                        "Let the projections that are left make up for what goes (least squares). "
+                        "Needs a profile that was recorded with calibration on."
+                    ),
+                ),
+                io.String.Input(
+                    "filename",
+                    default="wan_slim",
+                    tooltip="Name of the new file in models/wantrim/slim.",
+                ),
+                io.Boolean.Input(
+                    "overwrite",
+                    default=False,
+                    tooltip="Replace a file of that name. Off: refuse.",
+                    advanced=True,
+                ),
+            ],
+            outputs=[
+                io.String.Output("text", display_name="text", tooltip="What was written, in words.")
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        diffusion_model: str,
+        profile,
+        prune_ratio: float,
+        rule: str,
+        refit: bool,
+        filename: str,
+        overwrite: bool = False,
+    ) -> io.NodeOutput:
+        # a linked value passes by the ranges that ComfyUI checks
+        if not 0.0 <= prune_ratio <= MAX_PRUNE:
+            raise ValueError(f"{TRIM}: prune_ratio: expected 0 to {MAX_PRUNE}, got {prune_ratio}")
+        out = _target(filename)
+        if out.exists() and not overwrite:
+            raise ValueError(
+                f"{TRIM}: filename: {out.name} is there already. Choose another name, or turn "
+                "overwrite on."
+            )
+        source = CHECKPOINT
+        if diffusion_model != DEMO:
+            source = folder_paths.get_full_path_or_raise("diffusion_models", diffusion_model)
+        bar = comfy.utils.ProgressBar(TICKS)
+
+        def progress(done: int, total: int) -> None:
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            bar.update_absolute(done, total)
+
+        try:
+            summary = slim_checkpoint(
+                Path(source),
+                out,
+                profile.profile,
+                calibration=profile.calibration,
+                rule=rule,
+                prune_ratio=prune_ratio,
+                refitted=refit,
+                progress=progress,
+            )
+        except ValueError as error:
+            raise ValueError(f"{TRIM}: {error}") from error
+        text = summary.text()
+        return io.NodeOutput(text, ui={"text": (text,)})
+
+
+def _target(filename: str) -> Path:
+    name = filename.strip().removesuffix(SUFFIX)
+    good = NAME.fullmatch(name) and not RESERVED.fullmatch(name) and not name.endswith(".")
+    if not good or len(name) > MAX_NAME:
+        raise ValueError(
+            f"{TRIM}: filename: expected a plain name such as 'wan_slim' (letters, digits, spaces, "
+            f"_ . + - ( ) [ ], at most {MAX_NAME}, no folder), got {filename!r:.120}"
+        )
+    return Path(folder_paths.get_folder_paths(FOLDER)[0]) / f"{name}{SUFFIX}"
+
+
+class WanTrimLoadSlim(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="WanTrimLoadSlim",
+            display_name=LOAD,
+            category=CATEGORY,
+            description=(
+                "Loads a slim Wan checkpoint that WanTrim Slim wrote. Use it like Load Diffusion "
+                "Model; LoRAs made for the full model apply."
+            ),
+            search_aliases=["PARE", "load slim wan", "pruned model"],
+            inputs=[
+                io.Combo.Input(
+                    "slim_model",
+                    options=_files(FOLDER),
+                    tooltip="A file in models/wantrim/slim.",
+                ),
+                io.Combo.Input(
+                    "weight_dtype",
+                    options=list(DTYPES),
+                    default="default",
+                    tooltip="Number format of the weights in memory; fp8 halves them again.",
+                    advanced=True,
+                ),
+            ],
+            outputs=[io.Model.Output(tooltip="The slim model.")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, slim_model: str, weight_dtype: str = "default") -> str:
+        # WanTrim Slim can replace a file
+        path = folder_paths.get_full_path(FOLDER, slim_model)
+        return "" if path is None else str(Path(path).stat().st_mtime_ns)
+
+    @classmethod
+    def execute(cls, slim_model: str, weight_dtype: str = "default") -> io.NodeOutput:
+        if weight_dtype not in DTYPES:
+            raise ValueError(
+                f"{LOAD}: weight_dtype: expected one of {', '.join(DTYPES)}, got {weight_dtype!r}"
+            )
+        path = folder_paths.get_full_path_or_raise(FOLDER, slim_model)
+        try:
+            return io.NodeOutput(load_slim(path, weight_dtype))
+        except ValueError as error:
+            raise ValueError(f"{LOAD}: slim_model: {error}") from error
+
+
+NODES = [WanTrimSlim, WanTrimLoadSlim]
