@@ -63,6 +63,7 @@ class Recorder:
         self._sums = Profile.empty(model).tensors
         self._grid: TokenGrid | None = None
         self._sigmas: list[float] = []
+        self._context = 0
 
     def note(self, text: str) -> None:
         """Say once what was not recorded and why."""
@@ -80,6 +81,7 @@ class Recorder:
         run = {
             **self.about,
             "grid": [self._grid.frames, self._grid.height, self._grid.width],
+            "context_tokens": self._context,
             "sigmas": self._sigmas,
             "calls": self.calls,
             "notes": self.notes,
@@ -151,6 +153,7 @@ class Recorder:
         self._sums["count"] = self._sums["count"].index_add(0, torch.tensor([at]), counted)
         if call.sigma not in self._sigmas:
             self._sigmas.append(call.sigma)
+        self._context = call.context
         if self._grid is None:
             self._grid = call.grid
         elif self._grid != call.grid:

@@ -40,6 +40,7 @@ class CallRecord:
         # hidden state of the first block, for its dtype and device
         self.like: torch.Tensor | None = None
         self.partly = False
+        self.context = 0
         share = min(1.0, SAMPLED / grid.tokens)
         self.tokens = sample_queries(grid, share, 0) + grid.start
         self.queries = sample_queries(grid, QUERY_RATIO, MIN_QUERIES)
@@ -98,6 +99,8 @@ class BlockRecord:
         self.shares: list[torch.Tensor] = []
         self.cross: list[torch.Tensor] = []
         self.attended = self.activated = 0
+        # keys of cross-attention: text and image
+        self.context = 0
         self.channels: list[torch.Tensor] = []
         # why the block's self-attention cannot be measured
         self.strange = False
@@ -109,6 +112,7 @@ class BlockRecord:
         if q.shape[1] != self.length or q.shape[2:] != heads or out.shape != q.shape:
             self.strange = True
         elif self.attended > 1:
+            self.context += k.shape[1]
             self.cross.append(self._sampled(out).float())
         elif k.shape != q.shape:
             self.strange = True
@@ -172,6 +176,7 @@ class BlockRecord:
                 "piece): its channels were not recorded there"
             )
         added = self._sampled(out).float() - self.before
+        self.call.context = self.context
         self.found["residual"] = _rms(added).sum(0)
         self.found["hidden"] = _rms(self.before).sum(0)
         self.call.found[self.index] = self.found

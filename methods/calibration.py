@@ -130,8 +130,9 @@ class SavedCalibration:
         if name not in self.tokens:
             return None
         try:
-            with safe_open(self.path, "pt") as file:
-                gram = file.get_tensor(name)
+            # as numpy: with "pt" the whole file would have to fit into memory
+            with safe_open(self.path, "np") as file:
+                gram = torch.from_numpy(file.get_tensor(name))
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{self.path.name}: {name} cannot be read ({error})") from error
         if not torch.isfinite(gram).all():
@@ -148,7 +149,7 @@ def load_calibration(path: Path) -> SavedCalibration:
         ValueError: the file is damaged or something else, in an artist's words.
     """
     try:
-        with safe_open(path, "pt") as file:
+        with safe_open(path, "np") as file:
             header = json.loads((file.metadata() or {}).get(KEY, "null"))
             parts = {name: file.get_slice(name) for name in file.keys()}
             found = {name: (tuple(p.get_shape()), p.get_dtype()) for name, p in parts.items()}

@@ -82,7 +82,8 @@ class Profile:
     """Sums of the measurements in `layout`, fp32 on the CPU.
 
     Args:
-        runs: what was sampled: grid (f, h, w), sigmas and calls of every run.
+        runs: what was sampled: grid (f, h, w), context_tokens (keys of cross-attention), sigmas and
+            calls of every run.
     """
 
     model: Fingerprint

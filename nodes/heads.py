@@ -8,6 +8,7 @@ from comfy_api.latest import io
 
 from ..hosts.comfyui.attach import attach, attachment_of
 from ..hosts.comfyui.profiling import check_profile
+from ..hosts.comfyui.slim import refuse_slim
 from ..hosts.comfyui.variants import check_variant
 from ..hosts.profiling import ProfileFile
 from ..hosts.session import TrimPlan
@@ -85,6 +86,7 @@ class WanTrimHeads(io.ComfyNode):
     @classmethod
     def execute(cls, model, profile: ProfileFile, prune_ratio: float, method: str) -> io.NodeOutput:
         check_variant(model, NAME, "trim the heads of")
+        refuse_slim(model, NAME)
         check_profile(model, profile.profile, NAME)
         # a linked value passes by what ComfyUI checks
         if not 0.0 <= prune_ratio <= MAX_PRUNE:
@@ -93,43 +95,55 @@ class WanTrimHeads(io.ComfyNode):
             raise ValueError(
                 f"{NAME}: method: expected one of {', '.join(METHODS)}, got {method!r}"
             )
-        grid = _grid(profile.profile)
+        size = _size(profile.profile)
         try:
-            heads = plan_heads(profile.profile, grid, prune_ratio, method)
+            heads = plan_heads(profile.profile, *size, prune_ratio, method)
         except ValueError as error:
             raise ValueError(f"{NAME}: {error}") from error
         present = attachment_of(model)
         plan = replace(present.plan if present else TrimPlan(), heads=heads)
-        return io.NodeOutput(attach(model, plan), _text(heads, grid))
+        return io.NodeOutput(attach(model, plan), _text(heads, *size))
 
 
-def plan_heads(profile: Profile, grid: TokenGrid, prune_ratio: float, method: str) -> HeadPlan:
-    """The plan of a method; at prune ratio 0 every head is full."""
+def plan_heads(
+    profile: Profile, grid: TokenGrid, context: int, prune_ratio: float, method: str
+) -> HeadPlan:
+    """The plan of a method for a video of this size; at prune ratio 0 every head is full.
+
+    Args:
+        context: keys of cross-attention.
+    """
     model = profile.model
     if prune_ratio == 0:
         return HeadPlan.full(model.num_blocks, model.num_heads)
     if method == "paper":
         kept = (pare_heads(profile, prune_ratio, kind=kind) for kind in ("self", "cross"))
         return HeadPlan.keeping(model.num_heads, *kept)
-    return solve_heads(profile, grid, 1 - prune_ratio, demote=method == "demote")
+    demote = method == "demote"
+    return solve_heads(profile, grid, 1 - prune_ratio, demote=demote, text_tokens=context)
 
 
-def _grid(profile: Profile) -> TokenGrid:
-    """Of the last recorded run; what a pattern costs depends on it."""
-    sizes = profile.runs[-1].get("grid") if profile.runs else None
+def _size(profile: Profile) -> tuple[TokenGrid, int]:
+    """Token grid and keys of cross-attention in the last recorded run; costs depend on them."""
+    run = profile.runs[-1] if profile.runs else {}
+    sizes, context = run.get("grid"), run.get("context_tokens")
     known = isinstance(sizes, list) and len(sizes) == 3
-    if not known or not all(type(size) is int and 0 < size < 1 << 16 for size in sizes):
+    if not known or not all(_is_size(size) for size in (*sizes, context)):
         raise ValueError(
             f"{NAME}: profile: expected one that says how large the recorded video was, got "
             f"{sizes!r:.60}. Record one with WanTrim Profile."
         )
-    return TokenGrid(*sizes)
+    return TokenGrid(*sizes), context
 
 
-def _text(plan: HeadPlan, grid: TokenGrid) -> str:
+def _is_size(value: object) -> bool:
+    return type(value) is int and 0 < value < 1 << 16
+
+
+def _text(plan: HeadPlan, grid: TokenGrid, context: int) -> str:
     lines = [
         f"Attention left at {grid.frames} latent frames of {grid.height} x {grid.width} tokens: "
-        f"{attention_share(plan, grid):.1%}",
+        f"{attention_share(plan, grid, context):.1%}",
         "block  " + "  ".join(f"{name:>5}" for name in PATTERNS) + "  cross off",
     ]
     for index, heads in enumerate(plan.self_attention):

@@ -13,6 +13,7 @@ import folder_paths
 from comfy_api.latest import io, ui
 
 from ..hosts.comfyui.profiling import attach_profile, profile_of
+from ..hosts.comfyui.slim import refuse_slim
 from ..hosts.comfyui.variants import check_variant
 from ..hosts.profile_picture import draw_profile, summary
 from ..hosts.profiling import (
@@ -78,6 +79,7 @@ class WanTrimProfile(io.ComfyNode):
     @classmethod
     def execute(cls, model, calibrate: str) -> io.NodeOutput:
         check_variant(model, RECORD, "record")
+        refuse_slim(model, RECORD)
         # a linked value passes by what ComfyUI checks
         if calibrate not in CALIBRATE:
             raise ValueError(

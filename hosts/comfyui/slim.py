@@ -69,6 +69,19 @@ def slim_header(model) -> SlimHeader | None:
     return model.get_attachment(KEY)
 
 
+def refuse_slim(model, node: str) -> None:
+    """Refuse a slim MODEL at a node that needs every head.
+
+    Raises:
+        ValueError: says what to do.
+    """
+    if slim_header(model) is not None:
+        raise ValueError(
+            f"{node}: the input 'model' expects a full Wan model, but got a slim one, whose heads "
+            "are cut already. Use this node on the full model, or remove it."
+        )
+
+
 def operations(header: SlimHeader) -> type[comfy.ops.manual_cast]:
     """The host's layers with the sizes of a slim file where it is cut."""
 
