@@ -51,6 +51,8 @@ class Bench:
         made_of: str = "",
     ):
         self.subject, self.task, self.point = subject, task, point
+        # a case may put another one here while it samples
+        self.model = subject.model
         self.items = subject.items(task, prompts, seeds)
         self.prompts, self.seeds = prompts, seeds
         self.name = (
@@ -74,7 +76,7 @@ class Bench:
         """One video's latents [1, c, f, h, w], with the model as it is."""
         condition = None if item.condition is None else item.condition[None]
         return sample(
-            self.subject.model,
+            self.model,
             item.text[None],
             self.subject.size,
             steps=steps or self.point.steps,

@@ -12,6 +12,7 @@ import hashlib
 import logging
 import os
 import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import lru_cache
 from multiprocessing import get_context
@@ -24,7 +25,7 @@ from .bench import Bench, read_result, write_result
 from .cases import POINTS, REFRESH, STUDY_TARGET, Case, Point, all_cases
 from .metrics import difference
 from .subjects import PROMPTS, Subject, read_prompts, real_subject, toy_subject
-from .table import RESULTS, commit, merge_rows
+from .table import COLUMNS, RESULTS, commit, merge_rows
 
 log = logging.getLogger(__name__)
 DENSE = Case("methods", "dense", "", 1.0)
@@ -34,9 +35,15 @@ FAIR = 0.035
 FULL = (32, 2)
 
 
-def selected(full: bool, only: list[str] | None, targets: list[float] | None) -> list[Case]:
+def selected(
+    full: bool,
+    only: list[str] | None,
+    targets: list[float] | None,
+    known: Sequence[Case] | None = None,
+) -> list[Case]:
     """The cases to run, by group or method; the fast subset is the methods at one budget."""
-    cases = [case for case in all_cases() if not targets or case.target in targets]
+    known = all_cases() if known is None else known
+    cases = [case for case in known if not targets or case.target in targets]
     if only:
         cases = [case for case in cases if {*case.groups, case.method}.intersection(only)]
     elif not full:
@@ -92,17 +99,23 @@ def load_subject(args: argparse.Namespace) -> Subject:
 
 @lru_cache(maxsize=8)
 def _bench(
-    subject: Subject, task: str, point: Point, prompts: int, seeds: int, work: str, made_of: str
+    kind: type[Bench],
+    subject: Subject,
+    task: str,
+    point: Point,
+    prompts: int,
+    seeds: int,
+    work: str,
+    made_of: str,
 ) -> Bench:
-    return Bench(subject, task, point, prompts, seeds, Path(work), made_of)
+    return kind(subject, task, point, prompts, seeds, Path(work), made_of)
 
 
 def run_case(args: argparse.Namespace, task: str, point: Point, case: Case) -> dict:
     """Run one case and keep its result."""
     torch.set_num_threads(args.threads)
-    bench = _bench(
-        load_subject(args), task, point, args.prompts, args.seeds, str(args.work), args.digest
-    )
+    work, subject = str(args.work), load_subject(args)
+    bench = _bench(args.bench, subject, task, point, args.prompts, args.seeds, work, args.digest)
     result = bench.run(case)
     if "row" in result:
         result["row"] |= {"commit": commit(), "torch": torch.__version__, "device": _device(args)}
@@ -135,7 +148,7 @@ def paired_rows(results: dict[tuple, dict]) -> list[dict]:
             ]
             twin = min(twins, key=lambda r: _apart(r, result), default=None)
             if twin and case.method not in ("dense", method) and _apart(twin, result) <= FAIR:
-                row |= _paired(name, result, twin)
+                row |= paired(name, result, twin)
         rows.append(row)
     return rows
 
@@ -144,7 +157,8 @@ def _apart(one: dict, other: dict) -> float:
     return abs(one["row"]["flops_ratio"] - other["row"]["flops_ratio"])
 
 
-def _paired(name: str, result: dict, twin: dict) -> dict[str, object]:
+def paired(name: str, result: dict, twin: dict) -> dict[str, object]:
+    """Columns `name`* of a result: its PSNR less a twin's, with the interval and the verdict."""
     mean, low, high = difference(result["psnr"], twin["psnr"], result["clusters"])
     verdict = "tie" if low <= 0 <= high else ("better" if mean > 0 else "worse")
     return {f"{name}_db": mean, f"{name}_lo": low, f"{name}_hi": high, name: verdict}
@@ -152,9 +166,26 @@ def _paired(name: str, result: dict, twin: dict) -> dict[str, object]:
 
 def main() -> None:
     args = parse_args()
+    cases = selected(args.full, args.only, args.targets)
+    run_cases(args, cases, [DENSE, *all_cases()], args.results / "quality.csv")
+
+
+def run_cases(
+    args: argparse.Namespace,
+    cases: Sequence[Case],
+    known: Sequence[Case],
+    table: Path,
+    compare: Callable[[dict[tuple, dict]], list[dict]] = paired_rows,
+    columns: Sequence[str] = COLUMNS,
+) -> None:
+    """Run what is not done yet, and write the rows of all finished `known` cases.
+
+    Args:
+        compare: makes the rows of the finished cases.
+        columns: of the table.
+    """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     args.work.mkdir(parents=True, exist_ok=True)
-    cases = selected(args.full, args.only, args.targets)
     wanted = [(task, point, case) for point in args.points for case in cases for task in args.tasks]
     if args.fresh:
         for file in args.work.glob(f"dense_*{args.digest}.safetensors"):
@@ -165,14 +196,14 @@ def main() -> None:
     for count, (one, result) in enumerate(_run_all(args, todo), 1):
         left = (time.perf_counter() - began) / count * (len(todo) - count) / 60
         log.info("[%d/%d, %.0f min left] %s", count, len(todo), left, _line(one, result))
-    merge_rows(args.results / "quality.csv", paired_rows(_everything(args)))
+    merge_rows(table, compare(_everything(args, known)), columns)
 
 
-def _everything(args: argparse.Namespace) -> dict[tuple, dict]:
+def _everything(args: argparse.Namespace, known: Sequence[Case]) -> dict[tuple, dict]:
     """All finished cases, also those that this call was not asked for: rows are compared."""
     found = {}
     for point in args.points:
-        for case in [DENSE, *all_cases()]:
+        for case in known:
             for task in args.tasks:
                 result = read_result(result_path(args, task, point, case))
                 if result is not None:
@@ -209,9 +240,15 @@ def _line(one: tuple, result: dict) -> str:
     )
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(
+    description: str | None = __doc__,
+    bench: type[Bench] = Bench,
+    work: Path = Path("out/quality"),
+    tasks: Sequence[str] = ("t2v", "i2v"),
+) -> argparse.Namespace:
+    """The command line; a study of its own names its bench, its work folder and its tasks."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        description=description, formatter_class=argparse.RawTextHelpFormatter
     )
     add = parser.add_argument
     add("--full", action="store_true", help="every case, 32 prompts x 2 seeds")
@@ -224,8 +261,8 @@ def parse_args() -> argparse.Namespace:
     add("--fresh", action="store_true", help="forget finished cases")
     add("--jobs", type=int, help="processes (default: the cores, at most 4; 1 with --weights)")
     add("--threads", type=int, default=1, help="of torch, in each process")
-    add("--work", type=Path, default=Path("out/quality"), help="finished cases")
-    add("--results", type=Path, default=RESULTS, help="folder of quality.csv")
+    add("--work", type=Path, default=work, help="finished cases")
+    add("--results", type=Path, default=RESULTS, help="folder of the CSV file")
     real = parser.add_argument_group("real weights (no truth metrics)")
     real.add_argument("--weights", help="a diffusers folder, or a Wan checkpoint (.safetensors)")
     real.add_argument("--components", help="a diffusers folder with VAE and text encoder")
@@ -248,7 +285,8 @@ def parse_args() -> argparse.Namespace:
     args.device = args.device or ("cuda" if args.weights else "cpu")
     args.jobs = args.jobs or (1 if args.weights else min(os.cpu_count() or 1, 4))
     if args.tasks is None:
-        args.tasks = load_subject(args).tasks if args.weights else ("t2v", "i2v")
+        args.tasks = load_subject(args).tasks if args.weights else tasks
+    args.bench = bench
     return args
 
 

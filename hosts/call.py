@@ -76,7 +76,12 @@ class ModelCall:
         self._blocks: BlockCalls | None = None
         if self.decision.blocks is not None and not self.decision.blocks.idle:
             self._blocks = BlockCalls(
-                self.decision.blocks, self.past, self.identity, self._decider, self.number == 1
+                self.decision.blocks,
+                self.past,
+                self.identity,
+                self._decider,
+                observes=self.number == 1,
+                note=self.report.note,
             )
         self._whole_layouts = session.layouts
         self._layouts: dict[int, tuple[Selection, Layout]] = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Collection, Hashable
 
 import torch
 
@@ -90,9 +90,12 @@ class Past:
         same = known is not None and known.shape == like.shape and known.device == like.device
         return known if same else None
 
-    def use(self, key: Key) -> None:
-        """Say that what is remembered under `key` will be wanted again."""
-        self._used.add(key)
+    def retain(self, identity: Hashable, pieces: Collection[tuple[int, int]]) -> None:
+        """Of the stretches of blocks of one call, let go of all but `pieces`, and keep those."""
+        self._used.update((identity, piece) for piece in pieces)
+        for key in [k for k in self._kept if k[0] == identity and isinstance(k[1], tuple)]:
+            if key[1] not in pieces:
+                del self._kept[key]
 
     def remember(self, key: Key, value: torch.Tensor) -> None:
         """Keep a full-length tensor for the step that follows."""

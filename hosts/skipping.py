@@ -30,12 +30,14 @@ class StepBlocks:
         skipped: blocks that do not run.
         remember: stretches of blocks whose update a later step gives again.
         known: stretches whose update is remembered.
+        reuse: whether skipped blocks should give an update again.
     """
 
     num_blocks: int
     skipped: frozenset[int] = frozenset()
     remember: tuple[Piece, ...] = ()
     known: tuple[Piece, ...] = ()
+    reuse: bool = False
     # tells how much a block added, as the router wants it, or None
     observe: Callable[[int, torch.Tensor], None] | None = field(default=None, compare=False)
 
@@ -56,6 +58,8 @@ class Skips:
         # a later step's set, when it had to be known before
         self._ahead: tuple[float, frozenset[int]] | None = None
         self._began = False
+        # steps in a row that each block was skipped
+        self._ages: list[int] = []
 
     def step(
         self, sigma: float, progress: float, content: Content, num_blocks: int,
@@ -68,6 +72,7 @@ class Skips:
         """
         if self._run is None:
             self._run = self.plan.router.run(num_blocks)
+            self._ages = [0] * num_blocks
         if self._at == sigma:
             return self._now
         skipped = self._choose(sigma, progress, content, num_blocks)
@@ -76,13 +81,14 @@ class Skips:
             if skipped and not self._began:
                 # nothing to give again yet
                 self._began, skipped = True, frozenset()
+            self._ages = [age + 1 if i in skipped else 0 for i, age in enumerate(self._ages)]
             held = self._now.known + self._now.remember if self._now else ()
             known = tuple(p for p in held if set(range(p[0], p[1] + 1)) <= skipped)
             if upcoming is not None:
                 after = self._choose(*upcoming, content, num_blocks)
                 self._ahead = (upcoming[0], after)
-                kept = tuple(p for p in known if set(range(p[0], p[1] + 1)) <= after)
-                free = max(0, self.plan.memory - len(kept))
+                # a sampler may come back to this sigma, so that nothing known can go before
+                free = max(0, self.plan.memory - len(known))
                 remember = tuple(_stretches(after - skipped)[:free])
         observe = None
         if self._run.watches:
@@ -90,7 +96,9 @@ class Skips:
             def observe(index: int, size: torch.Tensor) -> None:
                 self._run.observe(sigma, index, size)
 
-        self._at, self._now = sigma, StepBlocks(num_blocks, skipped, remember, known, observe)
+        reuse = self.plan.skipped == "reuse"
+        self._at = sigma
+        self._now = StepBlocks(num_blocks, skipped, remember, known, reuse, observe)
         return self._now
 
     def _choose(self, sigma, progress, content: Content, num_blocks: int) -> frozenset[int]:
@@ -99,7 +107,12 @@ class Skips:
         count = self.plan.count(sigma, progress, num_blocks)
         if count >= num_blocks:
             return frozenset()
-        runs = choose_blocks(self._run.logits(sigma, content), count)
+        logits = self._run.logits(sigma, content)
+        ages = self.plan.skipped == "reuse" and self.plan.router.follows_budget
+        if ages and self.plan.max_age:
+            old = torch.tensor(self._ages)
+            logits = torch.where(old >= self.plan.max_age, logits.max() + old, logits)
+        runs = choose_blocks(logits, count)
         return frozenset(range(num_blocks)) - frozenset(runs)
 
 
@@ -169,17 +182,23 @@ class BlockCalls:
         identity: of the call among those of its step.
         decide: takes the deciding prompt's rows out of a batch.
         observes: whether this call's blocks are those that the router wants to know about.
+        note: takes in what did not happen.
     """
 
-    def __init__(self, step: StepBlocks, past: Past, identity, decide, observes: bool):
+    def __init__(self, step: StepBlocks, past: Past, identity, decide, observes: bool, note):
         self.step, self._past, self._identity = step, past, identity
-        self._decide, self._observes = decide, observes
+        self._decide, self._observes, self._note = decide, observes, note
         # stretches by their last block; open ones by any of their blocks
         self._known = {piece[1]: piece for piece in step.known}
         self._open = {i: p for p in step.remember for i in range(p[0], p[1] + 1)}
         self._total: torch.Tensor | None = None
-        for piece in step.known:
-            past.use((identity, piece))
+        past.retain(identity, step.known)
+        held = {i for p in step.known for i in range(p[0], p[1] + 1)}
+        if step.reuse and not step.skipped <= held:
+            note(
+                "some skipped blocks had no update to repeat and added nothing: more of them than "
+                "'memory' holds, or the step before did not know that they would be skipped together"
+            )
 
     def skips(self, block_index: int) -> bool:
         return block_index in self.step.skipped
@@ -187,9 +206,15 @@ class BlockCalls:
     def wrap(self, block_index: int, call: BlockCall) -> BlockCall:
         """The block as it is to be run."""
         if self.skips(block_index):
-            piece = self._known.get(block_index)
-            key = (self._identity, piece)
-            return Skipped(call, self._past.recall(key, call.hidden) if piece else None)
+            piece, update = self._known.get(block_index), None
+            if piece is not None:
+                update = self._past.recall((self._identity, piece), call.hidden)
+                if update is None:
+                    self._note(
+                        "some skipped blocks had no update to repeat and added nothing: the step "
+                        "before was another node's cache, or context windows or prompts changed"
+                    )
+            return Skipped(call, update)
         observe = self.step.observe if self._observes else None
         piece = self._open.get(block_index)
         if observe is None and piece is None:

@@ -16,7 +16,7 @@ from .cost import WanShape, block_flops, block_parameters
 from .grid import TokenGrid
 from .heads import CHEAP, FULL, OFF, HeadPlan
 from .knapsack import BudgetTooSmall, Option, choose
-from .profile import BINS, Profile, timestep_weight
+from .profile import Profile
 from .width import (
     Signature,
     Width,
@@ -28,6 +28,9 @@ from .width import (
 )
 
 TEXT_TOKENS = 512
+# of a block's FFN against one of its attentions: least squares gives back most of what dropped
+# channels added, and little of what dropped heads did
+FFN_WORTH = 0.25
 
 
 def check_budget(budget: float) -> None:
@@ -51,14 +54,15 @@ def solve_heads(
     demote: bool = True,
     text_tokens: int = TEXT_TOKENS,
     image_tokens: int = 0,
-    protection: float = 1.5,
-    power: float = 1.0,
+    protection: float = 1.0,
 ) -> HeadPlan:
     """Full, a cheap pattern or off for every head, for the most importance within a budget.
 
-    A head that is off keeps nothing of its importance (eq. 3), one with a cheap pattern the
-    attention mass that the pattern keeps. Temporal heads are protected (eq. 5). Every block keeps
-    at least one self-attention head that is not off.
+    A head is worth its share in its block's importance (eq. 3), self- and cross-attention apart:
+    between blocks, and between the two, the gates and the depth behind make sums incomparable. One
+    that is off keeps nothing of it; a cheap pattern keeps 2 m - 1 where m is the attention mass
+    that it keeps, as the rest of the attention goes astray. Every block keeps at least one
+    self-attention head that is not off.
 
     Args:
         grid: of the video that will be made; what a pattern costs depends on it.
@@ -67,9 +71,12 @@ def solve_heads(
         patterns: the cheap ones that may be used.
         demote: False drops only, as PARE does.
         text_tokens, image_tokens: keys of cross-attention.
+        protection: of temporal heads (eq. 5; PARE's is 1.5). 1 here: over the whole model it takes
+            from the blocks that have few of them.
 
     Raises:
-        ValueError: not a share, too small for a head in every block, or the profile lacks a measurement.
+        ValueError: not a share, too small for a head in every block, or the profile lacks a
+            measurement.
     """
     check_budget(budget)
     check_recorded(profile, "cross_output")
@@ -78,14 +85,13 @@ def solve_heads(
         return HeadPlan.full(blocks, n)
     names = [OFF, *(name for name in CHEAP if demote and name in patterns), FULL]
     pairs = [pattern_pairs(name, grid) for name in names]
-    own = _worth(protected(profile, protection), power)
-    values = own[..., None] * (1 - (1 - _retained(profile, names)) ** power)
+    values = _share(protected(profile, protection))[..., None] * _retained(profile, names)
     cross_pairs = grid.tokens * (text_tokens + image_tokens)
     groups: list[list[Option]] = [
         list(zip(pairs, head, strict=True)) for head in values.flatten(0, 1).tolist()
     ]
-    for worth in _worth(profile.importance("cross"), power).flatten().tolist():
-        groups.append([(0, 0.0), (cross_pairs, worth)])
+    for share in _share(profile.importance("cross")).flatten().tolist():
+        groups.append([(0, 0.0), (cross_pairs, share)])
     needed = [range(block * n, (block + 1) * n) for block in range(blocks)]
     chosen = _spend(groups, budget, needed)
     own_names = [names[option] for option in chosen[: blocks * n]]
@@ -113,25 +119,26 @@ def solve_width(
     grid: TokenGrid | None = None,
     text_tokens: int = TEXT_TOKENS,
     image_tokens: int = 0,
-    protection: float = 1.5,
-    power: float = 2.0,
+    protection: float = 1.0,
+    ffn_worth: float = FFN_WORTH,
 ) -> Width:
     """Heads and channels of every block, for the most importance within a budget.
 
-    Heads and groups of FFN channels are worth what they add to the hidden state: the norm of it in
-    the root mean square over tokens, for a head by eq. 3 under the assumption that its output
-    points everywhere alike. Contributions count squared, as independent ones add up, so that a
-    group's worth does not depend on how channels are grouped. Every block keeps at least one head
-    of each attention and one group of channels.
+    A head is worth what it is in `solve_heads`, a channel its share in what the channels of its
+    block add to the hidden state (`ffn_scores` by energy), times `ffn_worth`. Every block keeps at
+    least one head of each attention and one group of channels.
 
     Args:
         budget: share of what can be cut (heads, FFN channels) that stays.
         signature: as for `pare_width`; tells channels that are alike.
         grid: counts FLOPs of a video of this size; None counts parameters.
         text_tokens, image_tokens: keys of cross-attention.
+        protection: of temporal heads, see `solve_heads`.
+        ffn_worth: what all of a block's channels are worth against all heads of one attention.
 
     Raises:
-        ValueError: not a share, too small for what every block keeps, or the profile lacks a measurement.
+        ValueError: not a share, too small for what every block keeps, or the profile lacks a
+            measurement.
     """
     check_budget(budget)
     check_recorded(profile, "cross_output", "channel_energy")
@@ -140,15 +147,14 @@ def solve_width(
     shape = WanShape.of(model, text_tokens, image_tokens)
     head, cross_head, channel = unit_costs(shape, grid)
     scores = ffn_scores(profile, "energy")
-    weight = _mean_weight(profile)
     groups: list[list[Option]] = []
     for importance, cost in (
         (protected(profile, protection), head),
         (profile.importance("cross"), cross_head),
     ):
-        groups += [[(0, 0.0), (cost, one)] for one in _worth(importance, power).flatten().tolist()]
+        groups += [[(0, 0.0), (cost, one)] for one in _share(importance).flatten().tolist()]
     steps = [*range(0, model.ffn_dim, multiple), model.ffn_dim]
-    for block in _worth(scores * weight, power):
+    for block in _share(scores) * ffn_worth:
         total = block.sort(descending=True).values.cumsum(0).tolist()
         groups.append([(0, 0.0), *((at * channel, total[at - 1]) for at in steps[1:])])
     needed = [range(at * n, (at + 1) * n) for at in range(2 * blocks)]
@@ -186,25 +192,21 @@ def width_share(width: Width, shape: WanShape, grid: TokenGrid | None = None) ->
     return left / (len(kept) * sum(cost * size for cost, size in zip(costs, full, strict=True)))
 
 
-def _worth(contribution: torch.Tensor, power: float) -> torch.Tensor:
+def _share(contribution: torch.Tensor) -> torch.Tensor:
+    """Each one's part in the sum of its block [l, n]."""
     # never quite nothing: a budget of all keeps all
-    least = max(1e-6 * float(contribution.max()), torch.finfo(torch.float32).tiny)
-    return contribution.clamp(min=least).double() ** power
+    least = 1e-6 * contribution.amax(1, keepdim=True)
+    least = least.clamp(min=torch.finfo(torch.float32).tiny)
+    contribution = torch.maximum(contribution, least).double()
+    return contribution / contribution.sum(1, keepdim=True)
 
 
 def _retained(profile: Profile, names: Sequence[str]) -> torch.Tensor:
     """Share of a head's importance that each pattern keeps [l, n, names]."""
-    mass = profile.mass().clamp(0, 1).double()
-    zero, one = torch.zeros_like(mass[..., 0]), torch.ones_like(mass[..., 0])
-    shares = {OFF: zero, FULL: one, **{name: mass[..., p] for p, name in enumerate(CHEAP)}}
+    kept = (2 * profile.mass().double() - 1).clamp(0, 1)
+    zero, one = torch.zeros_like(kept[..., 0]), torch.ones_like(kept[..., 0])
+    shares = {OFF: zero, FULL: one, **{name: kept[..., p] for p, name in enumerate(CHEAP)}}
     return torch.stack([shares[name] for name in names], -1)
-
-
-def _mean_weight(profile: Profile) -> float:
-    """Mean of w(t) over the profile's calls, which is in the heads' importance already."""
-    weights = torch.tensor([timestep_weight((t + 0.5) / BINS) for t in range(BINS)])
-    count = profile.tensors["count"]
-    return float((count * weights).sum() / count.sum())
 
 
 def _spend(groups: list[list[Option]], budget: float, needed) -> list[int]:

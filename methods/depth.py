@@ -77,6 +77,8 @@ class BlockPlan:
             an earlier step, "reuse" (ours).
         start, end: progress between which blocks are skipped.
         memory: hidden states that "reuse" may hold for each prompt.
+        max_age: steps in a row that "reuse" skips a block before it is due to run again, within
+            the budget; what is longest due runs first. 0 is any number of steps.
     """
 
     router: Router
@@ -85,6 +87,7 @@ class BlockPlan:
     start: float = 0.0
     end: float = 1.0
     memory: int = 8
+    max_age: int = 1
 
     def __post_init__(self):
         if self.skipped not in SKIPPED:
@@ -95,6 +98,8 @@ class BlockPlan:
             )
         if self.memory < 1:
             raise ValueError(f"memory: expected at least 1 hidden state, got {self.memory}")
+        if self.max_age < 0:
+            raise ValueError(f"max_age: expected 0 or more steps, got {self.max_age}")
 
     @property
     def neutral(self) -> bool:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 
+# rounding must not take options on a line for ones below it: they are the finer choice
+SAME_SLOPE = 1 + 1e-9
+
 # cost and value
 Option = tuple[int, float]
 
@@ -24,7 +27,7 @@ def hull(options: Sequence[Option]) -> list[int]:
     for i in order:
         if worth and options[i][1] <= options[worth[-1]][1]:
             continue
-        while len(worth) > 1 and _slope(options, worth[-1], i) > _slope(
+        while len(worth) > 1 and _slope(options, worth[-1], i) > SAME_SLOPE * _slope(
             options, worth[-2], worth[-1]
         ):
             worth.pop()

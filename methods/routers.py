@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -23,6 +22,8 @@ from .profile import BINS, Profile, sigma_bin
 
 FORMAT = "wantrim_router/1"
 KEY = "wantrim_router"
+# of content that a trained router may look at
+KINDS = ("clip", "latent", "none")
 # weight of a new observation against the earlier ones
 FRESH = 0.5
 
@@ -58,6 +59,7 @@ class Router(Protocol):
 
     name: str
     skips_nothing: bool
+    follows_budget: bool
 
     def count(self, num_blocks: int, budget: int) -> int:
         """Blocks that run where the budget asks for `budget`."""
@@ -68,7 +70,7 @@ class Router(Protocol):
 class _Budgeted:
     """A router that follows the budget."""
 
-    skips_nothing = False
+    skips_nothing, follows_budget = False, True
 
     def count(self, num_blocks: int, budget: int) -> int:
         return budget
@@ -84,6 +86,7 @@ class FixedRouter:
 
     skipped: tuple[int, ...]
     name = "fixed"
+    follows_budget = False
 
     @property
     def skips_nothing(self) -> bool:
@@ -264,7 +267,7 @@ class TrainedRouter(_Budgeted):
     """A `RouterMLP` with weights.
 
     Args:
-        kind: of content: "clip", "latent" or "none".
+        kind: of content, one of `KINDS`.
     """
 
     name = "trained"
@@ -299,6 +302,11 @@ class _Trained(_Constant):
             given = content.clip[:1]
         elif kind == "latent":
             given = latent_statistics(content.latent[:1])
+        if given is not None and given.shape[1] != mlp.content_dim:
+            raise ValueError(
+                f"router: expected {mlp.content_dim} numbers of content, got {given.shape[1]}: it "
+                "was trained for another kind of latent or image"
+            )
         weight = mlp.layers[0].weight
         at = torch.tensor([sigma], device=weight.device)
         given = None if given is None else given.to(weight.device)
@@ -332,25 +340,43 @@ def load_router(path: Path) -> TrainedRouter:
         with safe_open(path, "pt") as file:
             header = json.loads((file.metadata() or {}).get(KEY, "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
         raise ValueError(
             f"{path.name}: expected a WanTrim router, got a file that cannot be read ({error})"
         ) from error
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise ValueError(f"{path.name}: expected a WanTrim router ({FORMAT}), got another file")
     sizes, kind = header.get("sizes"), header.get("content")
-    known = isinstance(sizes, list) and len(sizes) == 4 and _plausible(sizes)
-    if not known or kind not in ("clip", "latent", "none"):
-        raise ValueError(f"{path.name}: damaged file: impossible sizes {sizes!r:.100}")
-    model = Fingerprint.from_json(header.get("model"))
+    if kind not in KINDS or not _plausible(sizes) or (kind == "none") != (sizes[1] == 0):
+        raise ValueError(
+            f"{path.name}: damaged file: impossible sizes {sizes!r:.100} for content {kind!r:.20}"
+        )
+    try:
+        model = Fingerprint.from_json(header.get("model"))
+    except ValueError as error:
+        raise ValueError(f"{path.name}: {error}") from error
+    if model.num_blocks != sizes[0]:
+        raise ValueError(
+            f"{path.name}: damaged file: it is for {sizes[0]} blocks, and its model has "
+            f"{model.num_blocks} blocks"
+        )
     with torch.device("meta"):
         mlp = RouterMLP(*sizes)
     shapes = {name: value.shape for name, value in mlp.state_dict().items()}
     if {name: value.shape for name, value in tensors.items()} != shapes:
         raise ValueError(f"{path.name}: damaged file: its tensors do not fit its header")
+    for name, value in tensors.items():
+        if not value.is_floating_point() or not torch.isfinite(value.float()).all():
+            raise ValueError(f"{path.name}: damaged file: {name} holds values that are not finite")
     mlp.load_state_dict(tensors, assign=True)
     return TrainedRouter(mlp.requires_grad_(False), kind, model)
 
 
-def _plausible(sizes: Sequence[object]) -> bool:
-    return all(type(n) is int and 0 <= n < 1 << 16 for n in sizes) and sizes[0] > 0
+def _plausible(sizes: object) -> bool:
+    """Whether these are sizes of a `RouterMLP`."""
+    if not isinstance(sizes, list) or len(sizes) != 4:
+        return False
+    if not all(type(n) is int and 0 <= n < 1 << 16 for n in sizes):
+        return False
+    num_blocks, _, hidden, time_dim = sizes
+    return min(num_blocks, hidden, time_dim) > 0 and time_dim % 2 == 0

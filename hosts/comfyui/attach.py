@@ -12,9 +12,11 @@ import logging
 
 import torch
 
+import comfy.model_management
 import comfy.model_patcher
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 
+from ...methods.routers import TrainedRouter
 from ...methods.schedule import progress_at
 from ..report import Report
 from ..session import COND, Session, TrimPlan, check_latent
@@ -53,6 +55,14 @@ def attach(model, plan: TrimPlan):
     patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _outer_sample)
     if not plan.neutral:
         patched.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, _diffusion_model)
+    if plan.trims_blocks and isinstance(plan.blocks.router, TrainedRouter):
+        # the host moves its weights with the model's
+        carried = comfy.model_patcher.ModelPatcher(
+            plan.blocks.router.mlp,
+            load_device=comfy.model_management.get_torch_device(),
+            offload_device=comfy.model_management.unet_offload_device(),
+        )
+        patched.set_additional_models(KEY, [carried])
     return patched
 
 
@@ -62,6 +72,7 @@ def detach(model):
     clean.model_options["transformer_options"].pop(KEY, None)
     for kind in (WrappersMP.OUTER_SAMPLE, WrappersMP.DIFFUSION_MODEL):
         clean.remove_wrappers_with_key(kind, KEY)
+    clean.remove_additional_models(KEY)
     return clean
 
 
@@ -111,7 +122,7 @@ def _outer_sample(executor, *args, **kwargs):
         if COMPILE_KEY in wrappers[WrappersMP.APPLY_MODEL]:
             report.note(
                 "torch.compile: the run is right but not compiled, because a compiled model would "
-                "freeze the first step's choice of tokens"
+                "freeze the first step's choice of tokens or blocks"
             )
     attachment.report = report
     guider.model_options = options
@@ -140,7 +151,9 @@ def _calc_cond_batch(executor, model, conds, x_in, timestep, model_options):
     """The conditional prompt first when the host cannot run both in one call."""
     run: _Run | None = model_options["transformer_options"].get(SESSION_KEY)
     if run is not None and "multigpu_clones" in model_options:
-        run.dense = "several GPUs share a step and would choose tokens apart: all were computed"
+        run.dense = (
+            "several GPUs share a step and would choose tokens and blocks apart: all were computed"
+        )
     if run is None or conds[0] is None or not any(cond is not None for cond in conds[1:]):
         return executor(model, conds, x_in, timestep, model_options)
     if not run.split:
@@ -208,7 +221,10 @@ def _trimmed_options(
     dm, run: _Run, x, timestep, clip_fea, time_dim_concat, options: dict, extra: dict
 ) -> dict:
     report = run.session.report
-    reason = run.dense or why_not_now(options)
+    plan = run.session.plan
+    # skipped blocks are no matter to those who look into a block
+    looks_inside = plan.trims_tokens or plan.trims_heads
+    reason = run.dense or (why_not_now(options) if looks_inside else None)
     if reason is not None:
         report.note(reason)
         return options

@@ -6,7 +6,7 @@ import torch
 
 from ...methods.grid import TokenGrid
 
-# class name -> None when tokens may be dropped and heads trimmed, else the reason
+# class name -> None when tokens may be dropped, heads trimmed and profiles recorded, else the reason
 SUPPORTED: dict[str, str | None] = {
     "WanModel": None,
     "VaceWanModel": None,
@@ -20,6 +20,19 @@ SUPPORTED: dict[str, str | None] = {
     "WanDancerModel": "its music injector between the blocks is not tested with dropped tokens yet",
     "CausalWanModel": "it runs with a key/value cache and honours no block hooks",
 }
+SKIP_BLOCKS = "skip blocks of"
+# blocks may be skipped in more classes: nothing there looks into one
+SKIPPABLE: dict[str, str | None] = SUPPORTED | dict.fromkeys(
+    (
+        "WanModel_S2V",
+        "AnimateWanModel",
+        "HumoWanModel",
+        "SCAILWanModel",
+        "SCAIL2WanModel",
+        "WanDancerModel",
+    )
+)
+SKIPPABLE["WanAnimate2Model"] = "each of its blocks also runs the pose, which cannot be skipped"
 
 
 class UnsupportedModel(ValueError):
@@ -28,6 +41,9 @@ class UnsupportedModel(ValueError):
 
 def check_variant(model, node: str, aim: str = "drop tokens of") -> None:
     """Refuse a MODEL that cannot do what a node aims at.
+
+    Args:
+        aim: as it reads in front of the model's name; `SKIP_BLOCKS` has answers of its own.
 
     Raises:
         UnsupportedModel: says what came, what was expected and what to do.
@@ -39,9 +55,10 @@ def check_variant(model, node: str, aim: str = "drop tokens of") -> None:
             f"{node}: the input 'model' expects a Wan video model, but got {name}. Connect a Load "
             "Diffusion Model node with a Wan checkpoint, or remove this node."
         )
-    reason = SUPPORTED.get(name, "this Wan variant is not known to WanTrim")
+    table = SKIPPABLE if aim == SKIP_BLOCKS else SUPPORTED
+    reason = table.get(name, "this Wan variant is not known to WanTrim")
     if reason is not None:
-        supported = ", ".join(key for key, value in SUPPORTED.items() if value is None)
+        supported = ", ".join(key for key, value in table.items() if value is None)
         raise UnsupportedModel(
             f"{node}: cannot {aim} {name}: {reason}. Bypass this node for this model. "
             f"Supported: {supported}."

@@ -110,7 +110,8 @@ class _ModelHook(ModelHook):
         # per-token timesteps (TI2V) are 0 where the latent is given
         sigma = float(timestep.max()) / 1000
         call = a.session.begin(
-            latent=hidden_states,
+            # without the image channels: a router looks at the noisy latent alone
+            latent=hidden_states[:, : module.config.out_channels],
             sigma=sigma,
             progress=progress_at(sigma, a.shift),
             cond_or_uncond=a.cond_or_uncond,

@@ -11,24 +11,63 @@ from comfy_api.latest import io
 from wantrim.methods.importance import IMPORTANCE
 from wantrim.methods.restore import RESTORE
 from wantrim.methods.schedule import DIRECTIONS
-from wantrim.nodes import demo, report, tokens
+from wantrim.nodes import blocks, demo, heads, profile, report, slim, tokens
 
 FOLDER = "ComfyUI-WanTrim.v1-x"
 NODE_IDS = {
     "WanTrimTokens",
+    "WanTrimHeads",
+    "WanTrimBlocks",
+    "WanTrimProfile",
+    "WanTrimSaveProfile",
+    "WanTrimLoadProfile",
+    "WanTrimSlim",
+    "WanTrimLoadSlim",
     "WanTrimReport",
     "WanTrimDemoModel",
     "WanTrimDemoPrompt",
     "WanTrimDemoImage",
 }
-NODES = [*tokens.NODES, *report.NODES, *demo.NODES]
+STAGES = (tokens, heads, blocks, profile, slim, report)
+NODES = [node for stage in (*STAGES, demo) for node in stage.NODES]
+# the demo's pages are in English only; the frontend falls back to it
+TRANSLATED = [node for stage in STAGES for node in stage.NODES]
 ALL = ("refresh", "paper", "custom")
+# lists of files that may be empty, so that there is no default
+FILES = {"slim_model", "router_file"}
+# lists that are ComfyUI's to explain
+HOSTS = {"scheduler"}
 by_id = pytest.mark.parametrize("node", NODES, ids=lambda n: n.define_schema().node_id)
+by_translated = pytest.mark.parametrize("node", TRANSLATED, ids=lambda n: n.define_schema().node_id)
 
 
 def every_input(schema) -> list:
     """The inputs of a node with those that a choice reveals."""
     return [inner for given in schema.inputs for inner in given.get_all()]
+
+
+def every_choice(schema) -> list[str]:
+    """What can be chosen at a node, without the files of the artist's machine."""
+    found = []
+    for given in every_input(schema):
+        if isinstance(given, io.DynamicCombo.Input):
+            found += [option.key for option in given.options]
+        elif given.io_type == "COMBO" and given.id not in HOSTS:
+            found += [name for name in given.options if not name.endswith(".safetensors")]
+    return found
+
+
+def chinese(root) -> dict:
+    file = root / "locales" / "zh" / "nodeDefs.json"
+    return json.loads(file.read_text("utf-8"))
+
+
+def locale_keys(schema) -> set[str]:
+    """The frontend asks for "preset.alpha" as "preset_alpha"."""
+    keys = {given.id for given in schema.inputs}
+    for given in schema.inputs:
+        keys |= {f"{given.id}_{inner.id}" for inner in given.get_all()[1:]}
+    return keys
 
 
 @pytest.fixture
@@ -72,6 +111,8 @@ def test_schema_explains_itself(node):
     assert len(schema.description) > 40
     for given in every_input(schema):
         assert given.tooltip and given.tooltip.endswith("."), given.id
+    for given in schema.outputs:
+        assert given.tooltip is None or given.tooltip.endswith("."), given.display_name
 
 
 @by_id
@@ -79,7 +120,8 @@ def test_defaults_are_allowed_values(node):
     for given in every_input(node.define_schema()):
         default = getattr(given, "default", None)
         if default is None:
-            assert given.io_type not in ("INT", "FLOAT", "COMBO", "BOOLEAN", "STRING"), given.id
+            needs_one = given.io_type in ("INT", "FLOAT", "COMBO", "BOOLEAN", "STRING")
+            assert not needs_one or given.id in FILES, given.id
             continue
         if given.io_type in ("INT", "FLOAT"):
             assert given.min <= default <= given.max, given.id
@@ -131,31 +173,45 @@ def test_help_page_names_every_input(node, root):
     assert text.startswith("# ")
     missing = [given.id for given in every_input(schema) if f"**{given.id}**" not in text]
     assert not missing, f"{page} does not explain {missing}"
-    choices = []
-    for given in every_input(schema):
-        if given.io_type == "COMBO":
-            choices += given.options
-        elif isinstance(given, io.DynamicCombo.Input):
-            choices += [option.key for option in given.options]
-    unexplained = [choice for choice in choices if f"*{choice}*" not in text]
+    unexplained = [choice for choice in every_choice(schema) if f"*{choice}*" not in text]
     assert not unexplained, f"{page} does not explain {unexplained}"
 
 
-def test_chinese_strings_name_every_input(root):
-    """The frontend asks for "preset.alpha" as "preset_alpha"."""
-    file = root / "locales" / "zh" / "nodeDefs.json"
-    strings = json.loads(file.read_text("utf-8"))
-    assert set(strings) == NODE_IDS
-    for node in NODES:
-        schema = node.define_schema()
-        wanted = set()
-        for given in schema.inputs:
-            wanted.add(given.id)
-            wanted |= {f"{given.id}_{inner.id}" for inner in given.get_all()[1:]}
-        found = strings[schema.node_id].get("inputs", {})
-        assert set(found) == wanted, schema.node_id
-        for name, words in found.items():
-            assert words["name"] and words["tooltip"].endswith("。"), name
+@by_translated
+def test_chinese_page_calls_every_input_what_the_node_calls_it(node, root):
+    schema = node.define_schema()
+    page = root / "web" / "docs" / schema.node_id / "zh.md"
+    assert page.is_file(), f"{page} is missing"
+    text = page.read_text("utf-8")
+    names = chinese(root)[schema.node_id]
+    assert text.startswith(f"# {names['display_name']}（{schema.display_name}）\n")
+    wanted = [f"**{given['name']}**" for given in names["inputs"].values()]
+    missing = [given for given in wanted if given not in text]
+    missing += [given.id for given in every_input(schema) if given.id not in text]
+    assert not missing, f"{page} does not explain {missing}"
+    unexplained = [choice for choice in every_choice(schema) if f"*{choice}*" not in text]
+    assert not unexplained, f"{page} does not explain {unexplained}"
+
+
+def test_chinese_strings_name_every_node(root):
+    assert set(chinese(root)) == NODE_IDS
+
+
+@by_id
+def test_chinese_strings_name_every_input_and_output(node, root):
+    schema = node.define_schema()
+    strings = chinese(root)[schema.node_id]
+    assert strings["display_name"].startswith("WanTrim")
+    assert strings["description"].endswith("。")
+    found = strings.get("inputs", {})
+    assert set(found) == locale_keys(schema)
+    for name, words in found.items():
+        assert words["name"] and words["tooltip"].endswith("。"), name
+    found = strings["outputs"]
+    assert list(found) == [str(place) for place in range(len(schema.outputs))]
+    for words, given in zip(found.values(), schema.outputs, strict=True):
+        assert words["name"], given.display_name
+        assert given.tooltip is None or words["tooltip"].endswith("。"), given.display_name
 
 
 def test_toy_video_goes_through_the_demo_nodes():

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import re
 
 import av
 import numpy as np
@@ -12,13 +13,33 @@ from PIL import Image
 from wantrim.nodes.tokens import CUSTOM_INPUTS
 from wantrim.tests.comfyui import tiny
 from wantrim.tests.comfyui.server import FOLDER, running
-from wantrim.tests.comfyui.workflow_tools import graphs, problems, to_api
+from wantrim.tests.comfyui.workflow_tools import (
+    PIXEL_FRAMES,
+    SIDE,
+    graphs,
+    needed_by,
+    on_tiny_wan,
+    only_for,
+    only_group,
+    problems,
+    saved,
+    texts,
+    to_api,
+    with_inputs,
+)
 
-DEMOS = ["wantrim_demo_t2v", "wantrim_demo_i2v"]
-WORKFLOWS = [*DEMOS, "wan2.1_t2v_tokens", "wan2.2_i2v_14b_tokens"]
-PIXEL_FRAMES, SIDE = 17, 96
+DEMOS = ["wantrim_demo_t2v", "wantrim_demo_i2v", "wantrim_demo_heads"]
+RECORDING = "wan2.1_t2v_heads"
+WORKFLOWS = [*DEMOS, RECORDING, "wan2.1_t2v_tokens", "wan2.2_i2v_14b_tokens"]
 NODE_IDS = [
     "WanTrimTokens",
+    "WanTrimHeads",
+    "WanTrimBlocks",
+    "WanTrimProfile",
+    "WanTrimSaveProfile",
+    "WanTrimLoadProfile",
+    "WanTrimSlim",
+    "WanTrimLoadSlim",
     "WanTrimReport",
     "WanTrimDemoModel",
     "WanTrimDemoPrompt",
@@ -53,50 +74,6 @@ def frames_of(path) -> np.ndarray:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)])
 
 
-def saved(server, entry) -> list:
-    """Files that a run wrote to the output folder."""
-    found = []
-    for output in entry["outputs"].values():
-        for group in ("images", "gifs", "video"):
-            for file in output.get(group, []):
-                if file["type"] == "output":
-                    found.append(server.base / "output" / file["subfolder"] / file["filename"])
-    return sorted(found)
-
-
-def texts(entry) -> str:
-    return "\n".join(
-        "\n".join(map(str, o["text"])) for o in entry["outputs"].values() if "text" in o
-    )
-
-
-def with_inputs(prompt: dict, kind: str, /, **inputs) -> dict:
-    """A copy of a prompt in which all nodes of a kind have these inputs."""
-    changed = copy.deepcopy(prompt)
-    hit = [node for node in changed.values() if node["class_type"] == kind]
-    assert hit, kind
-    for node in hit:
-        assert set(inputs) <= set(node["inputs"])
-        node["inputs"].update(inputs)
-    return changed
-
-
-def needed_by(prompt: dict, *keys: str) -> dict:
-    """The part of a prompt that these nodes need, with them."""
-    pending, needed = list(keys), set()
-    while pending:
-        key = pending.pop()
-        needed.add(key)
-        links = [value for value in prompt[key]["inputs"].values() if isinstance(value, list)]
-        pending += [link[0] for link in links if link[0] not in needed]
-    return {key: node for key, node in prompt.items() if key in needed}
-
-
-def only_for(prompt: dict, kind: str) -> dict:
-    """What the nodes of a kind need of a prompt: the host runs other outputs despite an error."""
-    return needed_by(prompt, *(key for key, node in prompt.items() if node["class_type"] == kind))
-
-
 @every
 def test_workflow_fits_the_nodes(workflow, infos):
     assert problems(workflow, infos) == []
@@ -106,7 +83,8 @@ def test_workflow_fits_the_nodes(workflow, infos):
 def test_workflow_has_the_node_a_version_and_a_picture(workflow, root, name):
     nodes = [node for found, _ in graphs(workflow) for node in found]
     ours = [node for node in nodes if node["type"].startswith("WanTrim")]
-    assert "WanTrimTokens" in {node["type"] for node in ours}
+    method = "WanTrimHeads" if name.endswith("_heads") else "WanTrimTokens"
+    assert method in {node["type"] for node in ours}
     assert {node["properties"]["cnr_id"] for node in ours} == {"wantrim"}
     others = {node["properties"]["cnr_id"] for node in nodes if node not in ours}
     assert others <= {"comfy-core"}
@@ -132,11 +110,11 @@ def open_custom(workflow: dict) -> dict:
     return node
 
 
-def test_workflows_begin_with_the_default_preset(root):
-    for name in WORKFLOWS:
-        workflow = json.loads((root / "workflows" / f"{name}.json").read_text("utf-8"))
-        values = [n["widgets_values"] for n in workflow["nodes"] if n["type"] == "WanTrimTokens"]
-        assert values and all(found == [0.3, "refresh", 0, 1] for found in values)
+@every
+def test_workflow_begins_with_the_defaults(workflow):
+    defaults = {"WanTrimTokens": [0.3, "refresh", 0, 1], "WanTrimHeads": [0.3, "demote"]}
+    found = [node for node in workflow["nodes"] if node["type"] in defaults]
+    assert found and all(node["widgets_values"] == defaults[node["type"]] for node in found)
 
 
 def test_opened_preset_fits_the_node(demo, infos):
@@ -204,6 +182,40 @@ def test_demo_runs_as_it_is_and_writes_its_videos(workflow, server, infos):
     assert "did not finish" not in report and "no sampling run" not in report
     assert "nothing: everything ran as planned" in report
     assert "Traceback" not in server.log
+
+
+def test_demo_of_heads_says_what_the_heads_did(root, server, infos):
+    workflow = json.loads((root / "workflows" / "wantrim_demo_heads.json").read_text("utf-8"))
+    shorter = with_inputs(to_api(workflow, infos), "KSampler", steps=2)
+    entry = server.run(with_inputs(shorter, "WanTrimHeads", prune_ratio=0.5))
+    assert entry["status"]["status_str"] == "success", entry["status"]["messages"]
+    said = texts(entry)
+    assert re.search(r"heads \d+ full, .*\d+ off", said)
+    left = re.search(r"Self-attention work left by the heads' patterns: (\d+)\.", said)
+    assert 20 < int(left[1]) < 80
+    assert re.search(r"Attention left at 5 latent frames of 6 x 6 tokens: (49\.\d|50\.0)%", said)
+
+
+def test_recording_workflow_records_and_then_uses_what_it_recorded(root, server, infos):
+    """On the tiny Wan: group 1 as the workflow comes, then group 2 in its place."""
+    workflow = json.loads((root / "workflows" / f"{RECORDING}.json").read_text("utf-8"))
+    first = to_api(workflow, infos)
+    assert first == to_api(only_group(workflow, 1), infos)
+    kinds = {node["class_type"] for node in first.values()}
+    assert "WanTrimSaveProfile" in kinds and "WanTrimHeads" not in kinds
+    entry = server.run(on_tiny_wan(first))
+    assert entry["status"]["status_str"] == "success", entry["status"]["messages"]
+    assert len(saved(server, entry)) == 1
+
+    second = to_api(only_group(workflow, 2), infos)
+    kinds = {node["class_type"] for node in second.values()}
+    assert {"WanTrimLoadProfile", "WanTrimHeads"} <= kinds and "WanTrimProfile" not in kinds
+    entry = server.run(on_tiny_wan(second))
+    assert entry["status"]["status_str"] == "success", entry["status"]["messages"]
+    assert len(saved(server, entry)) == 1
+    said = texts(entry)
+    assert "30% of the tokens dropped" in said and "; heads " in said
+    assert "nothing: everything ran as planned" in said
 
 
 def pictures(prompt: dict) -> dict:

@@ -1,8 +1,12 @@
-"""Reads workflows in the frontend's format: what is wrong with one, and its API form."""
+"""Reads workflows in the frontend's format: what is wrong with one, its API form, what a run made."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
+from pathlib import Path
+
+from wantrim.nodes.demo import PROMPT
 
 # live in the frontend only
 FRONTEND = {"MarkdownNote", "Note", "Reroute", "PrimitiveNode"}
@@ -19,7 +23,11 @@ LOADERS = {
     "LoraLoader": "loras",
     "LoraLoaderModelOnly": "loras",
 }
-ACTIVE = 0
+# lists of files that are on the artist's machine
+FILE_LISTS = {*LOADERS, "LoadImage", "WanTrimLoadProfile"}
+ACTIVE, MUTED = 0, 2
+# of the tiny Wan's videos
+PIXEL_FRAMES, SIDE = 17, 96
 
 
 def graphs(workflow: dict) -> Iterator[tuple[list[dict], list[dict]]]:
@@ -141,7 +149,7 @@ def value_problems(node: str, name: str, value, kind: str, options: dict) -> lis
         if not low <= value <= high:
             return [f"{node}: {name} is {value}, expected {low} to {high}"]
     # model and image files are those of the artist's machine
-    files = kind == "COMBO" and node in {*LOADERS, "LoadImage"}
+    files = kind == "COMBO" and node in FILE_LISTS
     if kind in ("COMBO", DYNAMIC) and not files and value not in options["options"]:
         return [f"{node}: {name} is {value!r}, expected one of {options['options']}"]
     if kind == "BOOLEAN" and not isinstance(value, bool):
@@ -206,10 +214,16 @@ def problems(workflow: dict, infos: dict) -> list[str]:
 
 
 def to_api(workflow: dict, infos: dict) -> dict:
-    """The prompt that the frontend would queue (no subgraphs, no bypassed nodes)."""
+    """The prompt that the frontend would queue, without what is muted.
+
+    Raises:
+        ValueError: the workflow has subgraphs or bypassed nodes.
+    """
     (nodes, links), *subgraphs = graphs(workflow)
-    if subgraphs or any(node.get("mode", ACTIVE) != ACTIVE for node in nodes):
-        raise ValueError("subgraphs, muted and bypassed nodes are not converted")
+    if subgraphs or any(node.get("mode", ACTIVE) not in (ACTIVE, MUTED) for node in nodes):
+        raise ValueError("subgraphs and bypassed nodes are not converted")
+    nodes = [node for node in nodes if node.get("mode", ACTIVE) == ACTIVE]
+    running = {node["id"] for node in nodes}
     by_link = {link["id"]: link for link in links}
     prompt = {}
     for node in nodes:
@@ -219,6 +233,94 @@ def to_api(workflow: dict, infos: dict) -> dict:
         for given in node.get("inputs", []):
             if given.get("link") is not None:
                 link = by_link[given["link"]]
-                inputs[given["name"]] = [str(link["origin_id"]), link["origin_slot"]]
+                if link["origin_id"] in running:
+                    inputs[given["name"]] = [str(link["origin_id"]), link["origin_slot"]]
         prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
     return prompt
+
+
+def saved(server, entry) -> list[Path]:
+    """Files that a run wrote to the output folder."""
+    found = []
+    for output in entry["outputs"].values():
+        for group in ("images", "gifs", "video"):
+            for file in output.get(group, []):
+                if file["type"] == "output":
+                    found.append(server.base / "output" / file["subfolder"] / file["filename"])
+    return sorted(found)
+
+
+def texts(entry) -> str:
+    """What the nodes of a run said."""
+    return "\n".join(
+        "\n".join(map(str, o["text"])) for o in entry["outputs"].values() if "text" in o
+    )
+
+
+def with_inputs(prompt: dict, kind: str, /, **inputs) -> dict:
+    """A copy of a prompt in which all nodes of a kind have these inputs."""
+    changed = copy.deepcopy(prompt)
+    hit = [node for node in changed.values() if node["class_type"] == kind]
+    assert hit, kind
+    for node in hit:
+        assert set(inputs) <= set(node["inputs"])
+        node["inputs"].update(inputs)
+    return changed
+
+
+def needed_by(prompt: dict, *keys: str) -> dict:
+    """The part of a prompt that these nodes need, with them."""
+    pending, needed = list(keys), set()
+    while pending:
+        key = pending.pop()
+        needed.add(key)
+        links = [value for value in prompt[key]["inputs"].values() if isinstance(value, list)]
+        pending += [link[0] for link in links if link[0] not in needed]
+    return {key: node for key, node in prompt.items() if key in needed}
+
+
+def only_for(prompt: dict, kind: str) -> dict:
+    """What the nodes of a kind need of a prompt: the host runs other outputs despite an error."""
+    return needed_by(prompt, *(key for key, node in prompt.items() if node["class_type"] == kind))
+
+
+def only_group(workflow: dict, number: int) -> dict:
+    """The workflow with one of its two big groups on and the other off, as an artist sets them."""
+    changed = copy.deepcopy(workflow)
+    for group in changed["groups"]:
+        if group["title"][0] in "12":
+            mode = ACTIVE if group["title"].startswith(f"{number} ") else MUTED
+            left, top, width, height = group["bounding"]
+            for node in changed["nodes"]:
+                x, y = node["pos"]
+                if left < x < left + width and top < y < top + height:
+                    node["mode"] = mode
+    return changed
+
+
+def on_tiny_wan(prompt: dict) -> dict:
+    """The prompt with the official models replaced by the tiny Wan's, small and short."""
+    changed = copy.deepcopy(prompt)
+    # from the third step on it is known which tokens change most
+    small = {
+        "EmptyHunyuanLatentVideo": {"width": SIDE, "height": SIDE, "length": PIXEL_FRAMES},
+        "KSampler": {"steps": 3},
+    }
+    changed["tiny"] = {"class_type": "WanTrimDemoModel", "inputs": {}}
+    outputs = {
+        key: ["tiny", {"UNETLoader": 0, "VAELoader": 1}[node["class_type"]]]
+        for key, node in prompt.items()
+        if node["class_type"] in ("UNETLoader", "VAELoader")
+    }
+    for key, node in prompt.items():
+        if node["class_type"] in ("UNETLoader", "VAELoader", "CLIPLoader"):
+            del changed[key]
+        elif node["class_type"] == "CLIPTextEncode":
+            changed[key] = {"class_type": "WanTrimDemoPrompt", "inputs": {"prompt": PROMPT}}
+        else:
+            inputs = changed[key]["inputs"] | small.get(node["class_type"], {})
+            for name, value in inputs.items():
+                if isinstance(value, list):
+                    inputs[name] = outputs.get(value[0], value)
+            changed[key]["inputs"] = inputs
+    return changed

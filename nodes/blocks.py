@@ -1,0 +1,380 @@
+"""The node that skips blocks per step and content (PARE, arXiv 2605.27336, section 3.3)."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+
+import comfy.samplers
+import folder_paths
+from comfy_api.latest import io
+from comfy_extras.nodes_model_advanced import ModelSamplingSD3
+
+from ..hosts.comfyui.attach import attach, attachment_of
+from ..hosts.comfyui.profiling import check_profile, model_fingerprint
+from ..hosts.comfyui.variants import SKIP_BLOCKS, check_variant
+from ..hosts.profiling import ProfileFile
+from ..hosts.session import TrimPlan
+from ..methods.depth import SHAPES, SKIPPED, BlockBudget, BlockPlan, blocks_per_step
+from ..methods.routers import (
+    FixedRouter,
+    OnlineRouter,
+    ProfiledRouter,
+    Router,
+    TrainedRouter,
+    load_router,
+)
+from .profile import ProfileSocket
+
+NAME = "WanTrim Blocks"
+FOLDER = "wantrim_routers"
+ROUTERS = ("profiled", "online", "fixed", "trained")
+# words of the plan -> words of the node, where they differ
+WORDS = {
+    "max_age": "repeat_at_most",
+    "shape": "curve",
+    "skipped:": "skipped_blocks_give:",
+    "start and end": "start_percent and end_percent",
+}
+# of 81 frames at 832x480, for the memory that the node states
+USUAL_TOKENS = 32_760
+
+folder_paths.add_model_folder_path(
+    FOLDER, str(Path(folder_paths.models_dir) / "wantrim" / "routers")
+)
+
+
+class WanTrimBlocks(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="WanTrimBlocks",
+            display_name=NAME,
+            category="model/patch/wan",
+            description=(
+                "Makes each sampling step of a Wan model cheaper by running only a part of its "
+                "blocks (PARE's depth, arXiv 2605.27336, and beyond). No training; works with LoRAs, "
+                "WanTrim Tokens and WanTrim Heads. Place it after the LoRA and before "
+                "ModelSamplingSD3, one per expert on Wan2.2. The video will change; k_min and k_max "
+                "1 change nothing at all."
+            ),
+            search_aliases=["PARE", "skip blocks", "layer skipping", "depth pruning", "wan speed"],
+            inputs=[
+                io.Model.Input("model", tooltip="A Wan 2.1 or 2.2 model, after its LoRAs."),
+                ProfileSocket.Input(
+                    "profile",
+                    optional=True,
+                    tooltip="From WanTrim Load Profile; 'profiled' and 'online' need it.",
+                ),
+                io.DynamicCombo.Input(
+                    "router",
+                    options=[
+                        io.DynamicCombo.Option("profiled", []),
+                        io.DynamicCombo.Option("online", []),
+                        io.DynamicCombo.Option("fixed", [_BLOCKS_INPUT]),
+                        io.DynamicCombo.Option("trained", [_file_input()]),
+                    ],
+                    tooltip=(
+                        "Who says which blocks matter. 'profiled': what each block added at this "
+                        "noise level when the profile was recorded. 'online': the same, corrected by "
+                        "what the blocks add in this very run. 'fixed': your own list, whatever k_min "
+                        "and k_max say. 'trained': a router file, the paper's way."
+                    ),
+                ),
+                _share("k_min", 0.5, "where fewest blocks run. Paper: 0.5 (20 of 40)"),
+                _share("k_max", 0.875, "where most blocks run. Paper: 0.875 (35 of 40)"),
+                io.Combo.Input(
+                    "curve",
+                    options=list(SHAPES),
+                    default="falling",
+                    tooltip=(
+                        "How the number of blocks moves with the noise. 'falling': most at high "
+                        "noise, fewest at the end (paper). 'rising': the other way round. 'constant': "
+                        "the mean of k_min and k_max in every step."
+                    ),
+                ),
+                io.Combo.Input(
+                    "skipped_blocks_give",
+                    options=list(SKIPPED),
+                    default="reuse",
+                    tooltip=(
+                        "'identity': nothing (paper, whose model is trained again for it). 'reuse': "
+                        "what they gave in an earlier step; kept far more on our toy bench, needs "
+                        "memory, and its first step runs every block."
+                    ),
+                ),
+                io.Int.Input(
+                    "steps",
+                    default=20,
+                    min=1,
+                    max=10_000,
+                    tooltip="Only for the text: the steps of your sampler.",
+                ),
+                io.Combo.Input(
+                    "scheduler",
+                    options=list(comfy.samplers.SCHEDULER_NAMES),
+                    default="simple",
+                    tooltip="Only for the text: the scheduler of your sampler.",
+                ),
+                io.Float.Input(
+                    "shift",
+                    default=0.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.01,
+                    advanced=True,
+                    tooltip=(
+                        "Only for the text: the shift of the ModelSamplingSD3 behind this node. 0 is "
+                        "the model's own."
+                    ),
+                ),
+                io.Int.Input(
+                    "repeat_at_most",
+                    default=1,
+                    min=0,
+                    max=1000,
+                    advanced=True,
+                    tooltip=(
+                        "With 'reuse': steps in a row that a block may repeat itself before it is due "
+                        "to run again, as far as k_min and k_max allow. 0 is any number."
+                    ),
+                ),
+                io.Int.Input(
+                    "memory",
+                    default=8,
+                    min=1,
+                    max=64,
+                    advanced=True,
+                    tooltip=(
+                        "With 'reuse': hidden states that may be kept for each prompt. The text says "
+                        "how much that is."
+                    ),
+                ),
+                _percent("start_percent", 0.0, "starts"),
+                _percent("end_percent", 1.0, "ends"),
+            ],
+            outputs=[
+                io.Model.Output(tooltip="The model with the plan on it."),
+                io.String.Output(
+                    "text", display_name="text", tooltip="How many blocks will run at each step."
+                ),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, router: dict | str | None = None, **inputs) -> str:
+        """Load a router file again when it was written again."""
+        name = router.get("router_file") if isinstance(router, dict) else None
+        path = folder_paths.get_full_path(FOLDER, name) if isinstance(name, str) else None
+        return "" if path is None else f"{path} {Path(path).stat().st_mtime_ns}"
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        k_min: float,
+        k_max: float,
+        curve: str,
+        skipped_blocks_give: str,
+        steps: int,
+        scheduler: str,
+        shift: float,
+        repeat_at_most: int,
+        memory: int,
+        start_percent: float,
+        end_percent: float,
+        router: dict | str | None = None,
+        profile: ProfileFile | None = None,
+    ) -> io.NodeOutput:
+        check_variant(model, NAME, SKIP_BLOCKS)
+        network = model.model.diffusion_model
+        try:
+            chosen = _router(model, router, profile)
+            # made for this many blocks?
+            chosen.run(len(network.blocks))
+            plan = BlockPlan(
+                chosen,
+                BlockBudget(k_min, k_max, curve),
+                skipped=skipped_blocks_give,
+                start=start_percent,
+                end=end_percent,
+                memory=memory,
+                max_age=repeat_at_most,
+            )
+            text = _text(model, plan, steps, scheduler, shift)
+        except ValueError as error:
+            raise ValueError(f"{NAME}: {_shown(str(error))}") from error
+        present = attachment_of(model)
+        whole = replace(present.plan if present else TrimPlan(), blocks=plan)
+        return io.NodeOutput(attach(model, whole), text, ui={"text": (text,)})
+
+
+def router_files() -> list[str]:
+    """Files in the router folders."""
+    return [f for f in folder_paths.get_filename_list(FOLDER) if f.endswith(".safetensors")]
+
+
+def parse_blocks(text: str, num_blocks: int) -> tuple[int, ...]:
+    """Blocks of a list such as "12, 15-18", ascending.
+
+    Raises:
+        ValueError: it is no such list, or names a block that is not there or has to run.
+    """
+    expected = f"expected blocks from 1 to {num_blocks - 2} such as '12, 15-18', got"
+    found: set[int] = set()
+    for part in filter(None, re.split(r"[\s,;]+", re.sub(r"\s*-\s*", "-", text.strip()))):
+        span = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", part)
+        if span is None:
+            raise ValueError(f"blocks: {expected} {part!r:.60}")
+        first, last = int(span[1]), int(span[2] or span[1])
+        if not 1 <= first <= last <= num_blocks - 2:
+            raise ValueError(
+                f"blocks: {expected} {part!r}. This model has the blocks 0 to {num_blocks - 1}; the "
+                "first and the last always run"
+            )
+        found.update(range(first, last + 1))
+    return tuple(sorted(found))
+
+
+def _router(model, choice: dict | str | None, profile: ProfileFile | None) -> Router:
+    # ComfyUI hands over the choice with its inputs, a linked one bare, and an unknown one not at all
+    given = choice if isinstance(choice, dict) else {"router": choice}
+    name = given["router"]
+    if name not in ROUTERS:
+        raise ValueError(
+            f"router: expected one of {', '.join(ROUTERS)}, got {name or 'none of them'}. Choose one "
+            "at the node: the workflow may be from another version of WanTrim"
+        )
+    needed = {"fixed": "blocks", "trained": "router_file"}.get(name)
+    if needed is not None and given.get(needed) is None:
+        raise ValueError(
+            f"router: '{name}' needs the input '{needed}' and cannot be linked. Choose it at the "
+            "node. Router files belong into models/wantrim/routers"
+        )
+    if name == "fixed":
+        return FixedRouter(parse_blocks(given["blocks"], len(model.model.diffusion_model.blocks)))
+    if name == "trained":
+        return _trained(model, given["router_file"])
+    if profile is None:
+        raise ValueError(
+            f"router: '{name}' needs a profile of this model. Connect WanTrim Load Profile to the "
+            "input 'profile', or choose 'fixed'"
+        )
+    check_profile(model, profile.profile, NAME)
+    return (OnlineRouter if name == "online" else ProfiledRouter)(profile.profile)
+
+
+def _trained(model, filename: str) -> TrainedRouter:
+    path = folder_paths.get_full_path(FOLDER, filename)
+    if path is None:
+        raise ValueError(
+            f"router_file: there is no router {filename!r:.100} in models/wantrim/routers. Choose "
+            "one of the list, or another router"
+        )
+    router = _load(Path(path), Path(path).stat().st_mtime_ns)
+    network = model.model.diffusion_model
+    reason = model_fingerprint(network).differs(router.model)
+    if reason is not None:
+        raise ValueError(
+            f"router_file: {filename} was trained for another model than the one at 'model': "
+            f"{reason}. Choose the router that belongs to this model"
+        )
+    if router.kind == "clip" and getattr(network, "img_emb", None) is None:
+        raise ValueError(
+            f"router_file: {filename} looks at the start image through CLIP, and this model takes "
+            "none. Choose another router"
+        )
+    return router
+
+
+@lru_cache(maxsize=2)
+def _load(path: Path, written: int) -> TrainedRouter:
+    """Read once until the file is written again."""
+    return load_router(path)
+
+
+def _text(model, plan: BlockPlan, steps: int, scheduler: str, shift: float) -> str:
+    network = model.model.diffusion_model
+    num_blocks = len(network.blocks)
+    if plan.neutral:
+        return f"Nothing is skipped: all {num_blocks} blocks run in every step."
+    if scheduler not in comfy.samplers.SCHEDULER_NAMES:
+        raise ValueError(f"scheduler: expected one that ComfyUI knows, got {scheduler!r:.60}")
+    if steps < 1:
+        raise ValueError(f"steps: expected at least 1, got {steps}")
+    if shift:
+        model = ModelSamplingSD3().patch(model, shift)[0]
+    sampling = model.get_model_object("model_sampling")
+    own = getattr(sampling, "shift", None) or 1.0
+    sigmas = comfy.samplers.calculate_sigmas(sampling, scheduler, steps).tolist()
+    counts = blocks_per_step(plan, sigmas[:-1], own, num_blocks)
+    mean = statistics.fmean(counts)
+    lines = [
+        f"Blocks that run, of {num_blocks}, at {len(counts)} steps ({scheduler}, shift {own:g}):",
+        " ".join(map(str, counts)),
+        f"Mean {mean:.1f}: {mean / num_blocks:.0%} of the blocks.",
+    ]
+    if plan.skipped == "reuse":
+        size = 2 * USUAL_TOKENS * network.dim * plan.memory / 1e9
+        lines += [
+            "The first step runs every block, in each KSampler and each expert anew.",
+            f"Memory: at most {plan.memory} hidden states for every prompt; {size:.2g} GB at 832x480 "
+            "with 81 frames in half precision.",
+        ]
+    return "\n".join(lines)
+
+
+def _shown(message: str) -> str:
+    """A message about a plan in the words of the node's inputs."""
+    for word, shown in WORDS.items():
+        message = re.sub(rf"\b{re.escape(word)}", shown, message)
+    return message.removeprefix(f"{NAME}: ")
+
+
+_BLOCKS_INPUT = io.String.Input(
+    "blocks",
+    default="",
+    tooltip=(
+        "Blocks that never run, such as '12, 15-18', counted from 0. The first and the last cannot "
+        "be skipped. Empty is off."
+    ),
+)
+
+
+def _file_input():
+    return io.Combo.Input(
+        "router_file",
+        options=router_files(),
+        tooltip="A file in models/wantrim/routers, trained for this model.",
+    )
+
+
+def _share(name: str, default: float, what: str):
+    return io.Float.Input(
+        name,
+        default=default,
+        min=0.05,
+        max=1.0,
+        step=0.005,
+        round=0.001,
+        display_mode=io.NumberDisplay.slider,
+        tooltip=f"Share of the blocks that run {what}. 1 at both is off and bit-exact.",
+    )
+
+
+def _percent(name: str, default: float, does: str):
+    return io.Float.Input(
+        name,
+        default=default,
+        min=0.0,
+        max=1.0,
+        step=0.01,
+        advanced=True,
+        tooltip=f"Progress of the whole run (both experts) at which skipping {does}.",
+    )
+
+
+NODES = [WanTrimBlocks]

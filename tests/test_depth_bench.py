@@ -1,0 +1,106 @@
+"""The depth bench: every question has its rows, and a row costs what its target says."""
+
+import statistics
+import sys
+
+import pytest
+
+from wantrim.benchmarks import depth, quality
+from wantrim.benchmarks.cases import POINTS, TOLERANCE, Case, Point
+from wantrim.benchmarks.depth import (
+    PAPER_RATIO,
+    TARGETS,
+    DepthBench,
+    DepthCase,
+    all_cases,
+    depth_case,
+    least_blocks,
+    shipped_profile,
+    solve_plan,
+)
+from wantrim.benchmarks.subjects import toy_subject
+from wantrim.benchmarks.table import read_rows
+from wantrim.hosts.diffusers.sample import sigmas_for
+from wantrim.methods.depth import SHAPES, SKIPPED, blocks_per_step
+from wantrim.methods.routers import FixedRouter
+
+FEW = Point(2, 1.0, shift=5.0)
+
+
+@pytest.fixture(scope="module")
+def toy():
+    return toy_subject()
+
+
+def test_the_issue_is_covered():
+    cases = all_cases()
+    assert len({case.key for case in cases}) == len(cases)
+    for target in TARGETS:
+        rows = [case for case in cases if case.target == target]
+        assert any(case.method == "fewer_steps" for case in rows)
+        plans = {(c.method, c.skipped) for c in rows if isinstance(c, DepthCase)}
+        names = ("profiled", "online", "random", "static")
+        assert {(name, skipped) for name in names for skipped in SKIPPED} <= plans
+        curves = {(c.curve, c.skipped) for c in rows if "curve" in c.groups}
+        assert curves == {(curve, skipped) for curve in SHAPES for skipped in SKIPPED}
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_budgets_are_solved_for_the_real_mean(point):
+    sigmas = sigmas_for(point.steps, point.shift)[:-1].tolist()
+    for case in all_cases():
+        if not isinstance(case, DepthCase):
+            continue
+        plan, share = solve_plan(case, point, shipped_profile())
+        counts = blocks_per_step(plan, sigmas, point.shift, 16)
+        assert statistics.fmean(counts) / 16 == share
+        assert share == pytest.approx(case.target, abs=TOLERANCE)
+        if case.skipped == "reuse":
+            assert counts[0] == 16
+        if not isinstance(plan.router, FixedRouter) and plan.budget.k_max < 1:
+            assert plan.budget.k_max == pytest.approx(PAPER_RATIO * plan.budget.k_min)
+
+
+def test_static_removal_takes_the_blocks_that_add_least():
+    """By hand from the shipped profile at high noise: blocks 3, 9 and 10, never the ends."""
+    assert least_blocks(shipped_profile(), [0.95], 3) == (9, 10, 14)
+    assert least_blocks(shipped_profile(), [0.25], 3) == (3, 9, 10)
+    assert least_blocks(shipped_profile(), [0.25], 14) == tuple(range(1, 15))
+
+
+@pytest.mark.parametrize(("router", "skipped"), [("online", "identity"), ("static", "identity")])
+def test_counted_flops_are_the_predicted_ones(toy, tmp_path, router, skipped):
+    bench = DepthBench(toy, "t2v", FEW, 1, 1, tmp_path)
+    row = bench.run(depth_case("methods", 0.75, router, skipped=skipped))["row"]
+    assert row["flops_ratio"] == pytest.approx(row["predicted_ratio"], rel=0.02)
+    assert row["flops_ratio"] == pytest.approx(0.75, abs=TOLERANCE)
+    assert row["psnr_db"] < 60 and row["method"] == router
+    # the model is as it was
+    assert bench.run(quality.DENSE)["row"]["psnr_db"] == 100
+
+
+def test_reuse_keeps_more_than_the_identity(toy, tmp_path):
+    bench = DepthBench(toy, "t2v", Point(4, 1.0, shift=5.0), 1, 1, tmp_path)
+    rows = [
+        bench.run(depth_case("methods", 0.75, "profiled", skipped=skipped))["row"]
+        for skipped in SKIPPED
+    ]
+    assert abs(rows[0]["flops_ratio"] - rows[1]["flops_ratio"]) < 0.02
+    assert rows[1]["psnr_db"] > rows[0]["psnr_db"] + 2
+
+
+def test_the_command_writes_rows_and_takes_up_what_was_done(tmp_path, monkeypatch):
+    monkeypatch.setattr(depth, "all_cases", lambda: [Case("methods", "fewer_steps", "", 0.75)])
+    words = ["depth", "--prompts", "1", "--jobs", "1", "--steps", "4", "--only", "methods"]
+    monkeypatch.setattr(
+        sys, "argv", [*words, "--work", f"{tmp_path}/work", "--results", f"{tmp_path}/rows"]
+    )
+    depth.main()
+    rows = read_rows(tmp_path / "rows" / "depth.csv")
+    assert [(r["method"], r["task"], r["steps"]) for r in rows] == [
+        ("dense", "t2v", "4"),
+        ("fewer_steps", "t2v", "4"),
+    ]
+    monkeypatch.setattr(DepthBench, "run", lambda self, case: 1 / 0)
+    depth.main()
+    assert read_rows(tmp_path / "rows" / "depth.csv") == rows

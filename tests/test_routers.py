@@ -1,0 +1,241 @@
+"""Routers: what each of them makes of a profile, a run, a latent or a file."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from wantrim.methods.fingerprint import Fingerprint
+from wantrim.methods.profile import BINS, Profile
+from wantrim.methods.routers import (
+    KEY,
+    Content,
+    FixedRouter,
+    OnlineRouter,
+    ProfiledRouter,
+    RandomRouter,
+    RouterMLP,
+    TrainedRouter,
+    latent_statistics,
+    load_router,
+    residual_sizes,
+    save_router,
+)
+
+BLOCKS = 5
+MODEL = Fingerprint(48, 64, BLOCKS, 4, 16, 16, (0.5, -0.25))
+CONTENT = Content(torch.zeros(1, 4, 3, 6, 5))
+
+
+def profile(calls: dict[int, float], sizes=(5.0, 1.0, 3.0, 2.0, 4.0)) -> Profile:
+    """Calls per sigma bin; every block's input has size 2, block i adds sizes[i] * (1 + bin)."""
+    made = Profile.empty(MODEL)
+    for bin_index, count in calls.items():
+        made.tensors["count"][bin_index] = count
+        made.tensors["hidden"][bin_index] = 2.0 * count
+        made.tensors["residual"][bin_index] = torch.tensor(sizes) * (1 + bin_index) * count
+    return made
+
+
+def trained(kind="latent", content_dim=16, blocks=BLOCKS) -> TrainedRouter:
+    torch.manual_seed(0)
+    mlp = RouterMLP(blocks, content_dim, hidden=32, time_dim=16).requires_grad_(False)
+    return TrainedRouter(mlp, kind, MODEL)
+
+
+def test_sizes_are_relative_to_the_blocks_input_and_empty_bins_take_the_nearest():
+    sizes = residual_sizes(profile({2: 3, 9: 1}))
+    assert sizes.shape == (BINS, BLOCKS)
+    by_hand = torch.tensor([2.5, 0.5, 1.5, 1.0, 2.0])
+    for bin_index, times in ((2, 3), (0, 3), (5, 3), (6, 10), (9, 10)):
+        torch.testing.assert_close(sizes[bin_index], by_hand * times)
+
+
+def test_a_profile_without_a_run_is_refused():
+    with pytest.raises(ValueError, match="at least one recorded run"):
+        ProfiledRouter(profile({}))
+
+
+def test_the_profiled_router_reads_the_bin_of_sigma():
+    router = ProfiledRouter(profile({0: 1, 9: 1}))
+    run = router.run(BLOCKS)
+    assert not run.watches
+    torch.testing.assert_close(run.logits(0.05, CONTENT), router.sizes[0])
+    torch.testing.assert_close(run.logits(1.0, CONTENT), router.sizes[9])
+    with pytest.raises(ValueError, match="model with 7 blocks, got 5"):
+        router.run(7)
+
+
+def test_the_online_router_believes_this_run_half():
+    """By hand: told 3 and 0.5, seen 6 and 1.5; factors 2 and 3, of which one half is taken."""
+    router = OnlineRouter(profile({9: 1}))
+    run, told = router.run(BLOCKS), router.sizes[9]
+    assert run.watches
+    assert told.tolist() == [25.0, 5.0, 15.0, 10.0, 20.0]
+    torch.testing.assert_close(run.logits(0.95, CONTENT), told)
+    run.observe(0.95, 2, torch.tensor(30.0))
+    run.observe(0.95, 1, torch.tensor(15.0))
+    torch.testing.assert_close(
+        run.logits(0.9, CONTENT), torch.tensor([25.0, 5 * 2.0, 15 * 1.5, 10.0, 20.0])
+    )
+    # block 2 as before: factor 1.5 + (2 - 1.5) / 2; the others did not run
+    run.observe(0.9, 2, torch.tensor(30.0))
+    torch.testing.assert_close(
+        run.logits(0.9, CONTENT), torch.tensor([25.0, 10.0, 15 * 1.75, 10.0, 20.0])
+    )
+    # another run starts anew
+    torch.testing.assert_close(router.run(BLOCKS).logits(0.9, CONTENT), told)
+
+
+def test_an_observation_is_compared_with_the_bin_where_it_was_made():
+    router = OnlineRouter(profile({0: 1, 9: 1}))
+    run = router.run(BLOCKS)
+    run.observe(1.0, 1, router.sizes[9, 1] * 3)
+    torch.testing.assert_close(run.logits(0.0, CONTENT)[1], router.sizes[0, 1] * 2)
+
+
+def test_random_is_a_function_of_seed_and_sigma():
+    one, other = RandomRouter(1).run(9), RandomRouter(2).run(9)
+    assert torch.equal(one.logits(0.5, CONTENT), RandomRouter(1).run(9).logits(0.5, CONTENT))
+    assert not torch.equal(one.logits(0.5, CONTENT), one.logits(0.6, CONTENT))
+    assert not torch.equal(one.logits(0.5, CONTENT), other.logits(0.5, CONTENT))
+
+
+def test_a_fixed_list_keeps_the_first_and_the_last_block():
+    router = FixedRouter((0, 2, 4))
+    assert router.count(5, 2) == 4
+    assert router.run(5).logits(0.5, CONTENT).tolist() == [1, 1, 0, 1, 1]
+    for outside in (5, -1):
+        with pytest.raises(ValueError, match=rf"from 0 to 4, got \[{outside}\]"):
+            FixedRouter((outside,)).run(5)
+
+
+def test_latent_statistics_of_constructed_latents():
+    """Channel 0 is 3 everywhere, 1 grows by 2 a latent frame, 2 by 0.5 a column, 3 by 1 a row."""
+    f, h, w = 3, 4, 5
+    time, row, column = torch.meshgrid(
+        torch.arange(float(f)), torch.arange(float(h)), torch.arange(float(w)), indexing="ij"
+    )
+    latent = torch.stack([torch.full_like(time, 3.0), 2 * time, 0.5 * column, row])[None]
+    both = torch.cat([latent, -latent])
+    mean, std, temporal, spatial = latent_statistics(both).unflatten(1, (4, 4)).unbind(1)
+    torch.testing.assert_close(mean[0], torch.tensor([3.0, 2.0, 1.0, 1.5]))
+    torch.testing.assert_close(mean[1], -mean[0])
+    torch.testing.assert_close(std[0, 0], torch.tensor(0.0))
+    torch.testing.assert_close(std[0, 1], torch.tensor(2 * (2 / 3) ** 0.5))
+    torch.testing.assert_close(temporal, torch.tensor([[0.0, 2.0, 0.0, 0.0]] * 2))
+    # 45 differences down and 48 across
+    down, across = f * (h - 1) * w, f * h * (w - 1)
+    by_hand = [0.0, 0.0, 0.5 * across / (down + across), 1.0 * down / (down + across)]
+    torch.testing.assert_close(spatial, torch.tensor([by_hand] * 2))
+
+
+def test_latent_statistics_of_one_frame_of_one_pixel_are_finite():
+    got = latent_statistics(torch.full((2, 3, 1, 1, 1), 2.0, dtype=torch.bfloat16))
+    assert got.dtype == torch.float32
+    assert got.tolist() == [[2.0] * 3 + [0.0] * 9] * 2
+
+
+def test_the_trained_router_is_its_mlp_on_sigma_and_content():
+    latent = torch.randn(2, 4, 3, 6, 5)
+    router = trained()
+    got = router.run(BLOCKS).logits(0.7, Content(latent))
+    # eq. 9 by hand
+    angle = 700 * 10000 ** -(torch.arange(8.0) / 8)
+    given = torch.cat([angle.cos(), angle.sin(), latent_statistics(latent)[0]])
+    first, _, second, _, third = router.mlp.layers
+    hidden = torch.nn.functional.silu(first.weight @ given + first.bias)
+    hidden = torch.nn.functional.silu(second.weight @ hidden + second.bias)
+    torch.testing.assert_close(got, third.weight @ hidden + third.bias, rtol=1e-4, atol=1e-4)
+    alone = trained("none", 0)
+    one, other = (
+        alone.run(BLOCKS).logits(0.7, Content(torch.randn_like(latent))) for _ in range(2)
+    )
+    assert torch.equal(one, other)
+
+
+def test_a_router_of_clip_needs_an_image():
+    router = trained("clip", 12)
+    run = router.run(BLOCKS)
+    assert run.logits(0.7, Content(torch.zeros(1), torch.randn(1, 12))).shape == (BLOCKS,)
+    with pytest.raises(ValueError, match="start image through CLIP"):
+        run.logits(0.7, CONTENT)
+    with pytest.raises(ValueError, match="expected one for 7 blocks, got 5"):
+        router.run(7)
+
+
+@pytest.mark.parametrize(("kind", "content_dim"), [("latent", 16), ("none", 0)])
+def test_a_saved_router_is_the_same_router(tmp_path, kind, content_dim):
+    router, path = trained(kind, content_dim), tmp_path / "deep" / "router.safetensors"
+    save_router(path, router, "0.3.0")
+    loaded = load_router(path)
+    assert loaded.kind == kind and loaded.model == MODEL
+    for name, value in router.mlp.state_dict().items():
+        assert torch.equal(loaded.mlp.state_dict()[name], value)
+    content = Content(torch.randn(1, 4, 3, 6, 5))
+    for sigma in (0.05, 0.5, 1.0):
+        one, other = (r.run(BLOCKS).logits(sigma, content) for r in (router, loaded))
+        # weights read from a file lie elsewhere in memory, and sums may round otherwise
+        torch.testing.assert_close(one, other)
+    assert [file.name for file in path.parent.iterdir()] == ["router.safetensors"]
+
+
+def _rewritten(path, **header):
+    tensors = load_file(path)
+    with safe_open(path, "pt") as file:
+        old = json.loads(file.metadata()[KEY])
+    save_file(tensors, path, {KEY: json.dumps(old | header)})
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda p: p.write_bytes(b""), "cannot be read"),
+        (lambda p: p.write_bytes(p.read_bytes()[:-40]), "cannot be read"),
+        (lambda p: p.unlink(), "cannot be read"),
+        (lambda p: save_file({"a": torch.zeros(1)}, p), "got another file"),
+        (lambda p: save_file({"a": torch.zeros(1)}, p, {KEY: "[" * 100_000}), "cannot be read"),
+        (lambda p: save_file({"a": torch.zeros(1)}, p, {KEY: "[1]"}), "got another file"),
+        (lambda p: _rewritten(p, format="wantrim_router/9"), "got another file"),
+        (lambda p: _rewritten(p, sizes=[5, 16, 32]), "impossible sizes"),
+        (lambda p: _rewritten(p, sizes=[5, 16, 32, -2]), "impossible sizes"),
+        (lambda p: _rewritten(p, sizes=[5, 16, 32, 1e9]), "impossible sizes"),
+        (lambda p: _rewritten(p, sizes=[True, 16, 32, 16]), "impossible sizes"),
+        (lambda p: _rewritten(p, sizes=[0, 16, 32, 16]), "impossible sizes"),
+        (lambda p: _rewritten(p, sizes=[5, 16, 0, 16]), "impossible sizes"),
+        (lambda p: _rewritten(p, sizes=[5, 16, 32, 15]), "impossible sizes"),
+        (lambda p: _rewritten(p, sizes=[5, 17, 32, 16]), "do not fit its header"),
+        (lambda p: _rewritten(p, content="magic"), "damaged"),
+        (lambda p: _rewritten(p, content="none"), "damaged"),
+        (lambda p: _rewritten(p, model={"dim": 1}), "router.safetensors: model"),
+        (lambda p: _rewritten(p, model=MODEL.to_json() | {"num_blocks": 6}), "6 blocks"),
+    ],
+)
+def test_damaged_and_hostile_files_are_refused_by_name(tmp_path, damage, said):
+    path = tmp_path / "router.safetensors"
+    save_router(path, trained())
+    damage(path)
+    with pytest.raises(ValueError, match=said) as error:
+        load_router(path)
+    assert "router.safetensors" in str(error.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused(tmp_path, value):
+    router, path = trained(), tmp_path / "router.safetensors"
+    router.mlp.layers[2].weight[3, 1] = value
+    save_router(path, router)
+    with pytest.raises(ValueError, match="not finite"):
+        load_router(path)
+
+
+def test_integers_in_place_of_weights_are_refused(tmp_path):
+    path = tmp_path / "router.safetensors"
+    save_router(path, trained())
+    with safe_open(path, "pt") as file:
+        header = file.metadata()
+    save_file({name: value.long() for name, value in load_file(path).items()}, path, header)
+    with pytest.raises(ValueError, match="not finite"):
+        load_router(path)
