@@ -29,8 +29,8 @@ from .width import (
 
 TEXT_TOKENS = 512
 # of a block's FFN against one of its attentions: least squares gives back most of what dropped
-# channels added, and little of what dropped heads did
-FFN_WORTH = 0.25
+# channels added, and little of what dropped heads did (benchmarks/width.py)
+FFN_WORTH = 0.5
 
 
 def check_budget(budget: float) -> None:

@@ -4,6 +4,7 @@ import statistics
 import sys
 
 import pytest
+import torch
 
 from wantrim.benchmarks import depth, quality
 from wantrim.benchmarks.cases import POINTS, TOLERANCE, Case, Point
@@ -22,6 +23,8 @@ from wantrim.benchmarks.subjects import toy_subject
 from wantrim.benchmarks.table import read_rows
 from wantrim.hosts.diffusers.sample import sigmas_for
 from wantrim.methods.depth import SHAPES, SKIPPED, blocks_per_step
+from wantrim.methods.fingerprint import Fingerprint
+from wantrim.methods.profile import Profile
 from wantrim.methods.routers import FixedRouter
 
 FEW = Point(2, 1.0, shift=5.0)
@@ -62,10 +65,16 @@ def test_budgets_are_solved_for_the_real_mean(point):
 
 
 def test_static_removal_takes_the_blocks_that_add_least():
-    """By hand from the shipped profile at high noise: blocks 3, 9 and 10, never the ends."""
-    assert least_blocks(shipped_profile(), [0.95], 3) == (9, 10, 14)
-    assert least_blocks(shipped_profile(), [0.25], 3) == (3, 9, 10)
-    assert least_blocks(shipped_profile(), [0.25], 14) == tuple(range(1, 15))
+    """By hand: the mean of two bins is 9, 3, 4, 2, 1 and the ends stay."""
+    made = Profile.empty(Fingerprint(8, 8, 5, 2, 4, 4))
+    made.tensors["count"][[2, 9]] = 1
+    made.tensors["hidden"] += 1
+    made.tensors["residual"][2] = torch.tensor([9.0, 1.0, 4.0, 3.0, 1.0])
+    made.tensors["residual"][9] = torch.tensor([9.0, 5.0, 4.0, 1.0, 1.0])
+    assert least_blocks(made, [0.95, 0.25], 1) == (3,)
+    assert least_blocks(made, [0.95, 0.25], 2) == (1, 3)
+    assert least_blocks(made, [0.25], 1) == (1,)
+    assert least_blocks(made, [0.25, 0.95], 3) == (1, 2, 3)
 
 
 @pytest.mark.parametrize(("router", "skipped"), [("online", "identity"), ("static", "identity")])
