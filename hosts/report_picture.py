@@ -78,7 +78,9 @@ def _title(report: Report) -> Image.Image:
     draw.text((MARGIN, 12), f"WanTrim on {report.model}", INK, _font(22))
     steps = f"{len(report.steps)} steps, " if report.steps else ""
     font = _font(16)
-    line = f"{steps}{report.seconds:.1f} s   {report.planned}"
+    share = report.attention_share
+    left = "" if share is None else f"self-attention left {share:.0%}   "
+    line = f"{steps}{report.seconds:.1f} s   {left}{report.planned}"
     # the report's text has the whole of it
     while draw.textlength(line, font) > WIDTH - 2 * MARGIN:
         line = line.removesuffix(" ...").rpartition(" ")[0] + " ..."

@@ -176,6 +176,8 @@ class WanTrimLoadProfile(io.ComfyNode):
                 "the pack."
             ),
             search_aliases=["PARE", "head roles", "load profile"],
+            # so that a profile can be looked at alone
+            is_output_node=True,
             inputs=[
                 io.Combo.Input(
                     "filename",

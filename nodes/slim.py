@@ -55,7 +55,7 @@ class WanTrimSlim(io.ComfyNode):
                 ),
                 ProfileSocket.Input(
                     "profile",
-                    tooltip="From WanTrim Load Profile or WanTrim Profile, of this model.",
+                    tooltip="From WanTrim Load Profile or WanTrim Save Profile, of this model.",
                 ),
                 io.Float.Input(
                     "prune_ratio",

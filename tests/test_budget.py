@@ -224,7 +224,7 @@ def test_channels_that_are_alike_are_told_apart():
         asked.append(block)
         return torch.eye(32)[torch.arange(64) // 2]
 
-    plain, aware = solve_width(profile, 0.4), solve_width(profile, 0.4, signature)
+    plain, aware = (solve_width(profile, 0.4, s, ffn_worth=0.25) for s in (None, signature))
     assert asked == [0, 1]
     assert [plain.sizes(b) for b in range(2)] == [aware.sizes(b) for b in range(2)]
     for width, apart in ((plain, False), (aware, True)):
