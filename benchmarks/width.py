@@ -53,8 +53,10 @@ CORRECTIONS = (RAW, NORMS, REFIT)
 # rules of slim models; all but the first are compared with it
 SLIM = (
     "slim_pare", "slim_uniform", "slim_magnitude", "slim_random", "slim_budget",
-    "slim_budget_flops", "slim_budget_even",
+    "slim_budget_flops", "slim_budget_even", "slim_budget_quarter",
 )  # fmt: skip
+# what a block's FFN is worth against one of its attentions, where it is not the default
+WORTH = {"budget_even": 1.0, "budget_quarter": 0.25}
 # rules that get all corrections one by one
 CORRECTED = ("slim_pare", "slim_budget")
 CALIBRATED_ON = 16
@@ -149,10 +151,10 @@ def plan_slim(case: Case, profile: Profile, grid, shape, signature) -> Width:
     if rule == "pare":
         return pare
     counted = grid if rule == "budget_flops" else None
-    even = {"ffn_worth": 1.0} if rule == "budget_even" else {}
+    worth = {"ffn_worth": WORTH[rule]} if rule in WORTH else {}
     budget = width_share(pare, shape, counted)
     sizes = {"grid": counted, "text_tokens": shape.text_tokens}
-    return solve_width(profile, budget, signature, **sizes, **even)
+    return solve_width(profile, budget, signature, **sizes, **worth)
 
 
 class WidthBench(Bench):

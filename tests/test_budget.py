@@ -135,6 +135,18 @@ def test_cross_attention_costs_its_keys():
     assert attention_share(cheap, GRID, 24, 10) == pytest.approx(pairs / (2 * 180 * (180 + 34)))
 
 
+def test_images_are_keys_too():
+    keys = {"text_tokens": 24, "image_tokens": 257}
+    plan = solve_heads(profile_of(blocks=4), GRID, 0.5, demote=False, **keys)
+    share = attention_share(plan, GRID, **keys)
+    assert 0.5 - 1 / 32 <= share <= 0.5
+
+
+def test_every_block_keeps_some_channels():
+    width = solve_width(profile_of(blocks=3, ffn=64), 0.6, ffn_worth=1e-9)
+    assert min(width.sizes(block)[2] for block in range(3)) == 16
+
+
 def test_the_same_plan_every_time():
     plans = [solve_heads(profile_of(seed=3), GRID, 0.5, **SIZES) for _ in range(2)]
     assert plans[0] == plans[1]

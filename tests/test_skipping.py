@@ -433,6 +433,28 @@ def test_online_sees_what_the_conditional_rows_of_this_run_added(model):
     assert online[-1].kept_per_block != profiled[-1].kept_per_block
 
 
+@torch.no_grad()
+def test_online_is_told_of_the_first_prompt_only_where_prompts_come_apart():
+    told = []
+
+    class Spy(OnlineRouter):
+        def run(self, num_blocks):
+            inner = super().run(num_blocks)
+            inner.observe = lambda sigma, index, size: told.append((index, float(size)))
+            return inner
+
+    session = Session(TrimPlan(blocks=BlockPlan(Spy(profile()), HALF)), Report())
+    for role, value in ((COND, 2.0), (UNCOND, 5.0)):
+        call = session.begin(
+            latent=torch.ones(1, 16, *SIZE), sigma=0.9, progress=0.1, cond_or_uncond=(role,),
+            grid=GRID, anchored=None, num_blocks=BLOCKS,
+        )  # fmt: skip
+        for index in range(BLOCKS):
+            call.block(index, Call(torch.ones(1, GRID.tokens, 4), value))
+    assert len(told) == session.finish(True).steps[0].blocks_run
+    assert {size for _, size in told} == {2.0}
+
+
 def test_a_router_of_another_model_is_refused_before_the_first_block(model):
     other = TrainedRouter(RouterMLP(5, 0, 16, 16), "none", MODEL)
     with pytest.raises(ValueError, match="expected one for 8 blocks, got 5"):

@@ -197,8 +197,9 @@ def test_it_is_the_greedy_of_the_paper_in_any_chunks(monkeypatch, chunk, keep):
 
 
 def test_half_precision_signatures_are_compared_in_fp32():
-    signature = (at_angles(0, 26.5, 90) * 60000).half()
-    assert ffn_channels(torch.tensor([3.0, 2.0, 1.0]), signature, 2) == (0, 1)
+    """Rounded to fp16 again, this cosine of 0.900007 would be 0.8999: not alike."""
+    signature = (at_angles(0, 25.841, 90) * 60000).half()
+    assert ffn_channels(torch.tensor([3.0, 2.0, 1.0]), signature, 2) == (0, 2)
 
 
 def test_channels_by_energy_weigh_what_they_add():
