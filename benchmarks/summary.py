@@ -35,6 +35,12 @@ STUDY_HEAD = (
     "| plan | FLOPs | PSNR (95 %), dB | against refresh | SSIM | motion | shape / direction |"
     "\n|---|---|---|---|---|---|---|"
 )
+PARTS_HEAD = (
+    "| asked | plan | FLOPs | PSNR (95 %), dB | compared | against fewer steps | motion "
+    "| colour / shape / direction |\n|---|---|---|---|---|---|---|---|"
+)
+# studies of the parts: file -> its groups
+PARTS = {"width": ("in_place", "sliced"), "depth": ("methods", "curve", "age", "memory")}
 
 
 def methods_table(rows: Iterable[dict[str, str]], task: str, steps: str) -> str:
@@ -97,6 +103,30 @@ def study_table(rows: Iterable[dict[str, str]], group: str, task: str, steps: st
     return "\n".join(lines)
 
 
+def parts_table(rows: Iterable[dict[str, str]], group: str, task: str, steps: str) -> str:
+    """Plans of heads, widths or blocks beside fewer steps, by share asked for, best first."""
+    mine = [
+        r
+        for r in rows
+        if (r["task"], r["steps"]) == (task, steps) and group in r["group"].split()
+        if r["method"] != "dense"
+    ]
+    mine.sort(key=lambda r: (-float(r["target"]), -float(r["psnr_db"])))
+    lines = [PARTS_HEAD]
+    for r in mine:
+        name = ", ".join(filter(None, (r["method"].replace("_", " "), r["setting"])))
+        compared = _verdict(r, "vs")
+        if compared:
+            compared = f"vs {r['against'].replace('_', ' ')}: {compared}"
+        cells = (
+            r["target"], name, _fixed(r, "flops_ratio"), _psnr(r), compared,
+            _verdict(r, "vs_steps"), _fixed(r, "motion_ratio"),
+            _truth(r, "colour_ok", "shape_ok", "direction_ok"),
+        )  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def calibration_table(rows: Sequence[dict[str, str]]) -> str:
     """Published figures beside the toy's, one column per number of steps and guidance."""
     points = sorted({(int(r["steps"]), float(r["guidance"])) for r in rows})
@@ -128,6 +158,11 @@ def tables(results: Path) -> dict[str, str]:
         for task, steps in points:
             made[f"{group} {task} {steps}"] = study_table(rows, group, task, steps)
     made["headline"] = headline_table(rows, points)
+    for name, groups in PARTS.items():
+        rows = full_rows(read_rows(results / f"{name}.csv"))
+        for task, steps in sorted({(r["task"], r["steps"]) for r in rows}):
+            for group in groups:
+                made[f"{name} {group} {task} {steps}"] = parts_table(rows, group, task, steps)
     calibration = read_rows(results / "calibration.csv")
     if calibration:
         made["calibration"] = calibration_table(calibration)

@@ -399,7 +399,7 @@ def test_header_says_what_it_is(root, recorded, tmp_path):
     written = slim_checkpoint(CHECKPOINT, out, recorded.profile, rule="budget").header
     header = read_header(out)
     assert (header.width, header.norm_scale) == (written.width, written.norm_scale)
-    assert len(set(header.norm_scale["cross_attn.norm_k"])) > 8
+    assert len(set(header.norm_scale["cross_attn.norm_k"])) > 4
     assert header.model.differs(recorded.profile.model) is None
     assert header.made == {
         "package": version[1], "rule": "budget", "prune_ratio": 0.3, "source": CHECKPOINT.name,
