@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     size = slim.add_mutually_exclusive_group()
     size.add_argument("--prune", type=float, help="share that goes, default 0.3")
     size.add_argument("--budget", type=float, help="share that stays, spent where it matters")
-    slim.add_argument("--rule", choices=RULES, help="default pare, with --budget budget")
+    slim.add_argument("--rule", choices=RULES, default="budget", help="default budget")
     slim.add_argument("--no-refit", action="store_true", help="leave the projections as they are")
     slim.add_argument("--overwrite", action="store_true", help="replace OUT when it is there")
     args = parser.parse_args(arguments)
@@ -40,9 +40,8 @@ def main(arguments: list[str] | None = None) -> int:
     if args.out.suffix != ".safetensors":
         parser.error(f"out: expected a name that ends in .safetensors, got {args.out.name}")
     prune = args.prune if args.prune is not None else 0.3
-    rule = args.rule or RULES[0]
     if args.budget is not None:
-        prune, rule = 1.0 - args.budget, args.rule or "budget"
+        prune = 1.0 - args.budget
     try:
         opened = open_profile(args.profile)
         summary = slim_checkpoint(
@@ -50,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
             args.out,
             opened.profile,
             calibration=args.calibration or opened.calibration,
-            rule=rule,
+            rule=args.rule,
             prune_ratio=prune,
             refitted=not args.no_refit,
             progress=_Percent(),

@@ -31,7 +31,7 @@ from .slim_source import Source, open_source
 
 log = logging.getLogger(__name__)
 
-RULES = ("pare", "budget")
+RULES = ("budget", "pare")
 # progress of `slim_checkpoint`, and how much of it the choice of a width is
 TICKS, CHOOSING = 1000, 200
 
@@ -221,7 +221,7 @@ def slim_checkpoint(
     profile: Profile,
     *,
     calibration: Path | None = None,
-    rule: str = "pare",
+    rule: str = RULES[0],
     prune_ratio: float = 0.3,
     refitted: bool = True,
     progress: Progress | None = None,

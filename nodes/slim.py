@@ -72,10 +72,11 @@ class WanTrimSlim(io.ComfyNode):
                 io.Combo.Input(
                     "rule",
                     options=list(RULES),
-                    default="pare",
+                    default="budget",
                     tooltip=(
-                        "'pare': as published, equally many in every block. 'budget': the same size, "
-                        "spent where the profile says that it matters."
+                        "'budget': that share of the parameters goes where the profile says that it "
+                        "matters least; kept more on our toy bench. 'pare': as published, equally many in every "
+                        "block."
                     ),
                 ),
                 io.Boolean.Input(

@@ -603,7 +603,7 @@ def test_other_files_are_refused(tmp_path, recorded, checkpoint):
     slim_checkpoint(CHECKPOINT, slim, recorded.profile)
     with pytest.raises(ValueError, match="slim.safetensors: expected a full Wan.*slim already"):
         slim_checkpoint(slim, tmp_path / "again.safetensors", recorded.profile)
-    with pytest.raises(ValueError, match="rule: expected one of pare, budget, got 'x'"):
+    with pytest.raises(ValueError, match="rule: expected one of budget, pare, got 'x'"):
         slim_checkpoint(CHECKPOINT, slim, recorded.profile, rule="x")
     with pytest.raises(ValueError, match="prune_ratio: expected 0 to less than 1, got 1.0"):
         slim_checkpoint(CHECKPOINT, slim, recorded.profile, prune_ratio=1.0)
