@@ -33,8 +33,9 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/pytest -q tests/test_layering.py
 
-bench:
-	@echo "make bench is not here yet: it comes with the issue that adds benchmarks/ (speed tables)" >&2; exit 1
+# heads only so far: kernels, tokens and blocks come with the issue on speed
+bench: $(READY)
+	$(BIN)/python -m wantrim.benchmarks.speed $(ARGS)
 
 # the fast subset; `make quality ARGS=--full` is the whole table
 quality: $(READY)

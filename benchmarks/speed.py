@@ -107,8 +107,7 @@ def time_plan(
 ) -> tuple[float, float]:
     """Median milliseconds of a dense and of a trimmed forward, taken in turns."""
     taken: dict[bool, list[float]] = {False: [], True: []}
-    # one round to warm up
-    for round_ in range(repeats + 1):
+    for _ in range(repeats):
         for trimmed in (False, True):
             with ExitStack() as stack:
                 if trimmed:
@@ -118,15 +117,15 @@ def time_plan(
                 forward()
                 sync()
                 seconds = time.perf_counter() - began
-            if round_:
-                taken[trimmed].append(1000 * seconds)
+            taken[trimmed].append(1000 * seconds)
     return statistics.median(taken[False]), statistics.median(taken[True])
 
 
-def measure(size: Size, name: str, plan: TrimPlan, args: argparse.Namespace) -> dict[str, object]:
-    """One row."""
-    dtype = getattr(torch, args.dtype)
-    model, forward = build(size, args.device, dtype)
+def measure(
+    size: Size, built: tuple, name: str, plan: TrimPlan, args: argparse.Namespace
+) -> dict[str, object]:
+    """One row, on what `build` made."""
+    model, forward = built
     cuda = args.device.startswith("cuda")
     sync = torch.cuda.synchronize if cuda else lambda: None
     if cuda:
@@ -170,8 +169,12 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     rows = []
     for size in SIZES.values():
+        built = build(size, args.device, getattr(torch, args.dtype))
+        with torch.no_grad():
+            # to warm up
+            built[1]()
         for name, plan in plans(size).items():
-            row = measure(size, name, plan, args)
+            row = measure(size, built, name, plan, args)
             rows.append(row)
             log.info(
                 "%s, %s: %.0f ms dense, %.0f ms trimmed, %.2fx of %.2fx",
