@@ -6,17 +6,15 @@ projection, never the inputs themselves. Sums, so that runs can be merged by add
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from .artifact import Kind, open_artifact, save_artifact
 from .fingerprint import Fingerprint
 
-FORMAT = "wantrim_calibration/1"
-KEY = "wantrim_calibration"
+KIND = Kind("calibration", "Record it again with WanTrim Profile.")
 # what is recorded -> which inputs: of self- and cross-attention's o, of the FFN's down projection
 CALIBRATE = {
     "none": (),
@@ -78,20 +76,8 @@ class Calibration:
 
     def save(self, path: Path, package: str = "") -> None:
         """Write it whole or not at all."""
-        header = {
-            "format": FORMAT,
-            "model": self.model.to_json(),
-            "tokens": self.tokens,
-            "package": package,
-        }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        try:
-            save_file(self.sums, partial, {KEY: json.dumps(header)})
-            partial.replace(path)
-        finally:
-            # gigabytes that a full disk can do without
-            partial.unlink(missing_ok=True)
+        header = {"tokens": self.tokens, "package": package}
+        save_artifact(path, KIND, self.model, header, self.sums)
 
     def clear(self) -> None:
         """Let go of everything."""
@@ -148,26 +134,9 @@ def load_calibration(path: Path) -> SavedCalibration:
     Raises:
         ValueError: the file is damaged or something else, in an artist's words.
     """
-    try:
-        with safe_open(path, "np") as file:
-            header = json.loads((file.metadata() or {}).get(KEY, "null"))
-            parts = {name: file.get_slice(name) for name in file.keys()}
-            found = {name: (tuple(p.get_shape()), p.get_dtype()) for name, p in parts.items()}
-    except (OSError, SafetensorError, ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{path.name}: expected a WanTrim calibration, got a file that cannot be read "
-            f"({error}). Record it again with WanTrim Profile."
-        ) from error
-    if not isinstance(header, dict) or header.get("format") != FORMAT:
-        came = header.get("format") if isinstance(header, dict) else "no calibration header"
-        raise ValueError(
-            f"{path.name}: expected a WanTrim calibration ({FORMAT}), got {came!r:.80}. Choose a "
-            "file that WanTrim Save Profile wrote, or update WanTrim."
-        )
-    try:
-        model = Fingerprint.from_json(header.get("model"))
-    except ValueError as error:
-        raise ValueError(f"{path.name}: {error}") from error
+    with open_artifact(path, KIND, "np") as (header, model, file):
+        parts = {name: file.get_slice(name) for name in file.keys()}
+        found = {name: (tuple(p.get_shape()), p.get_dtype()) for name, p in parts.items()}
     tokens = header.get("tokens")
     if not isinstance(tokens, dict) or tokens.keys() != found.keys():
         raise ValueError(f"{path.name}: the header does not list what the file holds: damaged file")

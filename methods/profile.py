@@ -6,20 +6,17 @@ conditional prompt at one sigma.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from .artifact import Kind, open_artifact, save_artifact
 from .fingerprint import Fingerprint
 from .heads import CHEAP
 
-FORMAT = "wantrim_profile/1"
-KEY = "wantrim_profile"
+KIND = Kind("profile", "Choose a file that WanTrim Save Profile wrote.")
 BINS = 10
 # measurements that are kept per sigma bin
 PER_BIN = ("mass", "self_output", "cross_output", "residual", "hidden")
@@ -137,17 +134,9 @@ class Profile:
 
     def save(self, path: Path, package: str = "") -> None:
         """Write it whole or not at all."""
-        header = {
-            "format": FORMAT,
-            "model": self.model.to_json(),
-            "runs": self.runs,
-            "package": package,
-        }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
+        header = {"runs": self.runs, "package": package}
         tensors = {name: value.contiguous() for name, value in self.tensors.items()}
-        save_file(tensors, partial, {KEY: json.dumps(header)})
-        partial.replace(path)
+        save_artifact(path, KIND, self.model, header, tensors)
 
 
 def load_profile(path: Path) -> Profile:
@@ -156,25 +145,8 @@ def load_profile(path: Path) -> Profile:
     Raises:
         ValueError: the file is damaged or something else, in an artist's words.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            header = json.loads((file.metadata() or {}).get(KEY, "null"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (OSError, SafetensorError, ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{path.name}: expected a WanTrim profile, got a file that cannot be read ({error}). "
-            "Make it again with WanTrim Profile."
-        ) from error
-    if not isinstance(header, dict) or header.get("format") != FORMAT:
-        came = header.get("format") if isinstance(header, dict) else "no profile header"
-        raise ValueError(
-            f"{path.name}: expected a WanTrim profile ({FORMAT}), got {came}. Choose a file that "
-            "WanTrim Save Profile wrote, or update WanTrim."
-        )
-    try:
-        model = Fingerprint.from_json(header.get("model"))
-    except ValueError as error:
-        raise ValueError(f"{path.name}: {error}") from error
+    with open_artifact(path, KIND) as (header, model, file):
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
     for name, shape in layout(model).items():
         came = tuple(tensors[name].shape) if name in tensors else "nothing"
         if came != shape or tensors[name].dtype != torch.float32:

@@ -6,22 +6,19 @@ what each block adds at each timestep; the profiled router reads that off a prof
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
+from .artifact import Kind, open_artifact, save_artifact
 from .fingerprint import Fingerprint
 from .profile import BINS, Profile, sigma_bin
 
-FORMAT = "wantrim_router/1"
-KEY = "wantrim_router"
+KIND = Kind("router", "Choose a file that WanTrim's training wrote.")
 # of content that a trained router may look at
 KINDS = ("clip", "latent", "none")
 # weight of a new observation against the earlier ones
@@ -316,18 +313,10 @@ class _Trained(_Constant):
 def save_router(path: Path, router: TrainedRouter, package: str = "") -> None:
     """Write it whole or not at all."""
     mlp = router.mlp
-    header = {
-        "format": FORMAT,
-        "model": router.model.to_json(),
-        "content": router.kind,
-        "sizes": [mlp.num_blocks, mlp.content_dim, mlp.hidden, mlp.time_dim],
-        "package": package,
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
+    sizes = [mlp.num_blocks, mlp.content_dim, mlp.hidden, mlp.time_dim]
+    header = {"content": router.kind, "sizes": sizes, "package": package}
     tensors = {name: value.detach().cpu().contiguous() for name, value in mlp.state_dict().items()}
-    save_file(tensors, partial, {KEY: json.dumps(header)})
-    partial.replace(path)
+    save_artifact(path, KIND, router.model, header, tensors)
 
 
 def load_router(path: Path) -> TrainedRouter:
@@ -336,25 +325,13 @@ def load_router(path: Path) -> TrainedRouter:
     Raises:
         ValueError: the file is damaged or something else, in an artist's words.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            header = json.loads((file.metadata() or {}).get(KEY, "null"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (OSError, SafetensorError, ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{path.name}: expected a WanTrim router, got a file that cannot be read ({error})"
-        ) from error
-    if not isinstance(header, dict) or header.get("format") != FORMAT:
-        raise ValueError(f"{path.name}: expected a WanTrim router ({FORMAT}), got another file")
+    with open_artifact(path, KIND) as (header, model, file):
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
     sizes, kind = header.get("sizes"), header.get("content")
     if kind not in KINDS or not _plausible(sizes) or (kind == "none") != (sizes[1] == 0):
         raise ValueError(
             f"{path.name}: damaged file: impossible sizes {sizes!r:.100} for content {kind!r:.20}"
         )
-    try:
-        model = Fingerprint.from_json(header.get("model"))
-    except ValueError as error:
-        raise ValueError(f"{path.name}: {error}") from error
     if model.num_blocks != sizes[0]:
         raise ValueError(
             f"{path.name}: damaged file: it is for {sizes[0]} blocks, and its model has "

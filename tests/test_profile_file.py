@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from wantrim.hosts.profiling import calibration_path, open_profile, save_profile
 from wantrim.methods.calibration import load_calibration
-from wantrim.methods.profile import KEY, load_profile
+from wantrim.methods.profile import KIND, load_profile
 from wantrim.tests.test_profile import GRID, TOKENS, recorded, same, wan
 
 
@@ -82,7 +82,7 @@ def test_another_model_is_refused_and_the_file_stays(tmp_path):
         open_profile(path)
 
 
-def rewrite(path, header=None, tensors=None, key=KEY):
+def rewrite(path, header=None, tensors=None, key=KIND.key):
     """Change a file's JSON header and tensors, by functions of the old ones."""
     with safe_open(path, "pt") as file:
         old = json.loads(file.metadata()[key])

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from wantrim.methods.fingerprint import Fingerprint
 from wantrim.methods.profile import BINS, Profile
 from wantrim.methods.routers import (
-    KEY,
+    KIND,
     Content,
     FixedRouter,
     OnlineRouter,
@@ -185,8 +185,8 @@ def test_a_saved_router_is_the_same_router(tmp_path, kind, content_dim):
 def _rewritten(path, **header):
     tensors = load_file(path)
     with safe_open(path, "pt") as file:
-        old = json.loads(file.metadata()[KEY])
-    save_file(tensors, path, {KEY: json.dumps(old | header)})
+        old = json.loads(file.metadata()[KIND.key])
+    save_file(tensors, path, {KIND.key: json.dumps(old | header)})
 
 
 @pytest.mark.parametrize(
@@ -195,10 +195,16 @@ def _rewritten(path, **header):
         (lambda p: p.write_bytes(b""), "cannot be read"),
         (lambda p: p.write_bytes(p.read_bytes()[:-40]), "cannot be read"),
         (lambda p: p.unlink(), "cannot be read"),
-        (lambda p: save_file({"a": torch.zeros(1)}, p), "got another file"),
-        (lambda p: save_file({"a": torch.zeros(1)}, p, {KEY: "[" * 100_000}), "cannot be read"),
-        (lambda p: save_file({"a": torch.zeros(1)}, p, {KEY: "[1]"}), "got another file"),
-        (lambda p: _rewritten(p, format="wantrim_router/9"), "got another file"),
+        (lambda p: save_file({"a": torch.zeros(1)}, p), "expected a WanTrim router"),
+        (
+            lambda p: save_file({"a": torch.zeros(1)}, p, {KIND.key: "[" * 100_000}),
+            "cannot be read",
+        ),
+        (
+            lambda p: save_file({"a": torch.zeros(1)}, p, {KIND.key: "[1]"}),
+            "expected a WanTrim router",
+        ),
+        (lambda p: _rewritten(p, format="wantrim_router/9"), "expected a WanTrim router"),
         (lambda p: _rewritten(p, sizes=[5, 16, 32]), "impossible sizes"),
         (lambda p: _rewritten(p, sizes=[5, 16, 32, -2]), "impossible sizes"),
         (lambda p: _rewritten(p, sizes=[5, 16, 32, 1e9]), "impossible sizes"),
