@@ -127,6 +127,15 @@ def parts_table(rows: Iterable[dict[str, str]], group: str, task: str, steps: st
     return "\n".join(lines)
 
 
+def speed_table(rows: Iterable[dict[str, str]]) -> str:
+    """Measured beside predicted speed-up."""
+    lines = ["| device | plan | speed-up | predicted | efficiency |", "|---|---|---|---|---|"]
+    for r in rows:
+        figures = (_fixed(r, name) for name in ("speedup", "predicted", "efficiency"))
+        lines.append("| " + " | ".join((r["device"], r["plan"], *figures)) + " |")
+    return "\n".join(lines)
+
+
 def calibration_table(rows: Sequence[dict[str, str]]) -> str:
     """Published figures beside the toy's, one column per number of steps and guidance."""
     points = sorted({(int(r["steps"]), float(r["guidance"])) for r in rows})
@@ -163,6 +172,7 @@ def tables(results: Path) -> dict[str, str]:
         for task, steps in sorted({(r["task"], r["steps"]) for r in rows}):
             for group in groups:
                 made[f"{name} {group} {task} {steps}"] = parts_table(rows, group, task, steps)
+    made["speed"] = speed_table(read_rows(results / "speed.csv"))
     calibration = read_rows(results / "calibration.csv")
     if calibration:
         made["calibration"] = calibration_table(calibration)
