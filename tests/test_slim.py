@@ -275,7 +275,7 @@ def test_a_width_that_keeps_all_is_the_full_model(checkpoint, tmp_path, recorded
 def test_tiny_wan_keeps_its_sizes_and_number_format(recorded, tmp_path):
     out = tmp_path / "slim.safetensors"
     summary = slim_checkpoint(
-        CHECKPOINT, out, recorded.profile, calibration=recorded.calibration, prune_ratio=0.3
+        CHECKPOINT, out, recorded.profile, calibration=recorded.calibration, rule="pare"
     )
     width = summary.header.width
     assert {width.sizes(block) for block in range(16)} == {(6, 6, 272)}
