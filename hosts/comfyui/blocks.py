@@ -40,7 +40,7 @@ def replace_blocks(transformer_options: dict, call: ModelCall) -> dict:
 
 
 class _Block:
-    def __init__(self, args: dict, extra: dict, previous, heads: BlockHeads | None):
+    def __init__(self, args: dict, extra: dict, previous, heads: BlockHeads | None = None):
         self.args, self.extra, self.previous, self.heads = args, extra, previous, heads
         self.hidden: torch.Tensor = args["img"]
 
