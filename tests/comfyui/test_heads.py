@@ -12,6 +12,7 @@ from wantrim.hosts.comfyui.attach import attach, attachment_of, detach
 from wantrim.hosts.comfyui.blocks import OVERRIDE
 from wantrim.hosts.session import TrimPlan
 from wantrim.methods.heads import FULL, OFF, HeadPlan
+from wantrim.nodes.tokens import WanTrimTokens
 from wantrim.tests.comfyui import tiny
 from wantrim.tests.comfyui.test_chaining import NEIGHBOURS, counting
 
@@ -107,8 +108,6 @@ def test_vace_takes_a_plan_and_its_own_blocks_are_left_alone():
 @pytest.mark.parametrize("tokens", ["refresh", "paper"])
 @pytest.mark.parametrize("kind", ["t2v", "i2v", "ti2v", "fun"])
 def test_heads_and_tokens_in_any_wiring_order_are_one_plan(kind, tokens):
-    from wantrim.nodes.tokens import WanTrimTokens
-
     model, given = tiny.base_model(kind), tiny.case(kind)
 
     def with_tokens(m):
