@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.overrides import TorchFunctionMode
 
-from ..kernels.reference import frame_mass
+from ..kernels import frame_mass
 from ..methods.grid import TokenGrid
 from ..methods.heads import TILES
 from ..methods.importance import sample_queries

@@ -39,7 +39,6 @@ def token_mass(
     frames, height, width = grid
     tokens = frames * height * width
     total = torch.zeros(len(k), tokens, device=k.device)
-    count = torch.zeros(tokens, device=k.device)
     position = torch.arange(tokens, device=k.device, dtype=torch.int32) % (height * width)
     row, column = position // width, position % width
     queries = None
@@ -53,8 +52,26 @@ def token_mass(
                 far = (row[at, None] - row).abs() > exclude_radius
                 far |= (column[at, None] - column).abs() > exclude_radius
         total += (mass * far).sum(1)
-        count += far.sum(0) * attention.shape[1]
-    return total / count.clamp(min=1)
+    return total / (mean_counts(grid, query_index, exclude_radius) * k.shape[2]).clamp(min=1)
+
+
+def mean_counts(
+    grid: tuple[int, int, int], query_index: torch.Tensor, exclude_radius: int
+) -> torch.Tensor:
+    """How many queries each key's mean of `token_mass` is over, fp32 [f*h*w]."""
+    frames, height, width = grid
+    at = query_index % (height * width)
+    ones = torch.ones(len(at), device=at.device)
+    near = ones.new_zeros(height * width).index_add_(0, at, ones).view(1, height, width)
+    if exclude_radius:
+        # how many queries lie in the square around each place
+        side = 2 * exclude_radius + 1
+        near = torch.nn.functional.avg_pool2d(
+            near, side, 1, padding=exclude_radius, divisor_override=1
+        )
+    else:
+        near = torch.zeros_like(near)
+    return (len(at) - near).flatten().repeat(frames)
 
 
 def _attention(q: torch.Tensor, k: torch.Tensor, index: torch.Tensor):
@@ -74,23 +91,30 @@ def _attention(q: torch.Tensor, k: torch.Tensor, index: torch.Tensor):
             yield chunk, (part_q @ part_k * head_dim**-0.5).softmax(-1)
 
 
-def smooth_select(scores: torch.Tensor, keep: int, alpha: float) -> torch.Tensor:
+def smooth_select(
+    scores: torch.Tensor, keep: int, alpha: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Smooth scores over latent frames and take the top `keep` of each (arXiv 2605.17837, eq. 2).
 
     s~[n, i] = alpha * s[n, i] + (1 - alpha) * s[n-1, i] with the previous latent frame's original
-    score; the first latent frame is not smoothed.
+    score; the first latent frame is not smoothed. Both products and the sum are rounded, so that
+    every device chooses the same.
 
     Args:
-        scores: [b, f, p], p positions in a latent frame.
+        scores: fp32 [b, f, p], p positions in a latent frame.
         keep: how many positions of each latent frame stay, 1..p.
 
     Returns:
-        int64 [b, f, keep], ascending positions. Ties go to the lowest position.
+        int64 [b, f, keep], ascending positions, ties to the lowest; and its inverse int64
+        [b, f, p]: where among those each position stands, -1 for one that does not stay.
     """
     smooth = scores.clone()
     smooth[:, 1:] = alpha * scores[:, 1:] + (1 - alpha) * scores[:, :-1]
     order = smooth.sort(stable=True, dim=-1, descending=True).indices
-    return order[..., :keep].sort(-1).values
+    index = order[..., :keep].sort(-1).values
+    inverse = torch.full_like(order, -1)
+    place = torch.arange(keep, device=scores.device).expand_as(index)
+    return index, inverse.scatter_(-1, index, place)
 
 
 def frame_mass(
@@ -117,7 +141,7 @@ def frame_mass(
     Returns:
         fp32 [b, n, 1 + len(tiles)], 0..1.
     """
-    groups = _groups(grid, tiles, k.device)
+    groups = pattern_groups(grid, tiles, k.device)
     # outside the grid a key is in no group
     member = torch.zeros(k.shape[1], sum(count for _, count in groups), device=k.device)
     tokens = torch.arange(start, start + len(groups[0][0]), device=k.device)
@@ -135,7 +159,7 @@ def frame_mass(
     return torch.stack([part.sum(-1) for part in parts], -1) / len(query_index)
 
 
-def _groups(
+def pattern_groups(
     grid: tuple[int, int, int], tiles: Sequence[int], device: torch.device
 ) -> list[tuple[torch.Tensor, int]]:
     """Per pattern the group of each grid token, int64 [f*h*w], and how many groups there are."""
@@ -147,3 +171,42 @@ def _groups(
     for side in tiles:
         found.append((row * side // height * side + column * side // width, side * side))
     return found
+
+
+def rms_rope(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    rotary: torch.Tensor,
+    heads: int,
+    *,
+    position: torch.Tensor | None = None,
+    kept: torch.Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Wan's norm of q and k over all heads, then RoPE at the tokens' own positions.
+
+    Args:
+        q, k: [b, s, heads * d], d even.
+        q_weight, k_weight: [heads * d].
+        rotary: fp32 [positions, d / 2, 2, 2], a rotation for each pair of channels.
+        position: int64 [b, s], each token's place in `rotary`; None is 0..s.
+        kept: int64 [m], the heads to return; the norm is still over all of them.
+
+    Returns:
+        q and k [b, s, heads or m, d] in their own dtype, rounded once.
+    """
+    turn = rotary[: q.shape[1]][None] if position is None else rotary[position]
+
+    def one(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        wide = x.float()
+        wide = wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt() * weight.float()
+        # [b, s, n, d / 2, 2]
+        pairs = wide.view(*x.shape[:2], heads, -1, 2)
+        if kept is not None:
+            pairs = pairs[:, :, kept]
+        turned = (turn[:, :, None] * pairs[..., None, :]).sum(-1)
+        return turned.flatten(-2).to(x.dtype)
+
+    return one(q, q_weight), one(k, k_weight)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..kernels.reference import token_mass
+from ..kernels import token_mass
 from .grid import TokenGrid
 
 

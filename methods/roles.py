@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..kernels.reference import frame_mass
+from ..kernels import frame_mass
 from .grid import TokenGrid
 
 # intra-slice ratio above / below which a head is spatial / temporal; mixed between them

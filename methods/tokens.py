@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..kernels.reference import smooth_select
+from ..kernels import smooth_select
 from .grid import TokenGrid, other_positions, positions
 from .importance import NEEDS_ATTENTION, NEEDS_BLOCK, Evidence, parts, score
 from .restore import FROM_LAST_STEP, RESTORE
@@ -162,8 +162,7 @@ def select_tokens(
     grid = evidence.grid
     length, device = evidence.before.shape[1], evidence.before.device
     scores = score(plan.importance, evidence)
-    position = smooth_select(scores, budget, plan.alpha)
-    keep = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, position, True)
+    keep = smooth_select(scores, budget, plan.alpha)[1] >= 0
     per_frame = [budget] * grid.frames
     if anchored is not None and plan.anchor:
         keep |= anchored.to(device).view(1, -1, 1)

@@ -1,10 +1,20 @@
+import logging
 import math
+import re
 
 import pytest
 import torch
 
-from wantrim.kernels import reference
-from wantrim.kernels.reference import frame_mass, smooth_select, token_mass
+from wantrim import kernels
+from wantrim.kernels import dispatch, reference
+from wantrim.kernels.config import config_of
+from wantrim.kernels.reference import (
+    frame_mass,
+    mean_counts,
+    rms_rope,
+    smooth_select,
+    token_mass,
+)
 
 
 def exact_mass(q, k, grid, index, start, radius):
@@ -72,13 +82,15 @@ def test_smoothing_uses_the_raw_score_of_the_frame_before():
     # alpha 0.5: frame 1 becomes (4+0)/2, (1+8)/2 -> 2.0, 4.5; frame 2 (1+4)/2, (2+1)/2 -> 2.5, 1.5
     # a recursive average would give frame 2: (1+2)/2, (2+4.5)/2 -> 1.5, 3.25 and keep the other
     scores = torch.tensor([[[0.0, 8.0], [4.0, 1.0], [1.0, 2.0]]])
-    assert smooth_select(scores, 1, 0.5).tolist() == [[[1], [1], [0]]]
-    assert smooth_select(scores, 1, 1.0).tolist() == [[[1], [0], [1]]]
+    assert smooth_select(scores, 1, 0.5)[0].tolist() == [[[1], [1], [0]]]
+    assert smooth_select(scores, 1, 1.0)[0].tolist() == [[[1], [0], [1]]]
 
 
 def test_ties_go_to_the_lowest_position_and_come_sorted():
     scores = torch.tensor([[[1.0, 5.0, 1.0, 1.0, 5.0, 1.0]]])
-    assert smooth_select(scores, 4, 0.5).tolist() == [[[0, 1, 2, 4]]]
+    index, inverse = smooth_select(scores, 4, 0.5)
+    assert index.tolist() == [[[0, 1, 2, 4]]]
+    assert inverse.tolist() == [[[0, 1, 2, -1, 3, -1]]]
 
 
 @pytest.mark.parametrize("positions", [1, 63, 100])
@@ -86,9 +98,11 @@ def test_every_frame_keeps_the_same_number(positions):
     torch.manual_seed(positions)
     scores = torch.randn(2, 4, positions)
     for keep in (1, positions // 2 or 1, positions):
-        index = smooth_select(scores, keep, 0.5)
+        index, inverse = smooth_select(scores, keep, 0.5)
         assert index.shape == (2, 4, keep)
         assert (index.diff(dim=-1) > 0).all()
+        assert torch.equal(inverse.gather(-1, index), torch.arange(keep).expand(2, 4, -1))
+        assert ((inverse >= 0).sum(-1) == keep).all()
     assert torch.equal(index, torch.arange(positions).expand(2, 4, -1))
 
 
@@ -145,3 +159,157 @@ def test_uniform_attention_keeps_the_size_of_each_pattern():
     zeros = torch.zeros(1, 5 * 4 * 6, 2, 4)
     mass = frame_mass(zeros, zeros, (5, 4, 6), torch.arange(120), tiles=(2, 1))
     torch.testing.assert_close(mass, torch.tensor([0.2, 0.25, 1.0]).expand(1, 2, 3))
+
+
+@pytest.mark.parametrize("radius", [0, 1, 3])
+def test_means_are_over_the_queries_that_are_not_near(radius):
+    grid = (2, 4, 7)
+    index = torch.arange(0, 56, 3)
+    y, x = torch.arange(56) % 28 // 7, torch.arange(56) % 7
+    near = ((y[index, None] - y).abs() <= radius) & ((x[index, None] - x).abs() <= radius)
+    want = len(index) - near.sum(0) * (radius > 0)
+    assert torch.equal(mean_counts(grid, index, radius), want.float())
+
+
+def test_rms_rope_is_the_hosts_norm_and_rotation():
+    """As diffusers' Wan: RMSNorm over all heads, then pairs of channels as complex numbers."""
+    torch.manual_seed(0)
+    heads, dim, tokens = 3, 12, 7
+    q, k = torch.randn(2, 2, tokens, heads * dim).unbind()
+    weights = torch.randn(2, heads * dim).unbind()
+    angle = torch.randn(20, dim // 2)
+    turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], -1)
+    turn = turn.view(20, dim // 2, 2, 2)
+    position = torch.stack([torch.randperm(20)[:tokens] for _ in range(2)])
+    kept = torch.tensor([0, 2])
+    found = rms_rope(q, k, *weights, turn, heads, position=position, kept=kept)
+    for got, x, weight in zip(found, (q, k), weights, strict=True):
+        norm = torch.nn.functional.rms_norm(x, (heads * dim,), weight, 1e-6)
+        pairs = torch.view_as_complex(norm.view(2, tokens, heads, -1, 2))
+        turned = pairs * torch.polar(torch.ones_like(angle), angle)[position][:, :, None]
+        want = torch.view_as_real(turned).flatten(-2)[:, :, kept]
+        torch.testing.assert_close(got, want)
+
+
+NAMES = ("token_mass", "frame_mass", "smooth_select", "rms_rope")
+
+
+def call(name, backend):
+    size = 40 if name == "smooth_select" else 16
+    arguments, options = dispatch._small(name, torch.device("cpu"), torch.float32, size)
+    return getattr(kernels, name)(*arguments, **options, backend=backend)
+
+
+def same(one, other):
+    one, other = (x if isinstance(x, tuple) else (x,) for x in (one, other))
+    return all(map(torch.equal, one, other))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_on_the_cpu_auto_is_the_reference_and_triton_says_why_not(name):
+    assert same(call(name, "auto"), call(name, "torch"))
+    with pytest.raises(RuntimeError, match=f"{name}: backend 'triton' cannot run here: .*"):
+        call(name, "triton")
+    with pytest.raises(ValueError, match="backend: expected one of auto, torch, triton, got 'gpu'"):
+        call(name, "gpu")
+
+
+@pytest.fixture
+def as_if(monkeypatch):
+    """as_if(kernel): tensors are taken to be on a GPU, where `kernel` stands for Triton's."""
+    monkeypatch.setattr(dispatch, "_checked", {})
+    monkeypatch.setattr(dispatch, "_said", set())
+    # as in a process whose Triton is not interpreted
+    monkeypatch.setattr(dispatch, "_interpreted", lambda: False)
+    monkeypatch.setattr(dispatch, "find_spec", lambda name: object())
+
+    def put(kernel, arch=90):
+        monkeypatch.setattr(dispatch, "_architecture", lambda device: arch)
+        monkeypatch.setattr(dispatch, "_kernel", lambda name, tensor: kernel)
+
+    return put
+
+
+def wrong(*arguments, **options):
+    scores = smooth_select(*arguments, **options)
+    return scores[0].flip(-1), scores[1]
+
+
+def broken(*arguments, **options):
+    raise OSError("no compiler")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "why"),
+    [(wrong, "it chose other tokens than the torch reference"), (broken, "OSError: no compiler")],
+)
+def test_a_kernel_that_disagrees_is_dropped_and_the_log_says_so(as_if, caplog, kernel, why):
+    calls = []
+
+    def counted(*arguments, **options):
+        calls.append(1)
+        return kernel(*arguments, **options)
+
+    as_if(counted)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            with pytest.raises(RuntimeError, match=why):
+                call("smooth_select", "triton")
+    # checked once, said once
+    assert len(calls) == 1 and len(caplog.records) == 1
+    assert "smooth_select" in caplog.text and why in caplog.text
+
+
+def test_a_kernel_that_agrees_is_used_after_one_check(as_if):
+    calls = []
+
+    def counted(*arguments, **options):
+        calls.append(1)
+        return smooth_select(*arguments, **options)
+
+    as_if(counted)
+    for count in (2, 3):
+        assert same(call("smooth_select", "triton"), call("smooth_select", "torch"))
+        assert len(calls) == count
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "size", "arch", "why"),
+    [
+        ("token_mass", torch.float64, 16, 90, "float64 is none of bfloat16"),
+        ("token_mass", torch.bfloat16, 256, 90, "more than 128"),
+        ("frame_mass", torch.bfloat16, 64, 75, r"no tiles are known for this GPU \(75\)"),
+        ("frame_mass", torch.bfloat16, 64, "gfx1030", "this GPU"),
+        ("frame_mass", torch.float32, 64, "gfx1100", "float32 on this GPU"),
+        ("frame_mass", torch.float32, 64, None, "no compiler for"),
+        ("smooth_select", torch.float32, 10_000, 90, "10000 positions"),
+        ("smooth_select", torch.bfloat16, 100, 90, "bfloat16, not float32"),
+    ],
+)
+def test_auto_declines_with_a_reason(as_if, name, dtype, size, arch, why):
+    as_if(broken, arch)
+    tensor = torch.zeros(1, 4, size, dtype=dtype)
+    assert re.search(why, dispatch.why_not(name, tensor, size))
+
+
+def test_without_triton_the_reason_is_that(as_if, monkeypatch):
+    as_if(broken)
+    monkeypatch.setattr(dispatch, "find_spec", lambda name: None)
+    assert dispatch.why_not("rms_rope", torch.zeros(1, 1, 12), 12) == "Triton is not installed"
+
+
+def test_a_nan_never_agrees():
+    one = torch.tensor([1.0, float("nan")])
+    assert "differs" in dispatch._difference(one, torch.ones(2), torch.float32)
+    assert dispatch._difference(torch.ones(2), torch.ones(2), torch.float32) is None
+
+
+@pytest.mark.parametrize("arch", [80, 86, 89, 90, 100, 120, "gfx942", "gfx1100"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_tiles_are_what_a_matrix_product_takes(arch, dtype):
+    config = config_of(arch, dtype)
+    if config is None:
+        assert (arch, dtype) == ("gfx1100", torch.float32)
+        return
+    sides = (*config.lse, *config.mass, *config.frame)
+    assert all(side >= 16 and side & (side - 1) == 0 for side in sides)

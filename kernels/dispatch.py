@@ -1,0 +1,230 @@
+"""Each kernel under its name: Triton's where it can run and agrees, else the torch reference.
+
+`backend` is "auto" (Triton on a GPU that it was made for, else torch, and the log says why),
+"torch", or "triton", which raises where it cannot run.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+
+import torch
+
+from . import reference
+from .config import AMD, INTERPRETED, LEAST_CAPABILITY, Config, config_of, most_positions
+
+log = logging.getLogger(__name__)
+BACKENDS = ("auto", "torch", "triton")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MOST_HEAD_DIM = 128
+# what a kernel may differ from its reference by, as a share of the largest value
+CLOSE = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+# why a kernel declined or was dropped, by what was asked of it; None where it agreed
+_checked: dict[tuple, str | None] = {}
+_said: set[tuple[str, str]] = set()
+
+
+def token_mass(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    grid: tuple[int, int, int],
+    query_index: torch.Tensor,
+    *,
+    start: int = 0,
+    exclude_radius: int = 0,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """`reference.token_mass`."""
+    run = _choose("token_mass", backend, q, q.shape[-1])
+    return run(q, k, grid, query_index, start=start, exclude_radius=exclude_radius)
+
+
+def frame_mass(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    grid: tuple[int, int, int],
+    query_index: torch.Tensor,
+    *,
+    start: int = 0,
+    tiles: Sequence[int] = (2, 3, 4),
+    backend: str = "auto",
+) -> torch.Tensor:
+    """`reference.frame_mass`."""
+    run = _choose("frame_mass", backend, q, q.shape[-1])
+    return run(q, k, grid, query_index, start=start, tiles=tiles)
+
+
+def smooth_select(
+    scores: torch.Tensor, keep: int, alpha: float, *, backend: str = "auto"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`reference.smooth_select`."""
+    return _choose("smooth_select", backend, scores, scores.shape[-1])(scores, keep, alpha)
+
+
+def rms_rope(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    rotary: torch.Tensor,
+    heads: int,
+    *,
+    position: torch.Tensor | None = None,
+    kept: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`reference.rms_rope`."""
+    run = _choose("rms_rope", backend, q, q.shape[-1] // heads)
+    return run(q, k, q_weight, k_weight, rotary, heads, position=position, kept=kept, eps=eps)
+
+
+def why_not(name: str, tensor: torch.Tensor, size: int) -> str | None:
+    """Why Triton's kernel `name` cannot take this tensor, or None.
+
+    Args:
+        size: channels of a head; for smooth_select positions of a latent frame.
+    """
+    if find_spec("triton") is None:
+        return "Triton is not installed"
+    arch = _architecture(tensor.device)
+    if arch is None:
+        return f"the tensors are on {tensor.device.type}, which Triton has no compiler for"
+    known = arch in AMD if isinstance(arch, str) else arch >= LEAST_CAPABILITY
+    if not known:
+        return f"no tiles are known for this GPU ({arch})"
+    if name == "smooth_select":
+        if tensor.dtype != torch.float32:
+            return f"scores are {tensor.dtype}, not float32"
+        if size > most_positions(arch):
+            return f"{size} positions in a latent frame are more than {most_positions(arch)}"
+    elif tensor.dtype not in DTYPES:
+        return f"{tensor.dtype} is none of bfloat16, float16, float32"
+    elif size > MOST_HEAD_DIM or size % 2:
+        return f"heads of {size} channels are not even, or more than {MOST_HEAD_DIM}"
+    elif name != "rms_rope" and config_of(arch, tensor.dtype) is None:
+        return f"no tiles are known for {tensor.dtype} on this GPU ({arch})"
+    return _check(name, tensor, size)
+
+
+def _choose(name: str, backend: str, tensor: torch.Tensor, size: int) -> Callable:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend == "torch":
+        return getattr(reference, name)
+    interpreted = backend == "triton" and _interpreted()
+    if backend == "auto" and tensor.device.type == "cpu":
+        why = "the tensors are on the CPU"
+    else:
+        why = None if interpreted else why_not(name, tensor, size)
+    if why is None:
+        return _kernel(name, tensor)
+    if backend == "triton":
+        raise RuntimeError(
+            f"{name}: backend 'triton' cannot run here: {why}; use 'auto' or 'torch'"
+        )
+    if (name, why) not in _said:
+        _said.add((name, why))
+        # no news on a computer without a GPU
+        level = logging.DEBUG if tensor.device.type == "cpu" else logging.INFO
+        log.log(level, "WanTrim: %s runs in torch: %s", name, why)
+    return getattr(reference, name)
+
+
+def _interpreted() -> bool:
+    if find_spec("triton") is None:
+        return False
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+def _architecture(device: torch.device) -> int | str | None:
+    """Compute capability, such as 90, an AMD architecture's name, or None."""
+    if device.type != "cuda":
+        return None
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def _kernel(name: str, tensor: torch.Tensor) -> Callable:
+    """Triton's function of this name, with its tiles."""
+    # Triton has no wheels for Windows and macOS, and takes a while to import
+    from . import attention, rope, select
+
+    if name == "smooth_select":
+        return select.smooth_select
+    if name == "rms_rope":
+        return rope.rms_rope
+    arch = _architecture(tensor.device)
+    config: Config = INTERPRETED if arch is None else config_of(arch, tensor.dtype)
+    run = getattr(attention, name)
+    return lambda *args, **options: run(*args, config=config, **options)
+
+
+def _check(name: str, tensor: torch.Tensor, size: int) -> str | None:
+    """Compare the kernel with its reference once on a small input; why it is dropped, or None."""
+    asked = (name, tensor.device, tensor.dtype, size)
+    if asked in _checked:
+        return _checked[asked]
+    arguments, options = _small(name, tensor.device, tensor.dtype, size)
+    want = getattr(reference, name)(*arguments, **options)
+    try:
+        got = _kernel(name, tensor)(*arguments, **options)
+        _checked[asked] = _difference(got, want, tensor.dtype)
+    except Exception as error:
+        # whatever a compiler or a driver raises, the reference can do the work
+        _checked[asked] = f"it failed: {type(error).__name__}: {error}"
+    if _checked[asked]:
+        log.warning("WanTrim: Triton's kernel of %s is not used: %s", name, _checked[asked])
+    return _checked[asked]
+
+
+def _small(name: str, device: torch.device, dtype: torch.dtype, size: int):
+    """Arguments of a kernel, small and awkward, the same every time."""
+    random = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=random).to(device, dtype)
+
+    if name == "smooth_select":
+        # few levels, so that there are ties
+        scores = draw(2, 3, min(size, 517)).mul(4).round()
+        return (scores, max(1, scores.shape[-1] // 3), 0.5), {}
+    if name == "rms_rope":
+        angle = draw(40, size // 2).float()
+        turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], -1)
+        position = torch.arange(0, 38, 2, device=device).repeat(2, 1)
+        kept = torch.tensor([0, 2], device=device)
+        arguments = draw(2, 19, 3 * size), draw(2, 19, 3 * size), draw(3 * size), draw(3 * size)
+        turn = turn.view(40, size // 2, 2, 2)
+        return (*arguments, turn, 3), {"position": position, "kept": kept}
+    grid = (3, 7, 11)
+    tokens = math.prod(grid)
+    index = torch.arange(0, tokens, 3, device=device)
+    options = {"exclude_radius": 1} if name == "token_mass" else {}
+    q, k = draw(2, tokens + 5, 2, size), draw(2, tokens + 5, 2, size)
+    return (q, k, grid, index), {"start": 2, **options}
+
+
+def _difference(got, want, dtype: torch.dtype) -> str | None:
+    """Why two results are not alike, or None."""
+    got, want = (x if isinstance(x, tuple) else (x,) for x in (got, want))
+    for one, other in zip(got, want, strict=True):
+        if not one.is_floating_point():
+            if not torch.equal(one, other):
+                return "it chose other tokens than the torch reference on a small input"
+            continue
+        off = (one.double() - other.double()).abs().max() / other.double().abs().max()
+        # also true for NaN
+        if not off <= CLOSE[dtype]:
+            return (
+                f"it differs from the torch reference by {float(off):.1e} of the largest value on "
+                f"a small input, more than {CLOSE[dtype]:.0e}"
+            )
+    return None

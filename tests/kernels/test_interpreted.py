@@ -1,0 +1,240 @@
+"""Every kernel against an fp64 run of its own arithmetic, in guarded and poisoned memory."""
+
+import math
+
+import pytest
+import torch
+
+import wantrim.kernels as kernels
+from wantrim.kernels import reference
+
+from .guard import Guard
+
+triton = pytest.importorskip("triton", reason="Triton has no wheel here")
+tl = triton.language
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+# grid, heads, head_dim, batch, tokens before and after the grid, every n-th query
+SHAPES = [
+    ((1, 1, 1), 1, 12, 1, 0, 0, 1),
+    ((1, 7, 9), 3, 16, 2, 0, 0, 2),
+    ((3, 5, 7), 2, 128, 1, 1, 0, 1),
+    ((5, 6, 6), 4, 40, 2, 3, 2, 7),
+    ((2, 3, 21), 5, 64, 1, 0, 4, 3),
+]
+
+
+@pytest.fixture
+def guard(monkeypatch):
+    """Guards inputs, and everything that a kernel's function allocates, which starts as NaN."""
+    guard = Guard()
+    empty = torch.empty
+
+    def poisoned(*size, dtype=torch.float32, device=None, **options):
+        made = empty(*size, dtype=dtype, **options)
+        value = float("nan") if made.is_floating_point() else torch.iinfo(dtype).max // 3
+        return guard(made.fill_(value))
+
+    for module in ("attention", "select"):
+        target = __import__(f"wantrim.kernels.{module}", fromlist=["torch"])
+        fake = type("Torch", (), {"__getattr__": lambda self, name: getattr(torch, name)})()
+        fake.empty = poisoned
+        monkeypatch.setattr(target, "torch", fake)
+    yield guard
+    guard.check()
+
+
+def attention_inputs(shape, dtype, guard, strided=False):
+    grid, heads, dim, batch, start, after, every = shape
+    tokens = math.prod(grid)
+    random = torch.Generator().manual_seed(tokens + heads)
+    width = 2 * dim + 3 if strided else dim
+    size = (batch, start + tokens + after, heads, width)
+    q, k = (torch.randn(size, generator=random).to(dtype)[..., :dim] for _ in range(2))
+    index = torch.arange(0, tokens, every)
+    return guard(q), guard(k), grid, guard(index), start
+
+
+def close_as_fp32_is(got, name, arguments, options):
+    """No further from the fp64 result than four times what the fp32 reference is.
+
+    And what the rounding of the largest score makes of a power.
+    """
+    low = getattr(reference, name)(*arguments, **options)
+    exact = exactly(name, arguments, options)
+    q, k, _, index = arguments
+    scores = torch.einsum("bmnd,bsnd->bnms", q[:, options["start"] + index].float(), k.float())
+    step = 2**-23 * (1 + scores.abs().max() / q.shape[-1] ** 0.5)
+    limit = 4 * (low.double() - exact).abs().max() + step * exact.abs().max()
+    assert got.dtype == torch.float32 and got.shape == exact.shape
+    assert not got.isnan().any()
+    assert (got.double() - exact).abs().max() <= limit
+
+
+def exactly(name, arguments, options):
+    """The same numbers from the whole matrix in fp64, by another road than the reference's."""
+    q, k, (frames, height, width), index = arguments
+    start, per_frame = options["start"], height * width
+    tokens = frames * per_frame
+    attention = torch.einsum("bmnd,bsnd->bnms", q[:, start + index].double(), k.double())
+    attention = (attention / q.shape[-1] ** 0.5).softmax(-1)[..., start : start + tokens]
+    place = torch.arange(tokens)
+    y, x = place % per_frame // width, place % width
+    if name == "token_mass":
+        radius = options["exclude_radius"]
+        far = torch.ones(len(index), tokens, dtype=torch.bool)
+        if radius:
+            far = ((y[index, None] - y).abs() > radius) | ((x[index, None] - x).abs() > radius)
+        count = far.sum(0).clamp(min=1)
+        return (attention * far).sum(2).mean(1) / count
+    parts = [place // per_frame]
+    parts += [(y * t // height) * t + x * t // width for t in options["tiles"]]
+    own = [(attention * (part[index, None] == part)).sum(-1).mean(-1) for part in parts]
+    return torch.stack(own, -1)
+
+
+# every shape in one dtype, every dtype at one shape: the interpreter is slow
+CASES = [(shape, DTYPES[i % 3]) for i, shape in enumerate(SHAPES)]
+CASES += [(SHAPES[3], dtype) for dtype in DTYPES[1:]] + [(SHAPES[2], torch.bfloat16)]
+
+
+@pytest.mark.parametrize("shape, dtype", CASES)
+@pytest.mark.parametrize("radius", [0, 2])
+def test_token_mass(shape, dtype, radius, guard):
+    *arguments, start = attention_inputs(shape, dtype, guard)
+    options = {"start": start, "exclude_radius": radius}
+    got = kernels.token_mass(*arguments, **options, backend="triton")
+    close_as_fp32_is(got, "token_mass", arguments, options)
+
+
+@pytest.mark.parametrize("shape, dtype", CASES)
+@pytest.mark.parametrize("tiles", [(), (2, 3, 4, 5, 6)])
+def test_frame_mass(shape, dtype, tiles, guard):
+    *arguments, start = attention_inputs(shape, dtype, guard)
+    options = {"start": start, "tiles": tiles}
+    got = kernels.frame_mass(*arguments, **options, backend="triton")
+    close_as_fp32_is(got, "frame_mass", arguments, options)
+
+
+@pytest.mark.parametrize("name", ["token_mass", "frame_mass"])
+def test_views_of_larger_tensors(name, guard):
+    """q and k as slices of something wider: what lies between their rows is poison."""
+    *arguments, start = attention_inputs(SHAPES[3], torch.float32, guard, strided=True)
+    assert arguments[0].stride(2) > arguments[0].shape[-1]
+    options = {"start": start}
+    options |= {"exclude_radius": 1} if name == "token_mass" else {"tiles": (2,)}
+    got = getattr(kernels, name)(*arguments, **options, backend="triton")
+    close_as_fp32_is(got, name, arguments, options)
+    # channels that are not next to each other
+    arguments[:2] = (x.transpose(2, 3).contiguous().transpose(2, 3) for x in arguments[:2])
+    again = getattr(kernels, name)(*arguments, **options, backend="triton")
+    assert torch.equal(got, again)
+
+
+def test_sharp_attention_does_not_overflow(guard):
+    """Scores of a hundred and more: only differences to the maximum may be raised to a power."""
+    *arguments, start = attention_inputs(SHAPES[1], torch.float32, guard)
+    arguments[0].mul_(60)
+    for name, options in (("token_mass", {"exclude_radius": 0}), ("frame_mass", {"tiles": (2,)})):
+        options["start"] = start
+        got = getattr(kernels, name)(*arguments, **options, backend="triton")
+        close_as_fp32_is(got, name, arguments, options)
+
+
+@pytest.mark.parametrize(
+    "positions, alpha", [(1, 0.5), (2, 0.3), (63, 1.0), (64, 0.3), (1100, 0.5)]
+)
+@pytest.mark.parametrize("levels", [1, 5, 10_000])
+def test_smooth_select_is_the_references_to_the_bit(positions, levels, alpha, guard):
+    random = torch.Generator().manual_seed(positions + levels)
+    scores = torch.randn(2, 3, positions, generator=random)
+    if levels < 10_000:
+        # many ties
+        scores = (scores * levels / 4).round() / levels
+    for keep in {1, (positions + 1) // 2, positions}:
+        got = kernels.smooth_select(guard(scores), keep, alpha, backend="triton")
+        want = kernels.smooth_select(scores, keep, alpha, backend="torch")
+        assert all(map(torch.equal, got, want))
+        assert got[0].dtype == got[1].dtype == torch.int64
+
+
+def test_smooth_select_rounds_as_torch_does(guard):
+    """Frames whose two products, fused, come out one bit off and turn a tie over."""
+    random = torch.Generator().manual_seed(1)
+    scores = torch.rand(1, 2, 4000, generator=random)
+    smooth = 0.3 * scores[:, 1:] + 0.7 * scores[:, :-1]
+    fused = (0.3 * scores[:, 1:].double() + 0.7 * scores[:, :-1].double()).float()
+    assert not torch.equal(smooth, fused)
+    want = smooth[0, 0].sort(descending=True, stable=True).indices[:1500].sort().values
+    assert torch.equal(kernels.smooth_select(scores, 1500, 0.3, backend="triton")[0][0, 1], want)
+
+
+def test_smooth_select_orders_what_is_no_number_as_a_sort_does(guard):
+    nan, inf = float("nan"), float("inf")
+    row = torch.tensor([0.0, -0.0, nan, -nan, inf, -inf, 1e-45, -1e-45, 3.0, -3.0, 0.0])
+    scores = row.view(1, 1, -1)
+    for keep in range(1, row.numel() + 1):
+        got = kernels.smooth_select(guard(scores), keep, 0.5, backend="triton")
+        assert all(map(torch.equal, got, kernels.smooth_select(scores, keep, 0.5)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads, dim", [(1, 12), (3, 16), (5, 40), (12, 128)])
+@pytest.mark.parametrize("batch, tokens", [(1, 1), (2, 5)])
+@pytest.mark.parametrize("subset", [False, True])
+def test_rms_rope(heads, dim, batch, tokens, dtype, subset, guard):
+    random = torch.Generator().manual_seed(heads)
+
+    def draw(*size, of=dtype):
+        return guard(torch.randn(size, generator=random).to(of))
+
+    q, k = draw(batch, tokens, heads * dim), draw(batch, tokens, heads * dim)
+    weights = draw(heads * dim), draw(heads * dim)
+    rotary = draw(3 * tokens, dim // 2, 2, 2, of=torch.float32)
+    position = guard(torch.randint(0, 3 * tokens, (batch, tokens), generator=random))
+    kept = guard(torch.arange(0, heads, 2)) if subset else None
+    options = {"kept": kept, "position": position if subset else None}
+    got = kernels.rms_rope(q, k, *weights, rotary, heads, **options, backend="triton")
+    for one, x, weight in zip(got, (q, k), weights, strict=True):
+        want = exact_rms_rope(x, weight, rotary, heads, **options)
+        # of the two products, which may cancel
+        size = exact_rms_rope(x.abs(), weight.abs(), rotary.abs(), heads, **options)
+        assert one.dtype == dtype and one.shape == want.shape
+        # rounded once from fp32; the interpreter cuts bf16 off instead
+        step = {torch.float32: 0, torch.float16: 2**-11, torch.bfloat16: 2**-7}[dtype]
+        assert ((one.double() - want).abs() <= step * want.abs() + 1e-6 * size + 1e-7).all()
+
+
+def exact_rms_rope(x, weight, rotary, heads, position, kept, eps=1e-6):
+    x, weight, rotary = x.double(), weight.double(), rotary.double()
+    batch, tokens, dim = x.shape
+    norm = x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
+    out = torch.empty(batch, tokens, heads, dim // heads, dtype=torch.float64)
+    for b in range(batch):
+        for t in range(tokens):
+            turn = rotary[t if position is None else position[b, t]]
+            pairs = norm[b, t].view(heads, -1, 2)
+            out[b, t] = torch.einsum("pij,npj->npi", turn, pairs).reshape(heads, -1)
+    return out if kept is None else out[:, :, kept]
+
+
+@triton.jit
+def shift(source, target, count, offset, BLOCK: tl.constexpr):
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < count
+    tl.store(target + place, tl.load(source + place + offset, mask=inside) + 0 * place, mask=inside)
+
+
+def test_the_guard_sees_what_is_written_and_read_out_of_bounds():
+    guard = Guard()
+    source, target = guard(torch.ones(1000)), guard(torch.zeros(1000))
+    shift[(8,)](source, target, 1000, 0, BLOCK=128)
+    guard.check()
+    assert torch.equal(source, target)
+    shift[(8,)](source, target, 1000, 24, BLOCK=128)
+    # read past the end
+    assert target[-24:].isnan().all() and not target[:-24].isnan().any()
+    # and written past it: the poison of `source` has to be gone to be seen
+    long = torch.ones(2000)
+    shift[(16,)](long, target, 1001, 0, BLOCK=128)
+    with pytest.raises(AssertionError, match="outside"):
+        guard.check()
