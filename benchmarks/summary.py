@@ -136,6 +136,43 @@ def speed_table(rows: Iterable[dict[str, str]]) -> str:
     return "\n".join(lines)
 
 
+def kernels_table(rows: Iterable[dict[str, str]]) -> str:
+    """Registers, shared memory and matrix instructions of each kernel in bf16, by architecture."""
+    rows = [r for r in rows if "float16" not in r["config"].replace("bfloat16", "")]
+    rows = [r for r in rows if "float32" not in r["config"]]
+    targets = list(dict.fromkeys(r["target"] for r in rows))
+    found: dict[str, dict[str, str]] = {}
+    for r in rows:
+        # tiles differ between architectures
+        words = [w for w in r["config"].split(", ") if w in ("exclusion",) or " of " in w]
+        words += [r["config"]] if "positions" in r["config"] else []
+        name = ", ".join([r["kernel"].removesuffix("_kernel"), *words])
+        cell = f"{r['registers']} / {int(r['shared_bytes']) / 1024:.0f}"
+        if r["matrix_instructions"]:
+            cell += f" / {r['matrix_instructions']}"
+        found.setdefault(name, {})[r["target"]] = cell
+    lines = ["| kernel | " + " | ".join(targets) + " |", "|---" * (1 + len(targets)) + "|"]
+    for name, cells in found.items():
+        row = (cells.get(target, "torch") for target in targets)
+        lines.append(f"| {name} | " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+def sampling_table(rows: Iterable[dict[str, str]]) -> str:
+    """Rank agreement of sampled queries with all of them."""
+    lines = [
+        "| tokens | queries | tube left out | rank agreement (worst) | dropped alike |",
+        "|---|---|---|---|---|",
+    ]
+    for r in rows:
+        cells = (
+            r["grid"], r["queries"], r["exclude_radius"],
+            f"{_fixed(r, 'spearman')} ({_fixed(r, 'spearman_worst')})", _truth(r, "dropped_alike"),
+        )  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def calibration_table(rows: Sequence[dict[str, str]]) -> str:
     """Published figures beside the toy's, one column per number of steps and guidance."""
     points = sorted({(int(r["steps"]), float(r["guidance"])) for r in rows})
@@ -172,6 +209,8 @@ def tables(results: Path) -> dict[str, str]:
         for task, steps in sorted({(r["task"], r["steps"]) for r in rows}):
             for group in groups:
                 made[f"{name} {group} {task} {steps}"] = parts_table(rows, group, task, steps)
+    made["kernels"] = kernels_table(read_rows(results / "kernels_aot.csv"))
+    made["sampling"] = sampling_table(read_rows(results / "token_mass.csv"))
     made["speed"] = speed_table(read_rows(results / "speed.csv"))
     calibration = read_rows(results / "calibration.csv")
     if calibration:
