@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ..methods.cost import WanShape
 from ..methods.grid import TokenGrid
+from ..methods.heads import HeadPlan
 from ..methods.tokens import Selection
 
 # in place of a selection: the block did not run
@@ -25,8 +27,15 @@ class Step:
     num_blocks: int
     calls: int = 0
     seconds: float = 0.0
+    # tokens of the grid that each block was to compute if it ran, and blocks that were to run
+    planned_tokens: list[int] = field(default_factory=list)
+    planned_blocks: int = 0
+    # latent frames that kept all their tokens because they are given
+    anchored_frames: int = 0
     # tokens of the grid that each block computed
     kept_per_block: list[int] = field(default_factory=list)
+    # blocks whose self-attention ran in its heads' patterns
+    patterned: set[int] = field(default_factory=set)
     # share of the blocks that computed each token [f, h, w], first sample of the batch
     coverage: torch.Tensor | None = None
 
@@ -60,6 +69,11 @@ class Step:
         return sum(kept > 0 for kept in self.kept_per_block)
 
     @property
+    def whole(self) -> bool:
+        """Whether the step did all that an untouched model does."""
+        return self.kept_share == 1.0 and not self.patterned
+
+    @property
     def kept_share(self) -> float:
         """Share of block x token work that was done."""
         return sum(self.kept_per_block) / (self.grid.tokens * self.num_blocks)
@@ -78,6 +92,11 @@ class Report:
     seconds: float = 0.0
     # of the self-attention's query-key pairs, what the heads' patterns leave; None without a plan
     attention_share: float | None = None
+    # the heads' plan, and whether dropped tokens stayed as keys and values
+    heads: HeadPlan | None = None
+    keeps_kv: bool = False
+    # of the model, for the cost model; None when the host cannot tell it
+    shape: WanShape | None = None
 
     def note(self, text: str) -> None:
         """Say once what did not happen and why."""

@@ -132,6 +132,8 @@ class WanTrimTokens(io.ComfyNode):
                 "wan speed",
                 "accelerate wan",
             ],
+            # the map is drawn on the node that ran, not on an equal one that was cached
+            hidden=[io.Hidden.unique_id],
             inputs=[
                 io.Model.Input("model", tooltip="A Wan 2.1 or 2.2 model, after its LoRAs."),
                 io.Float.Input(
