@@ -17,7 +17,7 @@ class BlockHeads:
     """One block's heads in one model call.
 
     Args:
-        ran: called when self-attention ran in its heads' patterns.
+        ran: called when self-attention ran as planned.
     """
 
     def __init__(

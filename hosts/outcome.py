@@ -6,10 +6,13 @@ import statistics
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from ..methods.cost import forward_flops
 from ..methods.heads import FULL, PATTERNS, HeadPlan
-from .report import Report, Step
+
+if TYPE_CHECKING:
+    from .report import Report, Step
 
 FORMAT = 1
 
@@ -41,6 +44,12 @@ def step_work(report: Report, step: Step) -> float | None:
         heads=heads,
     )
     return done / forward_flops(report.shape, step.grid.tokens)
+
+
+def mean_work(report: Report) -> float | None:
+    """`step_work` over all steps, or None."""
+    work = [step_work(report, step) for step in report.steps]
+    return statistics.fmean(work) if work and None not in work else None
 
 
 @dataclass(frozen=True)
@@ -104,8 +113,8 @@ def why_no_speed(report: Report) -> str:
     if all(step.whole for step in report.steps):
         return "nothing was left out in any step, so there is nothing to compare"
     return (
-        "no step of this run was whole, so there is no measured reference and no speed-up is "
-        "claimed; run it once at prune ratio 0 and compare the seconds"
+        "no step of this run that can be compared was whole, so there is no measured reference and "
+        "no speed-up is claimed; run it once at prune ratio 0 and compare the seconds"
     )
 
 
@@ -138,6 +147,11 @@ def speed_lines(report: Report) -> list[str]:
     return lines
 
 
+def reports_json(reports: Sequence[Report]) -> dict:
+    """Several reports as one, and the version of their form."""
+    return {"format": FORMAT, "reports": [report_json(report) for report in reports]}
+
+
 def report_json(report: Report) -> dict:
     """All that the report knows, as plain data for JSON."""
     speed = measured_speed(report) if report.steps else None
@@ -150,14 +164,13 @@ def report_json(report: Report) -> dict:
             "warming_up": speed.warming_up,
         }
     return {
-        "format": FORMAT,
         "model": report.model,
         "plan": report.planned,
         "finished": report.finished,
         "seconds": report.seconds,
         "attention_share": report.attention_share,
         "token_work": report.kept_share if report.steps else None,
-        "flops_share": _mean([step_work(report, step) for step in report.steps]),
+        "flops_share": mean_work(report),
         "reference": whole,
         "no_reference": why_no_speed(report) if report.steps and speed is None else None,
         "measured": speed
@@ -202,9 +215,5 @@ def _heads(plan: HeadPlan, ran: Sequence[int], patterned) -> dict[str, int]:
 
 
 def _expected(report: Report) -> float | None:
-    share = _mean([step_work(report, step) for step in report.steps])
+    share = mean_work(report)
     return 1 / share if share else None
-
-
-def _mean(values: list[float | None]) -> float | None:
-    return statistics.fmean(values) if values and None not in values else None
