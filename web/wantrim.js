@@ -51,8 +51,7 @@ function paint(node) {
   const { root, canvas, line } = parts
   const say = words(locale())
   line.textContent = map.text(say)
-  root.title = say.legend
-  root.setAttribute("aria-label", `WanTrim: ${line.textContent}`)
+  root.setAttribute("aria-label", `WanTrim: ${line.textContent}. ${say.legend}`)
   // of the page's pixels: zooming in must not blur it
   const scale = 2 * (window.devicePixelRatio || 1)
   const width = canvas.clientWidth || Math.max(node.size[0] - 30, 50)

@@ -45,6 +45,8 @@ class Live:
 
     def step(self, step: Step) -> None:
         """A step is done."""
+        if self._page() is None:
+            return
         started = sum(sigma >= step.sigma - SAME_SIGMA for sigma in self._starts)
         self._send(
             step=max(started, 1),
@@ -62,11 +64,16 @@ class Live:
         done = self.report.finished
         self._send(done=True, finished=done, remarks=len(self.report.notes))
 
-    def _send(self, **what) -> None:
+    def _page(self):
+        """The server, when it has a page to tell."""
         server = _server()
-        if server is None or server.client_id is None or not self.nodes:
-            return
-        server.send_sync(EVENT, {**self._about, **what}, server.client_id)
+        listens = server is not None and server.client_id is not None and self.nodes
+        return server if listens else None
+
+    def _send(self, **what) -> None:
+        server = self._page()
+        if server is not None:
+            server.send_sync(EVENT, {**self._about, **what}, server.client_id)
 
 
 def _server():
