@@ -138,6 +138,7 @@ def test_a_sampler_of_two_calls_a_step_counts_by_the_schedule(page):
 
 
 def test_a_real_server_tells_it_over_its_socket(comfyui, root, tmp_path):
+    """Two chains with equal settings: each node gets the map of its own run."""
     prompt = {
         "1": {"class_type": "WanTrimDemoModel", "inputs": {}},
         "2": {
@@ -167,6 +168,18 @@ def test_a_real_server_tells_it_over_its_socket(comfyui, root, tmp_path):
         "7": {"class_type": "PreviewImage", "inputs": {"images": ["6", 0]}},
     }  # fmt: skip
 
+    again = {name: f"1{name}" for name in "2567"}
+    prompt |= {
+        again[name]: {
+            **prompt[name],
+            "inputs": {
+                key: [again.get(value[0], value[0]), value[1]] if isinstance(value, list) else value
+                for key, value in prompt[name]["inputs"].items()
+            },
+        }
+        for name in again
+    }
+
     async def listen(running) -> list[dict]:
         told = []
         async with (
@@ -191,8 +204,10 @@ def test_a_real_server_tells_it_over_its_socket(comfyui, root, tmp_path):
 
     with server.running(comfyui, root, tmp_path / "base") as running:
         told = asyncio.run(listen(running))
-    assert [event.get("step") for event in told] == [1, 2, 3, 4, None]
-    assert all(event["nodes"] == ["2"] for event in told)
-    assert told[0]["whole"] and set(told[0]["kept"]) == {100}
-    assert not told[1]["whole"] and set(told[1]["kept"]) < set(range(50, 90))
-    assert told[-1]["finished"]
+    assert len(told) == 10
+    for node in ("2", "12"):
+        mine = [event for event in told if event["nodes"] == [node]]
+        assert [event.get("step") for event in mine] == [1, 2, 3, 4, None]
+        assert mine[0]["whole"] and set(mine[0]["kept"]) == {100}
+        assert not mine[1]["whole"] and set(mine[1]["kept"]) < set(range(50, 90))
+        assert mine[-1]["finished"]
