@@ -10,16 +10,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from skimage.metrics import structural_similarity
 
+from ..methods.video_metrics import SSIM_WINDOW, flicker, motion, motion_ratio, psnr, ssim
 from ..toy.detector import MIN_PIXELS, Detection, classify_pixels, detect
-from ..toy.metrics import flicker, motion, psnr
+from ..toy.metrics import still_ground
 from ..toy.world import COLOURS, RADIUS_RANGE, SPEEDS, Scene
 
 # equal videos have an infinite PSNR, which no mean survives
 MAX_DB = 100.0
-# structural_similarity's window, in pixels
-SSIM_WINDOW = 7
 # pixels from an object's centre to the edge of its crop
 REACH = int(RADIUS_RANGE[1]) + 3
 # pixels per pixel_frame; the detector names a direction even for what stands still
@@ -67,10 +65,10 @@ def measure(
     dense = _checked(dense, "dense", video.shape)
     row = {
         "psnr_db": _capped_psnr(video, dense),
-        "ssim": _ssim(video, dense),
-        "motion": _motion(video),
-        "dense_motion": _motion(dense),
-        "flicker": flicker(video),
+        "ssim": ssim(video, dense),
+        "motion": motion(video),
+        "dense_motion": motion(dense),
+        "flicker": flicker(video, still_ground(video)),
     }
     # one object may have any colour; of several, each is looked for by its own
     several = scene is not None and len(scene.objects) > 1
@@ -151,11 +149,7 @@ def summarise(
                 f"{', '.join(differs)}; summarise T2V and I2V apart"
             )
     result = {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
-    moved, dense_moved = result["motion"], result["dense_motion"]
-    if dense_moved:
-        result["motion_ratio"] = moved / dense_moved
-    else:
-        result["motion_ratio"] = float("inf") if moved else 1.0
+    result["motion_ratio"] = motion_ratio(result["motion"], result["dense_motion"])
     _, result["psnr_lo"], result["psnr_hi"] = _bootstrap(
         [row["psnr_db"] for row in rows], clusters, seed, resamples
     )
@@ -217,17 +211,7 @@ def _checked(picture: np.ndarray, name: str, shape: tuple[int, ...]) -> np.ndarr
 
 
 def _capped_psnr(video: np.ndarray, reference: np.ndarray) -> float:
-    return float(min(psnr(video, reference), MAX_DB))
-
-
-def _ssim(video: np.ndarray, reference: np.ndarray) -> float:
-    options = {"win_size": SSIM_WINDOW, "data_range": 1.0, "channel_axis": -1}
-    pairs = zip(video, reference, strict=True)
-    return float(np.mean([structural_similarity(a, b, **options) for a, b in pairs]))
-
-
-def _motion(video: np.ndarray) -> float:
-    return motion(video) if len(video) > 1 else 0.0
+    return min(psnr(video, reference), MAX_DB)
 
 
 def _adherence(found: list[Detection | None], scene: Scene) -> dict[str, float]:

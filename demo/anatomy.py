@@ -22,8 +22,9 @@ from ..hosts.diffusers.weights import load_original
 from ..methods.grid import TokenGrid
 from ..methods.importance import sample_queries
 from ..methods.roles import SPATIAL, TEMPORAL, intra_slice_ratio, role
+from ..methods.video_metrics import psnr
 from ..toy import CHECKPOINT
-from ..toy.metrics import adherence, psnr
+from ..toy.metrics import adherence
 from ..toy.text import encode_prompt
 from ..toy.vae import ToyVAE
 from ..toy.world import held_out_scenes

@@ -19,8 +19,9 @@ from ..hosts.diffusers.weights import load_original
 from ..hosts.report import Report
 from ..hosts.session import COND, UNCOND, TrimPlan
 from ..methods.presets import preset_plan
+from ..methods.video_metrics import flicker, motion, psnr
 from ..toy import CHECKPOINT
-from ..toy.metrics import adherence, flicker, motion, psnr
+from ..toy.metrics import adherence, still_ground
 from ..toy.text import encode_prompt
 from ..toy.vae import ToyVAE, image_condition
 from ..toy.world import PIXEL_FRAMES, Scene, held_out_scenes, render
@@ -199,7 +200,7 @@ def _compare(runs: list[Run], job: Job) -> None:
             # equal videos have no PSNR, and JSON has no infinity
             run.psnr_db = quality if np.isfinite(quality) else None
         run.motion_ratio = float(np.mean([motion(v) for v in run.videos]) / dense_motion)
-        run.flicker = float(np.mean([flicker(video) for video in run.videos]))
+        run.flicker = float(np.mean([flicker(v, still_ground(v)) for v in run.videos]))
         for key, value in adherence(run.videos, job.scenes).items():
             setattr(run, key, value)
 

@@ -104,7 +104,12 @@ class ModelCall:
         groups = self._groups[block_index] if self._groups is not None else None
         if groups is None:
             return None
-        return BlockHeads(*groups, lambda kept, others: self._layout(length, kept, others))
+        patterned = self.decision.step.patterned
+        return BlockHeads(
+            *groups,
+            lambda kept, others: self._layout(length, kept, others),
+            ran=lambda: patterned.add(block_index),
+        )
 
     def _layout(
         self, length: int, kept: torch.Tensor | None, others: torch.Tensor | None

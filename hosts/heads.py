@@ -14,17 +14,27 @@ FindLayout = Callable[[torch.Tensor | None, torch.Tensor | None], Layout]
 
 
 class BlockHeads:
-    """One block's heads in one model call."""
+    """One block's heads in one model call.
+
+    Args:
+        ran: called when self-attention ran as planned.
+    """
 
     def __init__(
-        self, self_attention: HeadGroups, cross_attention: HeadGroups, find_layout: FindLayout
+        self,
+        self_attention: HeadGroups,
+        cross_attention: HeadGroups,
+        find_layout: FindLayout,
+        ran: Callable[[], None],
     ):
         self.self_attention, self.cross_attention = self_attention, cross_attention
-        self.layout = find_layout
+        self.layout, self._ran = find_layout, ran
 
     def attend(self, q, k, v, attention: Attention, layout: Layout | None) -> torch.Tensor:
         """One attention call of the block, q, k, v [b, s, n, d]; cross-attention has no layout."""
         heads = self.cross_attention if layout is None else self.self_attention
+        if layout is not None:
+            self._ran()
         return heads.attend(q, k, v, attention, layout)
 
 

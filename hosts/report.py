@@ -7,8 +7,11 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ..methods.cost import WanShape
 from ..methods.grid import TokenGrid
+from ..methods.heads import HeadPlan
 from ..methods.tokens import Selection
+from .outcome import mean_work, speed_lines, step_work
 
 # in place of a selection: the block did not run
 SKIPPED = "skipped"
@@ -25,8 +28,15 @@ class Step:
     num_blocks: int
     calls: int = 0
     seconds: float = 0.0
+    # tokens of the grid that each block was to compute if it ran, and blocks that were to run
+    planned_tokens: list[int] = field(default_factory=list)
+    planned_blocks: int = 0
+    # latent frames that kept all their tokens because they are given
+    anchored_frames: int = 0
     # tokens of the grid that each block computed
     kept_per_block: list[int] = field(default_factory=list)
+    # blocks whose heads ran as the heads' plan has them
+    patterned: set[int] = field(default_factory=set)
     # share of the blocks that computed each token [f, h, w], first sample of the batch
     coverage: torch.Tensor | None = None
 
@@ -60,6 +70,19 @@ class Step:
         return sum(kept > 0 for kept in self.kept_per_block)
 
     @property
+    def whole(self) -> bool:
+        """Whether the step did all that an untouched model does."""
+        return self.kept_share == 1.0 and not self.patterned
+
+    @property
+    def planned_share(self) -> float | None:
+        """Share of block x token work that was planned; None when nobody said."""
+        if not self.planned_tokens:
+            return None
+        each = sum(self.planned_tokens) / (self.grid.tokens * self.num_blocks)
+        return each * self.planned_blocks / self.num_blocks
+
+    @property
     def kept_share(self) -> float:
         """Share of block x token work that was done."""
         return sum(self.kept_per_block) / (self.grid.tokens * self.num_blocks)
@@ -78,6 +101,11 @@ class Report:
     seconds: float = 0.0
     # of the self-attention's query-key pairs, what the heads' patterns leave; None without a plan
     attention_share: float | None = None
+    # the heads' plan, and whether dropped tokens stayed as keys and values
+    heads: HeadPlan | None = None
+    keeps_kv: bool = False
+    # of the model, for the cost model; None when the host cannot tell it
+    shape: WanShape | None = None
 
     def note(self, text: str) -> None:
         """Say once what did not happen and why."""
@@ -87,6 +115,21 @@ class Report:
     @property
     def kept_share(self) -> float:
         return statistics.fmean(s.kept_share for s in self.steps) if self.steps else 1.0
+
+    def _work_lines(self) -> list[str]:
+        work, lines = mean_work(self), []
+        if work is not None:
+            lines.append(
+                f"Work done: {work:.1%} of an untouched model's FLOPs, by the cost model "
+                "(time falls less than work on small videos)."
+            )
+        # with whole tokens and blocks it would seem that a plan of heads did nothing
+        if work is None or self.kept_share < 1.0 or self.attention_share is None:
+            lines.append(
+                f"Token work done: {self.kept_share:.1%} of block x token (an untouched model does "
+                "100%)."
+            )
+        return lines
 
     def _heads_line(self) -> list[str]:
         if self.attention_share is None:
@@ -121,21 +164,28 @@ class Report:
         seconds = statistics.median(step.seconds for step in self.steps)
         lines += [
             f"{len(self.steps)} steps, {self.seconds:.1f} s in all, {seconds:.2f} s per step (median).",
-            f"Token work done: {self.kept_share:.1%} of block x token "
-            "(an untouched model does 100%; time falls less than work on small videos).",
+            *self._work_lines(),
             *self._heads_line(),
             *self._blocks_line(),
+            *speed_lines(self),
             "",
             # before the table: a long run would push them out of sight
             *remarks,
             "",
-            "step  sigma   kept  token work  calls  seconds",
+            "step  sigma   kept  planned  token work   FLOPs  blocks  calls  seconds",
         ]
-        lines += [
-            f"{i + 1:>4}  {s.sigma:.4f}  {s.keep_ratio:>4.0%}  {s.kept_share:>10.1%}"
-            f"  {s.calls:>5}  {s.seconds:>7.2f}"
-            for i, s in enumerate(self.steps)
-        ]
+        lines += [self._row(i + 1, step) for i, step in enumerate(self.steps)]
         if not self.finished:
             lines.append("The run did not finish (cancelled or failed).")
         return "\n".join(lines)
+
+    def _row(self, number: int, step: Step) -> str:
+        planned, work = (
+            "-" if share is None else f"{share:.1%}"
+            for share in (step.planned_share, step_work(self, step))
+        )
+        return (
+            f"{number:>4}  {step.sigma:.4f}  {step.keep_ratio:>4.0%}  {planned:>7}"
+            f"  {step.kept_share:>10.1%}  {work:>6}  {step.blocks_run:>6}  {step.calls:>5}"
+            f"  {step.seconds:>7.2f}"
+        )

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from .outcome import measured_speed, step_work
 from .report import Report
 
 WIDTH = 960
@@ -52,8 +53,8 @@ def draw_report(report: Report, video: np.ndarray | None = None) -> Image.Image:
     if video is not None and coverage is not None and len(video):
         rows.append(_strip(video, coverage.numpy()))
     if report.steps:
-        rows.append(_bars(report, "token work done per step", KEPT))
-        rows.append(_bars(report, "seconds per step", TIME))
+        rows.append(_work_bars(report))
+        rows.append(_time_bars(report))
         rows.append(_heat(report))
     rows.append(_notes(report))
     page = Image.new("RGB", (WIDTH, sum(row.height for row in rows) + MARGIN), BACKGROUND)
@@ -64,23 +65,27 @@ def draw_report(report: Report, video: np.ndarray | None = None) -> Image.Image:
     return page
 
 
-def _canvas(height: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:
+def canvas(height: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:
     image = Image.new("RGB", (WIDTH, height), BACKGROUND)
     return image, ImageDraw.Draw(image)
 
 
-def _font(size: int):
+def font_of(size: int):
     return ImageFont.load_default(size)
 
 
 def _title(report: Report) -> Image.Image:
-    image, draw = _canvas(72)
-    draw.text((MARGIN, 12), f"WanTrim on {report.model}", INK, _font(22))
+    image, draw = canvas(72)
+    draw.text((MARGIN, 12), f"WanTrim on {report.model}", INK, font_of(22))
     steps = f"{len(report.steps)} steps, " if report.steps else ""
-    font = _font(16)
+    font = font_of(16)
     share = report.attention_share
     left = "" if share is None else f"self-attention left {share:.0%}   "
-    line = f"{steps}{report.seconds:.1f} s   {left}{report.planned}"
+    speed = measured_speed(report)
+    # a reference that warmed up is no headline
+    known = speed is not None and not speed.warming_up
+    faster = f"trimmed steps {speed.measured:.2f} x as fast   " if known else ""
+    line = f"{steps}{report.seconds:.1f} s   {faster}{left}{report.planned}"
     # the report's text has the whole of it
     while draw.textlength(line, font) > WIDTH - 2 * MARGIN:
         line = line.removesuffix(" ...").rpartition(" ")[0] + " ..."
@@ -96,12 +101,12 @@ def _strip(video: np.ndarray, coverage: np.ndarray) -> Image.Image:
     # a batch of videos, or reference frames that were cut off
     fits = len(video) == 4 * (len(coverage) - 1) + 1
     doubt = "" if fits else "; other frames were sampled, so the tint is misplaced"
-    image, draw = _canvas(2 * height + 44)
+    image, draw = canvas(2 * height + 44)
     draw.text(
         (MARGIN, 0),
         "the video, and below it what was left out (bluer = computed in fewer blocks)" + doubt,
         FAINT,
-        _font(17),
+        font_of(17),
     )
     for row, frames in enumerate((video[shown], tinted)):
         for column, frame in enumerate(frames):
@@ -111,22 +116,40 @@ def _strip(video: np.ndarray, coverage: np.ndarray) -> Image.Image:
     return image
 
 
-def _bars(report: Report, title: str, colour) -> Image.Image:
-    work = colour == KEPT
-    values = [step.kept_share if work else step.seconds for step in report.steps]
-    top = 1.0 if work else max(max(values), 1e-9)
-    image, draw = _canvas(132)
-    low, high = min(values), max(values)
-    spread = f"{low:.0%} to {high:.0%}" if work else f"{low:.2f} to {high:.2f} s"
-    draw.text((MARGIN, 2), f"{title}: {spread}", FAINT, _font(17))
+def _work_bars(report: Report) -> Image.Image:
+    work = [step_work(report, step) for step in report.steps]
+    title = "work done per step, of an untouched model's FLOPs"
+    if None in work:
+        work, title = [step.kept_share for step in report.steps], "token work done per step"
+    spread = f"{min(work):.0%} to {max(work):.0%}"
+    return _bars(f"{title}: {spread}", work, KEPT, [f"{value:.0%}" for value in work])
+
+
+def _time_bars(report: Report) -> Image.Image:
+    times, speed = [step.seconds for step in report.steps], measured_speed(report)
+    title = f"seconds per step: {min(times):.2f} to {max(times):.2f} s"
+    whole = None if speed is None else speed.whole
+    if speed is not None:
+        title += f"; the line is a whole step of this run, {whole:.2f} s"
+    return _bars(title, times, TIME, [f"{value:.2f}" for value in times], whole)
+
+
+def _bars(title: str, values: list[float], colour, labels: list[str], line=None) -> Image.Image:
+    """Bars of a share of 1 or, in TIME's colour, of the highest; `line` is a value to compare."""
+    top = 1.0 if colour == KEPT else max(*values, line or 0.0, 1e-9)
+    image, draw = canvas(132)
+    draw.text((MARGIN, 2), title, FAINT, font_of(17))
     slot = (WIDTH - 2 * MARGIN) / len(values)
     for index, value in enumerate(values):
         left = MARGIN + index * slot
         height = 74 * value / top
         draw.rectangle((left, 106 - height, left + max(slot - 3, 1), 106), colour)
         if slot > 34:
-            label = f"{value:.0%}" if work else f"{value:.2f}"
-            draw.text((left + 2, 108), label, INK, _font(15))
+            draw.text((left + 2, 108), labels[index], INK, font_of(15))
+    if line is not None:
+        level = 106 - 74 * line / top
+        for left in range(MARGIN, WIDTH - MARGIN, 12):
+            draw.line((left, level, left + 6, level), INK)
     return image
 
 
@@ -139,12 +162,12 @@ def _heat(report: Report) -> Image.Image:
     ]
     cells = HEAT_LOW + np.array(shares, np.float32).T[..., None] * (np.array(KEPT) - HEAT_LOW)
     height = max(min(8 * blocks, 320), 64)
-    image, draw = _canvas(height + 30)
+    image, draw = canvas(height + 30)
     draw.text(
         (MARGIN, 0),
         "tokens computed, block (down) by step (across); bright = all",
         FAINT,
-        _font(17),
+        font_of(17),
     )
     heat = Image.fromarray(cells.astype(np.uint8))
     image.paste(heat.resize((WIDTH - 2 * MARGIN, height), Image.Resampling.NEAREST), (MARGIN, 24))
@@ -162,8 +185,8 @@ def _notes(report: Report) -> Image.Image:
                 line = " "
             line += " " + word
         lines.append(line)
-    image, draw = _canvas(34 + 22 * len(lines))
-    draw.text((MARGIN, 6), "what did not happen, and why", FAINT, _font(17))
+    image, draw = canvas(34 + 22 * len(lines))
+    draw.text((MARGIN, 6), "what did not happen, and why", FAINT, font_of(17))
     for index, line in enumerate(lines):
-        draw.text((MARGIN, 30 + 22 * index), line, INK, _font(17))
+        draw.text((MARGIN, 30 + 22 * index), line, INK, font_of(17))
     return image

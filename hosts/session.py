@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from ..methods.attend import Layout
 from ..methods.budget import attention_share
+from ..methods.cost import planned_tokens
 from ..methods.depth import BlockPlan
 from ..methods.grid import TokenGrid
 from ..methods.heads import OFF, PATTERNS, HeadPlan
@@ -128,11 +129,19 @@ def check_latent(latent: torch.Tensor) -> None:
 
 
 class Session:
-    """State of one sampling run. Make a new one for every run."""
+    """State of one sampling run. Make a new one for every run.
 
-    def __init__(self, plan: TrimPlan, report: Report):
+    Args:
+        report: filled as the run goes on.
+        told: called with every step that is done.
+    """
+
+    def __init__(self, plan: TrimPlan, report: Report, told: Callable[[Step], None] | None = None):
         self.plan = plan
         self.report = report
+        self.report.heads = plan.heads if plan.trims_heads else None
+        self.report.keeps_kv = plan.trims_tokens and plan.tokens.dropped_kv == "keep"
+        self._told = told
         self.decision: Decision | None = None
         # one for every part of the video that is sampled apart
         self.pasts: dict[Hashable, Past] = {}
@@ -212,6 +221,7 @@ class Session:
             if trimmed and self.first_trimmed is None:
                 self.first_trimmed = sigma
             past = self._past(window, last and last.sigma, sigma)
+            self._note_plan(step, past, anchored)
             change = past.see(sigma, latent, grid, patch_frames, trimmed)
             blocks = None
             if self.skips is not None:
@@ -225,6 +235,22 @@ class Session:
                 )
         self.decision.step.calls += 1
         return ModelCall(self, grid, anchored, cond_or_uncond, decider, num_blocks, mixed, prompts)
+
+    def _note_plan(self, step: Step, past: Past, anchored: torch.Tensor | None) -> None:
+        """What the step would do if nothing came in its way."""
+        step.planned_blocks = step.num_blocks
+        step.planned_tokens = [step.grid.tokens] * step.num_blocks
+        if self.skips is not None:
+            step.planned_blocks = self.skips.planned(step.sigma, step.progress, step.num_blocks)
+        if self.plan.trims_tokens:
+            tokens = self.plan.tokens
+            if anchored is not None and tokens.anchor:
+                step.anchored_frames = int(anchored.sum())
+            # the first step that leaves tokens out may have to compute what later ones repeat
+            seen = [step.progress] * (2 if past.trimmed else 1)
+            step.planned_tokens = planned_tokens(
+                tokens, step.grid, step.num_blocks, seen, step.anchored_frames
+            )[-1]
 
     def finish(self, completed: bool) -> Report:
         """Close the run and drop everything that it held."""
@@ -274,6 +300,8 @@ class Session:
         if step.kept_share == 0:
             self.report.note("the model's blocks did not run in some steps: another node's cache")
         self.decision = None
+        if self._told is not None:
+            self._told(step)
 
 
 def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:

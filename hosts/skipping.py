@@ -101,6 +101,13 @@ class Skips:
         self._now = StepBlocks(num_blocks, skipped, remember, known, reuse, observe)
         return self._now
 
+    def planned(self, sigma: float, progress: float, num_blocks: int) -> int:
+        """Blocks that the plan runs in a step; asked before `step`."""
+        waits = not self._began or (self._at == sigma and not self._now.skipped)
+        if self.plan.skipped == "reuse" and waits:
+            return num_blocks
+        return self.plan.count(sigma, progress, num_blocks)
+
     def _choose(self, sigma, progress, content: Content, num_blocks: int) -> frozenset[int]:
         if self._ahead is not None and abs(self._ahead[0] - sigma) < SAME_SIGMA:
             return self._ahead[1]

@@ -62,6 +62,8 @@ class WanTrimBlocks(io.ComfyNode):
                 "1 change nothing at all."
             ),
             search_aliases=["PARE", "skip blocks", "layer skipping", "depth pruning", "wan speed"],
+            # else ComfyUI takes equal nodes for one, and the live map is drawn on the other
+            not_idempotent=True,
             inputs=[
                 io.Model.Input("model", tooltip="A Wan 2.1 or 2.2 model, after its LoRAs."),
                 ProfileSocket.Input(

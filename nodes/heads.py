@@ -45,6 +45,8 @@ class WanTrimHeads(io.ComfyNode):
                 "sparse attention",
                 "wan speed",
             ],
+            # else ComfyUI takes equal nodes for one, and the live map is drawn on the other
+            not_idempotent=True,
             inputs=[
                 io.Model.Input("model", tooltip="A Wan 2.1 or 2.2 model, after its LoRAs."),
                 ProfileSocket.Input(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..hosts.comfyui.attach import attachment_of
+from ..hosts.outcome import reports_json
 from ..hosts.report import Report
 from ..hosts.report_picture import draw_report
 
@@ -24,9 +26,9 @@ class WanTrimReport(io.ComfyNode):
             display_name=NAME,
             category="model/patch/wan",
             description=(
-                "Says what WanTrim really did in the run that made these images: tokens kept per "
-                "step, seconds per step, which parts of the picture were computed, and what did not "
-                "happen and why."
+                "Says what WanTrim really did in the run that made these images: blocks, heads and "
+                "tokens per step beside the plan, seconds per step beside whole steps of the same "
+                "run, which parts of the picture were computed, and what did not happen and why."
             ),
             search_aliases=["trim report", "token overlay", "wan benchmark"],
             is_output_node=True,
@@ -48,6 +50,9 @@ class WanTrimReport(io.ComfyNode):
                 io.String.Output("text", display_name="text", tooltip="The report in words."),
                 io.Image.Output(
                     "picture", display_name="picture", tooltip="The report as a picture."
+                ),
+                io.String.Output(
+                    "json", display_name="json", tooltip="All figures of the report as JSON."
                 ),
             ],
         )
@@ -90,7 +95,8 @@ class WanTrimReport(io.ComfyNode):
             top += page.height
         picture = torch.from_numpy(canvas)[None]
         shown = {**ui.PreviewImage(picture, cls=cls).as_dict(), "text": (text,)}
-        return io.NodeOutput(text, picture, ui=shown)
+        figures = json.dumps(reports_json(reports), indent=1)
+        return io.NodeOutput(text, picture, figures, ui=shown)
 
 
 def _nothing_on(label: str, model: str) -> Report:

@@ -12,7 +12,8 @@ from wantrim.hosts.report import Report, Step
 from wantrim.hosts.report_picture import draw_report, overlay
 from wantrim.methods.grid import TokenGrid
 from wantrim.methods.tokens import Selection
-from wantrim.toy.metrics import adherence, flicker, motion, psnr
+from wantrim.methods.video_metrics import flicker, motion, psnr
+from wantrim.toy.metrics import adherence, still_ground
 from wantrim.toy.world import held_out_scenes, parse_prompt, render
 
 ROW = {
@@ -84,9 +85,9 @@ def test_metrics_on_truth():
     assert motion(np.repeat(video[:1], 5, 0)) == 0.0
     assert motion(video) > 0
     # only the soft edge of the shape, which is dark enough for background
-    assert flicker(video) < 0.001
+    assert flicker(video, still_ground(video)) < 0.001
     noisy = video + 0.05 * (np.arange(17) % 2).reshape(-1, 1, 1, 1)
-    assert flicker(noisy) == pytest.approx(0.05, rel=0.1)
+    assert flicker(noisy, still_ground(noisy)) == pytest.approx(0.05, rel=0.1)
 
 
 def report_of(kept: list[int], frames=2) -> Report:

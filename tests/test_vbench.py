@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from wantrim.benchmarks.vbench import DIMENSIONS, save_video, score
-from wantrim.toy.metrics import psnr
+from wantrim.methods.video_metrics import psnr
 from wantrim.toy.world import held_out_scenes, render
 
 # the signatures and the result file of vbench 0.1.5, without its models

@@ -1,4 +1,4 @@
-"""What a toy video is worth: against its prompt, and against the dense video of the same seed.
+"""What a toy video is worth against its prompt, and where it stands still.
 
 Videos are float arrays [frames, h, w, 3] in 0..1.
 """
@@ -29,20 +29,7 @@ def adherence(videos: Sequence[np.ndarray], scenes: Sequence[Scene]) -> dict[str
     return {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
 
 
-def psnr(video: np.ndarray, reference: np.ndarray) -> float:
-    """Peak signal-to-noise ratio in dB; infinite for equal videos."""
-    error = float(np.mean((video.astype(np.float64) - reference) ** 2))
-    return float("inf") if error == 0 else -10 * np.log10(error)
-
-
-def motion(video: np.ndarray) -> float:
-    """Mean absolute change from one pixel frame to the next."""
-    return float(np.abs(np.diff(video, axis=0)).mean())
-
-
-def flicker(video: np.ndarray) -> float:
-    """Mean absolute change over time of the pixels that are background in both frames."""
+def still_ground(video: np.ndarray) -> np.ndarray:
+    """Pixels that are background in a pixel frame and the next, bool [frames - 1, h, w]."""
     ground = classify_pixels(video) < 0
-    still = ground[1:] & ground[:-1]
-    change = np.abs(np.diff(video, axis=0)).mean(-1)
-    return float(change[still].mean()) if still.any() else 0.0
+    return ground[1:] & ground[:-1]

@@ -21,6 +21,8 @@ from ...methods.schedule import progress_at
 from ..report import Report
 from ..session import COND, Session, TrimPlan, check_latent
 from .blocks import replace_blocks
+from .live import Live, running_node
+from .shape import wan_shape
 from .variants import anchored_frames, token_grid, why_not_now
 
 log = logging.getLogger(__name__)
@@ -32,10 +34,14 @@ COMPILE_KEY = "torch.compile"
 
 
 class Attachment:
-    """A plan as it sits on a MODEL, with the report of the last run that used it."""
+    """A plan as it sits on a MODEL, with the report of the last run that used it.
 
-    def __init__(self, plan: TrimPlan):
-        self.plan = plan
+    Args:
+        nodes: ids of the nodes that made the plan, where a node did.
+    """
+
+    def __init__(self, plan: TrimPlan, nodes: tuple[str, ...] = ()):
+        self.plan, self.nodes = plan, nodes
         self.report: Report | None = None
 
     def __deepcopy__(self, memo) -> Attachment:
@@ -51,7 +57,10 @@ def attachment_of(model) -> Attachment | None:
 def attach(model, plan: TrimPlan):
     """A clone of a MODEL with `plan` on it; an earlier plan on it is replaced."""
     patched = detach(model)
-    patched.model_options["transformer_options"][KEY] = Attachment(plan)
+    present, node = attachment_of(model), running_node()
+    nodes = [] if present is None else [one for one in present.nodes if one != node]
+    nodes += [] if node is None else [node]
+    patched.model_options["transformer_options"][KEY] = Attachment(plan, tuple(nodes))
     patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _outer_sample)
     if not plan.neutral:
         patched.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, _diffusion_model)
@@ -100,7 +109,9 @@ def _outer_sample(executor, *args, **kwargs):
     attachment: Attachment = options["transformer_options"][KEY]
     report = Report(type(guider.model_patcher.model.diffusion_model).__name__)
     report.planned = attachment.plan.describe()
-    session = Session(attachment.plan, report)
+    # noise, latent, sampler, sigmas
+    live = Live(report, attachment.nodes, args[3].tolist())
+    session = Session(attachment.plan, report, live.step)
     sampling = guider.model_patcher.get_model_object("model_sampling")
     shift = getattr(sampling, "shift", None)
     if shift is None:
@@ -134,6 +145,7 @@ def _outer_sample(executor, *args, **kwargs):
     finally:
         guider.model_options = original
         session.finish(completed)
+        live.end()
         if report.steps:
             log.info(
                 "WanTrim: %d steps, %.0f%% of the token work done, %d remarks",
@@ -211,14 +223,22 @@ def _diffusion_model(
     run: _Run | None = options.get(SESSION_KEY)
     if run is not None:
         options = _trimmed_options(
-            executor.class_obj, run, x, timestep, clip_fea, time_dim_concat, options, kwargs
+            executor.class_obj,
+            run,
+            x,
+            timestep,
+            context,
+            clip_fea,
+            time_dim_concat,
+            options,
+            kwargs,
         )
     # positional, because other packs' wrappers read the options as the last argument
     return executor(x, timestep, context, clip_fea, time_dim_concat, options, **kwargs)
 
 
 def _trimmed_options(
-    dm, run: _Run, x, timestep, clip_fea, time_dim_concat, options: dict, extra: dict
+    dm, run: _Run, x, timestep, context, clip_fea, time_dim_concat, options: dict, extra: dict
 ) -> dict:
     report = run.session.report
     plan = run.session.plan
@@ -229,6 +249,9 @@ def _trimmed_options(
         report.note(reason)
         return options
     check_latent(x)
+    if report.shape is None:
+        images = 0 if clip_fea is None or dm.img_emb is None else clip_fea.shape[1]
+        report.shape = wan_shape(dm, context.shape[1], images)
     sigma = float(options["sigmas"].max()) if "sigmas" in options else float(timestep.max()) / 1000
     grid = token_grid(dm, x, time_dim_concat, extra)
     # without the image channels, which only one of the two prompts may have

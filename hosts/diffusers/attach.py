@@ -14,6 +14,7 @@ from ..heads import check_heads
 from ..report import Report
 from ..session import COND, ModelCall, Session, TrimPlan, check_latent
 from .blocks import Block
+from .shape import wan_shape
 
 HOOK = "wantrim"
 
@@ -106,6 +107,12 @@ class _ModelHook(ModelHook):
     def new_forward(self, module, hidden_states, timestep, *args, **kwargs):
         a = self.attachment
         check_latent(hidden_states)
+        if a.session.report.shape is None:
+            text = args[0] if args else kwargs["encoder_hidden_states"]
+            images = args[1] if len(args) > 1 else kwargs.get("encoder_hidden_states_image")
+            a.session.report.shape = wan_shape(
+                module, text.shape[1], 0 if images is None else images.shape[1]
+            )
         grid = _grid(module, hidden_states)
         # per-token timesteps (TI2V) are 0 where the latent is given
         sigma = float(timestep.max()) / 1000

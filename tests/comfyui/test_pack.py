@@ -11,7 +11,7 @@ from comfy_api.latest import io
 from wantrim.methods.importance import IMPORTANCE
 from wantrim.methods.restore import RESTORE
 from wantrim.methods.schedule import DIRECTIONS
-from wantrim.nodes import blocks, demo, heads, profile, report, slim, tokens
+from wantrim.nodes import blocks, compare, demo, heads, profile, report, slim, tokens
 
 FOLDER = "ComfyUI-WanTrim.v1-x"
 NODE_IDS = {
@@ -24,11 +24,12 @@ NODE_IDS = {
     "WanTrimSlim",
     "WanTrimLoadSlim",
     "WanTrimReport",
+    "WanTrimCompare",
     "WanTrimDemoModel",
     "WanTrimDemoPrompt",
     "WanTrimDemoImage",
 }
-STAGES = (tokens, heads, blocks, profile, slim, report)
+STAGES = (tokens, heads, blocks, profile, slim, report, compare)
 NODES = [node for stage in (*STAGES, demo) for node in stage.NODES]
 # the demo's pages are in English only; the frontend falls back to it
 TRANSLATED = [node for stage in STAGES for node in stage.NODES]

@@ -41,6 +41,7 @@ NODE_IDS = [
     "WanTrimSlim",
     "WanTrimLoadSlim",
     "WanTrimReport",
+    "WanTrimCompare",
     "WanTrimDemoModel",
     "WanTrimDemoPrompt",
     "WanTrimDemoImage",

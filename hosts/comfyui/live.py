@@ -1,0 +1,88 @@
+"""Tells the page what each step did, for the map that it draws on WanTrim's nodes.
+
+Only the page that queued the run is told, and only while one is there; nothing waits for it.
+"""
+
+from __future__ import annotations
+
+import sys
+import uuid
+
+from comfy_execution.utils import get_executing_context
+
+from ..outcome import step_work
+from ..report import Report, Step
+
+EVENT = "wantrim.step"
+# schedulers and samplers round a sigma on its way
+SAME_SIGMA = 1e-4
+
+
+def running_node() -> str | None:
+    """Id of the node that ComfyUI executes now, or None."""
+    context = get_executing_context()
+    return None if context is None else context.node_id
+
+
+class Live:
+    """One sampling run as the page sees it.
+
+    Args:
+        nodes: ids of the nodes that put the plan on the model.
+        sigmas: of the sampler's schedule, the last one being where it ends.
+    """
+
+    def __init__(self, report: Report, nodes: tuple[str, ...], sigmas: list[float]):
+        self.report, self.nodes = report, nodes
+        self._starts = sigmas[:-1]
+        context = get_executing_context()
+        self._about = {
+            "nodes": list(nodes),
+            "run": uuid.uuid4().hex,
+            "prompt": None if context is None else context.prompt_id,
+            "steps": len(self._starts),
+        }
+
+    def step(self, step: Step) -> None:
+        """A step is done."""
+        if self._page() is None:
+            return
+        started = sum(sigma >= step.sigma - SAME_SIGMA for sigma in self._starts)
+        self._send(
+            step=max(started, 1),
+            # percent per block: 0 did not run, 100 ran on everything
+            kept=[_percent(kept, step.grid.tokens) for kept in step.kept_per_block],
+            patterned=sorted(step.patterned),
+            work=step_work(self.report, step),
+            tokens=step.kept_share,
+            whole=step.whole,
+            seconds=round(step.seconds, 4),
+        )
+
+    def end(self) -> None:
+        """The run is over."""
+        done = self.report.finished
+        self._send(done=True, finished=done, remarks=len(self.report.notes))
+
+    def _page(self):
+        """The server, when it has a page to tell."""
+        server = _server()
+        listens = server is not None and server.client_id is not None and self.nodes
+        return server if listens else None
+
+    def _send(self, **what) -> None:
+        server = self._page()
+        if server is not None:
+            server.send_sync(EVENT, {**self._about, **what}, server.client_id)
+
+
+def _server():
+    """ComfyUI's server, if one runs; importing its module would start half of one."""
+    module = sys.modules.get("server")
+    return getattr(getattr(module, "PromptServer", None), "instance", None)
+
+
+def _percent(kept: int, tokens: int) -> int:
+    if kept in (0, tokens):
+        return 100 if kept else 0
+    return min(max(round(100 * kept / tokens), 1), 99)

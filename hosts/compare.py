@@ -1,0 +1,158 @@
+"""A trimmed video beside the dense one of the same seed: numbers, a verdict, pictures."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..methods.video_metrics import calm_places, flicker, motion, motion_ratio, psnr, ssim
+from .report_picture import FAINT, INK, MARGIN, WIDTH, canvas, font_of
+
+# pixel columns between the two videos
+GAP = 4
+SHOWN = 6
+# the verdict's words by PSNR in dB, from the best
+CLOSENESS = (
+    (40, "Very close to the dense video"),
+    (30, "Close to the dense video, with differences in detail"),
+    (20, "Clearly another rendering of the same video"),
+    (-math.inf, "Another video than the dense one"),
+)
+# motion ratio within which nothing is said of it
+MOTION = (0.85, 1.18)
+# flicker that is said: times the dense video's, and in shades of 255
+FLICKER_TIMES, FLICKER_LEAST = 1.5, 0.5 / 255
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What the trimmed video is beside the dense one.
+
+    Args:
+        psnr_db: infinite for equal videos.
+        frame_psnr_db: of every pixel frame.
+        flicker: change over time in the half of the places that is calmest in the dense video.
+    """
+
+    psnr_db: float
+    ssim: float
+    motion: float
+    dense_motion: float
+    flicker: float
+    dense_flicker: float
+    frame_psnr_db: tuple[float, ...]
+
+    @property
+    def motion_ratio(self) -> float:
+        return motion_ratio(self.motion, self.dense_motion)
+
+    @property
+    def worst(self) -> int:
+        """Pixel frame that differs most, from 0."""
+        return min(range(len(self.frame_psnr_db)), key=self.frame_psnr_db.__getitem__)
+
+    def verdict(self) -> str:
+        """One plain sentence, or two."""
+        if self.psnr_db == math.inf:
+            return "The two videos are equal in every pixel."
+        closeness = next(words for least, words in CLOSENESS if self.psnr_db >= least)
+        said = f"{closeness} (PSNR {self.psnr_db:.1f} dB, SSIM {self.ssim:.3f}): "
+        ratio, remarks = self.motion_ratio, []
+        if ratio == math.inf:
+            remarks.append("it moves where the dense one stands still")
+        elif not MOTION[0] <= ratio <= MOTION[1]:
+            more = "more" if ratio > 1 else "less"
+            remarks.append(f"it moves {more} ({ratio:.2f} x the motion)")
+        added = self.flicker - self.dense_flicker
+        if added > FLICKER_LEAST and self.flicker > FLICKER_TIMES * self.dense_flicker:
+            remarks.append("calm places flicker more")
+        worst = self.frame_psnr_db[self.worst]
+        if worst < self.psnr_db - 6:
+            remarks.append(f"frame {self.worst + 1} is far worse than the rest ({worst:.1f} dB)")
+        return said + ("; ".join(remarks) or "motion and flicker are the dense one's") + "."
+
+    def json(self) -> dict:
+        """The numbers; null stands for infinite, which JSON has not."""
+        numbers = {
+            "psnr_db": self.psnr_db,
+            "ssim": self.ssim,
+            "motion": self.motion,
+            "dense_motion": self.dense_motion,
+            "motion_ratio": self.motion_ratio,
+            "flicker": self.flicker,
+            "dense_flicker": self.dense_flicker,
+        }
+        finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+        frames = [value if math.isfinite(value) else None for value in self.frame_psnr_db]
+        return {
+            "format": 1,
+            "verdict": self.verdict(),
+            "equal": self.psnr_db == math.inf,
+            **finite,
+            "worst_frame": self.worst,
+            "frame_psnr_db": frames,
+        }
+
+
+def compare(dense: torch.Tensor, trimmed: torch.Tensor) -> Comparison:
+    """The figures of two videos [pixel_frames, h, w, 3] in 0..1 of one size."""
+    calm = calm_places(dense)
+    return Comparison(
+        psnr(trimmed, dense),
+        ssim(trimmed, dense),
+        motion(trimmed),
+        motion(dense),
+        flicker(trimmed, calm),
+        flicker(dense, calm),
+        tuple(psnr(a[None], b[None]) for a, b in zip(trimmed, dense, strict=True)),
+    )
+
+
+def side_by_side(dense: torch.Tensor, trimmed: torch.Tensor) -> torch.Tensor:
+    """Dense on the left, trimmed on the right [pixel_frames, h, 2 w + GAP, 3]."""
+    frames, height, _, channels = dense.shape
+    between = dense.new_ones(frames, height, GAP, channels)
+    return torch.cat([dense, between, trimmed], dim=2)
+
+
+def draw_difference(dense: torch.Tensor, trimmed: torch.Tensor, found: Comparison) -> Image.Image:
+    """Frames of both and, amplified, where they differ; the worst frame is among them."""
+    count = len(dense)
+    spread = np.linspace(0, count - 1, min(SHOWN, count)).round().astype(int).tolist()
+    if found.worst not in spread:
+        nearest = min(range(len(spread)), key=lambda i: abs(spread[i] - found.worst))
+        spread[nearest] = found.worst
+    one, other = (video[spread].cpu().float().clamp(0, 1).numpy() for video in (dense, trimmed))
+    apart = np.abs(one - other).max(-1)
+    # of all frames shown, so that they can be compared; a shade of 255 at the least
+    most = max(float(np.quantile(apart, 0.999)), 1 / 255)
+    rows = (("dense", one), ("trimmed", other))
+    rows += ((f"difference; white is {most:.1%} of the range or more", _glow(apart / most)),)
+    cell = (WIDTH - 2 * MARGIN) // len(spread) - 4
+    # a single picture need not fill the page
+    cell = min(cell, 320)
+    height = max(round(cell * dense.shape[1] / dense.shape[2]), 1)
+    image, draw = canvas(40 + len(rows) * (height + 26) + 22)
+    draw.text((MARGIN, 10), f"PSNR {found.psnr_db:.1f} dB, SSIM {found.ssim:.3f}", INK, font_of(17))
+    for row, (name, frames) in enumerate(rows):
+        top = 40 + row * (height + 26)
+        draw.text((MARGIN, top), name, FAINT, font_of(15))
+        for column, frame in enumerate(frames):
+            picture = Image.fromarray((255 * frame).astype(np.uint8))
+            place = (MARGIN + column * (cell + 4), top + 20)
+            image.paste(picture.resize((cell, height), Image.Resampling.BILINEAR), place)
+    for column, frame in enumerate(spread):
+        worst = " (worst)" if frame == found.worst and found.psnr_db != math.inf else ""
+        place = (MARGIN + column * (cell + 4), 40 + len(rows) * (height + 26))
+        draw.text(place, f"frame {frame + 1}{worst}", FAINT, font_of(14))
+    return image
+
+
+def _glow(share: np.ndarray) -> np.ndarray:
+    """0..1 as black, red, yellow, white [..., 3]."""
+    share = share.clip(0, 1)[..., None]
+    return (3 * share - np.arange(3)).clip(0, 1)

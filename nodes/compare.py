@@ -1,0 +1,95 @@
+"""The node that says what trimming cost: the trimmed video beside the dense one."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import torch
+
+from comfy_api.latest import io, ui
+
+from ..hosts.compare import compare, draw_difference, side_by_side
+from ..methods.video_metrics import SSIM_WINDOW
+
+NAME = "WanTrim Compare"
+
+
+class WanTrimCompare(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="WanTrimCompare",
+            display_name=NAME,
+            category="model/patch/wan",
+            description=(
+                "Compares a trimmed video with the dense one of the same seed: PSNR, SSIM, motion "
+                "and flicker, a clip of both side by side, where they differ, and a plain verdict. "
+                "It measures difference, not beauty."
+            ),
+            search_aliases=["PSNR", "SSIM", "compare videos", "quality check"],
+            is_output_node=True,
+            inputs=[
+                io.Image.Input(
+                    "dense", tooltip="The decoded video of the untouched model, with the same seed."
+                ),
+                io.Image.Input(
+                    "trimmed", tooltip="The decoded video of the model with WanTrim on it."
+                ),
+            ],
+            outputs=[
+                io.String.Output("text", display_name="text", tooltip="The verdict in words."),
+                io.Image.Output(
+                    "side_by_side",
+                    display_name="side_by_side",
+                    tooltip="The clip of both: dense on the left, trimmed on the right.",
+                ),
+                io.Image.Output(
+                    "difference",
+                    display_name="difference",
+                    tooltip="A picture: frames of both, and where they differ.",
+                ),
+                io.String.Output("json", display_name="json", tooltip="The numbers as JSON."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, dense: torch.Tensor, trimmed: torch.Tensor) -> io.NodeOutput:
+        # a picture may come with its mask as a fourth channel
+        dense, trimmed = (video[..., :3].cpu().float() for video in (dense, trimmed))
+        _check(dense, trimmed)
+        found = compare(dense, trimmed)
+        strip = np.asarray(draw_difference(dense, trimmed, found), np.float32) / 255
+        picture = torch.from_numpy(strip)[None]
+        text = found.verdict()
+        shown = {**ui.PreviewImage(picture, cls=cls).as_dict(), "text": (text,)}
+        figures = json.dumps(found.json(), indent=1)
+        return io.NodeOutput(text, side_by_side(dense, trimmed), picture, figures, ui=shown)
+
+
+def _check(dense: torch.Tensor, trimmed: torch.Tensor) -> None:
+    if dense.shape != trimmed.shape:
+        raise ValueError(
+            f"{NAME}: 'dense' is {_size(dense)} and 'trimmed' is {_size(trimmed)}; expected two "
+            "videos of the same size and length. Decode both from samplers with the same latent "
+            "and seed."
+        )
+    if min(dense.shape[1:3]) < SSIM_WINDOW:
+        raise ValueError(
+            f"{NAME}: 'dense' and 'trimmed' are {_size(dense)}; expected pictures of at least "
+            f"{SSIM_WINDOW}x{SSIM_WINDOW}"
+        )
+    for name, video in (("dense", dense), ("trimmed", trimmed)):
+        if not video.isfinite().all():
+            raise ValueError(
+                f"{NAME}: '{name}' holds values that are no numbers: its sampling diverged. Look "
+                "at that video, and lower what trims it"
+            )
+
+
+def _size(video: torch.Tensor) -> str:
+    frames, height, width = video.shape[:3]
+    return f"{frames} {'frame' if frames == 1 else 'frames'} of {width}x{height}"
+
+
+NODES = [WanTrimCompare]

@@ -1,0 +1,118 @@
+"""WanTrim Compare on videos whose differences are known."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from wantrim.hosts.compare import GAP
+from wantrim.nodes.compare import WanTrimCompare
+
+FRAMES, HEIGHT, WIDTH = 9, 32, 48
+
+
+def moving(step: int = 2, light: float = 0.9) -> torch.Tensor:
+    """A bright square on a still, textured ground."""
+    generator = torch.Generator().manual_seed(1)
+    ground = 0.3 + 0.2 * torch.rand(1, HEIGHT, WIDTH, 3, generator=generator)
+    video = ground.repeat(FRAMES, 1, 1, 1)
+    for index in range(FRAMES):
+        left = 2 + step * index
+        video[index, 8:20, left : left + 12] = light
+    return video
+
+
+def noisy(video: torch.Tensor, sigma: float) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(2)
+    return video + sigma * torch.randn(video[:1].shape, generator=generator)
+
+
+def run(dense, trimmed) -> tuple[str, torch.Tensor, torch.Tensor, dict]:
+    text, clip, picture, figures = WanTrimCompare.execute(dense, trimmed).result
+    return text, clip, picture, json.loads(figures)
+
+
+def test_equal_videos():
+    dense = moving()
+    text, clip, picture, figures = run(dense, dense.clone())
+    assert text == figures["verdict"] == "The two videos are equal in every pixel."
+    assert figures["equal"] and figures["psnr_db"] is None
+    assert figures["ssim"] == pytest.approx(1) and figures["motion_ratio"] == 1
+    assert clip.shape == (FRAMES, HEIGHT, 2 * WIDTH + GAP, 3)
+    assert torch.equal(clip[:, :, :WIDTH], dense) and torch.equal(clip[:, :, -WIDTH:], dense)
+    assert picture.shape[0] == 1 and picture.shape[2:] == (960, 3)
+
+
+@pytest.mark.parametrize(
+    ("sigma", "words"),
+    [(0.005, "Very close"), (0.02, "Close"), (0.06, "Clearly another"), (0.25, "Another video")],
+)
+def test_the_verdict_follows_the_distance(sigma, words):
+    dense = moving()
+    text, _, _, figures = run(dense, noisy(dense, sigma))
+    assert figures["psnr_db"] == pytest.approx(-20 * math.log10(sigma), abs=0.3)
+    assert text.startswith(words)
+    # a still noise neither moves nor flickers
+    assert text.endswith("motion and flicker are the dense one's.")
+
+
+def test_motion_that_is_lost_or_added_is_said():
+    dense = moving()
+    frozen = dense[:1].repeat(FRAMES, 1, 1, 1)
+    text, _, _, figures = run(dense, frozen)
+    assert figures["motion_ratio"] == 0 and "moves less (0.00 x the motion)" in text
+    text, _, _, figures = run(frozen, dense)
+    assert figures["motion_ratio"] is None and "moves where the dense one stands still" in text
+    assert "moves more" in run(moving(1), moving(2))[0]
+
+
+def test_flicker_is_said_and_measured_where_dense_is_calm():
+    dense = moving()
+    flickering = dense.clone()
+    flickering[1::2, 24:] += 0.02
+    text, _, _, figures = run(dense, flickering)
+    assert figures["dense_flicker"] == 0 and "calm places flicker more" in text
+    # a quarter of the rows flickers, among the calm places that are most of the picture
+    assert 0.005 < figures["flicker"] < 0.01
+    # more motion of what moves is no flicker
+    assert "flicker more" not in run(moving(light=0.6), dense)[0]
+
+
+def test_the_worst_frame_is_named_and_drawn():
+    dense = moving()
+    broken = noisy(dense, 0.005)
+    broken[4] = 1 - dense[4]
+    text, _, _, figures = run(dense, broken)
+    assert figures["worst_frame"] == 4 and "frame 5 is far worse" in text
+    assert len(figures["frame_psnr_db"]) == FRAMES
+
+
+def test_a_single_picture_and_one_with_a_mask():
+    dense = torch.rand(1, 16, 16, 4)
+    text, clip, _, figures = run(dense, dense * 0.9)
+    assert clip.shape == (1, 16, 32 + GAP, 3)
+    assert figures["motion"] == figures["flicker"] == 0 and figures["motion_ratio"] == 1
+    assert "is far worse" not in text
+
+
+@pytest.mark.parametrize(
+    ("dense", "trimmed", "said"),
+    [
+        ((9, 32, 48, 3), (5, 32, 48, 3), "'dense' is 9 frames of 48x32 and 'trimmed' is 5 frames"),
+        ((9, 32, 48, 3), (9, 48, 32, 3), "of 48x32 and 'trimmed' is 9 frames of 32x48"),
+        ((1, 6, 8, 3), (1, 6, 8, 3), "expected pictures of at least 7x7"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(dense, trimmed, said):
+    with pytest.raises(ValueError, match="^WanTrim Compare: ") as caught:
+        run(torch.rand(dense), torch.rand(trimmed))
+    assert said in str(caught.value)
+
+
+def test_a_video_of_no_numbers_is_refused_by_name():
+    dense = moving()
+    broken = dense.clone()
+    broken[3, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match="'trimmed' holds values that are no numbers"):
+        run(dense, broken)

@@ -1,0 +1,213 @@
+"""What the page is told while a model samples, in process and over a real server's socket."""
+
+import asyncio
+import json
+import sys
+import time
+from types import SimpleNamespace
+
+import aiohttp
+import pytest
+import torch
+
+from comfy.model_management import InterruptProcessingException
+from comfy_execution.utils import CurrentNodeContext
+from wantrim.hosts.comfyui.attach import attach, attachment_of
+from wantrim.hosts.comfyui.live import EVENT
+from wantrim.hosts.outcome import step_work
+from wantrim.hosts.session import TrimPlan
+from wantrim.nodes.blocks import WanTrimBlocks
+from wantrim.nodes.heads import WanTrimHeads
+from wantrim.nodes.tokens import WanTrimTokens
+from wantrim.tests.comfyui import server, tiny
+from wantrim.tests.comfyui.test_heads import heads
+
+SOON = 120
+
+
+class Page:
+    """Stands in for PromptServer with a page at its socket."""
+
+    def __init__(self):
+        self.client_id = "page"
+        self.sent: list[tuple[dict, str]] = []
+
+    def send_sync(self, event, data, sid=None):
+        assert event == EVENT
+        # as it goes over the socket
+        self.sent.append((json.loads(json.dumps(data)), sid))
+
+
+@pytest.fixture
+def page(monkeypatch):
+    made = Page()
+    fake = SimpleNamespace(PromptServer=SimpleNamespace(instance=made))
+    monkeypatch.setitem(sys.modules, "server", fake)
+    return made
+
+
+def at(node: str):
+    return CurrentNodeContext("prompt 1", node)
+
+
+def patched(node: str = "3", **options):
+    with at(node):
+        return tiny.trimmed(tiny.base_model(), **options)
+
+
+def test_every_step_is_told_to_the_page_that_queued_the_run(page):
+    model = patched()
+    with at("9"):
+        tiny.sample(model, steps=3)
+    events = [data for data, sid in page.sent if sid == "page"]
+    assert len(events) == len(page.sent) == 4
+    about = {"nodes": ["3"], "prompt": "prompt 1", "steps": 3}
+    assert all(about.items() <= event.items() for event in events)
+    assert len({event["run"] for event in events}) == 1
+    *steps, end = events
+    assert [event["step"] for event in steps] == [1, 2, 3]
+    report = tiny.report_of(model)
+    for event, step in zip(steps, report.steps, strict=True):
+        shares = [100 * kept / step.grid.tokens for kept in step.kept_per_block]
+        assert event["kept"] == pytest.approx(shares, abs=0.51)
+        assert event["work"] == step_work(report, step) < 1
+        assert event["seconds"] == pytest.approx(step.seconds, abs=1e-4)
+        assert event["whole"] is False
+    assert end["done"] and end["finished"] and end["remarks"] == len(report.notes)
+
+
+def test_heads_in_their_patterns_are_told(page):
+    with at("3"):
+        model = attach(tiny.base_model(), TrimPlan(heads=heads()))
+    tiny.sample(model, steps=1)
+    told = page.sent[0][0]
+    assert told["kept"] == [100] * tiny.LAYERS
+    # block 1 lacks cross-attention heads
+    assert told["patterned"] == [0, 1, 3] and not told["whole"]
+    assert 0.5 < told["work"] < 1
+
+
+def test_every_node_of_a_chain_shows_the_plan_that_it_is_part_of(page):
+    with at("3"):
+        first = tiny.at_node(tiny.base_model())
+    with at("7:2"):
+        second = attach(first, TrimPlan(tiny.token_plan(), heads()))
+    with at("3"):
+        again = attach(second, TrimPlan(tiny.token_plan()))
+    nodes = [attachment_of(model).nodes for model in (first, second, again)]
+    assert nodes == [("3",), ("3", "7:2"), ("7:2", "3")]
+    tiny.sample(second, steps=1)
+    assert page.sent[0][0]["nodes"] == ["3", "7:2"]
+
+
+@pytest.mark.parametrize("node", [WanTrimTokens, WanTrimHeads, WanTrimBlocks])
+def test_equal_nodes_are_not_one_to_the_hosts_cache(node):
+    # the host's word for an id that counts among the inputs
+    assert node.NOT_IDEMPOTENT
+
+
+def test_the_page_changes_nothing_of_the_video(page):
+    told = tiny.sample(patched(), steps=2)
+    page.client_id = None
+    count = len(page.sent)
+    assert torch.equal(tiny.sample(patched(), steps=2), told)
+    assert len(page.sent) == count
+    sys.modules.pop("server")
+    assert torch.equal(tiny.sample(patched(), steps=2), told)
+
+
+def test_a_plan_that_no_node_made_is_told_to_nobody(page):
+    tiny.sample(tiny.trimmed(tiny.base_model()), steps=1)
+    assert not page.sent
+
+
+def test_a_cancelled_run_says_so(page):
+    def cancel(step, *_):
+        if step == 1:
+            raise InterruptProcessingException
+
+    with pytest.raises(InterruptProcessingException):
+        tiny.sample(patched(), steps=4, callback=cancel)
+    assert page.sent[-1][0]["done"] and not page.sent[-1][0]["finished"]
+
+
+def test_a_sampler_of_two_calls_a_step_counts_by_the_schedule(page):
+    tiny.sample(patched(), steps=3, sampler="heun")
+    told = [data["step"] for data, _ in page.sent if "step" in data]
+    assert told == sorted(told) and told[0] == 1 and told[-1] == 3 and len(told) == 5
+
+
+def test_a_real_server_tells_it_over_its_socket(comfyui, root, tmp_path):
+    """Two chains with equal settings: each node gets the map of its own run."""
+    prompt = {
+        "1": {"class_type": "WanTrimDemoModel", "inputs": {}},
+        "2": {
+            "class_type": "WanTrimTokens",
+            "inputs": {
+                "model": ["1", 0],
+                "prune_ratio": 0.3,
+                "preset": "refresh",
+                "start_percent": 0.0,
+                "end_percent": 1.0,
+            },
+        },
+        "3": {"class_type": "WanTrimDemoPrompt", "inputs": {"prompt": ""}},
+        "4": {
+            "class_type": "EmptyHunyuanLatentVideo",
+            "inputs": {"width": 96, "height": 96, "length": 17, "batch_size": 1},
+        },
+        "5": {
+            "class_type": "KSampler",
+            "inputs": {
+                "model": ["2", 0], "positive": ["3", 0], "negative": ["3", 0],
+                "latent_image": ["4", 0], "seed": 1, "steps": 4, "cfg": 1.0,
+                "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0,
+            },
+        },
+        "6": {"class_type": "VAEDecode", "inputs": {"samples": ["5", 0], "vae": ["1", 1]}},
+        "7": {"class_type": "PreviewImage", "inputs": {"images": ["6", 0]}},
+    }  # fmt: skip
+
+    again = {name: f"1{name}" for name in "2567"}
+    prompt |= {
+        again[name]: {
+            **prompt[name],
+            "inputs": {
+                key: [again.get(value[0], value[0]), value[1]] if isinstance(value, list) else value
+                for key, value in prompt[name]["inputs"].items()
+            },
+        }
+        for name in again
+    }
+
+    async def listen(running) -> list[dict]:
+        told = []
+        async with (
+            aiohttp.ClientSession(f"http://127.0.0.1:{running.port}") as session,
+            session.ws_connect("/ws?clientId=me") as socket,
+        ):
+            queued = {"prompt": prompt, "client_id": "me"}
+            answer = await session.post("/prompt", json=queued)
+            assert answer.status == 200, await answer.text()
+            until = time.monotonic() + SOON
+            while time.monotonic() < until:
+                message = await socket.receive(timeout=SOON)
+                if message.type != aiohttp.WSMsgType.TEXT:
+                    continue
+                data = json.loads(message.data)
+                if data["type"] == EVENT:
+                    told.append(data["data"])
+                assert data["type"] != "execution_error", data
+                if data["type"] == "execution_success":
+                    return told
+        raise AssertionError(running.log[-3000:])
+
+    with server.running(comfyui, root, tmp_path / "base") as running:
+        told = asyncio.run(listen(running))
+    assert len(told) == 10
+    for node in ("2", "12"):
+        mine = [event for event in told if event["nodes"] == [node]]
+        assert [event.get("step") for event in mine] == [1, 2, 3, 4, None]
+        assert mine[0]["whole"] and set(mine[0]["kept"]) == {100}
+        assert not mine[1]["whole"] and set(mine[1]["kept"]) < set(range(50, 90))
+        assert mine[-1]["finished"]

@@ -1,0 +1,279 @@
+"""The live map on the nodes, in ComfyUI's own page in a real browser, without a ComfyUI."""
+
+from itertools import count
+
+import pytest
+
+from wantrim.tests import browser
+
+pytestmark = pytest.mark.skipif(
+    browser.missing() is not None, reason=f"the page was not tested: {browser.missing()}"
+)
+
+SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Graph.CanvasInfo": False}
+MODES = {"canvas": False, "nodes 2.0": True}
+STEPS, BLOCKS = 4, 6
+SKIPPED, WHOLE = [30, 33, 41], [116, 214, 146]
+
+NUMBERS = count()
+
+# a new id with every one: the page remembers widgets by graph and node
+EMPTY = """async () => {
+    const sizes = {version: 0.4, last_node_id: 0, last_link_id: 0}
+    const graph = {nodes: [], links: [], groups: [], config: {}, extra: {}}
+    await app.loadGraphData({id: crypto.randomUUID(), ...sizes, ...graph})
+}"""
+ADD = """({type, values}) => {
+    const node = LiteGraph.createNode(type)
+    app.rootGraph.add(node)
+    node.pos = [120, 160]
+    for (const [name, value] of Object.entries(values ?? {}))
+        node.widgets.find((widget) => widget.name === name).value = value
+    return node.id
+}"""
+FIND = "(id) => app.rootGraph.getNodeById(id)"
+SERIALISED = """() => JSON.parse(JSON.stringify(app.rootGraph.serialize().nodes))"""
+# colours at the middle of every block (down) of every column (across)
+COLOURS = """({id, columns, blocks}) => {
+    let graph = app.rootGraph, node
+    for (const part of String(id).split(":")) { node = graph.getNodeById(part); graph = node.subgraph }
+    const canvas = node.wantrimLive.parts.canvas
+    const context = canvas.getContext("2d")
+    return [...Array(blocks).keys()].map((row) => [...Array(columns).keys()].map((column) => {
+        const x = Math.floor((column + 0.6) * canvas.width / columns)
+        const y = Math.floor((row + 0.5) * canvas.height / blocks)
+        return [...context.getImageData(x, y, 1, 1).data]
+    }))
+}"""
+LINE = """(id) => app.rootGraph.getNodeById(id).wantrimLive?.parts.line.textContent ?? null"""
+# whether the map is on the screen, inside of the window
+SEEN = """() => [...document.querySelectorAll(".wantrim-live")].map((element) => {
+    const box = element.getBoundingClientRect()
+    return element.checkVisibility() && box.width > 80 && box.height > 60 && box.top >= 0
+})"""
+
+
+@pytest.fixture(scope="module")
+def playwright():
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as started:
+        yield started
+
+
+@pytest.fixture(scope="module", params=MODES.values(), ids=MODES)
+def opened(request, playwright, root):
+    settings = {**SETTINGS, "Comfy.VueNodes.Enabled": request.param}
+    with (
+        browser.serving(root / "web", settings) as address,
+        browser.open_page(playwright, address) as page,
+    ):
+        assert page.run("() => LiteGraph.vueNodesMode") is request.param
+        yield page
+
+
+@pytest.fixture
+def page(opened):
+    """An empty graph; nothing may have gone wrong at the end."""
+    opened.run(EMPTY)
+    opened.errors.clear()
+    opened.prompt = f"prompt {next(NUMBERS)}"
+    yield opened
+    assert not opened.errors
+
+
+def step(page, node, number: int, kept=None, prompt=None, run="one", **fields) -> None:
+    kept = [100, 60, 0, 60, 60, 100] if kept is None else kept
+    share = sum(kept) / 100 / len(kept)
+    told = {
+        "patterned": [],
+        "work": share,
+        "tokens": share,
+        "whole": share == 1,
+        "seconds": 1.25,
+        **fields,
+    }
+    about = {"nodes": [str(node)], "prompt": prompt or page.prompt, "run": run, "steps": STEPS}
+    page.tell("wantrim.step", **about, step=number, kept=kept, **told)
+
+
+def end(page, node, prompt=None, run="one", finished=True, remarks=0) -> None:
+    about = {"nodes": [str(node)], "prompt": prompt or page.prompt, "run": run, "steps": STEPS}
+    page.tell("wantrim.step", **about, done=True, finished=finished, remarks=remarks)
+
+
+def add(page, kind="WanTrimTokens", **values):
+    return page.run(ADD, {"type": kind, "values": values})
+
+
+def colours(page, node, columns=STEPS, blocks=BLOCKS):
+    return page.run(COLOURS, {"id": node, "columns": columns, "blocks": blocks})
+
+
+def test_the_map_shows_each_step_as_it_is_done(page):
+    node = add(page)
+    assert page.run(LINE, node) is None
+    step(page, node, 1, [100] * BLOCKS, seconds=2.0)
+    step(page, node, 2)
+    drawn = colours(page, node)
+    assert all(row[0] == [*WHOLE, 255] for row in drawn)
+    second = [row[1][:3] for row in drawn]
+    assert second[0] == second[5] == WHOLE and second[2] == SKIPPED
+    assert second[1] == second[3] not in (WHOLE, SKIPPED)
+    # what is still to come is but a shade
+    assert all(row[2][3] < 100 and row[3][3] < 100 for row in drawn)
+    assert page.run(LINE, node) == "step 2/4 · work 82 % · 1.25 s/step (whole: 2.00 s)"
+    page.page.wait_for_timeout(300)
+    assert page.run(SEEN) == [True]
+
+
+def test_heads_in_their_patterns_have_a_blue_edge(page):
+    node = add(page, "WanTrimHeads")
+    for number in range(1, STEPS + 1):
+        step(page, node, number, [100] * BLOCKS, patterned=[1], work=0.9, whole=False)
+    edge = """(id) => {
+        const canvas = app.rootGraph.getNodeById(id).wantrimLive.parts.canvas
+        return [0.5, 1.5].map((row) => [...canvas.getContext("2d").getImageData(
+            1, Math.floor(row * canvas.height / 6), 1, 1).data].slice(0, 3))
+    }"""
+    assert page.run(edge, node) == [WHOLE, [98, 150, 232]]
+    assert page.run(LINE, node).startswith("step 4/4 · work 90 % · 1.25 s/step")
+
+
+def test_without_the_models_sizes_it_counts_tokens(page):
+    node = add(page)
+    step(page, node, 1, work=None)
+    assert page.run(LINE, node) == "step 1/4 · token work 63 % · 1.25 s/step"
+
+
+def test_the_end_of_a_run_is_said(page):
+    node = add(page)
+    step(page, node, 1)
+    end(page, node, remarks=2)
+    assert page.run(LINE, node) == (
+        "1 step · work 63 % · 1.25 s/step · 2 remarks: see WanTrim Report"
+    )
+    # a run that ended has nothing to come: its columns fill the map
+    assert colours(page, node, columns=1)[0][0] == [*WHOLE, 255]
+    step(page, node, 1, prompt="another", run="two")
+    end(page, node, prompt="another", run="two", finished=False)
+    assert page.run(LINE, node).startswith("stopped after 1 step ·")
+
+
+def test_a_new_prompt_begins_anew_and_runs_of_one_prompt_stand_side_by_side(page):
+    columns = "(id) => app.rootGraph.getNodeById(id).wantrimLive.map.columns.length"
+    node = add(page)
+    for prompt in ("one", "two"):
+        for run in ("high", "low"):
+            for number in (1, 2):
+                step(page, node, number, prompt=prompt, run=prompt + run)
+            end(page, node, prompt=prompt, run=prompt + run)
+        assert page.run(columns, node) == 4
+        assert page.run(LINE, node).startswith("2 steps ·")
+    widgets = "(id) => app.rootGraph.getNodeById(id).widgets.map((widget) => widget.name)"
+    assert page.run(widgets, node).count("wantrim_live") == 1
+
+
+@pytest.mark.parametrize("preset", ["refresh", "custom"])
+def test_nothing_of_it_goes_into_the_workflow(page, preset):
+    node = add(page, prune_ratio=0.4, preset=preset)
+    page.page.wait_for_timeout(200)
+    before = page.run(SERIALISED)
+    step(page, node, 1)
+    page.page.wait_for_timeout(200)
+    after = page.run(SERIALISED)
+    assert before[0].pop("size") == pytest.approx(after[0].pop("size"), abs=2)
+    assert after == before
+    assert after[0]["widgets_values"] == [0.4, preset, *[0.5] * (preset == "custom"), 0, 1]
+    prompt = page.run("async () => (await app.graphToPrompt()).output")
+    assert "wantrim_live" not in str(prompt)
+    assert prompt[str(node)]["inputs"]["end_percent"] == 1
+
+
+def test_a_choice_made_after_a_run_keeps_the_values_in_place(page):
+    node = add(page, prune_ratio=0.4)
+    step(page, node, 1)
+    set_widget = """({id, name, value}) => {
+        app.rootGraph.getNodeById(id).widgets.find((w) => w.name === name).value = value
+    }"""
+    page.run(set_widget, {"id": node, "name": "preset", "value": "custom"})
+    page.run(set_widget, {"id": node, "name": "end_percent", "value": 0.75})
+    saved = page.run("() => JSON.parse(JSON.stringify(app.rootGraph.serialize()))")
+    assert saved["nodes"][0]["widgets_values"] == [0.4, "custom", 0.5, 0, 0.75]
+    page.run("async (saved) => { await app.loadGraphData(saved) }", saved)
+    read = "(id) => app.rootGraph.getNodeById(id).widgets.map((widget) => widget.value)"
+    assert page.run(read, node) == [0.4, "custom", 0.5, 0, 0.75]
+    # the run goes on in a page that has loaded its workflow again
+    step(page, node, 2)
+    assert page.run(LINE, node).startswith("step 2/4 ·")
+    assert "wantrim_live" not in str(page.run(SERIALISED))
+
+
+def test_a_folded_node_goes_on_and_shows_the_map_when_it_opens(page):
+    node = add(page)
+    step(page, node, 1)
+    page.run(f"(id) => ({FIND})(id).collapse()", node)
+    page.page.wait_for_timeout(300)
+    assert not any(page.run(SEEN))
+    step(page, node, 2)
+    # a bar per step along the title's lower edge; the canvas draws no folded node in Nodes 2.0
+    strip = """(id) => {
+        const node = app.rootGraph.getNodeById(id), drawn = []
+        node.onDrawForeground({fillRect: (...box) => drawn.push(box), fillStyle: ""})
+        return drawn
+    }"""
+    drawn = page.run(strip, node)
+    assert len(drawn) == 3 and all(box[1] < 0 for box in drawn)
+    page.run(f"(id) => ({FIND})(id).collapse()", node)
+    page.page.wait_for_timeout(300)
+    assert page.run(SEEN) == [True]
+    assert page.run(LINE, node).startswith("step 2/4 ·")
+    assert colours(page, node)[2][1] == [*SKIPPED, 255]
+
+
+def test_a_node_in_a_subgraph_gets_its_map(page):
+    node = add(page)
+    packed = """(id) => {
+        const made = app.rootGraph.convertToSubgraph(new Set([app.rootGraph.getNodeById(id)]))
+        return [made.node.id, made.subgraph.nodes[0].id]
+    }"""
+    outer, inner = page.run(packed, node)
+    step(page, f"{outer}:{inner}", 1)
+    page.run(
+        "(id) => app.canvas.openSubgraph(app.rootGraph.getNodeById(id).subgraph, "
+        "app.rootGraph.getNodeById(id))",
+        outer,
+    )
+    page.page.wait_for_timeout(500)
+    step(page, f"{outer}:{inner}", 2)
+    page.page.wait_for_timeout(300)
+    assert page.run(SEEN) == [True]
+    assert colours(page, f"{outer}:{inner}")[2][1] == [*SKIPPED, 255]
+
+
+def test_what_is_not_on_the_page_is_left_alone(page):
+    node, stranger = add(page), add(page, "TakesModel")
+    before = page.run(SERIALISED)
+    for gone in (stranger, 4711, "4711:3", f"{node}:1"):
+        step(page, gone, 1)
+    assert page.run(SERIALISED) == before
+    assert page.run(LINE, node) is None
+    step(page, node, 1)
+    # a node that is gone takes its map along
+    page.run(f"(id) => app.rootGraph.remove(({FIND})(id))", node)
+    step(page, node, 2)
+
+
+def test_a_page_without_the_extension_opens_the_same_workflow(page, playwright):
+    node = add(page, prune_ratio=0.4)
+    step(page, node, 1)
+    saved = page.run("() => JSON.parse(JSON.stringify(app.rootGraph.serialize()))")
+    with (
+        browser.serving(None, SETTINGS) as address,
+        browser.open_page(playwright, address) as plain,
+    ):
+        plain.run("async (saved) => { await app.loadGraphData(saved) }", saved)
+        step(plain, node, 2)
+        values = "(id) => app.rootGraph.getNodeById(id).widgets.map((widget) => widget.value)"
+        assert plain.run(values, node) == [0.4, "refresh", 0, 1]
+        assert not plain.errors

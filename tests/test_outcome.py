@@ -1,0 +1,131 @@
+"""What a report claims about work and speed, on runs whose figures are known beforehand."""
+
+import json
+
+import pytest
+
+from wantrim.hosts.outcome import measured_speed, report_json, step_work
+from wantrim.hosts.report import Report, Step
+from wantrim.methods.cost import WanShape, block_flops, outside_flops
+from wantrim.methods.grid import TokenGrid
+from wantrim.methods.heads import FRAME, FULL, OFF, HeadPlan
+
+GRID = TokenGrid(2, 3, 4)
+SHAPE = WanShape(64, 128, 4, text_tokens=8, text_dim=16, head_dim=16)
+DENSE = outside_flops(SHAPE, 24) + 4 * block_flops(SHAPE, 24)
+
+
+def step(kept, seconds=1.0, calls=2, patterned=(), planned=None) -> Step:
+    made = Step(0.9, 0.1, 0.5, GRID, 4, calls=calls, seconds=seconds)
+    made.planned_tokens, made.planned_blocks = planned or list(kept), 4
+    made.kept_per_block, made.patterned = list(kept), set(patterned)
+    return made
+
+
+def run(*steps: Step, **fields) -> Report:
+    return Report("Wan", list(steps), planned="half", finished=True, shape=SHAPE, **fields)
+
+
+WHOLE, HALF = [24] * 4, [12] * 4
+NOT_WHOLE = "no step of this run that can be compared was whole"
+
+
+def test_work_is_the_cost_models():
+    report = run(step(WHOLE), step(HALF), step([24, 0, 12, 24]))
+    whole, half, mixed = (step_work(report, one) for one in report.steps)
+    assert whole == 1.0
+    assert half == (outside_flops(SHAPE, 24) + 4 * block_flops(SHAPE, 12)) / DENSE
+    # a skipped block costs nothing, not even its keys of the text
+    left = 2 * block_flops(SHAPE, 24) + block_flops(SHAPE, 12)
+    assert mixed == (outside_flops(SHAPE, 24) + left) / DENSE
+    report.shape = None
+    assert step_work(report, report.steps[1]) is None
+
+
+def test_dropped_tokens_that_stay_as_keys_cost_their_projections():
+    report = run(step(HALF), keeps_kv=True)
+    kept = outside_flops(SHAPE, 24) + 4 * block_flops(SHAPE, 12, 12)
+    assert step_work(report, report.steps[0]) == kept / DENSE
+
+
+def test_heads_count_only_where_their_patterns_ran():
+    self_heads = ((FULL,) * 4, (FRAME, OFF, FULL, FULL), (OFF,) * 4, (FULL,) * 4)
+    plan = HeadPlan(self_heads, ((FULL,) * 4,) * 4)
+    report = run(step(WHOLE, patterned=[1]), heads=plan, attention_share=0.5)
+    # block 1: two full heads of 24 x 24 pairs and one of 2 x 12 x 12; block 2 was replaced
+    pairs = 2 * 24 * 24 + 2 * 12 * 12
+    left = 3 * block_flops(SHAPE, 24) + block_flops(SHAPE, 24, self_pairs=pairs)
+    assert step_work(report, report.steps[0]) == (outside_flops(SHAPE, 24) + left) / DENSE
+    heads = report_json(report)["steps"][0]
+    assert heads["planned"]["heads"] == {"full": 10, "frame": 1, "off": 5}
+    assert heads["executed"]["heads"] == {"full": 14, "frame": 1, "off": 1}
+
+
+def test_a_report_of_heads_alone_does_not_say_that_all_work_was_done():
+    plan = HeadPlan(((FRAME,) * 4,) * 4, ((FULL,) * 4,) * 4)
+    report = run(step(WHOLE, patterned=range(4)), heads=plan, attention_share=0.5)
+    text = report.text()
+    assert "Token work done" not in text
+    work = step_work(report, report.steps[0])
+    assert work < 1
+    assert f"Work done: {work:.1%} of an untouched model's FLOPs" in text
+    assert "patterns: 50.0%" in text
+
+
+def test_speed_is_measured_against_whole_steps_of_the_run():
+    # the first step warms up; the other whole one is the reference
+    report = run(step(WHOLE, 5.0), step(WHOLE, 2.0), step(HALF, 1.0), step(HALF, 1.5))
+    speed = measured_speed(report)
+    assert (speed.whole_steps, speed.whole, speed.trimmed) == ((2,), 2.0, 1.25)
+    assert speed.measured == pytest.approx(1.6)
+    assert speed.run == pytest.approx(3 * 2.0 / 4.5)
+    half = step_work(report, report.steps[2])
+    assert speed.expected == pytest.approx(1 / half)
+    assert speed.expected_run == pytest.approx(3 / (1 + 2 * half))
+    assert not speed.warming_up
+    assert "a whole one 2.00 s (step 2 of this run): 1.60 x; all steps 1.33 x" in report.text()
+
+
+def test_a_first_step_as_reference_is_said():
+    report = run(step(WHOLE, 3.0), step(HALF, 1.0))
+    assert measured_speed(report).warming_up
+    assert "warms up as well: the measured figure may be too good" in report.text()
+    assert report_json(report)["reference"]["warming_up"] is True
+
+
+@pytest.mark.parametrize(
+    ("steps", "why"),
+    [
+        ([step(HALF), step(HALF)], NOT_WHOLE),
+        # another number of model calls is another step
+        ([step(WHOLE, calls=1), step(HALF)], NOT_WHOLE),
+        ([step(WHOLE), step(WHOLE)], "nothing was left out"),
+    ],
+)
+def test_without_a_measured_reference_no_speed_up_is_claimed(steps, why):
+    report = run(*steps)
+    assert measured_speed(report) is None
+    assert f"Measured speed-up: none: {why}" in report.text()
+    data = report_json(report)
+    assert data["measured"] is data["reference"] is None
+    assert data["no_reference"].startswith(why)
+
+
+def test_json_holds_plan_and_deed_side_by_side():
+    report = run(step(WHOLE), step([24, 0, 12, 24], planned=HALF))
+    report.steps[1].planned_blocks = 3
+    report.note("the sky fell")
+    data = json.loads(json.dumps(report_json(report)))
+    second = data["steps"][1]
+    assert second["planned"] == {"blocks": 3, "tokens_per_block": HALF}
+    assert second["executed"] == {"blocks": 3, "tokens_per_block": [24, 0, 12, 24]}
+    assert data["did_not_happen"] == ["the sky fell"]
+    assert data["measured"]["run"] == pytest.approx(1.0)
+    assert json.loads(json.dumps(report_json(Report())))["steps"] == []
+    # planned 3 of 4 blocks on half of the tokens
+    assert "37.5%" in report.text()
+
+
+def test_a_step_that_a_cache_answered_is_no_trimmed_one():
+    report = run(step(WHOLE, 2.0), step([0] * 4, 0.01), step(HALF, 1.0))
+    assert measured_speed(report).trimmed == 1.0
