@@ -54,10 +54,10 @@ def mean_work(report: Report) -> float | None:
 
 @dataclass(frozen=True)
 class Speed:
-    """Seconds of trimmed steps beside those of whole ones of the same run.
+    """Seconds of trimmed steps beside those of whole ones.
 
     Args:
-        whole_steps: numbers of the whole steps, from 1.
+        whole_steps: numbers of the whole steps of this run, from 1; none when one was timed apart.
         whole, trimmed: median seconds of a step.
         run: seconds of all steps, had all been whole, over what they took.
         expected, expected_run: the same two ratios by FLOPs, or None.
@@ -90,11 +90,16 @@ def measured_speed(report: Report) -> Speed | None:
     whole = [s for s in alike if s.whole]
     trimmed = [s for s in alike if not s.whole and s.kept_share > 0]
     # without a clock that moved there is nothing to compare
-    if not whole or not all(s.seconds > 0 for s in (*whole, *trimmed)):
+    if not all(s.seconds > 0 for s in alike):
         return None
     # the first step warms up: of several whole steps it is not the measure
     later = [s for s in whole if s is not report.steps[0]] or whole
-    reference = statistics.median(s.seconds for s in later)
+    if report.dense_seconds is not None and alike[0] is report.steps[0]:
+        later, reference = [], report.dense_seconds
+    elif not whole:
+        return None
+    else:
+        reference = statistics.median(s.seconds for s in later)
     counted = [*later, *trimmed]
     work = [step_work(report, s) for s in counted]
     known = all(share is not None for share in work)
@@ -114,7 +119,8 @@ def why_no_speed(report: Report) -> str:
         return "nothing was left out in any step, so there is nothing to compare"
     return (
         "no step of this run that can be compared was whole, so there is no measured reference and "
-        "no speed-up is claimed; run it once at prune ratio 0 and compare the seconds"
+        "no speed-up is claimed; run it once at prune ratio 0 and compare the seconds, or turn "
+        "measure_dense_step on at WanTrim Report"
     )
 
 
@@ -127,13 +133,10 @@ def speed_lines(report: Report) -> list[str]:
         if expected is not None:
             lines.append(f"Expected from FLOPs over these steps: {expected:.2f} x.")
         return lines
-    numbers = ", ".join(map(str, speed.whole_steps))
-    name = "step" if len(speed.whole_steps) == 1 else "steps"
-    line = (
-        f"Measured: a trimmed step {speed.trimmed:.2f} s, a whole one {speed.whole:.2f} s ({name} "
-        f"{numbers} of this run): {speed.measured:.2f} x; all steps {speed.run:.2f} x."
-    )
-    lines = [line]
+    lines = [
+        f"Measured: a trimmed step {speed.trimmed:.2f} s, a whole one {speed.whole:.2f} s "
+        f"({_which(speed)}): {speed.measured:.2f} x; all steps {speed.run:.2f} x."
+    ]
     if speed.expected is not None:
         lines.append(
             f"Expected from FLOPs: a trimmed step {speed.expected:.2f} x; all steps "
@@ -147,6 +150,14 @@ def speed_lines(report: Report) -> list[str]:
     return lines
 
 
+def _which(speed: Speed) -> str:
+    """The steps that are the reference, in words."""
+    if not speed.whole_steps:
+        return "timed apart, without the sampler's own work"
+    numbers = ", ".join(map(str, speed.whole_steps))
+    return f"{'step' if len(speed.whole_steps) == 1 else 'steps'} {numbers} of this run"
+
+
 def reports_json(reports: Sequence[Report]) -> dict:
     """Several reports as one, and the version of their form."""
     return {"format": FORMAT, "reports": [report_json(report) for report in reports]}
@@ -158,7 +169,7 @@ def report_json(report: Report) -> dict:
     whole = None
     if speed is not None:
         whole = {
-            "what": "whole steps of this run",
+            "what": _which(speed),
             "steps": list(speed.whole_steps),
             "seconds": speed.whole,
             "warming_up": speed.warming_up,

@@ -130,7 +130,7 @@ def _time_bars(report: Report) -> Image.Image:
     title = f"seconds per step: {min(times):.2f} to {max(times):.2f} s"
     whole = None if speed is None else speed.whole
     if speed is not None:
-        title += f"; the line is a whole step of this run, {whole:.2f} s"
+        title += f"; the line is a whole step, {whole:.2f} s"
     return _bars(title, times, TIME, [f"{value:.2f}" for value in times], whole)
 
 

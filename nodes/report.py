@@ -8,9 +8,11 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+import comfy.model_management
 from comfy_api.latest import io, ui
 
-from ..hosts.comfyui.attach import attachment_of
+from ..hosts.comfyui.attach import Attachment, attachment_of
+from ..hosts.comfyui.dense_step import time_dense_step
 from ..hosts.outcome import reports_json
 from ..hosts.report import Report
 from ..hosts.report_picture import draw_report
@@ -45,6 +47,16 @@ class WanTrimReport(io.ComfyNode):
                     optional=True,
                     tooltip="Wan2.2: the second expert's model, to report both.",
                 ),
+                io.Boolean.Input(
+                    "measure_dense_step",
+                    default=False,
+                    optional=True,
+                    advanced=True,
+                    tooltip=(
+                        "After the run, time one step of the untouched model on random input of the "
+                        "same size, to compare the trimmed steps with. Takes two steps' time."
+                    ),
+                ),
             ],
             outputs=[
                 io.String.Output("text", display_name="text", tooltip="The report in words."),
@@ -58,7 +70,9 @@ class WanTrimReport(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, images: torch.Tensor, model_low_noise=None) -> io.NodeOutput:
+    def execute(
+        cls, model, images: torch.Tensor, model_low_noise=None, measure_dense_step: bool = False
+    ) -> io.NodeOutput:
         reports = []
         pair = model_low_noise is not None
         if pair and attachment_of(model) is attachment_of(model_low_noise) is not None:
@@ -81,6 +95,8 @@ class WanTrimReport(io.ComfyNode):
                 )
             expert = {"model": "high noise", "model_low_noise": "low noise"}[label]
             report = attachment.report
+            if measure_dense_step and report.steps:
+                report = _with_dense_step(patched, attachment)
             reports.append(
                 replace(report, model=f"{report.model}, {expert} expert") if pair else report
             )
@@ -105,6 +121,22 @@ def _nothing_on(label: str, model: str) -> Report:
         f"the input '{label}' has no WanTrim plan on it, so nothing was trimmed or timed; connect "
         "the output of WanTrim Tokens, or of a node behind it, and take off its bypass"
     )
+    return report
+
+
+def _with_dense_step(model, attachment: Attachment) -> Report:
+    """The report with the seconds of a dense step, or with the reason why there are none."""
+    report = replace(attachment.report, notes=[*attachment.report.notes])
+    reason = attachment.unmeasurable
+    if reason is None and len(attachment.calls) != report.steps[0].calls:
+        reason = "another node made or answered calls of the first step"
+    if reason is None:
+        try:
+            report.dense_seconds = time_dense_step(model, attachment.calls)
+        except comfy.model_management.OOM_EXCEPTION:
+            reason = "there was not enough memory for it"
+    if reason is not None:
+        report.note(f"no dense step was timed: {reason}")
     return report
 
 

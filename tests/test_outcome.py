@@ -111,6 +111,19 @@ def test_without_a_measured_reference_no_speed_up_is_claimed(steps, why):
     assert data["no_reference"].startswith(why)
 
 
+def test_a_step_timed_apart_is_the_reference_when_there_is_one():
+    report = run(step(HALF, 1.0), step(HALF, 1.5), dense_seconds=2.0)
+    speed = measured_speed(report)
+    assert (speed.whole_steps, speed.whole, speed.trimmed) == ((), 2.0, 1.25)
+    assert speed.run == pytest.approx(2 * 2.0 / 2.5) and not speed.warming_up
+    assert speed.expected_run == pytest.approx(1 / step_work(report, report.steps[0]))
+    assert "(timed apart, without the sampler's own work): 1.60 x" in report.text()
+    # it is of the first step's size
+    report.steps[0].calls = 1
+    report.steps.append(step(HALF))
+    assert measured_speed(report) is None
+
+
 def test_json_holds_plan_and_deed_side_by_side():
     report = run(step(WHOLE), step([24, 0, 12, 24], planned=HALF))
     report.steps[1].planned_blocks = 3

@@ -21,6 +21,7 @@ from ...methods.schedule import progress_at
 from ..report import Report
 from ..session import COND, Session, TrimPlan, check_latent
 from .blocks import replace_blocks
+from .dense_step import Unmeasurable, call_sizes
 from .live import Live, running_node
 from .shape import wan_shape
 from .variants import anchored_frames, token_grid, why_not_now
@@ -43,6 +44,9 @@ class Attachment:
     def __init__(self, plan: TrimPlan, nodes: tuple[str, ...] = ()):
         self.plan, self.nodes = plan, nodes
         self.report: Report | None = None
+        # sizes of the first step's model calls in that run, or why they are not known
+        self.calls: list[dict] = []
+        self.unmeasurable: str | None = None
 
     def __deepcopy__(self, memo) -> Attachment:
         # older hosts deep-copy model_options with every clone; the report must stay reachable
@@ -97,6 +101,18 @@ class _Run:
         self.awaits_cond = False
         # of the call that runs, before the host rounds it to the model's dtype
         self.latent: torch.Tensor | None = None
+        # of the first step's model calls
+        self.calls: list[dict] = []
+        self.unmeasurable: str | None = None
+
+    def note_call(self, arguments: dict) -> None:
+        """Keep the sizes of a model call that was made, if it is of the first step."""
+        if len(self.session.report.steps) != 1 or self.unmeasurable is not None:
+            return
+        try:
+            self.calls.append(call_sizes(arguments))
+        except Unmeasurable as error:
+            self.unmeasurable = str(error)
 
     def __deepcopy__(self, memo) -> _Run:
         return self
@@ -116,7 +132,7 @@ def _outer_sample(executor, *args, **kwargs):
     shift = getattr(sampling, "shift", None)
     if shift is None:
         report.note("this model's sampling has no flow shift: the schedule follows sigma itself")
-    options["transformer_options"][SESSION_KEY] = _Run(session, shift or 1.0)
+    run = options["transformer_options"][SESSION_KEY] = _Run(session, shift or 1.0)
     if not attachment.plan.neutral:
         # last, so that what other packs do per batch of prompts is done once
         for kind, wrapper in (
@@ -135,7 +151,7 @@ def _outer_sample(executor, *args, **kwargs):
                 "torch.compile: the run is right but not compiled, because a compiled model would "
                 "freeze the first step's choice of tokens or blocks"
             )
-    attachment.report = report
+    attachment.report, attachment.calls = report, run.calls
     guider.model_options = options
     completed = False
     try:
@@ -145,6 +161,7 @@ def _outer_sample(executor, *args, **kwargs):
     finally:
         guider.model_options = original
         session.finish(completed)
+        attachment.unmeasurable = run.unmeasurable
         live.end()
         if report.steps:
             log.info(
@@ -203,9 +220,12 @@ def _apply_model(
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
     run.latent = x
     try:
-        return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+        out = executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
     finally:
         run.latent = None
+    given = {"x": x, "t": t, "c_concat": c_concat, "c_crossattn": c_crossattn, "control": control}
+    run.note_call({**given, **kwargs})
+    return out
 
 
 @torch.compiler.disable

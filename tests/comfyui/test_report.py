@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from wantrim.hosts.comfyui.attach import attach, attachment_of
+from wantrim.hosts.comfyui.dense_step import Unmeasurable, call_sizes
 from wantrim.hosts.session import TrimPlan
 from wantrim.methods.depth import BlockBudget, BlockPlan
 from wantrim.methods.heads import PATTERNS
@@ -33,8 +34,8 @@ PLANS = {
 }  # fmt: skip
 
 
-def report(model, low=None) -> tuple[str, torch.Tensor, dict]:
-    text, picture, figures = WanTrimReport.execute(model, VIDEO, low).result
+def report(model, low=None, **options) -> tuple[str, torch.Tensor, dict]:
+    text, picture, figures = WanTrimReport.execute(model, VIDEO, low, **options).result
     return text, picture, json.loads(figures)
 
 
@@ -108,3 +109,63 @@ def test_the_models_sizes_are_those_of_the_run():
     assert (shape.dim, shape.num_blocks, shape.head_dim) == (tiny.DIM, tiny.LAYERS, 12)
     assert (shape.text_tokens, shape.image_tokens) == (11, tiny.CLIP_TOKENS)
     assert (shape.in_channels, shape.text_dim) == (36, tiny.TEXT_DIM)
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+@pytest.mark.parametrize("tokens", [(7, 7), (7, 11)], ids=["batched", "split"])
+def test_a_dense_step_is_timed_of_the_size_of_the_runs(kind, tokens):
+    model, given = tiny.trimmed(tiny.base_model(kind)), tiny.case(kind, tokens=tokens)
+    video = tiny.sample(model, given, steps=2)
+    before = tiny.report_of(model)
+    seen = []
+
+    def watch(network, args, kwargs):
+        seen.append((tuple(args[0].shape), tuple(kwargs["context"].shape)))
+
+    network = model.model.diffusion_model
+    hook = network.register_forward_pre_hook(watch, with_kwargs=True)
+    try:
+        text, _, figures = report(model, measure_dense_step=True)
+        # the run's own report is as it was
+        assert tiny.report_of(model) is before and before.dense_seconds is None
+        # warmed up, then timed
+        timed, seen[:] = list(seen), []
+        tiny.sample(model.clone(), given, steps=1)
+    finally:
+        hook.remove()
+    assert timed == 2 * seen and len(seen) == before.steps[0].calls
+    (one,) = figures["reports"]
+    assert one["reference"]["seconds"] > 0 and one["reference"]["steps"] == []
+    assert "timed apart" in one["reference"]["what"] and "timed apart" in text
+    assert not one["did_not_happen"]
+    assert torch.equal(tiny.sample(model, given, steps=2), video)
+
+
+def test_a_dense_step_that_cannot_be_timed_is_said(monkeypatch):
+    model = tiny.trimmed(tiny.base_model())
+    tiny.sample(model, steps=2)
+    attachment = attachment_of(model)
+    attachment.unmeasurable = "the model was given a ControlNet as 'control'"
+    text = report(model, measure_dense_step=True)[0]
+    assert "no dense step was timed: the model was given a ControlNet" in text
+    attachment.unmeasurable = None
+
+    def full(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr("wantrim.nodes.report.time_dense_step", full)
+    assert "not enough memory" in report(model, measure_dense_step=True)[0]
+    assert "no dense step" not in report(model)[0]
+
+
+def test_only_sizes_are_kept_of_the_calls():
+    model = tiny.trimmed(tiny.base_model("vace"))
+    tiny.sample(model, tiny.case("vace"), steps=3)
+    (call,) = attachment_of(model).calls
+    assert {"x", "t", "c_crossattn", "control"} < set(call)
+    assert not any(isinstance(value, torch.Tensor) for value in call.values())
+
+
+def test_a_call_with_something_that_has_no_size_cannot_be_made_again():
+    with pytest.raises(Unmeasurable, match="given a object as 'control'"):
+        call_sizes({"x": torch.zeros(1), "control": object()})
