@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..methods.depth import BlockPlan, choose_blocks
-from ..methods.grid import gather_tokens
 from ..methods.routers import Content
+from .compiled import gather_tokens, outside_graphs
 
 if TYPE_CHECKING:
     from .call import BlockCall
@@ -127,6 +127,7 @@ def _stretches(blocks: frozenset[int]) -> list[Piece]:
     return sorted(map(tuple, found), key=lambda p: (p[0] - p[1], p[0]))
 
 
+@outside_graphs
 class Skipped:
     """A block that does not run, in place of the host's.
 
@@ -149,6 +150,7 @@ class Skipped:
         return out if self._update is None else out + gather_tokens(self._update, index)
 
 
+@outside_graphs
 class Watched:
     """The host's block, which also tells what it added.
 
@@ -174,6 +176,7 @@ class Watched:
         return out
 
 
+@outside_graphs
 class BlockCalls:
     """The blocks of one model call, some of them skipped.
 

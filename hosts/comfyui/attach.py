@@ -229,20 +229,24 @@ def _trimmed_options(
         report.note(reason)
         return options
     check_latent(x)
-    sigma = float(options["sigmas"].max()) if "sigmas" in options else float(timestep.max()) / 1000
     grid = token_grid(dm, x, time_dim_concat, extra)
     # without the image channels, which only one of the two prompts may have
     noise = x[:, : dm.out_dim]
     if run.latent is not None and run.latent.shape == noise.shape:
         # the change of the velocity drowns in the rounding of a half-precision latent
         noise = run.latent
+    roles = options.get("cond_or_uncond", [COND])
+    levels = options.get("sigmas", timestep)
+    anchored = anchored_frames(dm, x, timestep, grid, extra)
+    seen = run.session.look(levels, noise, roles, anchored)
+    sigma = seen.largest if "sigmas" in options else seen.largest / 1000
     call = run.session.begin(
+        seen=seen,
         latent=noise,
         sigma=sigma,
         progress=progress_at(sigma, run.shift),
-        cond_or_uncond=options.get("cond_or_uncond", [COND]),
+        cond_or_uncond=roles,
         grid=grid,
-        anchored=anchored_frames(dm, x, timestep, grid, extra),
         num_blocks=len(dm.blocks),
         window=_part(options),
         patch_frames=dm.patch_size[0],
