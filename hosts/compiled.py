@@ -21,14 +21,11 @@ scatter_tokens = torch.compiler.disable(grid.scatter_tokens)
 
 
 def outside_graphs(cls: Class) -> Class:
-    """Class decorator: its methods are never traced; what of the host they call still is."""
-    for value in vars(cls).values():
-        if isinstance(value, FunctionType):
-            torch.compiler.disable(value, recursive=False)
+    """Class decorator: its methods are never traced; what of the host they call still is.
+
+    Methods that are disabled with all that they call stay so.
+    """
+    for name, value in list(vars(cls).items()):
+        if isinstance(value, FunctionType) and not hasattr(value, "__wrapped__"):
+            setattr(cls, name, torch.compiler.disable(value, recursive=False))
     return cls
-
-
-@torch.compiler.disable
-def untraced(function, *args):
-    """function(*args) with nothing of it compiled."""
-    return function(*args)

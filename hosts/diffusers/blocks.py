@@ -10,7 +10,7 @@ from diffusers import WanTransformer3DModel
 from diffusers.hooks import HookRegistry, ModelHook
 from torch.overrides import TorchFunctionMode
 
-from ..compiled import gather_tokens, outside_graphs, untraced
+from ..compiled import gather_tokens, outside_graphs
 from ..heads import BlockHeads
 
 
@@ -23,11 +23,11 @@ class Block:
         self.temb, self.rotary, self.heads = temb, rotary, heads
 
     def run(self) -> torch.Tensor:
-        return self._forward(self._tap())
+        return self._on_all(self._tap())
 
     def run_watched(self, look) -> torch.Tensor:
         tap = self._tap(look=look)
-        out = self._forward(tap)
+        out = self._on_all(tap)
         tap.require_seen()
         return out
 
@@ -49,21 +49,28 @@ class Block:
         wanted = any(option is not None for option in options.values())
         return AttentionTap(**options) if wanted else None
 
-    def _forward(self, tap: AttentionTap | None) -> torch.Tensor:
-        return self._call(tap, self.hidden, self.text, self.temb, self.rotary)
-
-    def _call(self, tap: AttentionTap | None, *inputs) -> torch.Tensor:
+    def _on_all(self, tap: AttentionTap | None) -> torch.Tensor:
         if tap is None:
-            return self.forward(*inputs)
-        with tap:
-            # a tap is a step's decision, and a graph would freeze it
-            return untraced(self.forward, *inputs)
+            return self.forward(self.hidden, self.text, self.temb, self.rotary)
+        return _tapped(tap, self.forward, self.hidden, self.text, self.temb, self.rotary)
 
-    def _on(self, tap: AttentionTap | None, index) -> torch.Tensor:
+    def _on(self, tap: AttentionTap | None, index: torch.Tensor) -> torch.Tensor:
         # per-token modulation [b, s, 6, c] only for TI2V
         temb = gather_tokens(self.temb, index) if self.temb.ndim == 4 else self.temb
         rotary = tuple(gather_tokens(part, index) for part in self.rotary)
-        return self._call(tap, gather_tokens(self.hidden, index), self.text, temb, rotary)
+        # what is gathered has no other name, so that the block lets go of it when it may
+        if tap is None:
+            return self.forward(gather_tokens(self.hidden, index), self.text, temb, rotary)
+        return _tapped(
+            tap, self.forward, gather_tokens(self.hidden, index), self.text, temb, rotary
+        )
+
+
+@torch.compiler.disable
+def _tapped(tap: AttentionTap, forward, hidden, text, temb, rotary) -> torch.Tensor:
+    """A block's forward under a tap, uncompiled: a graph would freeze what the tap does."""
+    with tap:
+        return forward(hidden, text, temb, rotary)
 
 
 class _Stopped(Exception):
