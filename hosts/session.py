@@ -183,18 +183,23 @@ class Session:
             )
         chunks = latent.chunk(len(cond_or_uncond))
         decider, last = _decider(cond_or_uncond), self.decision
-        asked = [levels.max().to(latent.device)]
+        asked = [levels.max()]
         asked += [(chunks[0] == chunk).all() for chunk in chunks[1:]]
         alike = last is not None and _alike(last.latent, chunks[decider])
         if alike:
             asked.append((last.latent == chunks[decider]).all())
-        told = torch.stack([value.float() for value in asked])
+        # what the blocks of the call before told the router comes along
+        unread = [] if self.skips is None else self.skips.unread()
+        told = torch.stack([value.to(latent.device).float() for value in asked + unread])
         if anchored is not None:
             told = torch.cat([told, anchored.to(told)])
         largest, *told = told.tolist()
         mixed = not all(told[: len(chunks) - 1])
         again = alike and bool(told[len(chunks) - 1])
-        given = tuple(value > 0 for value in told[len(asked) - 1 :])
+        told = told[len(asked) - 1 :]
+        if unread:
+            self.skips.read(told[: len(unread)])
+        given = tuple(value > 0 for value in told[len(unread) :])
         return Seen(largest, mixed, again, given if any(given) else None)
 
     def begin(

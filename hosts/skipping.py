@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -100,6 +100,14 @@ class Skips:
         self._at = sigma
         self._now = StepBlocks(num_blocks, skipped, remember, known, reuse, observe)
         return self._now
+
+    def unread(self) -> list[torch.Tensor]:
+        """Scalars that the router was told and has not read yet."""
+        return [] if self._run is None else self._run.unread()
+
+    def read(self, values: Sequence[float]) -> None:
+        """Give the router the values of what was unread, which somebody else waited for."""
+        self._run.read(values)
 
     def _choose(self, sigma, progress, content: Content, num_blocks: int) -> frozenset[int]:
         if self._ahead is not None and abs(self._ahead[0] - sigma) < SAME_SIGMA:
