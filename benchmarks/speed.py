@@ -21,7 +21,7 @@ import torch
 
 from ..hosts.session import TrimPlan
 from .speed_gpu import ask_for_gpu, gpu_rows, rows_to_fill
-from .speed_models import ATTACHED, Runner, Size, build, plans, steady_work
+from .speed_models import ATTACHED, Runner, Size, build, plans, sharing, steady_work
 from .speed_probes import interval, overhead, peak_bytes, take_turns
 from .table import RESULTS, commit, merge_rows, read_rows
 
@@ -136,7 +136,9 @@ def time_overhead(size: Size, pairs: int) -> list[dict[str, object]]:
     model = build(size)
     rows = []
     for name, plan in ((NEUTRAL, TrimPlan()), (ATTACHED_NAME, ATTACHED)):
-        dense, other = Runner(model, size), Runner(model, size, plan)
+        # copies both where one is, since a copy lies elsewhere in memory
+        untouched = model if plan.neutral else sharing(model)
+        dense, other = Runner(untouched, size), Runner(model, size, plan)
         for runner in (dense, other):
             runner.step()
         taken = overhead(dense, other, pairs)

@@ -126,12 +126,13 @@ class Runner:
     """Forwards of one model, each a new step of one sampling run.
 
     Args:
-        plan: attached to a copy of the model; None times the model itself.
+        plan: attached to a copy of the model; one that trims nothing attaches nothing.
         compiled: backend of torch.compile for the blocks, or "no".
     """
 
     def __init__(self, model, size: Size, plan: TrimPlan | None = None, compiled: str = "no"):
-        self.model = model if plan is None else sharing(model)
+        trims = plan is not None and not plan.neutral
+        self.model = sharing(model) if trims else model
         self.attachment: Attachment | None = None
         if compiled != "no":
             self.model.compile_repeated_blocks(backend=compiled)
