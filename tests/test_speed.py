@@ -5,6 +5,7 @@ import torch
 
 from wantrim.benchmarks import speed
 from wantrim.benchmarks.flops import count_flops
+from wantrim.benchmarks.plots import plot_speed
 from wantrim.benchmarks.speed_gpu import COMMAND, kernel_cases, real_sizes, rows_to_fill
 from wantrim.benchmarks.speed_models import (
     ATTACHED,
@@ -141,6 +142,8 @@ def test_only_the_small_size_can_be_timed_from_end_to_end(tmp_path, monkeypatch)
     waiting = [r for r in rows if r["device"] == "GPU"]
     assert {r["tokens"] for r in waiting} == {"32760", "75600"}
     assert all(not r["dense_ms"] and "--gpu" in r["note"] for r in waiting)
+    plot_speed(rows, tmp_path / "speed.png")
+    assert (tmp_path / "speed.png").stat().st_size > 10_000
     table = speed_table(rows)
     assert f"`{COMMAND}`" in table and "not measured" in table
 

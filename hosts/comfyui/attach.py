@@ -88,9 +88,22 @@ class _Run:
         self.awaits_cond = False
         # of the call that runs, before the host rounds it to the model's dtype
         self.latent: torch.Tensor | None = None
+        # the sampler's, and their values: reading them waits for the device
+        self._sigmas: torch.Tensor | None = None
+        self._values: list[float] = []
 
     def __deepcopy__(self, memo) -> _Run:
         return self
+
+    def upcoming(self, options: dict, sigma: float) -> tuple[float, float] | None:
+        """The next step's sigma and progress; samplers that choose their own sigmas have none."""
+        sigmas = options.get("sample_sigmas")
+        if sigmas is None:
+            return None
+        if sigmas is not self._sigmas:
+            self._sigmas, self._values = sigmas, sigmas.tolist()
+        later = [s for s in self._values if 0 < s < sigma - 1e-4]
+        return (max(later), progress_at(max(later), self.shift)) if later else None
 
 
 def _outer_sample(executor, *args, **kwargs):
@@ -252,18 +265,9 @@ def _trimmed_options(
         patch_frames=dm.patch_size[0],
         prompts=tuple(options.get("uuids", ())),
         clip=None if clip_fea is None else clip_fea[:, 0],
-        upcoming=_upcoming(options, sigma, run.shift),
+        upcoming=run.upcoming(options, sigma),
     )
     return replace_blocks(options, call) if call.trims else options
-
-
-def _upcoming(options: dict, sigma: float, shift: float) -> tuple[float, float] | None:
-    """The next step's sigma and progress; samplers that choose their own sigmas have none."""
-    sigmas = options.get("sample_sigmas")
-    if sigmas is None:
-        return None
-    later = [s for s in sigmas.tolist() if 0 < s < sigma - 1e-4]
-    return (max(later), progress_at(max(later), shift)) if later else None
 
 
 def _part(options: dict) -> tuple:
