@@ -406,6 +406,12 @@ def test_online_sees_what_the_conditional_rows_of_this_run_added(model):
             told.append((round(sigma, 4), index, float(size)))
             self.inner.observe(sigma, index, size)
 
+        def unread(self):
+            return self.inner.unread()
+
+        def read(self, values):
+            self.inner.read(values)
+
     class Spy(OnlineRouter):
         def run(self, num_blocks):
             return Told(super().run(num_blocks))
