@@ -34,7 +34,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/pytest -q tests/test_layering.py
 
-# heads only so far: kernels, tokens and blocks come with the issue on speed
+# `make bench ARGS=--gpu` times real sizes and the kernels on a GPU
 bench: $(READY)
 	$(BIN)/python -m wantrim.benchmarks.speed $(ARGS)
 

@@ -136,6 +136,29 @@ def plot_study(rows: Sequence[dict[str, str]], group: str, path: Path) -> None:
     _save(figure, path)
 
 
+def plot_speed(rows: Sequence[dict[str, str]], path: Path) -> None:
+    """Measured against predicted speed-up of every plan that was timed; the line is efficiency 1."""
+    mine = [r for r in rows if r["dense_ms"] and r["efficiency"]]
+    if not mine:
+        return
+    figure, axis = plt.subplots(figsize=(6.4, 5.4), constrained_layout=True)
+    cases = dict.fromkeys((r["device"], r["case"], r["compiled"]) for r in mine)
+    top = max(max(float(r["predicted"]), float(r["speedup"])) for r in mine) + 0.1
+    axis.plot([0.9, top], [0.9, top], color="grey", lw=1, label="efficiency 1")
+    axis.plot([0.9, top], [0.81, 0.9 * top], color="grey", lw=1, ls=":", label="efficiency 0.90")
+    for device, case, compiled in cases:
+        some = [
+            r for r in mine if (r["device"], r["case"], r["compiled"]) == (device, case, compiled)
+        ]
+        x, y = ([float(r[name]) for r in some] for name in ("predicted", "speedup"))
+        label = f"{case} ({device})" + ("" if compiled == "no" else ", compiled")
+        axis.plot(x, y, "o", ms=5, label=label)
+    axis.set(xlabel="speed-up by the cost model", ylabel="speed-up on the clock")
+    axis.legend(fontsize=7)
+    axis.grid(alpha=0.3)
+    _save(figure, path)
+
+
 def _panel(row: dict[str, str]) -> tuple[int, str]:
     return int(row["steps"]), row["task"]
 
@@ -155,6 +178,8 @@ def draw(results: Path) -> list[Path]:
     for group in STUDIES:
         paths.append(results / f"study_{group}.png")
         plot_study(rows, group, paths[-1])
+    paths.append(results / "speed.png")
+    plot_speed(read_rows(results / "speed.csv"), paths[-1])
     return paths
 
 

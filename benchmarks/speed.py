@@ -1,187 +1,230 @@
 """What a step costs on the clock, dense and trimmed, in one run: `python -m wantrim.benchmarks.speed`.
 
 Each case is one row of benchmarks/results/speed.csv: the measured speed-up of a model's forward
-beside the one that the cost model predicts from FLOPs. Weights and inputs are random.
+beside the one that the cost model predicts. Weights and inputs are random. Nothing is timed before
+the tests of the code that is timed have passed. With --gpu, real Wan sizes and the kernels on a GPU;
+without one, those rows say that they were not measured, and how to.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import shutil
 import statistics
-import time
-from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from ..hosts.diffusers.attach import attach
-from ..hosts.diffusers.shape import wan_shape
-from ..hosts.diffusers.weights import new_transformer
 from ..hosts.session import TrimPlan
-from ..methods.cost import forward_flops
-from ..methods.grid import TokenGrid
-from ..methods.heads import FRAME, FULL, OFF, HeadPlan
-from .table import RESULTS, commit, merge_rows
+from .speed_gpu import ask_for_gpu, gpu_rows, rows_to_fill
+from .speed_models import ATTACHED, Runner, Size, build, plans, sharing, steady_work
+from .speed_probes import interval, overhead, peak_bytes, take_turns
+from .table import RESULTS, commit, merge_rows, read_rows
 
 log = logging.getLogger(__name__)
 COLUMNS = (
     "case", "host", "device", "dtype", "tokens", "plan", "dense_ms", "trimmed_ms", "speedup",
-    "predicted", "efficiency", "peak_mb", "compiled", "commit", "torch",
+    "speedup_lo", "speedup_hi", "predicted", "efficiency", "peak_mb", "extra_states", "compiled",
+    "commit", "torch", "note",
 )  # fmt: skip
 KEY = ("case", "host", "device", "dtype", "tokens", "plan", "compiled")
-TEXT_TOKENS = 512
+ROOT = Path(__file__).resolve().parent.parent
+# what is timed, and what it is held against
+TESTS = (
+    "test_tokens.py", "test_attend.py", "test_heads.py", "test_restore.py", "test_skipping.py",
+    "test_diffusers_host.py",
+)  # fmt: skip
+KERNEL_TESTS = ("test_kernels.py",)
+# attention is 43 % of the FLOPs of the long one; the short one has blocks to skip
+LONG = Size("1.3B, 1 block", 1536, 12, 8960, 1, (21, 32, 64))
+SHORT = Size("1.3B, 4 blocks", 1536, 12, 8960, 4, (21, 16, 32))
+# for what a large one would not show better
+SMALL = Size("narrow, 4 blocks", 384, 3, 1536, 4, (5, 16, 16))
+# as many blocks as 1.3B has, and so little in them that what is around them shows
+HOLLOW = Size("48 wide, 30 blocks", 48, 4, 64, 30, (3, 8, 8))
+LONG_PLANS = ("tokens 0.7, refresh", "heads 0.7, others off", "heads 0.7, others demoted")
+SHORT_PLANS = (
+    "tokens 0.7, refresh", "tokens 0.7, paper", "blocks 0.75, identity", "blocks 0.75, reuse",
+    "all together",
+)  # fmt: skip
+COMPILED_PLANS = ("tokens 0.7, refresh", "blocks 0.75, reuse", "heads 0.7, others off")
+NEUTRAL = "neutral"
+ATTACHED_NAME = "attached, outside its percents"
 
 
-@dataclass(frozen=True)
-class Size:
-    """A Wan of few blocks, as wide as a real one, and a video.
+def check_tests(tests: Sequence[Path]) -> None:
+    """Refuse to time code whose tests fail.
 
-    Args:
-        latent: (f, h, w).
+    Raises:
+        SystemExit: with pytest's last line.
     """
-
-    name: str
-    dim: int
-    heads: int
-    ffn_dim: int
-    blocks: int
-    latent: tuple[int, int, int]
-
-    @property
-    def grid(self) -> TokenGrid:
-        frames, height, width = self.latent
-        return TokenGrid(frames, height // 2, width // 2)
-
-
-# 1.3B wide: 21 latent frames of 16 x 32 tokens, where attention is nearly half of the FLOPs
-SIZES = {"1.3B, 1 block": Size("1.3B, 1 block", 1536, 12, 8960, 1, (21, 32, 64))}
-
-
-def plans(size: Size) -> dict[str, TrimPlan]:
-    """What is timed, by its words in the column `plan`."""
-    n, blocks = size.heads, size.blocks
-    whole = ((FULL,) * n,) * blocks
-
-    def heads(**counts: int) -> TrimPlan:
-        names = [name for name, count in counts.items() for _ in range(count)]
-        row = (*names, *[FULL] * (n - len(names)))
-        return TrimPlan(heads=HeadPlan((row,) * blocks, whole))
-
-    third, half = n // 3, n // 2
-    return {
-        "neutral": TrimPlan(heads=HeadPlan.full(blocks, n)),
-        f"{third} of {n} heads off": heads(**{OFF: third}),
-        f"{half} of {n} heads within latent frames": heads(**{FRAME: half}),
-        f"{half} of {n} heads within tiles of 2 x 2": heads(tile2=half),
-        f"of {n} heads {third} frame, {third} tile3, 1 off": heads(
-            **{FRAME: third, "tile3": third, OFF: 1}
-        ),
-    }
-
-
-def build(size: Size, device: str, dtype: torch.dtype):
-    """The model and its inputs."""
-    torch.manual_seed(0)
-    model = new_transformer(
-        dim=size.dim,
-        num_heads=size.heads,
-        num_layers=size.blocks,
-        ffn_dim=size.ffn_dim,
-        in_dim=16,
-        out_dim=16,
-        text_dim=4096,
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    log.info("running the tests of what is timed")
+    run = subprocess.run(
+        [*command, *map(str, tests)], cwd=ROOT, capture_output=True, text=True, check=False
     )
-    model = model.to(device, dtype).requires_grad_(False)
-    latent = torch.randn(1, 16, *size.latent, device=device, dtype=dtype)
-    text = torch.randn(1, TEXT_TOKENS, 4096, device=device, dtype=dtype)
-    timestep = torch.tensor([500.0], device=device)
-    return model, lambda: model(latent, timestep, text, return_dict=False)
+    if run.returncode:
+        said = (run.stdout + run.stderr).strip().splitlines() or ["no output"]
+        raise SystemExit(f"not timed, because the tests are red: {said[-1]}")
 
 
-@torch.no_grad()
-def time_plan(
-    model, forward: Callable[[], object], plan: TrimPlan, repeats: int, sync: Callable[[], None]
-) -> tuple[float, float]:
-    """Median milliseconds of a dense and of a trimmed forward, taken in turns."""
-    taken: dict[bool, list[float]] = {False: [], True: []}
-    for _ in range(repeats):
-        for trimmed in (False, True):
-            with ExitStack() as stack:
-                if trimmed:
-                    stack.enter_context(attach(model, plan))
-                sync()
-                began = time.perf_counter()
-                forward()
-                sync()
-                seconds = time.perf_counter() - began
-            taken[trimmed].append(1000 * seconds)
-    return statistics.median(taken[False]), statistics.median(taken[True])
-
-
-def measure(
-    size: Size, built: tuple, name: str, plan: TrimPlan, args: argparse.Namespace
-) -> dict[str, object]:
-    """One row, on what `build` made."""
-    model, forward = built
-    cuda = args.device.startswith("cuda")
-    sync = torch.cuda.synchronize if cuda else lambda: None
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-    dense, trimmed = time_plan(model, forward, plan, args.repeats, sync)
-    shape = wan_shape(model, TEXT_TOKENS)
-    full = forward_flops(shape, size.grid.tokens)
-    left = forward_flops(shape, size.grid.tokens, grid=size.grid, heads=plan.heads)
-    speedup, predicted = dense / trimmed, full / left
-    return {
+def row(size: Size, plan: str, taken: Sequence[tuple[float, float]], **more) -> dict[str, object]:
+    """One row, of milliseconds (dense, trimmed); `more` are further columns."""
+    ratios = [dense / trimmed for dense, trimmed in taken]
+    speedup, predicted = statistics.median(ratios), more.get("predicted", 1.0)
+    low, high = interval(ratios) if len(ratios) > 2 else ("", "")
+    return dict.fromkeys(COLUMNS, "") | {
         "case": size.name,
         "host": "diffusers",
-        "device": torch.cuda.get_device_name() if cuda else "cpu",
-        "dtype": args.dtype,
+        "device": "cpu",
+        "dtype": "float32",
         "tokens": size.grid.tokens,
-        "plan": name,
-        "dense_ms": dense,
-        "trimmed_ms": trimmed,
+        "plan": plan,
+        "dense_ms": statistics.median(dense for dense, _ in taken),
+        "trimmed_ms": statistics.median(trimmed for _, trimmed in taken),
         "speedup": speedup,
+        "speedup_lo": low,
+        "speedup_hi": high,
         "predicted": predicted,
         "efficiency": speedup / predicted,
-        "peak_mb": torch.cuda.max_memory_allocated() / 2**20 if cuda else "",
         "compiled": "no",
         "commit": commit(),
         "torch": torch.__version__,
+        **more,
     }
 
 
-def main() -> None:
+def time_plans(
+    size: Size, names: Sequence[str], rounds: int, compiled: str = "no"
+) -> list[dict[str, object]]:
+    """Dense and trimmed forwards in turns, one row for each plan.
+
+    Every FLOP counts as any other in the prediction: a CPU's rates are not known beforehand.
+    """
+    model, chosen = build(size), {name: plans(size)[name] for name in names}
+    others = {name: Runner(model, size, plan, compiled) for name, plan in chosen.items()}
+    dense = Runner(model, size, compiled=compiled)
+    # to warm up; the first step of a plan that repeats something computes all
+    dense.step()
+    for name, plan in chosen.items():
+        remembers = plan.tokens is not None and plan.tokens.remembers
+        remembers |= plan.blocks is not None and plan.blocks.skipped == "reuse"
+        if remembers or compiled != "no":
+            others[name].step()
+        if compiled != "no":
+            # the trimmed shape is compiled, too
+            others[name].step()
+    whole = steady_work(size, TrimPlan()).flops
+    rows = []
+    for name, taken in take_turns(dense, others, rounds).items():
+        predicted = whole / steady_work(size, chosen[name]).flops
+        rows.append(row(size, name, taken, predicted=predicted, compiled=compiled))
+        others[name].close()
+        say(rows[-1])
+    return rows
+
+
+def time_overhead(size: Size, pairs: int) -> list[dict[str, object]]:
+    """What a plan costs that changes nothing: one that attaches nothing, and one that is attached.
+
+    The note has the difference in milliseconds, which hardly depends on the model's width.
+    """
+    model = build(size)
+    rows = []
+    for name, plan in ((NEUTRAL, TrimPlan()), (ATTACHED_NAME, ATTACHED)):
+        # copies both where one is, since a copy lies elsewhere in memory
+        untouched = model if plan.neutral else sharing(model)
+        dense, other = Runner(untouched, size), Runner(model, size, plan)
+        for runner in (dense, other):
+            runner.step()
+        taken = overhead(dense, other, pairs)
+        more = statistics.median(trimmed - dense for dense, trimmed in taken)
+        rows.append(row(size, name, taken, note=f"{more:+.2f} ms a forward"))
+        other.close()
+        say(rows[-1])
+    return rows
+
+
+def measure_memory(size: Size, rows: list[dict[str, object]]) -> None:
+    """Fill in the peak of three steps, and by how many hidden states it is above that of dense."""
+    model, named = build(size), plans(size)
+    state = size.grid.tokens * size.dim * next(model.parameters()).element_size()
+
+    def peak(plan) -> int:
+        runner = Runner(model, size, plan)
+        most = peak_bytes(lambda: [runner.step() for _ in range(3)])
+        runner.close()
+        return most
+
+    dense = peak(None)
+    for made in rows:
+        if made["plan"] in named:
+            most = peak(named[made["plan"]])
+            made["peak_mb"] = most / 2**20
+            made["extra_states"] = (most - dense) / state
+            log.info("%s: %.2f hidden states above dense", made["plan"], made["extra_states"])
+
+
+def backend() -> str:
+    """Of torch.compile: inductor needs a C++ compiler for the CPU; the other compiles nothing."""
+    return "inductor" if shutil.which("g++") else "aot_eager"
+
+
+def say(made: dict[str, object]) -> None:
+    log.info(
+        "%s, %s (compiled: %s): %.0f ms dense, %.0f ms trimmed, %.3fx of %.3fx, efficiency %.2f",
+        made["case"], made["plan"], made["compiled"], made["dense_ms"], made["trimmed_ms"],
+        made["speedup"], made["predicted"], made["efficiency"],
+    )  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     add = parser.add_argument
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--dtype", default="float32", choices=("bfloat16", "float16", "float32"))
-    add("--repeats", type=int, default=3)
-    add("--threads", type=int, default=1, help="of torch, on the CPU")
+    add("--gpu", action="store_true", help="real sizes and kernels on a GPU, in place of the CPU's")
+    add("--rounds", type=int, default=2, help="turns of each plan at the large sizes")
+    add("--pairs", type=int, default=40, help="pairs of forwards for the overhead")
+    add("--threads", type=int, default=2, help="of torch, on the CPU")
+    add("--small", action="store_true", help="only the small size")
     add("--results", type=Path, default=RESULTS, help="folder of speed.csv")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if args.gpu:
+        ask_for_gpu()
+    tests = (*TESTS, *KERNEL_TESTS) if args.gpu else TESTS
+    check_tests([ROOT / "tests" / name for name in tests])
+    path = args.results / "speed.csv"
+
+    def keep(rows: Sequence[dict[str, object]]) -> None:
+        merge_rows(path, rows, COLUMNS, KEY)
+
+    if args.gpu:
+        for rows in gpu_rows(row):
+            keep(rows)
+        return
+    # a GPU's own rows stay, and there is nothing to wait for beside them
+    known = {(r["case"], r["host"], r["plan"]) for r in read_rows(path) if r["dense_ms"]}
+    waiting = [r for r in rows_to_fill() if (r["case"], r["host"], r["plan"]) not in known]
+    keep([dict.fromkeys(COLUMNS, "") | made for made in waiting])
+    torch.set_num_threads(1)
+    # the time of a process is that of all its threads
+    for size in (HOLLOW, SMALL):
+        keep(time_overhead(size, args.pairs))
+    small = time_plans(SMALL, list(plans(SMALL)), 3)
+    measure_memory(SMALL, small)
+    keep(small)
+    keep(time_plans(SMALL, COMPILED_PLANS, 5, backend()))
+    if args.small:
+        return
     torch.set_num_threads(args.threads)
-    rows = []
-    for size in SIZES.values():
-        built = build(size, args.device, getattr(torch, args.dtype))
-        with torch.no_grad():
-            # to warm up
-            built[1]()
-        for name, plan in plans(size).items():
-            row = measure(size, built, name, plan, args)
-            rows.append(row)
-            log.info(
-                "%s, %s: %.0f ms dense, %.0f ms trimmed, %.2fx of %.2fx",
-                size.name, name, row["dense_ms"], row["trimmed_ms"], row["speedup"],
-                row["predicted"],
-            )  # fmt: skip
-            merge_rows(args.results / "speed.csv", rows, COLUMNS, KEY)
+    keep(time_plans(SHORT, SHORT_PLANS, args.rounds))
+    keep(time_plans(LONG, LONG_PLANS, 1))
 
 
 if __name__ == "__main__":

@@ -39,6 +39,10 @@ PARTS_HEAD = (
     "| asked | plan | FLOPs | PSNR (95 %), dB | compared | against fewer steps | motion "
     "| colour / shape / direction |\n|---|---|---|---|---|---|---|---|"
 )
+SPEED_HEAD = (
+    "| device | model | plan | speed-up (95 %) | predicted | efficiency | extra memory | note |"
+    "\n|---|---|---|---|---|---|---|---|"
+)
 # studies of the parts: file -> its groups
 PARTS = {"width": ("in_place", "sliced"), "depth": ("methods", "curve", "age", "memory")}
 
@@ -127,12 +131,37 @@ def parts_table(rows: Iterable[dict[str, str]], group: str, task: str, steps: st
     return "\n".join(lines)
 
 
-def speed_table(rows: Iterable[dict[str, str]]) -> str:
-    """Measured beside predicted speed-up."""
-    lines = ["| device | plan | speed-up | predicted | efficiency |", "|---|---|---|---|---|"]
+def speed_table(rows: Sequence[dict[str, str]]) -> str:
+    """Measured beside predicted speed-up; last what was not measured, by the command for it."""
+    lines = [SPEED_HEAD]
+    measured = [r for r in rows if r["dense_ms"]]
+    for r in measured:
+        compiled = "" if r["compiled"] == "no" else f", compiled ({r['compiled']})"
+        speedup = _fixed(r, "speedup")
+        if r["speedup_lo"]:
+            digits = 3 if r["predicted"] == "1" else 2
+            low, mid, high = (
+                f"{float(r[name]):.{digits}f}" for name in ("speedup_lo", "speedup", "speedup_hi")
+            )
+            speedup = f"{mid} ({low} to {high})"
+        cells = (
+            r["device"], f"{r['case']}, {int(r['tokens']):,} tokens", r["plan"] + compiled,
+            speedup, _fixed(r, "predicted"), _fixed(r, "efficiency"), _fixed(r, "extra_states"),
+            r["note"],
+        )  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    known = {(r["case"], r["plan"]) for r in measured}
+    waiting: dict[tuple[str, ...], list[str]] = {}
     for r in rows:
-        figures = (_fixed(r, name) for name in ("speedup", "predicted", "efficiency"))
-        lines.append("| " + " | ".join((r["device"], r["plan"], *figures)) + " |")
+        if not r["dense_ms"] and (r["case"], r["plan"]) not in known:
+            command = r["note"].removeprefix("not measured: ")
+            waiting.setdefault((r["device"], r["case"], r["tokens"], command), []).append(r["plan"])
+    for (device, case, tokens, command), names in waiting.items():
+        cells = (
+            device, f"{case}, {int(tokens):,} tokens", "; ".join(names), "not measured", "", "", "",
+            f"`{command}`",
+        )  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

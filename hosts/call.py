@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from ..methods.attend import Layout
-from ..methods.grid import TokenGrid, gather_tokens, scatter_tokens
+from ..methods.grid import TokenGrid
 from ..methods.importance import Evidence, attention_received, key_size, parts
 from ..methods.restore import FROM_KEPT, frame_of, frame_weights, nearest_kept
 from ..methods.tokens import Selection, TokenPlan, select_tokens
+from .compiled import gather_tokens, outside_graphs, scatter_tokens
 from .heads import BlockHeads
 from .report import SKIPPED
 from .skipping import BlockCalls
@@ -39,6 +40,7 @@ class BlockCall(Protocol):
         """
 
 
+@outside_graphs
 class ModelCall:
     """One forward pass through the model's blocks, in order."""
 
@@ -46,7 +48,7 @@ class ModelCall:
         self,
         session: Session,
         grid: TokenGrid,
-        anchored: torch.Tensor | None,
+        anchored: Sequence[bool] | None,
         cond_or_uncond: Sequence[int],
         decider: int,
         num_blocks: int,
@@ -111,6 +113,7 @@ class ModelCall:
             ran=lambda: patterned.add(block_index),
         )
 
+    @torch.compiler.disable
     def _layout(
         self, length: int, kept: torch.Tensor | None, others: torch.Tensor | None
     ) -> Layout:
@@ -165,6 +168,7 @@ class ModelCall:
             others = self.current.dropped_rows(self.chunks)
         return kept, call.run_subset(kept, others)
 
+    @torch.compiler.disable
     def _from_kept(self, update, kept, dropped) -> torch.Tensor:
         """Stand-in updates [b, dropped, c] from those of the kept tokens."""
         extra = self.current.extra
@@ -253,6 +257,7 @@ class ModelCall:
         self._choose(block_index, Evidence(self.grid, before, self._decider(after), **seen))
         return after
 
+    @torch.compiler.disable
     def _choose(self, block_index: int, evidence: Evidence) -> None:
         known = self._fitting(self.decision.selections.get(block_index), evidence.before)
         if known is None:
@@ -281,6 +286,7 @@ class ModelCall:
             self.decision.ran.append(SKIPPED if self._skipping else selection)
 
 
+@outside_graphs
 class _Stretch:
     """The blocks from one choice of tokens to the next, in one model call.
 

@@ -8,11 +8,13 @@ import torch
 
 from ..methods.grid import TokenGrid
 from ..methods.tokens import Selection
+from .compiled import outside_graphs
 
 # which call of its step it is, and the block or blocks of a stretch
 Key = tuple[Hashable, Hashable]
 
 
+@outside_graphs
 class Past:
     """Velocities, ages and updates of the tokens in one part of a sampling run.
 

@@ -37,8 +37,12 @@ class Step:
     kept_per_block: list[int] = field(default_factory=list)
     # blocks whose heads ran as the heads' plan has them
     patterned: set[int] = field(default_factory=set)
-    # share of the blocks that computed each token [f, h, w], first sample of the batch
+    # share of the blocks that computed each token [f, h, w], first sample of the batch; known when
+    # the run is over
     coverage: torch.Tensor | None = None
+    # dropped positions of each choice, and how many blocks went by it
+    _dropped: list[tuple[torch.Tensor, int]] = field(default_factory=list, repr=False)
+    _everywhere: float = field(default=1.0, repr=False)
 
     def record(self, ran: list[Selection | str | None], nothing_ran: bool = False) -> None:
         """Take in what each block ran on.
@@ -49,20 +53,29 @@ class Step:
             nothing_ran: another node answered the step, and no block ran at all.
         """
         grid = self.grid
-        coverage = torch.full((grid.tokens,), 0.0 if nothing_ran else 1.0)
+        self._everywhere = 0.0 if nothing_ran else 1.0
         self.kept_per_block = [0 if nothing_ran else grid.tokens] * self.num_blocks
-        positions: dict[int, torch.Tensor] = {}
+        choices: dict[int, list] = {}
         for block_index, selection in enumerate(ran):
             if selection == SKIPPED:
-                coverage -= 1 / self.num_blocks
+                self._everywhere -= 1 / self.num_blocks
                 self.kept_per_block[block_index] = 0
             elif selection is not None:
-                # most blocks share a choice, and each copy waits for the device
-                if id(selection) not in positions:
-                    positions[id(selection)] = selection.dropped[0].cpu() - grid.start
-                dropped = positions[id(selection)]
-                coverage[dropped] -= 1 / self.num_blocks
-                self.kept_per_block[block_index] -= len(dropped)
+                # most blocks share a choice
+                choices.setdefault(id(selection), [selection, 0])[1] += 1
+                self.kept_per_block[block_index] -= selection.dropped.shape[1]
+        # reading them waits for the device; positions fit in half the memory until then
+        self._dropped = [
+            (selection.dropped[0].to(torch.int32), blocks) for selection, blocks in choices.values()
+        ]
+
+    def settle(self) -> None:
+        """Work out the coverage when the run is over."""
+        grid = self.grid
+        coverage = torch.full((grid.tokens,), self._everywhere)
+        for dropped, blocks in self._dropped:
+            coverage[dropped.cpu().long() - grid.start] -= blocks / self.num_blocks
+        self._dropped = []
         self.coverage = coverage.view(grid.frames, grid.height, grid.width)
 
     @property

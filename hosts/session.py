@@ -128,6 +128,23 @@ def check_latent(latent: torch.Tensor) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What a model call has to know of its inputs, in one wait for the device.
+
+    Args:
+        largest: of the noise levels.
+        mixed: chunks of the batch have different latents.
+        again: the latent is that of the decision before.
+        anchored: per latent frame, whether it is given; None when none is.
+    """
+
+    largest: float
+    mixed: bool
+    again: bool
+    anchored: tuple[bool, ...] | None
+
+
 class Session:
     """State of one sampling run. Make a new one for every run.
 
@@ -154,6 +171,46 @@ class Session:
         self._began = 0.0
         self._started = time.perf_counter()
 
+    def look(
+        self,
+        levels: torch.Tensor,
+        latent: torch.Tensor,
+        cond_or_uncond: Sequence[int],
+        anchored: torch.Tensor | None = None,
+    ) -> Seen:
+        """Read what `begin` decides by; the clock of a step is honest because of this wait.
+
+        Args:
+            levels: noise levels, of any shape.
+            latent, cond_or_uncond: as for `begin`.
+            anchored: bool [f], latent frames that are given and must not lose tokens.
+        """
+        if len(latent) % len(cond_or_uncond):
+            raise ValueError(
+                f"cond_or_uncond: expected one entry per chunk of the batch, got "
+                f"{len(cond_or_uncond)} for a batch of {len(latent)}"
+            )
+        chunks = latent.chunk(len(cond_or_uncond))
+        decider, last = _decider(cond_or_uncond), self.decision
+        asked = [levels.max()]
+        asked += [(chunks[0] == chunk).all() for chunk in chunks[1:]]
+        alike = last is not None and _alike(last.latent, chunks[decider])
+        if alike:
+            asked.append((last.latent == chunks[decider]).all())
+        # what the blocks of the call before told the router comes along
+        unread = [] if self.skips is None else self.skips.unread()
+        told = torch.stack([value.to(latent.device).float() for value in asked + unread])
+        if anchored is not None:
+            told = torch.cat([told, anchored.to(told)])
+        largest, *told = told.tolist()
+        mixed = not all(told[: len(chunks) - 1])
+        again = alike and bool(told[len(chunks) - 1])
+        told = told[len(asked) - 1 :]
+        if unread:
+            self.skips.read(told[: len(unread)])
+        given = tuple(value > 0 for value in told[len(unread) :])
+        return Seen(largest, mixed, again, given if any(given) else None)
+
     def begin(
         self,
         *,
@@ -162,13 +219,13 @@ class Session:
         progress: float,
         cond_or_uncond: Sequence[int],
         grid: TokenGrid,
-        anchored: torch.Tensor | None,
         num_blocks: int,
         window: Hashable = None,
         patch_frames: int = 1,
         prompts: Hashable = None,
         clip: torch.Tensor | None = None,
         upcoming: tuple[float, float] | None = None,
+        seen: Seen | None = None,
     ) -> ModelCall:
         """Start a model call.
 
@@ -177,32 +234,25 @@ class Session:
         Args:
             latent: the model's input, chunks of the same samples in the order of `cond_or_uncond`.
             cond_or_uncond: COND or UNCOND per chunk of the batch.
-            anchored: bool [f], latent frames that are given and must not lose tokens.
             window: which part of the video this is, when the host samples it in parts.
             patch_frames: latent frames in a token.
             prompts: which prompts these are, when the host has a name for them.
             clip: class embedding of a given image [b, c], chunks like those of `latent`.
             upcoming: sigma and progress of the next step, when the host knows them.
+            seen: what `look` saw of this call; None to look now, with no latent frame given.
         """
-        if len(latent) % len(cond_or_uncond):
-            raise ValueError(
-                f"cond_or_uncond: expected one entry per chunk of the batch, got "
-                f"{len(cond_or_uncond)} for a batch of {len(latent)}"
-            )
-        chunks = latent.chunk(len(cond_or_uncond))
-        mixed = not all(_equal(chunks[0], chunk) for chunk in chunks[1:])
+        if seen is None:
+            seen = self.look(torch.tensor(sigma), latent, cond_or_uncond)
+        chunks, mixed = latent.chunk(len(cond_or_uncond)), seen.mixed
         if mixed and self.plan.trims_tokens:
             self.report.note(
                 "prompts of different areas of the picture came in one model call: all tokens were "
                 "computed there"
             )
-        # hosts put the first conditional prompt last in a batch
-        cond = [i for i, role in enumerate(cond_or_uncond) if role == COND]
-        decider = cond[-1] if cond else len(cond_or_uncond) - 1
+        decider = _decider(cond_or_uncond)
         latent = chunks[decider]
         last = self.decision
-        # comparing also waits for the device, which makes the clock below honest
-        same = last is not None and last.sigma == sigma and _equal(last.latent, latent)
+        same = seen.again and last.sigma == sigma
         now = time.perf_counter()
         if not same:
             self._close_step(now)
@@ -221,7 +271,7 @@ class Session:
             if trimmed and self.first_trimmed is None:
                 self.first_trimmed = sigma
             past = self._past(window, last and last.sigma, sigma)
-            self._note_plan(step, past, anchored)
+            self._note_plan(step, past, seen.anchored)
             change = past.see(sigma, latent, grid, patch_frames, trimmed)
             blocks = None
             if self.skips is not None:
@@ -229,14 +279,16 @@ class Session:
                 content = Content(latent, clip)
                 blocks = self.skips.step(sigma, progress, content, num_blocks, upcoming)
             self.decision = Decision(sigma, latent, budget, step, past, blocks, change)
-            if not cond and self.plan.trims_tokens:
+            if COND not in cond_or_uncond and self.plan.trims_tokens:
                 self.report.note(
                     "the unconditional prompt came first in a step and decided which tokens stay"
                 )
         self.decision.step.calls += 1
-        return ModelCall(self, grid, anchored, cond_or_uncond, decider, num_blocks, mixed, prompts)
+        return ModelCall(
+            self, grid, seen.anchored, cond_or_uncond, decider, num_blocks, mixed, prompts
+        )
 
-    def _note_plan(self, step: Step, past: Past, anchored: torch.Tensor | None) -> None:
+    def _note_plan(self, step: Step, past: Past, anchored: Sequence[bool] | None) -> None:
         """What the step would do if nothing came in its way."""
         step.planned_blocks = step.num_blocks
         step.planned_tokens = [step.grid.tokens] * step.num_blocks
@@ -245,7 +297,7 @@ class Session:
         if self.plan.trims_tokens:
             tokens = self.plan.tokens
             if anchored is not None and tokens.anchor:
-                step.anchored_frames = int(anchored.sum())
+                step.anchored_frames = sum(anchored)
             # the first step that leaves tokens out may have to compute what later ones repeat
             seen = [step.progress] * (2 if past.trimmed else 1)
             step.planned_tokens = planned_tokens(
@@ -258,6 +310,8 @@ class Session:
         self._close_step(now)
         if self.first_trimmed is not None:
             self._note_unknown_change()
+        for step in self.report.steps:
+            step.settle()
         for past in self.pasts.values():
             past.clear()
         self.pasts.clear()
@@ -304,5 +358,11 @@ class Session:
             self._told(step)
 
 
-def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.shape == b.shape and a.device == b.device and torch.equal(a, b)
+def _decider(cond_or_uncond: Sequence[int]) -> int:
+    """Which chunk of a batch decides: hosts put the first conditional prompt last."""
+    cond = [i for i, role in enumerate(cond_or_uncond) if role == COND]
+    return cond[-1] if cond else len(cond_or_uncond) - 1
+
+
+def _alike(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and a.device == b.device

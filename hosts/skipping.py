@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 
 from ..methods.depth import BlockPlan, choose_blocks
-from ..methods.grid import gather_tokens
 from ..methods.routers import Content
+from .compiled import gather_tokens, outside_graphs
 
 if TYPE_CHECKING:
     from .call import BlockCall
@@ -108,6 +108,14 @@ class Skips:
             return num_blocks
         return self.plan.count(sigma, progress, num_blocks)
 
+    def unread(self) -> list[torch.Tensor]:
+        """Scalars that the router was told and has not read yet."""
+        return [] if self._run is None else self._run.unread()
+
+    def read(self, values: Sequence[float]) -> None:
+        """Give the router the values of what was unread, which somebody else waited for."""
+        self._run.read(values)
+
     def _choose(self, sigma, progress, content: Content, num_blocks: int) -> frozenset[int]:
         if self._ahead is not None and abs(self._ahead[0] - sigma) < SAME_SIGMA:
             return self._ahead[1]
@@ -134,6 +142,7 @@ def _stretches(blocks: frozenset[int]) -> list[Piece]:
     return sorted(map(tuple, found), key=lambda p: (p[0] - p[1], p[0]))
 
 
+@outside_graphs
 class Skipped:
     """A block that does not run, in place of the host's.
 
@@ -156,6 +165,7 @@ class Skipped:
         return out if self._update is None else out + gather_tokens(self._update, index)
 
 
+@outside_graphs
 class Watched:
     """The host's block, which also tells what it added.
 
@@ -181,6 +191,7 @@ class Watched:
         return out
 
 
+@outside_graphs
 class BlockCalls:
     """The blocks of one model call, some of them skipped.
 

@@ -95,15 +95,14 @@ class Layout:
         # the tokens of a latent frame in the order of their tile, cut into equal parts: exact tiles
         # where the picture divides, and as many tokens for each where it does not or some are left out
         tile = _tile(at % self.grid.per_frame, self.grid, TILES[pattern])
-        frame = torch.repeat_interleave(
-            torch.arange(len(counts), device=device), torch.tensor(counts, device=device)
-        )
+        frame = at // self.grid.per_frame
         by_tile = (frame * tiles + tile).argsort(stable=True, dim=1)
         parts = [_split(count, tiles) for count in counts]
         group = torch.repeat_interleave(
-            torch.arange(tiles, device=device).repeat(len(counts)),
-            torch.tensor(parts, device=device).flatten(),
+            torch.arange(tiles).repeat(len(counts)), torch.tensor(parts).flatten()
         )
+        # counted on the CPU, so that nothing waits for the device
+        group = group.to(device, non_blocking=True)
         order = by_tile.gather(1, group.argsort(stable=True).expand(len(by_tile), -1))
         return Groups(order + start, [sum(sizes) for sizes in zip(*parts, strict=True)])
 

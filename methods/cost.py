@@ -1,7 +1,7 @@
-"""What a Wan forward costs in FLOPs, dense or trimmed; 1 multiply-add is 2 FLOPs.
+"""What a Wan forward costs in FLOPs and bytes, dense or trimmed; 1 multiply-add is 2 FLOPs.
 
-Counts matrix products and attention, as torch's flop counter does. Rates, bytes and times are not
-here: a FLOP saved is not a second saved on a small video.
+Counts matrix products and attention, as torch's flop counter does, and what the steps between them
+read and write. Rates and times are in floor.py.
 """
 
 from __future__ import annotations
@@ -57,6 +57,35 @@ class WanShape:
         )
 
 
+@dataclass(frozen=True)
+class Work:
+    """What a piece of a model does.
+
+    Args:
+        linear: FLOPs of products with weights.
+        attention: FLOPs of the scores and weighted sums of attention.
+        moved: numbers that the steps between these read and write; their own traffic is not in it.
+    """
+
+    linear: float = 0
+    attention: float = 0
+    moved: float = 0
+
+    @property
+    def flops(self) -> float:
+        return self.linear + self.attention
+
+    def __add__(self, other: Work) -> Work:
+        return Work(
+            self.linear + other.linear,
+            self.attention + other.attention,
+            self.moved + other.moved,
+        )
+
+    def __mul__(self, times: float) -> Work:
+        return Work(self.linear * times, self.attention * times, self.moved * times)
+
+
 def block_parameters(shape: WanShape, width: tuple[int, int, int] | None = None) -> int:
     """Numbers that a block stores.
 
@@ -78,7 +107,16 @@ def block_parameters(shape: WanShape, width: tuple[int, int, int] | None = None)
     return attention(inner) + attention(cross_inner) + image + ffn + 8 * d
 
 
-def block_flops(
+# Times that a block goes over [s, c] between its products, reads and writes alike, with one kernel
+# for each step, as ComfyUI runs it: norm and modulation 4, gate 3, norm 2, sum 3, norm and
+# modulation 4, gate 3. Over the heads' part: RMS norm and RoPE of q and k 8, RMS norm of the
+# cross-attention's q 2. Over the FFN's channels: GELU 2.
+PASSES, QK_PASSES, CROSS_PASSES, FFN_PASSES = 19, 8, 2, 2
+# a rotary row holds a 2 x 2 rotation in fp32 for every pair of channels of a head
+ROTARY_NUMBERS = 4
+
+
+def block_work(
     shape: WanShape,
     tokens: int,
     extra_keys: int = 0,
@@ -86,7 +124,8 @@ def block_flops(
     self_pairs: int | None = None,
     cross_heads: int | None = None,
     width: tuple[int, int, int] | None = None,
-) -> int:
+    trimmed: bool = False,
+) -> Work:
     """One block on `tokens` tokens of one sample.
 
     Args:
@@ -95,6 +134,7 @@ def block_flops(
         self_pairs: query-key pairs of all self-attention heads together; None is full attention.
         cross_heads: cross-attention heads that are computed; None is all that the block has.
         width: self-attention heads, cross-attention heads and FFN channels of a slim block.
+        trimmed: its tokens are taken out of the sequence and put back.
     """
     d, context = shape.dim, shape.text_tokens + shape.image_tokens
     inner, cross_inner, channels = d, d, shape.ffn_dim
@@ -106,8 +146,26 @@ def block_flops(
         attention = 4 * self_pairs * shape.head_dim
     attended = cross_inner if cross_heads is None else cross_heads * shape.head_dim
     projections = (8 * tokens + 6 * extra_keys) * d * inner
-    cross = 4 * (tokens + context) * d * cross_inner + 4 * tokens * context * attended
-    return projections + attention + cross + 4 * tokens * d * channels
+    cross = 4 * (tokens + context) * d * cross_inner
+    moved = tokens * (
+        PASSES * d + QK_PASSES * inner + CROSS_PASSES * cross_inner + FFN_PASSES * channels
+    )
+    if extra_keys:
+        # norm and modulation, then norm and RoPE of q and k
+        moved += extra_keys * (4 * d + QK_PASSES * inner)
+    if trimmed:
+        moved += 4 * (tokens + extra_keys / 2) * d
+        moved += 2 * (tokens + extra_keys) * ROTARY_NUMBERS * shape.head_dim
+    return Work(
+        projections + cross + 4 * tokens * d * channels,
+        attention + 4 * tokens * context * attended,
+        moved,
+    )
+
+
+def block_flops(shape: WanShape, tokens: int, extra_keys: int = 0, **options) -> int:
+    """FLOPs of `block_work`, with its options."""
+    return block_work(shape, tokens, extra_keys, **options).flops
 
 
 def outside_flops(shape: WanShape, tokens: int) -> int:
@@ -120,18 +178,18 @@ def outside_flops(shape: WanShape, tokens: int) -> int:
     return patches + text + time + clip
 
 
-def forward_flops(
+def block_works(
     shape: WanShape,
     tokens: int,
     kept_per_block: Sequence[int] | None = None,
-    extra_keys=False,
+    extra_keys: bool = False,
     *,
     grid: TokenGrid | None = None,
     anchored_frames: int = 0,
     heads: HeadPlan | None = None,
     width: Width | None = None,
-) -> int:
-    """One forward of one sample.
+) -> list[Work]:
+    """Each block in one forward of one sample.
 
     Args:
         kept_per_block: tokens that each block computes; None is all in every block.
@@ -148,7 +206,7 @@ def forward_flops(
         kept_per_block = [tokens] * shape.num_blocks
     if heads is not None and grid is None:
         raise ValueError("grid: expected the token grid, which the heads' patterns depend on")
-    total = outside_flops(shape, tokens)
+    works = []
     for index, kept in enumerate(kept_per_block):
         extra = tokens - kept if extra_keys else 0
         pairs = cross_heads = sizes = None
@@ -158,10 +216,21 @@ def forward_flops(
             cross_heads = heads.cross_attention[index].count(FULL)
         if width is not None:
             sizes = width.sizes(index)
-        total += block_flops(
-            shape, kept, extra, self_pairs=pairs, cross_heads=cross_heads, width=sizes
-        )
-    return total
+        options = {"self_pairs": pairs, "cross_heads": cross_heads, "width": sizes}
+        works.append(block_work(shape, kept, extra, trimmed=kept < tokens, **options))
+    return works
+
+
+def forward_flops(
+    shape: WanShape,
+    tokens: int,
+    kept_per_block: Sequence[int] | None = None,
+    extra_keys: bool = False,
+    **options,
+) -> int:
+    """FLOPs of one forward of one sample, with the options of `block_works`."""
+    works = block_works(shape, tokens, kept_per_block, extra_keys, **options)
+    return outside_flops(shape, tokens) + sum(work.flops for work in works)
 
 
 def _per_frame(grid: TokenGrid, kept: int, anchored_frames: int) -> list[int]:
@@ -214,7 +283,7 @@ def planned_tokens(
     return steps
 
 
-def plan_flops(
+def plan_work(
     shape: WanShape,
     plan: TokenPlan | None,
     grid: TokenGrid,
@@ -224,36 +293,80 @@ def plan_flops(
     *,
     heads: HeadPlan | None = None,
     width: Width | None = None,
-) -> int:
+    blocks_run: Sequence[int] | None = None,
+) -> Work:
     """A whole sampling run of one video, choosing the tokens included.
 
     Args:
         plan: None computes all tokens.
         prompts: 2 with guidance, 1 without.
-        heads, width: as for `forward_flops`.
+        heads, width: as for `block_works`.
+        blocks_run: how many blocks run at each step, as `depth.blocks_per_step` has them; which
+            ones is the router's, and here each as often as any other but the first and the last.
     """
     sizes = {"grid": grid, "heads": heads, "width": width}
-    if plan is None:
-        return len(progress) * prompts * forward_flops(shape, grid.tokens, **sizes)
-    total = 0
+    outside = Work(outside_flops(shape, grid.tokens))
+    if blocks_run is None:
+        blocks_run = [shape.num_blocks] * len(progress)
+    per_step = [[grid.tokens] * shape.num_blocks] * len(progress)
+    keep_kv = plan is not None and plan.dropped_kv == "keep"
+    if plan is not None:
+        per_step = planned_tokens(plan, grid, shape.num_blocks, progress, anchored_frames)
+        if plan.anchor:
+            sizes["anchored_frames"] = anchored_frames
+    total = Work()
+    for kept, at, running in zip(per_step, progress, blocks_run, strict=True):
+        works = block_works(shape, grid.tokens, kept, keep_kv, **sizes)
+        trims = plan is not None and plan.budget(at, grid) < grid.per_frame
+        if trims and plan.restore == "frame_mean":
+            mean = 2 * grid.frames * shape.dim
+            works = [
+                w + Work(mean * k * (k < grid.tokens)) for w, k in zip(works, kept, strict=True)
+            ]
+        step = outside + _running(works, kept, running)
+        total += step * prompts
+        if trims and plan.needs_attention:
+            total += Work(0, _scoring(shape, plan, grid, width))
+    return total
+
+
+def _running(works: Sequence[Work], kept: Sequence[int], count: int) -> Work:
+    """The blocks of a step of which `count` run.
+
+    A skipped block that was to choose tokens leaves that to the next one, so that as many blocks
+    as ever compute all tokens.
+    """
+    last = len(works) - 1
+    fewest = min(kept)
+    always = [i in (0, last) or kept[i] > fewest for i in range(len(works))]
+    sure = sum((w for w, yes in zip(works, always, strict=True) if yes), Work())
+    others = sum((w for w, yes in zip(works, always, strict=True) if not yes), Work())
+    if count == len(works):
+        return sure + others
+    share = max(0, count - sum(always)) / max(1, always.count(False))
+    return sure + others * share
+
+
+def _scoring(shape: WanShape, plan: TokenPlan, grid: TokenGrid, width: Width | None) -> int:
+    """FLOPs of the attention scores of the blocks that choose tokens by it, in one step."""
     chooses = [
         i
         for i in range(shape.num_blocks - 1)
         if plan.reselects(i) and not (plan.reselects(i + 1) and not plan.trim_reselecting)
     ]
-    keep_kv = plan.dropped_kv == "keep"
     queries = query_count(grid, plan.query_ratio, plan.min_queries)
     inner = [shape.dim if width is None else width.sizes(i)[0] * shape.head_dim for i in chooses]
-    scored = 2 * queries * grid.tokens * sum(inner)
-    if plan.anchor:
-        sizes["anchored_frames"] = anchored_frames
-    per_step = planned_tokens(plan, grid, shape.num_blocks, progress, anchored_frames)
-    for kept, at in zip(per_step, progress, strict=True):
-        total += prompts * forward_flops(shape, grid.tokens, kept, keep_kv, **sizes)
-        trims = plan.budget(at, grid) < grid.per_frame
-        if trims and plan.needs_attention:
-            total += scored
-        if trims and plan.restore == "frame_mean":
-            rows = (2 * grid.frames * k * shape.dim for k in kept if k < grid.tokens)
-            total += prompts * sum(rows)
-    return total
+    return 2 * queries * grid.tokens * sum(inner)
+
+
+def plan_flops(
+    shape: WanShape,
+    plan: TokenPlan | None,
+    grid: TokenGrid,
+    progress: Sequence[float],
+    anchored_frames: int = 0,
+    prompts: int = 2,
+    **options,
+) -> int:
+    """FLOPs of `plan_work`, with its options."""
+    return round(plan_work(shape, plan, grid, progress, anchored_frames, prompts, **options).flops)

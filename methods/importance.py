@@ -76,7 +76,7 @@ def attention_received(
         exclude_radius: tube exclusion in rows and columns; None chooses by the grid's size.
         min_queries: use more of them on a small video.
     """
-    index = sample_queries(grid, query_ratio, min_queries).to(q.device)
+    index = sample_queries(grid, query_ratio, min_queries).to(q.device, non_blocking=True)
     if exclude_radius is None:
         # the imprint only exists when queries are sampled, and a small grid has no room for a tube
         sampled = len(index) < grid.tokens
@@ -94,7 +94,7 @@ def random_importance(evidence: Evidence) -> torch.Tensor:
     """Control: uniform scores, the same for the same seed on every device."""
     generator = torch.Generator().manual_seed(evidence.seed)
     scores = torch.rand(len(evidence.before), evidence.grid.tokens, generator=generator)
-    return scores.to(evidence.before.device)
+    return scores.to(evidence.before.device, non_blocking=True)
 
 
 def hidden_norm(evidence: Evidence) -> torch.Tensor:
@@ -114,7 +114,8 @@ def rotation(evidence: Evidence) -> torch.Tensor:
     grid = evidence.grid
     golden = (math.sqrt(5) - 1) / 2
     order = torch.arange(grid.tokens, dtype=torch.float64) * golden % 1.0
-    order = order.to(evidence.before.device, torch.float32).expand(len(evidence.before), -1)
+    order = order.float().to(evidence.before.device, non_blocking=True)
+    order = order.expand(len(evidence.before), -1)
     return order if evidence.age is None else evidence.age + order
 
 

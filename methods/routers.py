@@ -7,6 +7,7 @@ what each block adds at each timestep; the profiled router reads that off a prof
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -49,6 +50,12 @@ class RouterRun(Protocol):
 
     def observe(self, sigma: float, block_index: int, size: torch.Tensor) -> None:
         """Take in how much a block that ran added, relative to its input (a scalar tensor)."""
+
+    def unread(self) -> list[torch.Tensor]:
+        """What was observed and not read since: reading it waits for the device."""
+
+    def read(self, values: Sequence[float]) -> None:
+        """The values of what was unread, in that order."""
 
 
 class Router(Protocol):
@@ -115,6 +122,12 @@ class _Constant:
 
     def observe(self, sigma: float, block_index: int, size: torch.Tensor) -> None:
         """Nothing changes its mind."""
+
+    def unread(self) -> list[torch.Tensor]:
+        return []
+
+    def read(self, values: Sequence[float]) -> None:
+        """Nothing was unread."""
 
 
 @dataclass(frozen=True)
@@ -197,13 +210,12 @@ class _Online(_Profiled):
     def __init__(self, sizes: torch.Tensor):
         super().__init__(sizes)
         self._factor = torch.ones(sizes.shape[1])
-        self._seen: dict[int, tuple[float, torch.Tensor]] = {}
+        self._seen: dict[int, tuple[float, torch.Tensor | float]] = {}
 
     def logits(self, sigma: float, content: Content) -> torch.Tensor:
         if self._seen:
             blocks = sorted(self._seen)
-            # one wait for the device for all blocks
-            now = torch.stack([self._seen[i][1] for i in blocks]).float().cpu()
+            now = torch.tensor([float(self._seen[i][1]) for i in blocks])
             told = torch.stack([self._sizes[sigma_bin(self._seen[i][0]), i] for i in blocks])
             factor = now / told.clamp(min=1e-12)
             self._factor[blocks] += FRESH * (factor - self._factor[blocks])
@@ -212,6 +224,16 @@ class _Online(_Profiled):
 
     def observe(self, sigma: float, block_index: int, size: torch.Tensor) -> None:
         self._seen[block_index] = (sigma, size)
+
+    def _waiting(self) -> list[int]:
+        return [i for i, (_, size) in self._seen.items() if isinstance(size, torch.Tensor)]
+
+    def unread(self) -> list[torch.Tensor]:
+        return [self._seen[i][1] for i in self._waiting()]
+
+    def read(self, values: Sequence[float]) -> None:
+        for index, value in zip(self._waiting(), values, strict=True):
+            self._seen[index] = (self._seen[index][0], value)
 
 
 def latent_statistics(latent: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ state. What to keep is decided once per step and shared by the conditional and u
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -152,12 +153,12 @@ class Selection:
 
 
 def select_tokens(
-    plan: TokenPlan, evidence: Evidence, budget: int, anchored: torch.Tensor | None = None
+    plan: TokenPlan, evidence: Evidence, budget: int, anchored: Sequence[bool] | None = None
 ) -> Selection:
     """Choose `budget` tokens in every latent frame that is not anchored.
 
     Args:
-        anchored: bool [f]; these latent frames keep all their tokens.
+        anchored: one for each latent frame; these keep all their tokens.
     """
     grid = evidence.grid
     length, device = evidence.before.shape[1], evidence.before.device
@@ -165,9 +166,9 @@ def select_tokens(
     keep = smooth_select(scores, budget, plan.alpha)[1] >= 0
     per_frame = [budget] * grid.frames
     if anchored is not None and plan.anchor:
-        keep |= anchored.to(device).view(1, -1, 1)
-        whole = anchored.tolist()
-        per_frame = [grid.per_frame if given else budget for given in whole]
+        for frame in (number for number, given in enumerate(anchored) if given):
+            keep[:, frame], per_frame[frame] = True, grid.per_frame
     mask = torch.ones(len(keep), length, dtype=torch.bool, device=device)
     mask[:, grid.start : grid.start + grid.tokens] = keep.flatten(1)
-    return Selection(positions(mask), length, tuple(per_frame))
+    count = length - grid.tokens + sum(per_frame)
+    return Selection(positions(mask, count), length, tuple(per_frame))

@@ -95,6 +95,7 @@ def report_of(kept: list[int], frames=2) -> Report:
     index = torch.cat([torch.tensor(kept) + 12 * f for f in range(frames)])[None]
     step = Step(0.9, 0.1, 0.5, grid, 4, calls=1, seconds=0.5)
     step.record([None, Selection(index, grid.tokens, (len(kept),) * frames)])
+    step.settle()
     return Report("Wan", [step], planned="half", finished=True)
 
 

@@ -260,7 +260,7 @@ def test_parts_of_the_video_that_are_sampled_apart_remember_apart():
         latent = torch.full((1, 16, *SIZE), sigma + value)
         call = session.begin(
             latent=latent, sigma=sigma, progress=1 - sigma, cond_or_uncond=(COND,), grid=grid,
-            anchored=None, num_blocks=2, window=window,
+            num_blocks=2, window=window,
         )  # fmt: skip
         hidden = torch.zeros(1, grid.tokens, 4)
         for index in range(2):
@@ -336,7 +336,7 @@ def test_parts_that_are_sampled_no_more_are_forgotten():
         for window in (0, number):
             session.begin(
                 latent=latent * sigma + window, sigma=sigma, progress=0.0, cond_or_uncond=(COND,),
-                grid=TokenGrid(3, 4, 3), anchored=None, num_blocks=2, window=window,
+                grid=TokenGrid(3, 4, 3), num_blocks=2, window=window,
             )  # fmt: skip
     assert sorted(session.pasts) == [0, 2, 3]
     session.finish(True)
@@ -347,7 +347,7 @@ def test_prompts_of_different_areas_in_one_call_are_all_computed():
     session = Session(plan(**ONCE), Report())
     call = session.begin(
         latent=torch.randn(2, 16, *SIZE), sigma=0.9, progress=0.1, cond_or_uncond=(COND, COND),
-        grid=TokenGrid(3, 4, 3), anchored=None, num_blocks=2,
+        grid=TokenGrid(3, 4, 3), num_blocks=2,
     )  # fmt: skip
     assert not call.trims
     assert "different areas" in session.finish(True).notes[0]

@@ -406,6 +406,12 @@ def test_online_sees_what_the_conditional_rows_of_this_run_added(model):
             told.append((round(sigma, 4), index, float(size)))
             self.inner.observe(sigma, index, size)
 
+        def unread(self):
+            return self.inner.unread()
+
+        def read(self, values):
+            self.inner.read(values)
+
     class Spy(OnlineRouter):
         def run(self, num_blocks):
             return Told(super().run(num_blocks))
@@ -447,7 +453,7 @@ def test_online_is_told_of_the_first_prompt_only_where_prompts_come_apart():
     for role, value in ((COND, 2.0), (UNCOND, 5.0)):
         call = session.begin(
             latent=torch.ones(1, 16, *SIZE), sigma=0.9, progress=0.1, cond_or_uncond=(role,),
-            grid=GRID, anchored=None, num_blocks=BLOCKS,
+            grid=GRID, num_blocks=BLOCKS,
         )  # fmt: skip
         for index in range(BLOCKS):
             call.block(index, Call(torch.ones(1, GRID.tokens, 4), value))
@@ -492,7 +498,7 @@ def test_windows_of_one_step_share_its_blocks_and_remember_apart():
     def step(sigma, window, value, after):
         call = session.begin(
             latent=torch.full((1, 16, *SIZE), sigma + value), sigma=sigma, progress=1 - sigma,
-            cond_or_uncond=(COND,), grid=GRID, anchored=None, num_blocks=4, window=window,
+            cond_or_uncond=(COND,), grid=GRID, num_blocks=4, window=window,
             upcoming=(after, 1 - after),
         )  # fmt: skip
         hidden = torch.zeros(1, GRID.tokens, 4)

@@ -1,24 +1,191 @@
 """The speed bench on a model that takes milliseconds."""
 
-from argparse import Namespace
-
 import pytest
 import torch
 
-from wantrim.benchmarks.speed import COLUMNS, Size, build, measure, plans
+from wantrim.benchmarks import speed
+from wantrim.benchmarks.flops import count_flops
+from wantrim.benchmarks.plots import plot_speed
+from wantrim.benchmarks.speed_gpu import COMMAND, kernel_cases, real_sizes, rows_to_fill
+from wantrim.benchmarks.speed_models import (
+    ATTACHED,
+    Runner,
+    Size,
+    build,
+    plans,
+    sharing,
+    steady_work,
+)
+from wantrim.benchmarks.speed_probes import interval, overhead, peak_bytes, take_turns
+from wantrim.benchmarks.summary import speed_table
+from wantrim.benchmarks.table import read_rows
+from wantrim.hosts.session import TrimPlan
+from wantrim.kernels import reference
 
-SMALL = Size("small", 48, 4, 64, 2, (3, 8, 8))
+SMALL = Size("small", 48, 4, 64, 8, (3, 8, 8))
 
 
-def test_a_row_has_every_column_and_the_predicted_speed_up():
-    built = build(SMALL, "cpu", torch.float32)
-    args = Namespace(dtype="float32", device="cpu", repeats=1)
-    rows = {name: measure(SMALL, built, name, plan, args) for name, plan in plans(SMALL).items()}
-    assert all(set(row) == set(COLUMNS) for row in rows.values())
-    assert rows["neutral"]["predicted"] == 1.0
-    off = rows["1 of 4 heads off"]
-    assert off["tokens"] == 3 * 4 * 4 and 1.0 < off["predicted"] < 4 / 3
-    assert off["efficiency"] == pytest.approx(off["speedup"] / off["predicted"])
-    # of three latent frames, half of the heads see one
-    frames = rows["2 of 4 heads within latent frames"]
-    assert 1.0 < frames["predicted"] < 1.5
+@pytest.fixture(scope="module")
+def model():
+    return build(SMALL)
+
+
+@pytest.mark.parametrize("name", [*plans(SMALL), "dense"])
+def test_a_timed_forward_does_what_the_prediction_is_for(model, name):
+    """Each forward after the first, by torch's counter, within the router's luck."""
+    plan = plans(SMALL).get(name)
+    runner = Runner(model, SMALL, plan)
+    runner.step()
+    counted = [count_flops(runner.step) for _ in range(3)]
+    runner.close()
+    work = steady_work(SMALL, plan or TrimPlan())
+    assert sum(counted) / 3 == pytest.approx(work.flops, rel=0.01)
+    whole = steady_work(SMALL, TrimPlan()).flops
+    assert (work.flops < whole) == (plan is not None)
+
+
+def test_every_share_is_the_one_that_the_row_names():
+    for size in (SMALL, *real_sizes()):
+        heads = plans(size)["heads 0.7, others off"].heads
+        off = sum(row.count("off") for row in heads.self_attention)
+        assert off == round(0.3 * size.heads * size.blocks)
+        assert max(row.count("off") for row in heads.self_attention) <= size.heads // 2
+    # three of four blocks, and six of eight
+    for blocks in (4, 8):
+        size = Size("", 48, 4, 64, blocks, (3, 8, 8))
+        plan = plans(size)["blocks 0.75, identity"]
+        assert plan.blocks.count(0.5, 0.5, blocks) == 3 * blocks // 4
+
+
+def test_copies_share_their_weights_and_not_their_plans(model):
+    other = sharing(model)
+    for one, two in zip(model.parameters(), other.parameters(), strict=True):
+        assert one.data_ptr() == two.data_ptr()
+    runner = Runner(model, SMALL, ATTACHED)
+    assert not hasattr(model.blocks[0], "_diffusers_hook")
+    assert hasattr(runner.model.blocks[0], "_diffusers_hook")
+    dense = Runner(model, SMALL)
+    # outside its percents an attached plan computes everything, and the same
+    assert torch.equal(runner.step(), dense.step())
+    assert torch.equal(runner.step(), dense.step())
+    runner.close()
+
+
+def test_dense_and_trimmed_take_turns(model):
+    told = []
+
+    class Told(Runner):
+        def __init__(self, name):
+            super().__init__(model, SMALL)
+            self.name = name
+
+        def forward(self):
+            told.append(self.name)
+            return super().forward()
+
+    others = {name: Told(name) for name in "abc"}
+    taken = take_turns(Told("dense"), others, 2)
+    assert told == ["dense", *(2 * ["a", "b", "dense", "c", "dense"])]
+    assert all(len(pairs) == 2 for pairs in taken.values())
+    told.clear()
+    overhead(Told("dense"), others["a"], 2)
+    assert told == ["dense", "a", "a", "dense"]
+
+
+def test_a_row_has_every_column_and_the_median_ratio():
+    made = speed.row(SMALL, "a plan", [(10.0, 5.0), (12.0, 4.0), (9.0, 6.0)], predicted=2.5)
+    assert set(made) == set(speed.COLUMNS)
+    assert (made["speedup"], made["efficiency"], made["tokens"]) == (2.0, 0.8, 48)
+    assert (made["speedup_lo"], made["speedup_hi"]) == (1.5, 3.0)
+
+
+def test_the_interval_of_a_median():
+    assert interval([2.0] * 9) == (2.0, 2.0)
+    low, high = interval([1 + 0.01 * (i % 7 - 3) for i in range(70)])
+    assert 0.98 < low <= 1.0 <= high < 1.02
+
+
+def test_the_peak_of_memory_is_what_was_held_at_once():
+    kilobytes = 400
+
+    def work() -> None:
+        one = torch.ones(kilobytes, 256)
+        two = one + 1
+        del one
+        (two * 2).sum()
+
+    assert peak_bytes(work) == pytest.approx(2 * kilobytes * 1024, rel=0.01)
+
+
+def test_only_the_small_size_can_be_timed_from_end_to_end(tmp_path, monkeypatch):
+    """The command itself, with the tests already passed and at a size of milliseconds."""
+    asked = []
+    monkeypatch.setattr(speed, "check_tests", asked.append)
+    monkeypatch.setattr(speed, "SMALL", SMALL)
+    monkeypatch.setattr(speed, "HOLLOW", SMALL)
+    monkeypatch.setattr(speed, "COMPILED_PLANS", ("tokens 0.7, refresh",))
+    monkeypatch.setattr(speed, "backend", lambda: "eager")
+    speed.main(["--small", "--pairs", "3", "--results", str(tmp_path)])
+    assert [path.name for path in asked[0]] == list(speed.TESTS)
+    assert all(path.exists() for path in asked[0])
+    rows = read_rows(tmp_path / "speed.csv")
+    assert [r["plan"] for r in rows if r["compiled"] == "eager"] == ["tokens 0.7, refresh"]
+    mine = {r["plan"]: r for r in rows if (r["device"], r["compiled"]) == ("cpu", "no")}
+    assert set(mine) == {*plans(SMALL), speed.NEUTRAL, speed.ATTACHED_NAME}
+    for name in plans(SMALL):
+        r = mine[name]
+        assert float(r["peak_mb"]) > 0 and float(r["predicted"]) > 1
+        assert float(r["efficiency"]) == pytest.approx(
+            float(r["speedup"]) / float(r["predicted"]), abs=1e-3
+        )
+    # what needs a GPU stands there with its command
+    waiting = [r for r in rows if r["device"] == "GPU"]
+    assert {r["tokens"] for r in waiting} == {"32760", "75600"}
+    assert all(not r["dense_ms"] and "--gpu" in r["note"] for r in waiting)
+    plot_speed(rows, tmp_path / "speed.png")
+    assert (tmp_path / "speed.png").stat().st_size > 10_000
+    table = speed_table(rows)
+    assert f"`{COMMAND}`" in table and "not measured" in table
+
+
+def test_red_tests_are_not_timed(tmp_path, monkeypatch):
+    red = tmp_path / "test_red.py"
+    red.write_text("def test_it():\n    assert 1 == 2\n")
+    green = tmp_path / "test_green.py"
+    green.write_text("def test_it():\n    assert 1 == 1\n")
+    speed.check_tests([green])
+    for tests in ([red], [green, red], [tmp_path / "test_missing.py"]):
+        with pytest.raises(SystemExit, match="not timed, because the tests are red"):
+            speed.check_tests(tests)
+    # the command does not get as far as a row, whatever it is asked
+    monkeypatch.setattr(speed, "ROOT", tmp_path)
+    (tmp_path / "tests").mkdir()
+    red.rename(tmp_path / "tests" / "test_red.py")
+    monkeypatch.setattr(speed, "TESTS", ("test_red.py",))
+    results = tmp_path / "results"
+    with pytest.raises(SystemExit, match="red"):
+        speed.main(["--small", "--results", str(results)])
+    assert not results.exists()
+    with pytest.raises(SystemExit):
+        speed.main(["--skip-tests"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to time")
+def test_without_a_gpu_its_bench_says_so():
+    with pytest.raises(SystemExit, match="expected a GPU"):
+        speed.main(["--gpu"])
+
+
+def test_the_kernels_calls_fit_their_references():
+    cases = list(kernel_cases("cpu", [(2, 8, 8)]))
+    assert {"token_mass", "frame_mass", "smooth_select"} <= {case.name for case in cases}
+    for case in cases:
+        assert case.call(reference) is not None
+        assert case.work.flops + case.work.moved > 0
+
+
+def test_real_sizes_are_waited_for_once():
+    rows = list(rows_to_fill())
+    keys = {tuple(row[name] for name in ("case", "host", "plan", "tokens")) for row in rows}
+    assert len(keys) == len(rows)
+    assert {size.name for size in real_sizes()} <= {row["case"] for row in rows}

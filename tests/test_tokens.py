@@ -65,7 +65,7 @@ def test_same_count_in_every_frame_and_nothing_outside_the_grid(name, grid, afte
 
 def test_anchored_frames_lose_nothing_unless_asked():
     grid = TokenGrid(4, 3, 3)
-    anchored = torch.tensor([True, False, False, True])
+    anchored = [True, False, False, True]
     chosen = select_tokens(plan(), evidence(grid), 2, anchored)
     counts = (chosen.index[0] // 9).bincount(minlength=4)
     assert counts.tolist() == [9, 2, 2, 9]

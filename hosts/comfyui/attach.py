@@ -113,9 +113,22 @@ class _Run:
             self.calls.append(call_sizes(arguments))
         except Unmeasurable as error:
             self.unmeasurable = str(error)
+        # the sampler's, and their values: reading them waits for the device
+        self._sigmas: torch.Tensor | None = None
+        self._values: list[float] = []
 
     def __deepcopy__(self, memo) -> _Run:
         return self
+
+    def upcoming(self, options: dict, sigma: float) -> tuple[float, float] | None:
+        """The next step's sigma and progress; samplers that choose their own sigmas have none."""
+        sigmas = options.get("sample_sigmas")
+        if sigmas is None:
+            return None
+        if sigmas is not self._sigmas:
+            self._sigmas, self._values = sigmas, sigmas.tolist()
+        later = [s for s in self._values if 0 < s < sigma - 1e-4]
+        return (max(later), progress_at(max(later), self.shift)) if later else None
 
 
 def _outer_sample(executor, *args, **kwargs):
@@ -272,37 +285,32 @@ def _trimmed_options(
     if report.shape is None:
         images = 0 if clip_fea is None or dm.img_emb is None else clip_fea.shape[1]
         report.shape = wan_shape(dm, context.shape[1], images)
-    sigma = float(options["sigmas"].max()) if "sigmas" in options else float(timestep.max()) / 1000
     grid = token_grid(dm, x, time_dim_concat, extra)
     # without the image channels, which only one of the two prompts may have
     noise = x[:, : dm.out_dim]
     if run.latent is not None and run.latent.shape == noise.shape:
         # the change of the velocity drowns in the rounding of a half-precision latent
         noise = run.latent
+    roles = options.get("cond_or_uncond", [COND])
+    levels = options.get("sigmas", timestep)
+    anchored = anchored_frames(dm, x, timestep, grid, extra)
+    seen = run.session.look(levels, noise, roles, anchored)
+    sigma = seen.largest if "sigmas" in options else seen.largest / 1000
     call = run.session.begin(
+        seen=seen,
         latent=noise,
         sigma=sigma,
         progress=progress_at(sigma, run.shift),
-        cond_or_uncond=options.get("cond_or_uncond", [COND]),
+        cond_or_uncond=roles,
         grid=grid,
-        anchored=anchored_frames(dm, x, timestep, grid, extra),
         num_blocks=len(dm.blocks),
         window=_part(options),
         patch_frames=dm.patch_size[0],
         prompts=tuple(options.get("uuids", ())),
         clip=None if clip_fea is None else clip_fea[:, 0],
-        upcoming=_upcoming(options, sigma, run.shift),
+        upcoming=run.upcoming(options, sigma),
     )
     return replace_blocks(options, call) if call.trims else options
-
-
-def _upcoming(options: dict, sigma: float, shift: float) -> tuple[float, float] | None:
-    """The next step's sigma and progress; samplers that choose their own sigmas have none."""
-    sigmas = options.get("sample_sigmas")
-    if sigmas is None:
-        return None
-    later = [s for s in sigmas.tolist() if 0 < s < sigma - 1e-4]
-    return (max(later), progress_at(max(later), shift)) if later else None
 
 
 def _part(options: dict) -> tuple:

@@ -96,8 +96,8 @@ def token_grid(dm, x: torch.Tensor, time_dim_concat: torch.Tensor | None, extra:
 
 def anchored_frames(
     dm, x: torch.Tensor, timestep: torch.Tensor, grid: TokenGrid, extra: dict
-) -> torch.Tensor | None:
-    """bool [f]: latent frames that are given as a condition, or None when there are none."""
+) -> torch.Tensor:
+    """bool [f]: latent frames that are given as a condition."""
     anchored = torch.zeros(grid.frames, dtype=torch.bool, device=x.device)
     frames = x.shape[2]
     # references appended in time
@@ -117,4 +117,4 @@ def anchored_frames(
         # 2 x 16 control latents, then the mask: 0 where the frame is given
         given = (vace[:, :, 2 * out_channels :].amax((0, 2, 4, 5)) == 0).any(0)
         anchored[: len(given)] |= given[: grid.frames]
-    return anchored if bool(anchored.any()) else None
+    return anchored

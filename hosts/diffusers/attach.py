@@ -10,6 +10,7 @@ from diffusers.hooks import HookRegistry, ModelHook
 
 from ...methods.grid import TokenGrid
 from ...methods.schedule import progress_at
+from ..compiled import outside_graphs
 from ..heads import check_heads
 from ..report import Report
 from ..session import COND, ModelCall, Session, TrimPlan, check_latent
@@ -99,6 +100,7 @@ def attach(
     return attachment
 
 
+@outside_graphs
 class _ModelHook(ModelHook):
     def __init__(self, attachment: Attachment):
         super().__init__()
@@ -114,16 +116,19 @@ class _ModelHook(ModelHook):
                 module, text.shape[1], 0 if images is None else images.shape[1]
             )
         grid = _grid(module, hidden_states)
+        # without the image channels: a router looks at the noisy latent alone
+        latent = hidden_states[:, : module.config.out_channels]
+        anchored = _anchored(module, hidden_states, timestep, grid)
         # per-token timesteps (TI2V) are 0 where the latent is given
-        sigma = float(timestep.max()) / 1000
+        seen = a.session.look(timestep, latent, a.cond_or_uncond, anchored)
+        sigma = seen.largest / 1000
         call = a.session.begin(
-            # without the image channels: a router looks at the noisy latent alone
-            latent=hidden_states[:, : module.config.out_channels],
+            seen=seen,
+            latent=latent,
             sigma=sigma,
             progress=progress_at(sigma, a.shift),
             cond_or_uncond=a.cond_or_uncond,
             grid=grid,
-            anchored=_anchored(module, hidden_states, timestep, grid),
             num_blocks=len(module.blocks),
             patch_frames=module.config.patch_size[0],
             upcoming=a.upcoming(sigma),
@@ -135,6 +140,7 @@ class _ModelHook(ModelHook):
             a.call = None
 
 
+@outside_graphs
 class _BlockHook(ModelHook):
     def __init__(self, attachment: Attachment, index: int):
         super().__init__()

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 from diffusers import WanTransformer3DModel
 from diffusers.hooks import HookRegistry, ModelHook
 from torch.overrides import TorchFunctionMode
 
-from ...methods.grid import gather_tokens
+from ..compiled import gather_tokens, outside_graphs
 from ..heads import BlockHeads
 
 
+@outside_graphs
 class Block:
     """A WanTransformerBlock's original forward with its inputs, as the session runs it."""
 
@@ -22,12 +23,11 @@ class Block:
         self.temb, self.rotary, self.heads = temb, rotary, heads
 
     def run(self) -> torch.Tensor:
-        with self._tap():
-            return self._forward()
+        return self._on_all(self._tap())
 
     def run_watched(self, look) -> torch.Tensor:
-        with self._tap(look=look) as tap:
-            out = self._forward()
+        tap = self._tap(look=look)
+        out = self._on_all(tap)
         tap.require_seen()
         return out
 
@@ -36,29 +36,41 @@ class Block:
         if others is not None:
             probe = AttentionTap(stop=True)
             try:
-                with probe:
-                    self._on(others)
+                self._on(probe, others)
             except _Stopped:
                 extra = (probe.k, probe.v)
             probe.require_seen()
-        with self._tap(index, others, extra=extra):
-            return self._on(index)
+        return self._on(self._tap(index, others, extra=extra), index)
 
-    def _tap(self, index=None, others=None, **options):
+    def _tap(self, index=None, others=None, **options) -> AttentionTap | None:
         if self.heads is not None:
             options["heads"] = self.heads
             options["layout"] = self.heads.layout(index, others)
         wanted = any(option is not None for option in options.values())
-        return AttentionTap(**options) if wanted else nullcontext()
+        return AttentionTap(**options) if wanted else None
 
-    def _forward(self) -> torch.Tensor:
-        return self.forward(self.hidden, self.text, self.temb, self.rotary)
+    def _on_all(self, tap: AttentionTap | None) -> torch.Tensor:
+        if tap is None:
+            return self.forward(self.hidden, self.text, self.temb, self.rotary)
+        return _tapped(tap, self.forward, self.hidden, self.text, self.temb, self.rotary)
 
-    def _on(self, index):
+    def _on(self, tap: AttentionTap | None, index: torch.Tensor) -> torch.Tensor:
         # per-token modulation [b, s, 6, c] only for TI2V
         temb = gather_tokens(self.temb, index) if self.temb.ndim == 4 else self.temb
         rotary = tuple(gather_tokens(part, index) for part in self.rotary)
-        return self.forward(gather_tokens(self.hidden, index), self.text, temb, rotary)
+        # what is gathered has no other name, so that the block lets go of it when it may
+        if tap is None:
+            return self.forward(gather_tokens(self.hidden, index), self.text, temb, rotary)
+        return _tapped(
+            tap, self.forward, gather_tokens(self.hidden, index), self.text, temb, rotary
+        )
+
+
+@torch.compiler.disable
+def _tapped(tap: AttentionTap, forward, hidden, text, temb, rotary) -> torch.Tensor:
+    """A block's forward under a tap, uncompiled: a graph would freeze what the tap does."""
+    with tap:
+        return forward(hidden, text, temb, rotary)
 
 
 class _Stopped(Exception):

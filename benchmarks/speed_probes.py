@@ -1,0 +1,111 @@
+"""How the speed bench measures: turns, their certainty, and the peak of memory."""
+
+from __future__ import annotations
+
+import gc
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from .speed_models import Runner
+
+
+def timed(runner: Runner, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Milliseconds of the runner's next forward."""
+    runner.prepare()
+    sync(runner.model.device)
+    began = clock()
+    runner.forward()
+    sync(runner.model.device)
+    return 1000 * (clock() - began)
+
+
+def sync(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@contextmanager
+def no_collection():
+    """A garbage collection is nobody's forward."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def take_turns(
+    dense: Runner, others: dict[str, Runner], rounds: int
+) -> dict[str, list[tuple[float, float]]]:
+    """Milliseconds (dense, trimmed) of every plan, dense after every two of them.
+
+    Each trimmed forward is held against the dense ones right before and after it, so that a clock
+    that drifts does so for both.
+    """
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in others}
+    names = list(others)
+    with no_collection():
+        before = timed(dense)
+        for _ in range(rounds):
+            for first in range(0, len(names), 2):
+                pair = names[first : first + 2]
+                trimmed = [timed(others[name]) for name in pair]
+                after = timed(dense)
+                for name, took in zip(pair, trimmed, strict=True):
+                    taken[name].append(((before + after) / 2, took))
+                before = after
+    return taken
+
+
+def overhead(dense: Runner, other: Runner, pairs: int) -> list[tuple[float, float]]:
+    """Milliseconds (dense, other) of forwards that should take as long, in pairs, either first.
+
+    On the CPU by the time that the process ran, which other processes do not swamp.
+    """
+    clock = time.perf_counter if dense.model.device.type == "cuda" else time.process_time
+    taken = []
+    with no_collection():
+        for pair in range(pairs):
+            if pair % 2:
+                second = timed(other, clock)
+                taken.append((timed(dense, clock), second))
+            else:
+                first = timed(dense, clock)
+                taken.append((first, timed(other, clock)))
+    return taken
+
+
+def interval(ratios: Sequence[float], draws: int = 2000) -> tuple[float, float]:
+    """95 % bootstrap interval of the median."""
+    chance = random.Random(0)
+    medians = sorted(statistics.median(chance.choices(ratios, k=len(ratios))) for _ in range(draws))
+    return medians[int(0.025 * draws)], medians[int(0.975 * draws)]
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    """Most memory that `work` held at once beyond what there was before, in bytes.
+
+    On a GPU what the allocator saw; on the CPU what torch's profiler saw of its allocator.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        work()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as seen:
+        work()
+    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = most = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most

@@ -1,0 +1,31 @@
+"""Keeps torch.compile out of a step's decisions.
+
+A traced decision is right only as long as the compiler's guards notice that the step changed; a
+model compiled with its guards filtered would repeat the first step's. So our code stays outside of
+every graph, and the host's block between our frames is compiled as ever.
+"""
+
+from __future__ import annotations
+
+from types import FunctionType
+from typing import TypeVar
+
+import torch
+
+from ..methods import grid
+
+Class = TypeVar("Class", bound=type)
+
+gather_tokens = torch.compiler.disable(grid.gather_tokens)
+scatter_tokens = torch.compiler.disable(grid.scatter_tokens)
+
+
+def outside_graphs(cls: Class) -> Class:
+    """Class decorator: its methods are never traced; what of the host they call still is.
+
+    Methods that are disabled with all that they call stay so.
+    """
+    for name, value in list(vars(cls).items()):
+        if isinstance(value, FunctionType) and not hasattr(value, "__wrapped__"):
+            setattr(cls, name, torch.compiler.disable(value, recursive=False))
+    return cls

@@ -1,0 +1,198 @@
+"""How long a Wan step takes at best, dense or trimmed: the cost model's work at a device's rates.
+
+An ideal pipeline: products, attention and what lies between them one after the other, each at the
+rate that its large kernels reach. Real runs with text encoder, VAE and offloading take a tenth to a
+third longer; what a plan gains is nearer to the truth than either time.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .cost import WanShape, Work, plan_work
+from .depth import BlockPlan, blocks_per_step
+from .grid import TokenGrid
+from .heads import HeadPlan
+from .schedule import progress_at
+from .tokens import TokenPlan
+from .width import Width
+
+# the sizes that Wan comes in; each expert of Wan 2.2's A14B has those of 14B
+WAN = {
+    "1.3B": WanShape(1536, 8960, 30),
+    "5B": WanShape(3072, 14336, 30, 48, 48),
+    "14B": WanShape(5120, 13824, 40),
+    "14B I2V": WanShape(5120, 13824, 40, 36, image_tokens=257),
+    "A14B I2V": WanShape(5120, 13824, 40, 36),
+}
+
+
+def video_grid(shape: WanShape, width: int, height: int, pixel_frames: int) -> TokenGrid:
+    """Token grid of a video in pixels: the VAE's strides are 4, 8, 8, and 4, 16, 16 for 5B's."""
+    stride = 16 if shape.out_channels == 48 else 8
+    time, rows, columns = shape.patch
+    latent_frames = (pixel_frames - 1) // 4 + 1
+    return TokenGrid(latent_frames // time, height // stride // rows, width // stride // columns)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What large kernels reach on a device, in half precision.
+
+    Args:
+        products: FLOP/s of products with weights.
+        attention: FLOP/s of the attention kernel.
+        bandwidth: bytes/s of copies, reads and writes together.
+        source: where the numbers come from.
+    """
+
+    products: float
+    attention: float
+    bandwidth: float
+    source: str
+
+    def seconds(self, work: Work, itemsize: int = 2) -> float:
+        """Floor of the time that `work` takes, with numbers of `itemsize` bytes."""
+        return (
+            work.linear / self.products
+            + work.attention / self.attention
+            + work.moved * itemsize / self.bandwidth
+        )
+
+
+_CHARTS = "attention from SageAttention's charts (head_dim 128, 32K tokens, kernel alone)"
+_DATASHEET = f"products and bandwidth from the datasheet, less a tenth; {_CHARTS}"
+_GUESS = f"products and bandwidth as published; {_CHARTS}"
+_H200 = f"products and bandwidth measured; {_CHARTS} of an H100"
+# by pattern of torch's name for the device, and attention kernel; "flash" is FlashAttention 2,
+# about what torch's scaled_dot_product_attention runs
+DEVICES: dict[str, dict[str, Rates]] = {
+    r"H200": {
+        "flash": Rates(790e12, 339e12, 4.3e12, _H200),
+        "flash3": Rates(790e12, 600e12, 4.3e12, "attention between the charts and FA3's paper"),
+        "sage": Rates(790e12, 880e12, 4.3e12, _H200),
+    },
+    # the card with HBM3; the PCIe one is slower
+    r"H100 80GB HBM3": {"flash": Rates(660e12, 339e12, 2.9e12, _GUESS)},
+    r"A100-SXM4-[48]0GB": {"flash": Rates(260e12, 210e12, 1.7e12, "all as published")},
+    r"RTX 4090": {
+        "flash": Rates(152e12, 164e12, 0.92e12, _DATASHEET),
+        "sage": Rates(152e12, 431e12, 0.92e12, _DATASHEET),
+    },
+    r"RTX 5090": {
+        "flash": Rates(195e12, 214e12, 1.6e12, _DATASHEET),
+        "sage": Rates(195e12, 554e12, 1.6e12, _DATASHEET),
+    },
+}
+
+
+def device_rates(device: str, attention: str = "flash") -> Rates | None:
+    """Rates of a device by torch's name for it, such as "NVIDIA GeForce RTX 4090".
+
+    Args:
+        attention: "flash", "flash3" or "sage"; not every device has all of them.
+
+    Returns:
+        None for a device or kernel whose rates are not known. A laptop's card of the same number is
+        another device.
+    """
+    for pattern, kernels in DEVICES.items():
+        if re.search(rf"{pattern}$", device.strip()):
+            return kernels.get(attention)
+    return None
+
+
+def run_work(
+    shape: WanShape,
+    grid: TokenGrid,
+    sigmas: Sequence[float],
+    *,
+    shift: float = 1.0,
+    tokens: TokenPlan | None = None,
+    heads: HeadPlan | None = None,
+    blocks: BlockPlan | None = None,
+    width: Width | None = None,
+    anchored_frames: int = 0,
+    prompts: int = 2,
+) -> Work:
+    """The transformer's work in a sampling run under a plan; without one, dense.
+
+    Args:
+        sigmas: of the steps, without the last, 0.
+        shift: the model's flow shift, to place a sigma in the run.
+        tokens, heads, blocks: the plan's parts; None leaves that part alone.
+        width: of a slim model; `heads` are then those that it keeps.
+        anchored_frames: latent frames that are given and keep all their tokens.
+        prompts: 2 with guidance, 1 without.
+    """
+    progress = [progress_at(sigma, shift) for sigma in sigmas]
+    runs = None if blocks is None else blocks_per_step(blocks, sigmas, shift, shape.num_blocks)
+    return plan_work(
+        shape, tokens, grid, progress, anchored_frames, prompts,
+        heads=heads, width=width, blocks_run=runs,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a plan should gain over a sampling run.
+
+    Args:
+        speedup: of the transformer's part of the run; 1 is none.
+        seconds, dense_seconds: floor of that part, trimmed and dense; None without rates.
+        by: what it was reckoned by, to be said beside the number.
+    """
+
+    speedup: float
+    seconds: float | None
+    dense_seconds: float | None
+    by: str
+
+
+def run_seconds(
+    shape: WanShape,
+    grid: TokenGrid,
+    sigmas: Sequence[float],
+    rates: Rates,
+    *,
+    itemsize: int = 2,
+    **plan,
+) -> float:
+    """Floor of the transformer's seconds in a sampling run.
+
+    Args:
+        itemsize: bytes of a number of the hidden state.
+        plan: as for `run_work`.
+    """
+    return rates.seconds(run_work(shape, grid, sigmas, **plan), itemsize)
+
+
+def expected_speedup(
+    shape: WanShape,
+    grid: TokenGrid,
+    sigmas: Sequence[float],
+    device: str = "",
+    attention: str = "flash",
+    **plan,
+) -> Expected:
+    """What a plan should gain over a run of the same sampling without it.
+
+    On a device without known rates every FLOP takes as long as any other and bytes take nothing;
+    `by` says so.
+
+    Args:
+        device: torch's name for it.
+        plan: as for `run_work`; `width` counts as a part of the plan.
+    """
+    run = {name: plan[name] for name in ("shift", "prompts") if name in plan}
+    dense = run_work(shape, grid, sigmas, **run)
+    work = run_work(shape, grid, sigmas, **plan)
+    rates = device_rates(device, attention)
+    if rates is None:
+        known = device or "this device"
+        by = f"FLOPs alone: no rates are known for {known} with {attention} attention"
+        return Expected(dense.flops / work.flops, None, None, by)
+    before, after = rates.seconds(dense), rates.seconds(work)
+    return Expected(before / after, after, before, f"rates of {device}: {rates.source}")
