@@ -257,3 +257,53 @@ def plan_flops(
             rows = (2 * grid.frames * k * shape.dim for k in kept if k < grid.tokens)
             total += prompts * sum(rows)
     return total
+
+
+def run_flops(
+    shape: WanShape,
+    grid: TokenGrid,
+    progress: Sequence[float],
+    anchored_frames: int = 0,
+    prompts: int = 2,
+    *,
+    tokens: TokenPlan | None = None,
+    heads: HeadPlan | None = None,
+    blocks_run: Sequence[int] | None = None,
+    width: Width | None = None,
+) -> float:
+    """A whole sampling run in which tokens, heads and blocks are trimmed together.
+
+    Which blocks a step skips is the router's choice, so that a skipped one counts as their mean.
+
+    Args:
+        tokens: None computes all of them.
+        heads: trimmed at a progress between its start and end.
+        blocks_run: blocks that run at each step; None is all in every step.
+        prompts, width: as for `plan_flops`.
+    """
+    blocks, outside = shape.num_blocks, outside_flops(shape, grid.tokens)
+    anchored = anchored_frames if tokens is not None and tokens.anchor else 0
+    keep_kv = tokens is not None and tokens.dropped_kv == "keep"
+    per_step = [[grid.tokens] * blocks] * len(progress)
+    if tokens is not None:
+        per_step = planned_tokens(tokens, grid, blocks, progress, anchored_frames)
+    known: dict[tuple, int] = {}
+
+    def forward(kept: list[int], plan: HeadPlan | None) -> int:
+        key = (*kept, plan is None)
+        if key not in known:
+            sizes = {"grid": grid, "anchored_frames": anchored, "heads": plan, "width": width}
+            known[key] = forward_flops(shape, grid.tokens, kept, keep_kv, **sizes)
+        return known[key]
+
+    total = 0.0
+    if tokens is not None and (tokens.needs_attention or tokens.restore == "frame_mean"):
+        # what choosing and standing in cost
+        total = plan_flops(shape, tokens, grid, progress, anchored_frames, prompts, width=width)
+        total -= prompts * sum(forward(kept, None) for kept in per_step)
+    for index, (at, kept) in enumerate(zip(progress, per_step, strict=True)):
+        inside = heads is not None and heads.trims_at(at)
+        share = 1.0 if blocks_run is None else blocks_run[index] / blocks
+        whole = forward(kept, heads if inside else None)
+        total += prompts * (outside + share * (whole - outside))
+    return total

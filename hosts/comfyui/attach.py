@@ -18,9 +18,11 @@ from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 
 from ...methods.routers import TrainedRouter
 from ...methods.schedule import progress_at
+from ...methods.solve import Solved
 from ..report import Report
 from ..session import COND, Session, TrimPlan, check_latent
 from .blocks import replace_blocks
+from .dial import Wish
 from .variants import anchored_frames, token_grid, why_not_now
 
 log = logging.getLogger(__name__)
@@ -32,11 +34,13 @@ COMPILE_KEY = "torch.compile"
 
 
 class Attachment:
-    """A plan as it sits on a MODEL, with the report of the last run that used it."""
+    """A plan as it sits on a MODEL, with what came of it in the last run that used it."""
 
     def __init__(self, plan: TrimPlan):
         self.plan = plan
         self.report: Report | None = None
+        # what the dial decided, if there is one
+        self.solved: Solved | None = None
 
     def __deepcopy__(self, memo) -> Attachment:
         # older hosts deep-copy model_options with every clone; the report must stay reachable
@@ -55,7 +59,7 @@ def attach(model, plan: TrimPlan):
     patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _outer_sample)
     if not plan.neutral:
         patched.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, _diffusion_model)
-    if plan.trims_blocks and isinstance(plan.blocks.router, TrainedRouter):
+    if not plan.final and plan.trims_blocks and isinstance(plan.blocks.router, TrainedRouter):
         # the host moves its weights with the model's
         carried = comfy.model_patcher.ModelPatcher(
             plan.blocks.router.mlp,
@@ -88,6 +92,9 @@ class _Run:
         self.awaits_cond = False
         # of the call that runs, before the host rounds it to the model's dtype
         self.latent: torch.Tensor | None = None
+        # a dial's, until the first model call
+        self.wish: Wish | None = None
+        self.solved: Solved | None = None
 
     def __deepcopy__(self, memo) -> _Run:
         return self
@@ -100,12 +107,15 @@ def _outer_sample(executor, *args, **kwargs):
     attachment: Attachment = options["transformer_options"][KEY]
     report = Report(type(guider.model_patcher.model.diffusion_model).__name__)
     report.planned = attachment.plan.describe()
-    session = Session(attachment.plan, report)
+    attachment.solved = None
     sampling = guider.model_patcher.get_model_object("model_sampling")
     shift = getattr(sampling, "shift", None)
     if shift is None:
         report.note("this model's sampling has no flow shift: the schedule follows sigma itself")
-    options["transformer_options"][SESSION_KEY] = _Run(session, shift or 1.0)
+    run = _Run(Session(attachment.plan.solved(), report), shift or 1.0)
+    if attachment.plan.solves:
+        run.wish = Wish.of(attachment.plan, guider, run.shift)
+    options["transformer_options"][SESSION_KEY] = run
     if not attachment.plan.neutral:
         # last, so that what other packs do per batch of prompts is done once
         for kind, wrapper in (
@@ -133,7 +143,8 @@ def _outer_sample(executor, *args, **kwargs):
         return result
     finally:
         guider.model_options = original
-        session.finish(completed)
+        attachment.solved = run.solved
+        run.session.finish(completed)
         if report.steps:
             log.info(
                 "WanTrim: %d steps, %.0f%% of the token work done, %d remarks",
@@ -211,16 +222,33 @@ def _diffusion_model(
     run: _Run | None = options.get(SESSION_KEY)
     if run is not None:
         options = _trimmed_options(
-            executor.class_obj, run, x, timestep, clip_fea, time_dim_concat, options, kwargs
+            executor.class_obj,
+            run,
+            x,
+            timestep,
+            context,
+            clip_fea,
+            time_dim_concat,
+            options,
+            kwargs,
         )
     # positional, because other packs' wrappers read the options as the last argument
     return executor(x, timestep, context, clip_fea, time_dim_concat, options, **kwargs)
 
 
 def _trimmed_options(
-    dm, run: _Run, x, timestep, clip_fea, time_dim_concat, options: dict, extra: dict
+    dm, run: _Run, x, timestep, context, clip_fea, time_dim_concat, options: dict, extra: dict
 ) -> dict:
     report = run.session.report
+    check_latent(x)
+    grid = token_grid(dm, x, time_dim_concat, extra)
+    anchored = anchored_frames(dm, x, timestep, grid, extra)
+    if run.wish is not None:
+        seen = (context, clip_fea, grid, anchored, options["sample_sigmas"])
+        plan, run.solved = run.wish.solve(dm, *seen, report)
+        run.session.take(plan)
+        run.wish = None
+        log.info("WanTrim: %s", report.planned)
     plan = run.session.plan
     # skipped blocks are no matter to those who look into a block
     looks_inside = plan.trims_tokens or plan.trims_heads
@@ -228,9 +256,7 @@ def _trimmed_options(
     if reason is not None:
         report.note(reason)
         return options
-    check_latent(x)
     sigma = float(options["sigmas"].max()) if "sigmas" in options else float(timestep.max()) / 1000
-    grid = token_grid(dm, x, time_dim_concat, extra)
     # without the image channels, which only one of the two prompts may have
     noise = x[:, : dm.out_dim]
     if run.latent is not None and run.latent.shape == noise.shape:
@@ -242,7 +268,7 @@ def _trimmed_options(
         progress=progress_at(sigma, run.shift),
         cond_or_uncond=options.get("cond_or_uncond", [COND]),
         grid=grid,
-        anchored=anchored_frames(dm, x, timestep, grid, extra),
+        anchored=anchored,
         num_blocks=len(dm.blocks),
         window=_part(options),
         patch_frames=dm.patch_size[0],
