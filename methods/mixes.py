@@ -78,7 +78,7 @@ def way(mix: Mix, blocks: bool, tokens: bool, heads: bool) -> list[tuple[float, 
     return points
 
 
-def at(points: list[tuple[float, float, float]], place: float) -> tuple[float, float, float]:
+def knobs_at(points: list[tuple[float, float, float]], place: float) -> tuple[float, float, float]:
     """The knobs at a place on a way: 0 is its beginning, each point is 1 further."""
     index = min(int(place), len(points) - 2)
     if index < 0:

@@ -15,7 +15,7 @@ from .cost import WanShape, planned_tokens, run_flops
 from .depth import BlockBudget, BlockPlan, blocks_per_step
 from .grid import TokenGrid
 from .heads import HeadPlan
-from .mixes import MIXES, Mix, at, way
+from .mixes import MIXES, Mix, knobs_at, way
 from .presets import preset_plan
 from .profile import Profile
 from .routers import ProfiledRouter
@@ -232,7 +232,7 @@ def _maker(run: Run, mix: Mix, points, profile, guarded, fixed: Parts) -> Callab
         return plans[share]
 
     def make(place: float) -> Parts:
-        blocks, tokens, attention = at(points, place)
+        blocks, tokens, attention = knobs_at(points, place)
         parts = fixed
         if blocks < 1.0:
             budget = BlockBudget(blocks, min(1.0, mix.slope * blocks), mix.curve)

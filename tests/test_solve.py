@@ -16,7 +16,7 @@ from wantrim.methods.cost import WanShape, plan_flops, planned_tokens, run_flops
 from wantrim.methods.depth import BlockBudget, BlockPlan, blocks_per_step
 from wantrim.methods.grid import TokenGrid
 from wantrim.methods.heads import HeadPlan
-from wantrim.methods.mixes import MIXES, at, way
+from wantrim.methods.mixes import MIXES, knobs_at, way
 from wantrim.methods.presets import preset_plan
 from wantrim.methods.routers import RandomRouter
 from wantrim.methods.schedule import Schedule
@@ -197,8 +197,8 @@ def test_paths_only_go_down():
             assert all(b <= a for a, b in zip(before, after, strict=True)) and before != after
         for free in itertools.product((True, False), repeat=3):
             points = way(mix, *free)
-            assert points[0] == at(points, 0.0) == (1, 1, 1)
-            assert points[-1] == at(points, float(len(points) - 1))
+            assert points[0] == knobs_at(points, 0.0) == (1, 1, 1)
+            assert points[-1] == knobs_at(points, float(len(points) - 1))
             assert all(
                 p == 1 for point in points for p, f in zip(point, free, strict=True) if not f
             )

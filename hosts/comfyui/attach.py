@@ -243,7 +243,7 @@ def _trimmed_options(
     check_latent(x)
     grid = token_grid(dm, x, time_dim_concat, extra)
     anchored = anchored_frames(dm, x, timestep, grid, extra)
-    if run.wish is not None:
+    if run.wish is not None and run.dense is None:
         seen = (context, clip_fea, grid, anchored, options["sample_sigmas"])
         plan, run.solved = run.wish.solve(dm, *seen, report)
         run.session.take(plan)
