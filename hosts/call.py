@@ -74,7 +74,7 @@ class ModelCall:
         self.identity = (*again, self.decision.passes[again])
         self._stretch: _Stretch | None = None
         self._skipping = False
-        self._groups = session.heads
+        self._groups = session.heads_at(self.decision.step.progress)
         self._blocks: BlockCalls | None = None
         if self.decision.blocks is not None and not self.decision.blocks.idle:
             self._blocks = BlockCalls(

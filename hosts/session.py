@@ -17,10 +17,12 @@ from ..methods.attend import Layout
 from ..methods.budget import attention_share
 from ..methods.cost import planned_tokens
 from ..methods.depth import BlockPlan
+from ..methods.dial import Dial
 from ..methods.grid import TokenGrid
 from ..methods.heads import OFF, PATTERNS, HeadPlan
 from ..methods.importance import parts
 from ..methods.routers import Content
+from ..methods.solve import Parts
 from ..methods.tokens import Selection, TokenPlan
 from .call import ModelCall
 from .heads import head_groups
@@ -33,11 +35,16 @@ COND, UNCOND = 0, 1
 
 @dataclass(frozen=True)
 class TrimPlan:
-    """All that we decided to trim. None leaves that part of the model alone."""
+    """All that we decided to trim. None leaves that part of the model alone.
+
+    Args:
+        dial: decides the parts that are None when a run begins; a session wants it solved.
+    """
 
     tokens: TokenPlan | None = None
     heads: HeadPlan | None = None
     blocks: BlockPlan | None = None
+    dial: Dial | None = None
 
     @property
     def trims_tokens(self) -> bool:
@@ -52,11 +59,34 @@ class TrimPlan:
         return self.blocks is not None and not self.blocks.neutral
 
     @property
+    def final(self) -> bool:
+        """Whether the dial wants the model untouched, whatever the other parts say."""
+        return self.dial is not None and self.dial.final
+
+    @property
+    def solves(self) -> bool:
+        """Whether the dial has something to decide when a run begins."""
+        return self.dial is not None and not (self.dial.off or self.dial.final)
+
+    @property
     def neutral(self) -> bool:
-        return not (self.trims_tokens or self.trims_heads or self.trims_blocks)
+        trims = self.trims_tokens or self.trims_heads or self.trims_blocks or self.solves
+        return self.final or not trims
+
+    @property
+    def parts(self) -> Parts:
+        return Parts(self.tokens, self.heads, self.blocks)
+
+    def solved(self, parts: Parts | None = None) -> TrimPlan:
+        """What a session runs: these parts, or this plan's own, and no dial."""
+        if parts is None:
+            parts = Parts() if self.final else self.parts
+        return TrimPlan(parts.tokens, parts.heads, parts.blocks)
 
     def describe(self) -> str:
-        parts = []
+        if self.final:
+            return "final render, nothing trimmed"
+        parts = [self.dial.describe()] if self.solves else []
         if self.trims_tokens:
             parts.append(_describe_tokens(self.tokens))
         if self.trims_heads:
@@ -154,22 +184,26 @@ class Session:
     """
 
     def __init__(self, plan: TrimPlan, report: Report, told: Callable[[Step], None] | None = None):
-        self.plan = plan
         self.report = report
-        self.report.heads = plan.heads if plan.trims_heads else None
-        self.report.keeps_kv = plan.trims_tokens and plan.tokens.dropped_kv == "keep"
         self._told = told
         self.decision: Decision | None = None
         # one for every part of the video that is sampled apart
         self.pasts: dict[Hashable, Past] = {}
         # sigma of the first step that leaves tokens out
         self.first_trimmed: float | None = None
-        self.skips = Skips(plan.blocks) if plan.trims_blocks else None
-        self.heads = head_groups(plan.heads) if plan.trims_heads else None
         # of whole sequences, by grid and length
         self.layouts: dict[tuple[TokenGrid, int], Layout] = {}
         self._began = 0.0
         self._started = time.perf_counter()
+        self.take(plan)
+
+    def take(self, plan: TrimPlan) -> None:
+        """Go by this plan; later only when it cannot be made before the first model call."""
+        self.plan = plan
+        self.skips = Skips(plan.blocks) if plan.trims_blocks else None
+        self.heads = head_groups(plan.heads) if plan.trims_heads else None
+        self.report.heads = plan.heads if plan.trims_heads else None
+        self.report.keeps_kv = plan.trims_tokens and plan.tokens.dropped_kv == "keep"
 
     def look(
         self,
@@ -304,6 +338,10 @@ class Session:
                 tokens, step.grid, step.num_blocks, seen, step.anchored_frames
             )[-1]
 
+    def heads_at(self, progress: float) -> list | None:
+        """Heads of every block in a step at this progress; None when all run as they are."""
+        return self.heads if self.heads and self.plan.heads.trims_at(progress) else None
+
     def finish(self, completed: bool) -> Report:
         """Close the run and drop everything that it held."""
         now = time.perf_counter()
@@ -348,7 +386,8 @@ class Session:
             return
         step = self.decision.step
         step.seconds = now - self._began
-        trims = self.plan.trims_heads or self.decision.budget < step.grid.per_frame
+        heads = self.heads_at(step.progress) is not None
+        trims = heads or self.decision.budget < step.grid.per_frame
         trims |= self.decision.blocks is not None and not self.decision.blocks.idle
         step.record(self.decision.ran, nothing_ran=trims and not self.decision.ran)
         if step.kept_share == 0:

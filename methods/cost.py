@@ -300,11 +300,11 @@ def plan_work(
     Args:
         plan: None computes all tokens.
         prompts: 2 with guidance, 1 without.
-        heads, width: as for `block_works`.
+        heads, width: as for `block_works`; heads are trimmed between their plan's start and end.
         blocks_run: how many blocks run at each step, as `depth.blocks_per_step` has them; which
             ones is the router's, and here each as often as any other but the first and the last.
     """
-    sizes = {"grid": grid, "heads": heads, "width": width}
+    sizes = {"grid": grid, "width": width}
     outside = Work(outside_flops(shape, grid.tokens))
     if blocks_run is None:
         blocks_run = [shape.num_blocks] * len(progress)
@@ -315,8 +315,15 @@ def plan_work(
         if plan.anchor:
             sizes["anchored_frames"] = anchored_frames
     total = Work()
+    # most steps are like others
+    known: dict[tuple, list[Work]] = {}
     for kept, at, running in zip(per_step, progress, blocks_run, strict=True):
-        works = block_works(shape, grid.tokens, kept, keep_kv, **sizes)
+        patterns = heads if heads is not None and heads.trims_at(at) else None
+        key = (*kept, patterns is None)
+        if key not in known:
+            options = {**sizes, "heads": patterns}
+            known[key] = block_works(shape, grid.tokens, kept, keep_kv, **options)
+        works = known[key]
         trims = plan is not None and plan.budget(at, grid) < grid.per_frame
         if trims and plan.restore == "frame_mean":
             mean = 2 * grid.frames * shape.dim

@@ -25,10 +25,13 @@ class HeadPlan:
     Args:
         self_attention: name in `PATTERNS` per block and head.
         cross_attention: FULL or OFF per block and head; text and image part alike.
+        start, end: progress between which heads are trimmed.
     """
 
     self_attention: tuple[tuple[str, ...], ...]
     cross_attention: tuple[tuple[str, ...], ...]
+    start: float = 0.0
+    end: float = 1.0
 
     def __post_init__(self):
         for kind, allowed in (("self_attention", PATTERNS), ("cross_attention", (FULL, OFF))):
@@ -43,6 +46,10 @@ class HeadPlan:
                 f"expected as many blocks in cross_attention as in self_attention, got "
                 f"{len(self.cross_attention)} and {len(self.self_attention)}"
             )
+        if not 0.0 <= self.start <= self.end <= 1.0:
+            raise ValueError(
+                f"start and end: expected 0 <= start <= end <= 1, got {self.start} and {self.end}"
+            )
 
     @property
     def num_blocks(self) -> int:
@@ -51,6 +58,10 @@ class HeadPlan:
     @property
     def neutral(self) -> bool:
         return not any(self.changes(index) for index in range(self.num_blocks))
+
+    def trims_at(self, progress: float) -> bool:
+        """Whether a step at this progress is trimmed."""
+        return not self.neutral and self.start <= progress <= self.end
 
     def changes(self, block_index: int) -> bool:
         """Whether any head of this block does less than full attention."""

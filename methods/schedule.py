@@ -22,6 +22,12 @@ def progress_at(sigma: float, shift: float = 1.0) -> float:
     return min(max(1.0 - u, 0.0), 1.0)
 
 
+def sigma_at(progress: float, shift: float = 1.0) -> float:
+    """The sigma at which that share of the steps is done under a flow shift."""
+    u = 1.0 - progress
+    return shift * u / (1 + (shift - 1) * u)
+
+
 @dataclass(frozen=True)
 class Schedule:
     """Keep ratio over progress.

@@ -18,12 +18,14 @@ from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 
 from ...methods.routers import TrainedRouter
 from ...methods.schedule import progress_at
+from ...methods.solve import Solved
 from ..report import Report
 from ..session import COND, Session, TrimPlan, check_latent
 from .blocks import replace_blocks
 from .dense_step import Unmeasurable, call_sizes
+from .dial import Wish
 from .live import Live, running_node
-from .shape import wan_shape
+from .shape import clip_tokens, wan_shape
 from .variants import anchored_frames, token_grid, why_not_now
 
 log = logging.getLogger(__name__)
@@ -35,7 +37,7 @@ COMPILE_KEY = "torch.compile"
 
 
 class Attachment:
-    """A plan as it sits on a MODEL, with the report of the last run that used it.
+    """A plan as it sits on a MODEL, with what came of it in the last run that used it.
 
     Args:
         nodes: ids of the nodes that made the plan, where a node did.
@@ -47,6 +49,8 @@ class Attachment:
         # sizes of the first step's model calls in that run, or why they are not known
         self.calls: list[dict] = []
         self.unmeasurable: str | None = None
+        # what the dial decided, if there is one
+        self.solved: Solved | None = None
 
     def __deepcopy__(self, memo) -> Attachment:
         # older hosts deep-copy model_options with every clone; the report must stay reachable
@@ -68,7 +72,7 @@ def attach(model, plan: TrimPlan):
     patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _outer_sample)
     if not plan.neutral:
         patched.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, _diffusion_model)
-    if plan.trims_blocks and isinstance(plan.blocks.router, TrainedRouter):
+    if not plan.final and plan.trims_blocks and isinstance(plan.blocks.router, TrainedRouter):
         # the host moves its weights with the model's
         carried = comfy.model_patcher.ModelPatcher(
             plan.blocks.router.mlp,
@@ -101,6 +105,12 @@ class _Run:
         self.awaits_cond = False
         # of the call that runs, before the host rounds it to the model's dtype
         self.latent: torch.Tensor | None = None
+        # the sampler's, and their values: reading them waits for the device
+        self._sigmas: torch.Tensor | None = None
+        self._values: list[float] = []
+        # a dial's, until the first model call
+        self.wish: Wish | None = None
+        self.solved: Solved | None = None
         # of the first step's model calls
         self.calls: list[dict] = []
         self.unmeasurable: str | None = None
@@ -113,9 +123,6 @@ class _Run:
             self.calls.append(call_sizes(arguments))
         except Unmeasurable as error:
             self.unmeasurable = str(error)
-        # the sampler's, and their values: reading them waits for the device
-        self._sigmas: torch.Tensor | None = None
-        self._values: list[float] = []
 
     def __deepcopy__(self, memo) -> _Run:
         return self
@@ -140,12 +147,15 @@ def _outer_sample(executor, *args, **kwargs):
     report.planned = attachment.plan.describe()
     # noise, latent, sampler, sigmas
     live = Live(report, attachment.nodes, args[3].tolist())
-    session = Session(attachment.plan, report, live.step)
+    attachment.solved = None
     sampling = guider.model_patcher.get_model_object("model_sampling")
     shift = getattr(sampling, "shift", None)
     if shift is None:
         report.note("this model's sampling has no flow shift: the schedule follows sigma itself")
-    run = options["transformer_options"][SESSION_KEY] = _Run(session, shift or 1.0)
+    run = _Run(Session(attachment.plan.solved(), report, live.step), shift or 1.0)
+    if attachment.plan.solves:
+        run.wish = Wish.of(attachment.plan, guider, run.shift)
+    options["transformer_options"][SESSION_KEY] = run
     if not attachment.plan.neutral:
         # last, so that what other packs do per batch of prompts is done once
         for kind, wrapper in (
@@ -173,7 +183,8 @@ def _outer_sample(executor, *args, **kwargs):
         return result
     finally:
         guider.model_options = original
-        session.finish(completed)
+        attachment.solved = run.solved
+        run.session.finish(completed)
         attachment.unmeasurable = run.unmeasurable
         live.end()
         if report.steps:
@@ -274,6 +285,15 @@ def _trimmed_options(
     dm, run: _Run, x, timestep, context, clip_fea, time_dim_concat, options: dict, extra: dict
 ) -> dict:
     report = run.session.report
+    check_latent(x)
+    grid = token_grid(dm, x, time_dim_concat, extra)
+    anchored = anchored_frames(dm, x, timestep, grid, extra)
+    if run.wish is not None and run.dense is None:
+        seen = (context, clip_fea, grid, anchored, options["sample_sigmas"])
+        plan, run.solved = run.wish.solve(dm, *seen, report)
+        run.session.take(plan)
+        run.wish = None
+        log.info("WanTrim: %s", report.planned)
     plan = run.session.plan
     # skipped blocks are no matter to those who look into a block
     looks_inside = plan.trims_tokens or plan.trims_heads
@@ -281,11 +301,8 @@ def _trimmed_options(
     if reason is not None:
         report.note(reason)
         return options
-    check_latent(x)
     if report.shape is None:
-        images = 0 if clip_fea is None or dm.img_emb is None else clip_fea.shape[1]
-        report.shape = wan_shape(dm, context.shape[1], images)
-    grid = token_grid(dm, x, time_dim_concat, extra)
+        report.shape = wan_shape(dm, context.shape[1], clip_tokens(dm, clip_fea))
     # without the image channels, which only one of the two prompts may have
     noise = x[:, : dm.out_dim]
     if run.latent is not None and run.latent.shape == noise.shape:

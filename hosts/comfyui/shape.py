@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import torch
+
 from ...methods.cost import WanShape
+
+
+def clip_tokens(network, clip_fea: torch.Tensor | None) -> int:
+    """Tokens of a CLIP image that the network takes in, of `clip_fea` [b, tokens, c]."""
+    return 0 if clip_fea is None or network.img_emb is None else clip_fea.shape[1]
 
 
 def wan_shape(network, text_tokens: int, image_tokens: int = 0) -> WanShape | None:
@@ -12,6 +19,11 @@ def wan_shape(network, text_tokens: int, image_tokens: int = 0) -> WanShape | No
     """
     if any(block.self_attn.num_heads != network.num_heads for block in network.blocks):
         return None
+    return full_shape(network, text_tokens, image_tokens)
+
+
+def full_shape(network, text_tokens: int, image_tokens: int = 0) -> WanShape:
+    """As `wan_shape`; of a slim model the sizes of the full one that it was made of."""
     return WanShape(
         dim=network.dim,
         ffn_dim=network.ffn_dim,

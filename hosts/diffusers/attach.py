@@ -79,8 +79,14 @@ def attach(
         sigmas: of the steps to come; skipped blocks that repeat their last update need them.
 
     Raises:
-        ValueError: the model is not a WanTransformer3DModel, or has other heads than the plan.
+        ValueError: the model is not a WanTransformer3DModel, or has other heads than the plan, or
+            the plan has a dial.
     """
+    if plan.dial is not None:
+        raise ValueError(
+            "plan: expected one that is solved, got one with a dial; call its solve() for your run "
+            "and hand the parts to TrimPlan"
+        )
     if type(model) is not WanTransformer3DModel:
         raise ValueError(
             f"model: expected diffusers' WanTransformer3DModel, got {type(model).__name__}: "

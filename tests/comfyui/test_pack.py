@@ -11,10 +11,22 @@ from comfy_api.latest import io
 from wantrim.methods.importance import IMPORTANCE
 from wantrim.methods.restore import RESTORE
 from wantrim.methods.schedule import DIRECTIONS
-from wantrim.nodes import blocks, compare, demo, heads, profile, report, slim, tokens
+from wantrim.nodes import (
+    blocks,
+    compare,
+    demo,
+    heads,
+    profile,
+    report,
+    slim,
+    tokens,
+    wantrim,
+)
 
 FOLDER = "ComfyUI-WanTrim.v1-x"
 NODE_IDS = {
+    "WanTrim",
+    "WanTrimPair",
     "WanTrimTokens",
     "WanTrimHeads",
     "WanTrimBlocks",
@@ -29,7 +41,7 @@ NODE_IDS = {
     "WanTrimDemoPrompt",
     "WanTrimDemoImage",
 }
-STAGES = (tokens, heads, blocks, profile, slim, report, compare)
+STAGES = (wantrim, tokens, heads, blocks, profile, slim, report, compare)
 NODES = [node for stage in (*STAGES, demo) for node in stage.NODES]
 # the demo's pages are in English only; the frontend falls back to it
 TRANSLATED = [node for stage in STAGES for node in stage.NODES]
