@@ -23,7 +23,7 @@ ARROW = {
     "training": {"kernels", "methods", "hosts", "toy"},
     "benchmarks": {"kernels", "methods", "hosts", "toy"},
 }
-# what every ComfyUI has; all but torch are in requirements.txt
+# what every ComfyUI has; all but torch are in requirements.txt (PIL below is ComfyUI's too)
 EVERYWHERE = {"torch", "numpy", "safetensors", "einops"}
 # where any other package may be named; a place is a path or the beginning of one
 COMFYUI = ("__init__.py", "nodes/", "hosts/comfyui")

@@ -2,7 +2,10 @@
 
 import asyncio
 import json
+import re
 import shutil
+from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
@@ -43,15 +46,14 @@ NODE_IDS = {
 }
 STAGES = (wantrim, tokens, heads, blocks, profile, slim, report, compare)
 NODES = [node for stage in (*STAGES, demo) for node in stage.NODES]
-# the demo's pages are in English only; the frontend falls back to it
-TRANSLATED = [node for stage in STAGES for node in stage.NODES]
+LANGUAGES = ("zh", "ja")
 ALL = ("refresh", "paper", "custom")
 # lists of files that may be empty, so that there is no default
 FILES = {"slim_model", "router_file"}
 # lists that are ComfyUI's to explain
 HOSTS = {"scheduler"}
 by_id = pytest.mark.parametrize("node", NODES, ids=lambda n: n.define_schema().node_id)
-by_translated = pytest.mark.parametrize("node", TRANSLATED, ids=lambda n: n.define_schema().node_id)
+by_language = pytest.mark.parametrize("language", LANGUAGES)
 
 
 def every_input(schema) -> list:
@@ -70,8 +72,8 @@ def every_choice(schema) -> list[str]:
     return found
 
 
-def chinese(root) -> dict:
-    file = root / "locales" / "zh" / "nodeDefs.json"
+def strings_in(language: str, root) -> dict:
+    file = root / "locales" / language / "nodeDefs.json"
     return json.loads(file.read_text("utf-8"))
 
 
@@ -190,15 +192,16 @@ def test_help_page_names_every_input(node, root):
     assert not unexplained, f"{page} does not explain {unexplained}"
 
 
-@by_translated
-def test_chinese_page_calls_every_input_what_the_node_calls_it(node, root):
+@by_language
+@by_id
+def test_translated_page_calls_every_input_what_the_node_calls_it(node, language, root):
     schema = node.define_schema()
-    page = root / "web" / "docs" / schema.node_id / "zh.md"
+    page = root / "web" / "docs" / schema.node_id / f"{language}.md"
     assert page.is_file(), f"{page} is missing"
     text = page.read_text("utf-8")
-    names = chinese(root)[schema.node_id]
+    names = strings_in(language, root)[schema.node_id]
     assert text.startswith(f"# {names['display_name']}（{schema.display_name}）\n")
-    wanted = [f"**{given['name']}**" for given in names["inputs"].values()]
+    wanted = [f"**{given['name']}**" for given in names.get("inputs", {}).values()]
     missing = [given for given in wanted if given not in text]
     missing += [given.id for given in every_input(schema) if given.id not in text]
     assert not missing, f"{page} does not explain {missing}"
@@ -206,14 +209,16 @@ def test_chinese_page_calls_every_input_what_the_node_calls_it(node, root):
     assert not unexplained, f"{page} does not explain {unexplained}"
 
 
-def test_chinese_strings_name_every_node(root):
-    assert set(chinese(root)) == NODE_IDS
+@by_language
+def test_translated_strings_name_every_node(language, root):
+    assert set(strings_in(language, root)) == NODE_IDS
 
 
+@by_language
 @by_id
-def test_chinese_strings_name_every_input_and_output(node, root):
+def test_translated_strings_name_every_input_and_output(node, language, root):
     schema = node.define_schema()
-    strings = chinese(root)[schema.node_id]
+    strings = strings_in(language, root)[schema.node_id]
     assert strings["display_name"].startswith("WanTrim")
     assert strings["description"].endswith("。")
     found = strings.get("inputs", {})
@@ -225,6 +230,21 @@ def test_chinese_strings_name_every_input_and_output(node, root):
     for words, given in zip(found.values(), schema.outputs, strict=True):
         assert words["name"], given.display_name
         assert given.tooltip is None or words["tooltip"].endswith("。"), given.display_name
+
+
+def test_an_install_asks_for_nothing_that_comfyui_does_not(root):
+    lines = (Path(comfy_nodes.__file__).parent / "requirements.txt").read_text("utf-8").splitlines()
+    hosts = {re.split(r"[^\w-]", line)[0].lower() for line in lines}
+    assert set((root / "requirements.txt").read_text("utf-8").split()) <= hosts
+
+
+def test_the_frontend_of_this_comfyui_is_in_the_range(root):
+    project = (root / "pyproject.toml").read_text("utf-8")
+    low, high = re.search(r"comfyui-frontend-package>=([\d.]+),<([\d.]+)", project).groups()
+    sizes = [
+        tuple(map(int, v.split("."))) for v in (low, version("comfyui-frontend-package"), high)
+    ]
+    assert sizes[0] <= sizes[1] < sizes[2]
 
 
 def test_toy_video_goes_through_the_demo_nodes():
