@@ -44,7 +44,11 @@ SPEED_HEAD = (
     "\n|---|---|---|---|---|---|---|---|"
 )
 # studies of the parts: file -> its groups
-PARTS = {"width": ("in_place", "sliced"), "depth": ("methods", "curve", "age", "memory")}
+PARTS = {
+    "width": ("in_place", "sliced"),
+    "depth": ("methods", "curve", "age", "memory"),
+    "dial": ("dial",),
+}
 
 
 def methods_table(rows: Iterable[dict[str, str]], task: str, steps: str) -> str:
