@@ -190,7 +190,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--gpu", action="store_true", help="real sizes and kernels on a GPU, in place of the CPU's")
     add("--rounds", type=int, default=2, help="turns of each plan at the large sizes")
     add("--pairs", type=int, default=40, help="pairs of forwards for the overhead")
-    add("--threads", type=int, default=2, help="of torch, on the CPU")
     add("--small", action="store_true", help="only the small size")
     add("--results", type=Path, default=RESULTS, help="folder of speed.csv")
     args = parser.parse_args(arguments)
@@ -212,8 +211,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     known = {(r["case"], r["host"], r["plan"]) for r in read_rows(path) if r["dense_ms"]}
     waiting = [r for r in rows_to_fill() if (r["case"], r["host"], r["plan"]) not in known]
     keep([dict.fromkeys(COLUMNS, "") | made for made in waiting])
-    torch.set_num_threads(1)
     # the time of a process is that of all its threads
+    torch.set_num_threads(1)
     for size in (HOLLOW, SMALL):
         keep(time_overhead(size, args.pairs))
     small = time_plans(SMALL, list(plans(SMALL)), 3)
@@ -222,7 +221,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     keep(time_plans(SMALL, COMPILED_PLANS, 5, backend()))
     if args.small:
         return
-    torch.set_num_threads(args.threads)
     keep(time_plans(SHORT, SHORT_PLANS, args.rounds))
     keep(time_plans(LONG, LONG_PLANS, 1))
 

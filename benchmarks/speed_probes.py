@@ -14,8 +14,12 @@ import torch
 from .speed_models import Runner
 
 
-def timed(runner: Runner, clock: Callable[[], float] = time.perf_counter) -> float:
-    """Milliseconds of the runner's next forward."""
+def timed(runner: Runner) -> float:
+    """Milliseconds of the runner's next forward.
+
+    On the CPU those that the process ran, which other processes do not swamp.
+    """
+    clock = time.perf_counter if runner.model.device.type == "cuda" else time.process_time
     runner.prepare()
     sync(runner.model.device)
     began = clock()
@@ -64,20 +68,16 @@ def take_turns(
 
 
 def overhead(dense: Runner, other: Runner, pairs: int) -> list[tuple[float, float]]:
-    """Milliseconds (dense, other) of forwards that should take as long, in pairs, either first.
-
-    On the CPU by the time that the process ran, which other processes do not swamp.
-    """
-    clock = time.perf_counter if dense.model.device.type == "cuda" else time.process_time
+    """Milliseconds (dense, other) of forwards that should take as long, in pairs, either first."""
     taken = []
     with no_collection():
         for pair in range(pairs):
             if pair % 2:
-                second = timed(other, clock)
-                taken.append((timed(dense, clock), second))
+                second = timed(other)
+                taken.append((timed(dense), second))
             else:
-                first = timed(dense, clock)
-                taken.append((first, timed(other, clock)))
+                first = timed(dense)
+                taken.append((first, timed(other)))
     return taken
 
 
