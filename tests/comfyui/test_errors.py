@@ -212,12 +212,12 @@ def shown(monkeypatch):
 
 def test_report_without_a_plan_names_the_input_and_the_node_to_connect(shown):
     """It is no error: a bypassed node must not cost a finished run."""
-    text, picture = WanTrimReport.execute(tiny.base_model(), images()).result
+    text, picture, _ = WanTrimReport.execute(tiny.base_model(), images()).result
     for part in ("'model'", "no WanTrim plan", "WanTrim Tokens", "bypass"):
         assert part in text
     sampled = tiny.trimmed(tiny.base_model())
     tiny.sample(sampled)
-    text, _ = WanTrimReport.execute(sampled, images(), tiny.base_model()).result
+    text, _, _ = WanTrimReport.execute(sampled, images(), tiny.base_model()).result
     assert "'model_low_noise'" in text and "3 steps" in text
 
 
@@ -240,7 +240,7 @@ def test_report_of_both_experts_has_text_and_picture(shown, keep):
     models = [tiny.trimmed(tiny.base_model(), keep) for _ in range(2)]
     for model in models:
         tiny.sample(model)
-    text, picture = WanTrimReport.execute(models[0], images(), models[1]).result
+    text, picture, _ = WanTrimReport.execute(models[0], images(), models[1]).result
     assert text.count("WanTrim on WanModel") == 2
     assert picture.ndim == 4 and picture.shape[-1] == 3
     assert picture.min() >= 0 and picture.max() <= 1
