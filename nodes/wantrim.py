@@ -102,6 +102,8 @@ class WanTrim(io.ComfyNode):
                 "TAPE",
                 "PARE",
             ],
+            # else ComfyUI takes equal nodes for one, and the live map is drawn on the other
+            not_idempotent=True,
             inputs=[
                 io.Model.Input("model", tooltip="A Wan 2.1 or 2.2 model, after its LoRAs."),
                 ProfileSocket.Input(
@@ -155,6 +157,7 @@ class WanTrimPair(io.ComfyNode):
                 "will change; speedup 1 changes nothing at all."
             ),
             search_aliases=["wan 2.2", "high noise", "low noise", "wan speed", "two experts"],
+            not_idempotent=True,
             inputs=[
                 io.Model.Input(
                     "model_high_noise", tooltip="The high noise expert, after its LoRAs."
