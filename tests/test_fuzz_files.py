@@ -35,7 +35,7 @@ from wantrim.tests.test_slim import SMALL_WIDTH, small
 MODEL = Fingerprint(48, 80, 3, 4, 16, 16, (0.5, -0.25))
 # a reader that needs longer hangs, on however busy a machine
 PATIENCE = 60
-ROUNDS = 60
+ROUNDS = 40
 
 
 def write_profile(path: Path) -> None:

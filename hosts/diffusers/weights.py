@@ -132,7 +132,7 @@ def load_original(path: Path, text_to_video: bool = False) -> WanTransformer3DMo
             tensors["patch_embedding.weight"] = tensors["patch_embedding.weight"][:, :in_channels]
         model = new_transformer(**{**config, "in_dim": in_channels})
         model.load_state_dict(tensors)
-    except (KeyError, TypeError, ValueError, ZeroDivisionError, RuntimeError) as error:
+    except (ArithmeticError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path} does not fit its own config: {str(error):.1000}") from error
     return model.eval()
 
