@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from ..methods.artifact import replacing
 from ..methods.calibration import Calibration, load_calibration
 from ..methods.fingerprint import Fingerprint
 from ..methods.grid import TokenGrid
@@ -211,25 +212,35 @@ def save_profile(recorder: Recorder, path: Path, merge: bool) -> ProfileFile:
 
     Raises:
         ValueError: the file there is damaged or of another model.
+        OSError, SafetensorError: it cannot be written; what was there stays, and the recorder can
+            be saved again.
     """
     profile, calibration = recorder.profile(), recorder.calibration
-    beside = calibration_path(path)
-    if merge and path.is_file():
+    beside, merged = calibration_path(path), None
+    merge = merge and path.is_file()
+    if merge:
         old = open_profile(path)
-        known = {run.get("id") for run in old.profile.runs if isinstance(run, dict)}
-        if recorder.about.get("id") in known - {None}:
+        own = recorder.about.get("id")
+        if own is not None and own in [run.get("id") for run in old.profile.runs]:
             return old
         profile = old.profile.merged(profile)
         if old.calibration is not None and calibration.sums:
-            calibration.absorb(load_calibration(old.calibration))
-    elif not calibration.sums and recorder.calibrated != beside:
-        # it belongs to the profile that is replaced
-        beside.unlink(missing_ok=True)
+            merged = load_calibration(old.calibration)
+            calibration.absorb(merged)
+    if not calibration.sums and recorder.calibrated not in (None, beside):
+        recorder.note(f"the calibration of this run is in {recorder.calibrated.name} already")
+    # without one, that of a profile that is replaced goes with it
+    both = calibration.sums or not (merge or recorder.calibrated == beside)
+    try:
+        with replacing(*((beside, path) if both else (path,))) as partials:
+            if calibration.sums:
+                calibration.save(partials[0])
+            profile.save(partials[-1])
+    except BaseException:
+        if merged is not None:
+            calibration.give_back(merged)
+        raise
     if calibration.sums:
-        calibration.save(beside)
         calibration.clear()
         recorder.calibrated = beside
-    elif recorder.calibrated not in (None, beside):
-        recorder.note(f"the calibration of this run is in {recorder.calibrated.name} already")
-    profile.save(path)
     return ProfileFile(profile, beside if beside.is_file() else None)

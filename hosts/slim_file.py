@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ..methods.artifact import replacing
 from ..methods.fingerprint import Fingerprint
 from ..methods.slim import SHARES, check_width, find_cut
 from ..methods.width import Width
@@ -128,7 +129,7 @@ def transformer_config(config: str | None) -> dict:
     """The `transformer` entry of a `config` metadata text; empty when there is none to read."""
     try:
         given = json.loads(config or "{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     inner = given.get("transformer") if isinstance(given, dict) else None
     return inner if isinstance(inner, dict) else {}
@@ -140,6 +141,8 @@ def list_entries(path: Path) -> tuple[list[Entry], dict[str, str]]:
     Raises:
         ValueError: it cannot be read.
     """
+    if not path.is_file():
+        raise ValueError(f"{path.name}: there is no such file. Choose another one.")
     try:
         # checks the header; with "pt" it would map the file so that it has to fit into memory
         with safe_open(path, "np") as file:
@@ -208,31 +211,24 @@ def write_tensors(
         total = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
     done = 0
-    try:
-        with partial.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for entry in ordered:
-                tensor = make(entry)
-                if (tensor.dtype, tuple(tensor.shape)) != (DTYPES[entry.dtype], entry.shape):
-                    raise ValueError(
-                        f"{entry.name}: expected {entry.dtype} {entry.shape}, got {tensor.dtype} "
-                        f"{tuple(tensor.shape)}"
-                    )
-                data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-                file.write(data.numpy().data)
-                del tensor, data
-                done += entry.size
-                if progress is not None:
-                    progress(done, total)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    with replacing(path) as (partial,), partial.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for entry in ordered:
+            tensor = make(entry)
+            if (tensor.dtype, tuple(tensor.shape)) != (DTYPES[entry.dtype], entry.shape):
+                raise ValueError(
+                    f"{entry.name}: expected {entry.dtype} {entry.shape}, got {tensor.dtype} "
+                    f"{tuple(tensor.shape)}"
+                )
+            data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            file.write(data.numpy().data)
+            del tensor, data
+            done += entry.size
+            if progress is not None:
+                progress(done, total)
+        file.flush()
+        os.fsync(file.fileno())
     return 8 + len(text) + total
 
 
@@ -256,7 +252,7 @@ def read_header(path: Path) -> SlimHeader:
         )
     try:
         said = json.loads(metadata[KEY])
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path.name}: its header cannot be read. {again}") from error
     if not isinstance(said, dict) or said.get("format") != FORMAT:
         came = said.get("format") if isinstance(said, dict) else None

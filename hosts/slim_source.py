@@ -165,7 +165,7 @@ def _fingerprint(
     if not isinstance(heads, int) or heads < 1 or dim % heads:
         raise ValueError(
             f"{path.name}: expected heads of 128 channels or a 'config' that says how many heads, "
-            f"got dim {dim} and {heads} heads"
+            f"got dim {dim} and {heads!r:.40} heads"
         )
     return Fingerprint(
         dim, ffn_dim, blocks, heads, in_channels, out_channels, sample_modulation(tables)

@@ -37,18 +37,64 @@ class Kind:
         return f"{self.key}/{self.version}"
 
 
+@contextmanager
+def replacing(*paths: Path) -> Iterator[tuple[Path, ...]]:
+    """Partial files to write instead of `paths`: they take their places together, or none does.
+
+    A path whose partial file was not written is removed, save the last, which has to be. Whatever
+    fails, what was there before is there afterwards and no partial file is.
+
+    Raises:
+        OSError: the disk is full or cannot be written.
+    """
+    partials = tuple(path.with_name(path.name + ".partial") for path in paths)
+    for path, partial in zip(paths, partials, strict=True):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # of a crash; it could be a link to somewhere else too
+        partial.unlink(missing_ok=True)
+    try:
+        yield partials
+        _exchange(paths, partials)
+    finally:
+        for partial in partials:
+            partial.unlink(missing_ok=True)
+
+
+def _exchange(paths: tuple[Path, ...], partials: tuple[Path, ...]) -> None:
+    asides: dict[Path, Path] = {}
+    done: list[Path] = []
+    try:
+        for path, partial in zip(paths[:-1], partials[:-1], strict=True):
+            if path.exists():
+                aside = path.with_name(path.name + ".old")
+                path.replace(aside)
+                asides[path] = aside
+            if partial.exists():
+                partial.replace(path)
+                done.append(path)
+        # the moment when all of it is done
+        partials[-1].replace(paths[-1])
+    except BaseException:
+        for path in done:
+            path.unlink()
+        for path, aside in asides.items():
+            aside.replace(path)
+        raise
+    for aside in asides.values():
+        aside.unlink(missing_ok=True)
+
+
 def save_artifact(
     path: Path, kind: Kind, model: Fingerprint, header: dict, tensors: Mapping[str, torch.Tensor]
 ) -> None:
-    """Write a file; nothing is left behind when the disk is full."""
+    """Write a file, whole or not at all.
+
+    Raises:
+        OSError, SafetensorError: the disk is full or cannot be written.
+    """
     said = {"format": kind.format, "model": model.to_json(), **header}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
+    with replacing(path) as (partial,):
         save_file(dict(tensors), partial, {kind.key: json.dumps(said)})
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -61,6 +107,9 @@ def open_artifact(path: Path, kind: Kind, framework: str = "pt") -> Iterator[tup
     Raises:
         ValueError: the file is damaged or something else, in an artist's words.
     """
+    # a pipe would be waited for, and a folder is opened on some systems
+    if not path.is_file():
+        raise _unreadable(path, kind, "there is no such file")
     try:
         with safe_open(path, framework) as file:
             header = _parsed(path, kind, (file.metadata() or {}).get(kind.key, "null"))
@@ -69,7 +118,7 @@ def open_artifact(path: Path, kind: Kind, framework: str = "pt") -> Iterator[tup
         raise _unreadable(path, kind, error) from error
 
 
-def _unreadable(path: Path, kind: Kind, error: Exception) -> ValueError:
+def _unreadable(path: Path, kind: Kind, error: Exception | str) -> ValueError:
     return ValueError(
         f"{path.name}: expected a WanTrim {kind.name}, got a file that cannot be read ({error}). "
         f"{kind.advice}"

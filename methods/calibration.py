@@ -6,6 +6,7 @@ projection, never the inputs themselves. Sums, so that runs can be merged by add
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch
@@ -70,9 +71,18 @@ class Calibration:
             raise ValueError(
                 f"{saved.path.name}: cannot merge calibrations of two models: {reason}"
             )
-        for name, tokens in saved.tokens.items():
-            kind, _, block = name.partition(".")
-            self._add(name, saved.gram(kind, int(block)), tokens)
+        added: list[str] = []
+        try:
+            for name, tokens in saved.tokens.items():
+                self._add(name, saved.named(name), tokens)
+                added.append(name)
+        except ValueError:
+            self._give_back(saved, added)
+            raise
+
+    def give_back(self, saved: SavedCalibration) -> None:
+        """Take out again what `absorb` added, up to rounding."""
+        self._give_back(saved, list(saved.tokens))
 
     def save(self, path: Path, package: str = "") -> None:
         """Write it whole or not at all."""
@@ -91,6 +101,12 @@ class Calibration:
                 self.sums[name] = torch.zeros(gram.shape)
         self.sums[name] += gram
         self.tokens[name] = self.tokens.get(name, 0) + tokens
+
+    def _give_back(self, saved: SavedCalibration, names: list[str]) -> None:
+        for name in names:
+            self._add(name, -saved.named(name), -saved.tokens[name])
+            if not self.tokens[name]:
+                del self.sums[name], self.tokens[name]
 
 
 class SavedCalibration:
@@ -113,8 +129,10 @@ class SavedCalibration:
             ValueError: the file is damaged, or changed since it was opened.
         """
         name = f"{kind}.{block}"
-        if name not in self.tokens:
-            return None
+        return self.named(name) if name in self.tokens else None
+
+    def named(self, name: str) -> torch.Tensor:
+        """The sum of a name in `tokens`, as `gram` gives it."""
         try:
             # as numpy: with "pt" the whole file would have to fit into memory
             with safe_open(self.path, "np") as file:
@@ -140,15 +158,20 @@ def load_calibration(path: Path) -> SavedCalibration:
     tokens = header.get("tokens")
     if not isinstance(tokens, dict) or tokens.keys() != found.keys():
         raise ValueError(f"{path.name}: the header does not list what the file holds: damaged file")
-    known = {
-        f"{kind}.{block}": (input_size(model, kind),) * 2
-        for kind in CALIBRATE["all"]
-        for block in range(model.num_blocks)
-    }
     for name, came in found.items():
-        if came != (known.get(name), "F32") or type(tokens[name]) is not int or tokens[name] < 1:
+        shape = _shape(model, name)
+        if came != (shape, "F32") or type(tokens[name]) is not int or tokens[name] < 1:
             raise ValueError(
-                f"{path.name}: {name}: expected {known.get(name)} in F32, got {came[0]} in "
+                f"{path.name}: {name:.60}: expected {shape} in F32, got {came[0]} in "
                 f"{came[1]} from {tokens[name]!r:.20} tokens: damaged file"
             )
     return SavedCalibration(path, model, tokens)
+
+
+def _shape(model: Fingerprint, name: str) -> tuple[int, int] | None:
+    """Of a sum "{kind}.{block}", or None when the model has no such projection."""
+    kind, _, block = name.partition(".")
+    known = kind in CALIBRATE["all"] and re.fullmatch(r"0|[1-9][0-9]{0,5}", block)
+    if not known or int(block) >= model.num_blocks:
+        return None
+    return (input_size(model, kind),) * 2

@@ -18,6 +18,8 @@ from .heads import CHEAP
 
 KIND = Kind("profile", "Choose a file that WanTrim Save Profile wrote.")
 BINS = 10
+# fp32 counts no further
+MOST_CALLS = 1 << 24
 # measurements that are kept per sigma bin
 PER_BIN = ("mass", "self_output", "cross_output", "residual", "hidden")
 
@@ -153,6 +155,10 @@ def load_profile(path: Path) -> Profile:
             raise ValueError(f"{path.name}: {name}: expected {shape}, got {came}: damaged file")
         if not torch.isfinite(tensors[name]).all():
             raise ValueError(f"{path.name}: {name} holds values that are not finite: damaged file")
+    count = tensors["count"]
+    # calls are counted in whole videos, and what is not read as a number cannot be shown
+    if not (count >= 0).all() or float(count.sum()) > MOST_CALLS:
+        raise ValueError(f"{path.name}: count holds no numbers of calls: damaged file")
     runs = header.get("runs")
     runs = [run for run in runs if isinstance(run, dict)] if isinstance(runs, list) else []
     return Profile(model, {name: tensors[name] for name in layout(model)}, runs)

@@ -27,6 +27,7 @@ from ..methods.routers import (
     TrainedRouter,
     load_router,
 )
+from .files import find_file
 from .profile import ProfileSocket
 
 NAME = "WanTrim Blocks"
@@ -170,8 +171,8 @@ class WanTrimBlocks(io.ComfyNode):
     def fingerprint_inputs(cls, router: dict | str | None = None, **inputs) -> str:
         """Load a router file again when it was written again."""
         name = router.get("router_file") if isinstance(router, dict) else None
-        path = folder_paths.get_full_path(FOLDER, name) if isinstance(name, str) else None
-        return "" if path is None else f"{path} {Path(path).stat().st_mtime_ns}"
+        path = find_file(FOLDER, name)
+        return "" if path is None else f"{path} {path.stat().st_mtime_ns}"
 
     @classmethod
     def execute(
@@ -270,13 +271,13 @@ def _router(model, choice: dict | str | None, profile: ProfileFile | None) -> Ro
 
 
 def _trained(model, filename: str) -> TrainedRouter:
-    path = folder_paths.get_full_path(FOLDER, filename)
+    path = find_file(FOLDER, filename)
     if path is None:
         raise ValueError(
             f"router_file: there is no router {filename!r:.100} in models/wantrim/routers. Choose "
             "one of the list, or another router"
         )
-    router = _load(Path(path), Path(path).stat().st_mtime_ns)
+    router = _load(path, path.stat().st_mtime_ns)
     network = model.model.diffusion_model
     reason = model_fingerprint(network).differs(router.model)
     if reason is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import numpy as np
@@ -26,17 +25,13 @@ from ..hosts.profiling import (
 from ..methods.calibration import CALIBRATE
 from ..methods.profile import load_profile
 from ..toy import CHECKPOINT
+from .files import SUFFIX, find_file, plain_name
 
 CATEGORY = "model/patch/wan"
 FOLDER = "wantrim_profiles"
-SUFFIX = ".safetensors"
 RECORD, SAVE, LOAD = "WanTrim Profile", "WanTrim Save Profile", "WanTrim Load Profile"
 # shown in the list; comes with the pack
 DEMO, DEMO_FILE = "tiny Wan (demo)", CHECKPOINT.with_name("tiny_wan_profile.safetensors")
-MAX_NAME = 100
-# no separators, nothing that some file system forbids, and no hidden file
-NAME = re.compile(r"[^\W_][\w .+()\[\]-]*")
-RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 
 ProfileSocket = io.Custom("WANTRIM_PROFILE")
 
@@ -203,7 +198,7 @@ class WanTrimLoadProfile(io.ComfyNode):
         path = _find(filename)
         if path is None:
             raise ValueError(
-                f"{LOAD}: filename: there is no profile {filename!r} in models/wantrim/profiles. "
+                f"{LOAD}: filename: there is no profile {filename!r:.120} in models/wantrim/profiles. "
                 "Choose one of the list, or record one with WanTrim Profile."
             )
         try:
@@ -219,14 +214,7 @@ def profile_filename(given: str) -> str:
     Raises:
         ValueError: it is empty, has a folder in it, or cannot be a file everywhere.
     """
-    stem = given.strip().removesuffix(SUFFIX).strip()
-    good = NAME.fullmatch(stem) and not RESERVED.fullmatch(stem) and not stem.endswith(".")
-    if not good or len(stem) > MAX_NAME or stem.endswith(".calibration"):
-        raise ValueError(
-            f"{SAVE}: filename: expected a plain name such as 'wan_14b_t2v' (letters, digits, "
-            f"spaces, _ . + - ( ) [ ], at most {MAX_NAME}, no folder), got {given!r:.120}"
-        )
-    return stem + SUFFIX
+    return plain_name(SAVE, given, "wan_14b_t2v") + SUFFIX
 
 
 def saved_profiles() -> list[str]:
@@ -239,10 +227,7 @@ def saved_profiles() -> list[str]:
 
 
 def _find(filename: str) -> Path | None:
-    if filename == DEMO:
-        return DEMO_FILE
-    found = folder_paths.get_full_path(FOLDER, filename)
-    return None if found is None else Path(found)
+    return DEMO_FILE if filename == DEMO else find_file(FOLDER, filename)
 
 
 def _outputs() -> list:

@@ -12,12 +12,12 @@ from comfy_api.latest import io
 from ..hosts.comfyui.slim import DTYPES, load_slim
 from ..hosts.slim_export import RULES, TICKS, slim_checkpoint
 from ..toy import CHECKPOINT
-from .profile import DEMO, MAX_NAME, NAME, RESERVED, ProfileSocket
+from .files import SUFFIX, find_file, plain_name
+from .profile import DEMO, ProfileSocket
 
 CATEGORY = "model/patch/wan"
 TRIM, LOAD = "WanTrim Slim", "WanTrim Load Slim"
 FOLDER = "wantrim_slim"
-SUFFIX = ".safetensors"
 MAX_PRUNE = 0.8
 
 folder_paths.add_model_folder_path(
@@ -126,7 +126,12 @@ class WanTrimSlim(io.ComfyNode):
             )
         source = CHECKPOINT
         if diffusion_model != DEMO:
-            source = folder_paths.get_full_path_or_raise("diffusion_models", diffusion_model)
+            source = find_file("diffusion_models", diffusion_model)
+        if source is None:
+            raise ValueError(
+                f"{TRIM}: diffusion_model: there is no file {diffusion_model!r:.120} in "
+                "models/diffusion_models. Choose one of the list."
+            )
         bar = comfy.utils.ProgressBar(TICKS)
 
         def progress(done: int, total: int) -> None:
@@ -135,7 +140,7 @@ class WanTrimSlim(io.ComfyNode):
 
         try:
             summary = slim_checkpoint(
-                Path(source),
+                source,
                 out,
                 profile.profile,
                 calibration=profile.calibration,
@@ -146,18 +151,17 @@ class WanTrimSlim(io.ComfyNode):
             )
         except ValueError as error:
             raise ValueError(f"{TRIM}: {error}") from error
+        except OSError as error:
+            raise ValueError(
+                f"{TRIM}: {out.name} cannot be written ({error}). Is the disk full, or the folder "
+                "read-only?"
+            ) from error
         text = summary.text()
         return io.NodeOutput(text, ui={"text": (text,)})
 
 
 def _target(filename: str) -> Path:
-    name = filename.strip().removesuffix(SUFFIX)
-    good = NAME.fullmatch(name) and not RESERVED.fullmatch(name) and not name.endswith(".")
-    if not good or len(name) > MAX_NAME:
-        raise ValueError(
-            f"{TRIM}: filename: expected a plain name such as 'wan_slim' (letters, digits, spaces, "
-            f"_ . + - ( ) [ ], at most {MAX_NAME}, no folder), got {filename!r:.120}"
-        )
+    name = plain_name(TRIM, filename, "wan_slim")
     return Path(folder_paths.get_folder_paths(FOLDER)[0]) / f"{name}{SUFFIX}"
 
 
@@ -193,8 +197,8 @@ class WanTrimLoadSlim(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, slim_model: str, weight_dtype: str = "default") -> str:
         # WanTrim Slim can replace a file
-        path = folder_paths.get_full_path(FOLDER, slim_model)
-        return "" if path is None else str(Path(path).stat().st_mtime_ns)
+        path = find_file(FOLDER, slim_model)
+        return "" if path is None else str(path.stat().st_mtime_ns)
 
     @classmethod
     def execute(cls, slim_model: str, weight_dtype: str = "default") -> io.NodeOutput:
@@ -202,9 +206,14 @@ class WanTrimLoadSlim(io.ComfyNode):
             raise ValueError(
                 f"{LOAD}: weight_dtype: expected one of {', '.join(DTYPES)}, got {weight_dtype!r}"
             )
-        path = folder_paths.get_full_path_or_raise(FOLDER, slim_model)
+        path = find_file(FOLDER, slim_model)
+        if path is None:
+            raise ValueError(
+                f"{LOAD}: slim_model: there is no file {slim_model!r:.120} in models/wantrim/slim. "
+                "Choose one of the list, or make one with WanTrim Slim."
+            )
         try:
-            return io.NodeOutput(load_slim(path, weight_dtype))
+            return io.NodeOutput(load_slim(str(path), weight_dtype))
         except ValueError as error:
             raise ValueError(f"{LOAD}: slim_model: {error}") from error
 

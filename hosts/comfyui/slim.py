@@ -47,13 +47,26 @@ def load_slim(path: str, weight_dtype: str = "default", disable_dynamic: bool = 
     if DTYPES[weight_dtype] is not None:
         options["dtype"] = DTYPES[weight_dtype]
     metadata = {"config": json.dumps({"transformer": header.transformer})}
-    model = comfy.sd.load_diffusion_model_state_dict(
-        weights, model_options=options, metadata=metadata, disable_dynamic=disable_dynamic
-    )
+    given, name = set(weights), Path(path).name
+    again = "damaged file. Make it again with WanTrim Slim."
+    try:
+        model = comfy.sd.load_diffusion_model_state_dict(
+            weights, model_options=options, metadata=metadata, disable_dynamic=disable_dynamic
+        )
+    except torch.OutOfMemoryError:
+        raise
+    # what the host makes of weights that do not go together
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+        said = f"its weights do not fit together ({str(error):.300})"
+        raise ValueError(f"{name}: {said}: {again}") from error
     if model is None:
         raise ValueError(
-            f"{Path(path).name}: this ComfyUI knows no Wan model with these weights. Update ComfyUI."
+            f"{name}: this ComfyUI knows no Wan model with these weights. Update ComfyUI."
         )
+    # the host goes on without them, with whatever is in memory
+    missing = sorted(model.model.diffusion_model.state_dict().keys() - given)
+    if missing:
+        raise ValueError(f"{name}: {', '.join(missing)[:200]}: missing: {again}")
     # several GPUs and torch.compile build the model anew
     model.cached_patcher_init = (load_slim, (path, weight_dtype))
     for index, block in enumerate(model.model.diffusion_model.blocks):

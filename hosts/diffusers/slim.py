@@ -32,8 +32,8 @@ def load_slim(path: Path, dtype: torch.dtype = torch.float32) -> WanTransformer3
             model = new_transformer(**_config(header, tensors))
         narrow(model, header)
         model.load_state_dict(to_diffusers_keys(tensors), assign=True)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path.name} does not fit diffusers' Wan: {error}") from error
+    except (ArithmeticError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path.name} does not fit diffusers' Wan: {str(error):.1000}") from error
     c = model.config
     # its tables are no part of a checkpoint
     model.rope = type(model.rope)(c.attention_head_dim, c.patch_size, c.rope_max_seq_len)

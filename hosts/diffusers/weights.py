@@ -109,6 +109,8 @@ def load_original(path: Path, text_to_video: bool = False) -> WanTransformer3DMo
     Raises:
         ValueError: not a readable safetensors file, or one without the model's config.
     """
+    if not Path(path).is_file():
+        raise ValueError(f"{path} is not a readable safetensors checkpoint: there is no such file")
     try:
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}
@@ -117,7 +119,7 @@ def load_original(path: Path, text_to_video: bool = False) -> WanTransformer3DMo
         raise ValueError(f"{path} is not a readable safetensors checkpoint: {error}") from error
     try:
         config = json.loads(header["config"])["transformer"]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(
             f"{path} has no readable 'config' metadata with a 'transformer' entry; "
             "expected a Wan checkpoint written by WanTrim"
@@ -130,8 +132,8 @@ def load_original(path: Path, text_to_video: bool = False) -> WanTransformer3DMo
             tensors["patch_embedding.weight"] = tensors["patch_embedding.weight"][:, :in_channels]
         model = new_transformer(**{**config, "in_dim": in_channels})
         model.load_state_dict(tensors)
-    except (KeyError, TypeError, ValueError, ZeroDivisionError, RuntimeError) as error:
-        raise ValueError(f"{path} does not fit its own config: {error}") from error
+    except (ArithmeticError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path} does not fit its own config: {str(error):.1000}") from error
     return model.eval()
 
 

@@ -1,0 +1,36 @@
+"""Names of files as artists type or link them, inside the folders that ComfyUI allows."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import folder_paths
+
+SUFFIX = ".safetensors"
+MAX_NAME = 100
+# no separators, nothing that some file system forbids, and no hidden file
+NAME = re.compile(r"[^\W_][\w .+()\[\]-]*")
+RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
+
+
+def plain_name(node: str, given: object, example: str) -> str:
+    """The name of a new file, without its ending.
+
+    Raises:
+        ValueError: it is empty, has a folder in it, or cannot be a file everywhere.
+    """
+    name = given.strip().removesuffix(SUFFIX).strip() if isinstance(given, str) else ""
+    good = NAME.fullmatch(name) and not RESERVED.fullmatch(name) and not name.endswith(".")
+    if not good or len(name) > MAX_NAME or name.endswith(".calibration"):
+        raise ValueError(
+            f"{node}: filename: expected a plain name such as {example!r} (letters, digits, spaces, "
+            f"_ . + - ( ) [ ], at most {MAX_NAME}, no folder), got {given!r:.120}"
+        )
+    return name
+
+
+def find_file(folder: str, name: object) -> Path | None:
+    """A file in one of the host's folders; None when there is none of that name inside of them."""
+    found = folder_paths.get_full_path(folder, name) if isinstance(name, str) else None
+    return None if found is None else Path(found)
