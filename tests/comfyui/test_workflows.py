@@ -18,9 +18,7 @@ from wantrim.tests.comfyui.workflow_tools import (
     SIDE,
     graphs,
     needed_by,
-    on_tiny_wan,
     only_for,
-    only_group,
     problems,
     saved,
     texts,
@@ -28,10 +26,22 @@ from wantrim.tests.comfyui.workflow_tools import (
     with_inputs,
 )
 
-DEMOS = ["wantrim_demo_t2v", "wantrim_demo_i2v", "wantrim_demo_heads"]
-RECORDING = "wan2.1_t2v_heads"
-WORKFLOWS = [*DEMOS, RECORDING, "wan2.1_t2v_tokens", "wan2.2_i2v_14b_tokens"]
+DEMOS = ["wantrim_demo_dial", "wantrim_demo_t2v", "wantrim_demo_i2v", "wantrim_demo_heads"]
+DIAL = [
+    "wan2.1_t2v_1.3b",
+    "wan2.1_i2v_14b",
+    "wan2.2_t2v_14b",
+    "wan2.2_i2v_14b",
+    "wan2.2_ti2v_5b",
+    "wan2.1_t2v_draft_final",
+    "wan2.1_t2v_profile",
+]
+SLIM = "wan2.1_t2v_slim"
+EXPERT = ["wan2.1_t2v_heads", "wan2.1_t2v_tokens", "wan2.2_i2v_14b_tokens"]
+WORKFLOWS = [*DEMOS, *DIAL, SLIM, *EXPERT]
 NODE_IDS = [
+    "WanTrim",
+    "WanTrimPair",
     "WanTrimTokens",
     "WanTrimHeads",
     "WanTrimBlocks",
@@ -84,7 +94,12 @@ def test_workflow_fits_the_nodes(workflow, infos):
 def test_workflow_has_the_node_a_version_and_a_picture(workflow, root, name):
     nodes = [node for found, _ in graphs(workflow) for node in found]
     ours = [node for node in nodes if node["type"].startswith("WanTrim")]
-    method = "WanTrimHeads" if name.endswith("_heads") else "WanTrimTokens"
+    methods = {"_heads": "WanTrimHeads", "_tokens": "WanTrimTokens", "_slim": "WanTrimSlim"}
+    method = methods.get(name[name.rindex("_") :], "WanTrim")
+    if name in DEMOS[1:3]:
+        method = "WanTrimTokens"
+    elif name.startswith("wan2.2") and name in DIAL and "5b" not in name:
+        method = "WanTrimPair"
     assert method in {node["type"] for node in ours}
     assert {node["properties"]["cnr_id"] for node in ours} == {"wantrim"}
     others = {node["properties"]["cnr_id"] for node in nodes if node not in ours}
@@ -112,10 +127,36 @@ def open_custom(workflow: dict) -> dict:
 
 
 @every
-def test_workflow_begins_with_the_defaults(workflow):
-    defaults = {"WanTrimTokens": [0.3, "refresh", 0, 1], "WanTrimHeads": [0.3, "demote"]}
+def test_workflow_begins_with_the_defaults(workflow, name):
+    defaults = {
+        "WanTrim": [1.5, "balanced", "draft", 1, 0],
+        "WanTrimPair": [1.5, "balanced", "draft", 1, 0, 0],
+        "WanTrimTokens": [0.3, "refresh", 0, 1],
+        "WanTrimHeads": [0.3, "demote"],
+    }
     found = [node for node in workflow["nodes"] if node["type"] in defaults]
-    assert found and all(node["widgets_values"] == defaults[node["type"]] for node in found)
+    values = [node["widgets_values"] for node in found]
+    if name == "wan2.1_t2v_draft_final":
+        rest = ["balanced", "draft", 1, 0], ["balanced", "final", 1, 0]
+        assert values == [[2.0, *those] for those in rest]
+    else:
+        assert values == [defaults[node["type"]] for node in found]
+    assert found or name == SLIM
+
+
+@every
+def test_workflow_trims_behind_the_lora_and_before_the_shift(workflow, infos):
+    """Of every node that trims: its model comes of a loader, a LoRA or another of ours."""
+    [(nodes, links)] = graphs(workflow)
+    kinds = {node["id"]: node["type"] for node in nodes}
+    trims = {"WanTrim", "WanTrimPair", "WanTrimTokens", "WanTrimHeads"}
+    before = {"UNETLoader", "LoraLoaderModelOnly", "ComfySwitchNode", "WanTrimDemoModel"}
+    for link in links:
+        origin, target = kinds[link["origin_id"]], kinds[link["target_id"]]
+        if target in trims and link["type"] == "MODEL":
+            assert origin in before | trims
+        if origin in trims and link["type"] == "MODEL":
+            assert target in trims | {"ModelSamplingSD3"}
 
 
 def test_opened_preset_fits_the_node(demo, infos):
@@ -177,7 +218,10 @@ def test_demo_runs_as_it_is_and_writes_its_videos(workflow, server, infos):
     videos = saved(server, entry)
     assert len(videos) == sum(node["class_type"].startswith("Save") for node in prompt.values())
     for video in videos:
-        assert frames_of(video).shape == (PIXEL_FRAMES, SIDE, SIDE, 3)
+        frames, height, width, _ = frames_of(video).shape
+        beside = video.name.startswith("dial_side_by_side")
+        assert (frames, height) == (PIXEL_FRAMES, SIDE)
+        assert width >= 2 * SIDE if beside else width == SIDE
     report = texts(entry)
     assert "WanTrim on WanModel" in report
     assert "did not finish" not in report and "no sampling run" not in report
@@ -195,28 +239,6 @@ def test_demo_of_heads_says_what_the_heads_did(root, server, infos):
     left = re.search(r"Self-attention work left by the heads' patterns: (\d+)\.", said)
     assert 20 < int(left[1]) < 80
     assert re.search(r"Attention left at 5 latent frames of 6 x 6 tokens: (49\.\d|50\.0)%", said)
-
-
-def test_recording_workflow_records_and_then_uses_what_it_recorded(root, server, infos):
-    """On the tiny Wan: group 1 as the workflow comes, then group 2 in its place."""
-    workflow = json.loads((root / "workflows" / f"{RECORDING}.json").read_text("utf-8"))
-    first = to_api(workflow, infos)
-    assert first == to_api(only_group(workflow, 1), infos)
-    kinds = {node["class_type"] for node in first.values()}
-    assert "WanTrimSaveProfile" in kinds and "WanTrimHeads" not in kinds
-    entry = server.run(on_tiny_wan(first))
-    assert entry["status"]["status_str"] == "success", entry["status"]["messages"]
-    assert len(saved(server, entry)) == 1
-
-    second = to_api(only_group(workflow, 2), infos)
-    kinds = {node["class_type"] for node in second.values()}
-    assert {"WanTrimLoadProfile", "WanTrimHeads"} <= kinds and "WanTrimProfile" not in kinds
-    entry = server.run(on_tiny_wan(second))
-    assert entry["status"]["status_str"] == "success", entry["status"]["messages"]
-    assert len(saved(server, entry)) == 1
-    said = texts(entry)
-    assert "30% of the tokens dropped" in said and "; heads " in said
-    assert "nothing: everything ran as planned" in said
 
 
 def pictures(prompt: dict) -> dict:

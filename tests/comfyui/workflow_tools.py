@@ -20,12 +20,19 @@ LOADERS = {
     "UNETLoader": "diffusion_models",
     "CLIPLoader": "text_encoders",
     "VAELoader": "vae",
+    "CLIPVisionLoader": "clip_vision",
     "LoraLoader": "loras",
     "LoraLoaderModelOnly": "loras",
 }
 # lists of files that are on the artist's machine
-FILE_LISTS = {*LOADERS, "LoadImage", "WanTrimLoadProfile"}
-ACTIVE, MUTED = 0, 2
+FILES = {
+    *((kind, None) for kind in (*LOADERS, "LoadImage", "WanTrimLoadProfile")),
+    ("WanTrimLoadSlim", "slim_model"),
+    ("WanTrimSlim", "diffusion_model"),
+}
+# takes and gives what is connected to it
+ANY = {"*", "COMFY_MATCHTYPE_V3"}
+ACTIVE, MUTED, BYPASSED = 0, 2, 4
 # of the tiny Wan's videos
 PIXEL_FRAMES, SIDE = 17, 96
 
@@ -149,7 +156,7 @@ def value_problems(node: str, name: str, value, kind: str, options: dict) -> lis
         if not low <= value <= high:
             return [f"{node}: {name} is {value}, expected {low} to {high}"]
     # model and image files are those of the artist's machine
-    files = kind == "COMBO" and node in FILE_LISTS
+    files = kind == "COMBO" and not FILES.isdisjoint({(node, None), (node, name)})
     if kind in ("COMBO", DYNAMIC) and not files and value not in options["options"]:
         return [f"{node}: {name} is {value!r}, expected one of {options['options']}"]
     if kind == "BOOLEAN" and not isinstance(value, bool):
@@ -158,7 +165,9 @@ def value_problems(node: str, name: str, value, kind: str, options: dict) -> lis
 
 
 def fits(output: str, wanted: str) -> bool:
-    return "*" in (output, wanted) or bool(set(output.split(",")) & set(wanted.split(",")))
+    return not ANY.isdisjoint((output, wanted)) or bool(
+        set(output.split(",")) & set(wanted.split(","))
+    )
 
 
 def link_problems(nodes: list[dict], links: list[dict], infos: dict) -> list[str]:
@@ -217,12 +226,43 @@ def to_api(workflow: dict, infos: dict) -> dict:
     """The prompt that the frontend would queue, without what is muted.
 
     Raises:
-        ValueError: the workflow has subgraphs or bypassed nodes.
+        ValueError: the workflow has subgraphs or nodes that are bypassed and pass something on.
     """
     (nodes, links), *subgraphs = graphs(workflow)
-    if subgraphs or any(node.get("mode", ACTIVE) not in (ACTIVE, MUTED) for node in nodes):
+    if subgraphs or any(map(passes_on, nodes)):
         raise ValueError("subgraphs and bypassed nodes are not converted")
-    nodes = [node for node in nodes if node.get("mode", ACTIVE) == ACTIVE]
+    return _prompt([node for node in nodes if node.get("mode", ACTIVE) == ACTIVE], links, infos, {})
+
+
+def passes_on(node: dict) -> bool:
+    linked = any(given.get("link") is not None for given in node.get("inputs", []))
+    return node.get("mode", ACTIVE) == BYPASSED and linked
+
+
+def inside(subgraph: dict, infos: dict, given: dict) -> tuple[dict, dict]:
+    """The prompt of a subgraph's nodes, keys "in.1" and so on, and what its outputs are.
+
+    Args:
+        given: input name of the subgraph -> value or link; the others keep the inner widget's.
+
+    Returns:
+        The nodes, and output name -> link.
+    """
+    [(nodes, links)] = graphs(subgraph)
+    rim = {k: given[i["name"]] for k, i in enumerate(subgraph["inputs"]) if i["name"] in given}
+    prompt = _prompt(nodes, links, infos, rim, "in.")
+    outputs = {
+        subgraph["outputs"][link["target_slot"]]["name"]: [
+            f"in.{link['origin_id']}",
+            link["origin_slot"],
+        ]
+        for link in links
+        if link["target_id"] == -20
+    }
+    return prompt, outputs
+
+
+def _prompt(nodes: list, links: list, infos: dict, rim: dict[int, object], prefix="") -> dict:
     running = {node["id"] for node in nodes}
     by_link = {link["id"]: link for link in links}
     prompt = {}
@@ -234,8 +274,10 @@ def to_api(workflow: dict, infos: dict) -> dict:
             if given.get("link") is not None:
                 link = by_link[given["link"]]
                 if link["origin_id"] in running:
-                    inputs[given["name"]] = [str(link["origin_id"]), link["origin_slot"]]
-        prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
+                    inputs[given["name"]] = [f"{prefix}{link['origin_id']}", link["origin_slot"]]
+                elif link["origin_id"] == -10 and link["origin_slot"] in rim:
+                    inputs[given["name"]] = rim[link["origin_slot"]]
+        prompt[f"{prefix}{node['id']}"] = {"class_type": node["type"], "inputs": inputs}
     return prompt
 
 
@@ -299,28 +341,32 @@ def only_group(workflow: dict, number: int) -> dict:
 
 
 def on_tiny_wan(prompt: dict) -> dict:
-    """The prompt with the official models replaced by the tiny Wan's, small and short."""
+    """The prompt small and short, with the tiny Wan's VAE and prompts.
+
+    The loaders of models and LoRAs stay: tiny files of their names are to be in the server's folders.
+    """
     changed = copy.deepcopy(prompt)
-    # from the third step on it is known which tokens change most
-    small = {
-        "EmptyHunyuanLatentVideo": {"width": SIDE, "height": SIDE, "length": PIXEL_FRAMES},
-        "KSampler": {"steps": 3},
-    }
+    small = {"width": SIDE, "height": SIDE, "length": PIXEL_FRAMES}
     changed["tiny"] = {"class_type": "WanTrimDemoModel", "inputs": {}}
-    outputs = {
-        key: ["tiny", {"UNETLoader": 0, "VAELoader": 1}[node["class_type"]]]
-        for key, node in prompt.items()
-        if node["class_type"] in ("UNETLoader", "VAELoader")
-    }
+    vae = {key: ["tiny", 1] for key, node in prompt.items() if node["class_type"] == "VAELoader"}
     for key, node in prompt.items():
-        if node["class_type"] in ("UNETLoader", "VAELoader", "CLIPLoader"):
+        kind, inputs = node["class_type"], changed[key]["inputs"]
+        if kind in ("VAELoader", "CLIPLoader", "CLIPVisionLoader", "CLIPVisionEncode"):
             del changed[key]
-        elif node["class_type"] == "CLIPTextEncode":
+        elif kind == "CLIPTextEncode":
             changed[key] = {"class_type": "WanTrimDemoPrompt", "inputs": {"prompt": PROMPT}}
-        else:
-            inputs = changed[key]["inputs"] | small.get(node["class_type"], {})
-            for name, value in inputs.items():
-                if isinstance(value, list):
-                    inputs[name] = outputs.get(value[0], value)
-            changed[key]["inputs"] = inputs
+        elif kind in ("EmptyHunyuanLatentVideo", "WanImageToVideo"):
+            inputs.pop("clip_vision_output", None)
+            inputs.update(small)
+        elif kind == "Wan22ImageToVideoLatent":
+            # of another latent space than the tiny Wan's
+            changed[key]["class_type"] = "EmptyHunyuanLatentVideo"
+            changed[key]["inputs"] = {**small, "batch_size": inputs["batch_size"]}
+        elif kind == "KSampler":
+            # from the third step on it is known which tokens change most
+            inputs["steps"] = 3
+    for node in changed.values():
+        for name, value in node["inputs"].items():
+            if isinstance(value, list):
+                node["inputs"][name] = vae.get(value[0], value)
     return changed
