@@ -21,7 +21,8 @@ import torch
 
 from ..hosts.session import TrimPlan
 from .speed_gpu import ask_for_gpu, gpu_rows, rows_to_fill
-from .speed_models import ATTACHED, Runner, Size, build, plans, sharing, steady_work
+from .speed_models import Runner, build, sharing
+from .speed_plans import ATTACHED, Size, plans, steady_work
 from .speed_probes import interval, overhead, peak_bytes, take_turns
 from .table import RESULTS, commit, merge_rows, read_rows
 
@@ -188,6 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     add = parser.add_argument
     add("--gpu", action="store_true", help="real sizes and kernels on a GPU, in place of the CPU's")
+    add("--comfyui", type=Path, help="with --gpu: a ComfyUI, to time the real sizes in it too")
     add("--rounds", type=int, default=2, help="turns of each plan at the large sizes")
     add("--pairs", type=int, default=40, help="pairs of forwards for the overhead")
     add("--small", action="store_true", help="only the small size")
@@ -204,7 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         merge_rows(path, rows, COLUMNS, KEY)
 
     if args.gpu:
-        for rows in gpu_rows(row):
+        for rows in gpu_rows(row, args.comfyui):
             keep(rows)
         return
     # a GPU's own rows stay, and there is nothing to wait for beside them

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -15,7 +17,9 @@ from ..methods.cost import Work
 from ..methods.floor import Rates, device_rates
 from ..methods.importance import Evidence, attention_received, sample_queries
 from ..methods.tokens import select_tokens
-from .speed_models import Runner, Size, build, plans, steady_work
+from .speed_comfyui import time_in_comfyui
+from .speed_models import Runner, build
+from .speed_plans import Size, plans, steady_work
 from .speed_probes import peak_bytes, take_turns
 
 log = logging.getLogger(__name__)
@@ -53,16 +57,43 @@ def ask_for_gpu() -> None:
         raise SystemExit("--gpu: expected a GPU that torch can use, found none; leave --gpu out")
 
 
-def gpu_rows(row: Callable[..., Row]) -> Iterator[list[Row]]:
+def gpu_rows(row: Callable[..., Row], comfyui: Path | None = None) -> Iterator[list[Row]]:
     """Rows of the kernels and of every real size, as they come.
 
     Args:
         row: makes one from a size, a plan's name and milliseconds.
+        comfyui: a checkout, to time the sizes in it too.
     """
     for case in kernel_cases():
         yield [_kernel_row(row, case)]
     for size in real_sizes():
-        yield _time_size(row, _fitting(size))
+        fitting = _fitting(size)
+        yield _time_size(row, fitting)
+        torch.cuda.empty_cache()
+        if comfyui is not None:
+            yield comfyui_rows(row, fitting, comfyui, measured_rates(fitting))
+
+
+def comfyui_rows(
+    row: Callable[..., Row], size: Size, comfyui: Path, rates: Rates | None, **options
+) -> list[Row]:
+    """Whole steps of ComfyUI's own sampling, dense and trimmed in turns.
+
+    Args:
+        rates: of the device; None counts every FLOP as any other.
+        options: of `time_in_comfyui`.
+    """
+    with TemporaryDirectory() as folder:
+        found = time_in_comfyui(comfyui, size, 3, Path(folder), **options)
+    whole, rows = steady_work(size, TrimPlan()), []
+    for name, taken in found["taken"].items():
+        left = steady_work(size, plans(size)[name])
+        predicted = whole.flops / left.flops
+        if rates is not None:
+            predicted = rates.seconds(whole) / rates.seconds(left)
+        common = {"host": "comfyui", "device": found["device"], "dtype": found["dtype"]}
+        rows.append(row(size, name, taken, predicted=predicted, **common))
+    return rows
 
 
 def rows_to_fill() -> Iterator[Row]:
@@ -70,12 +101,14 @@ def rows_to_fill() -> Iterator[Row]:
     blank = {"device": "GPU", "dtype": "bfloat16", "compiled": "no"}
     note = f"not measured: {COMMAND}"
     for size in real_sizes():
-        names = [*plans(size), *(f"{SELECTION}, {name}" for name in TOKEN_PLANS)]
-        for plan in names:
-            yield blank | {
-                "case": size.name, "host": "diffusers", "tokens": size.grid.tokens, "plan": plan,
-                "note": note,
-            }  # fmt: skip
+        chooses = [f"{SELECTION}, {name}" for name in TOKEN_PLANS]
+        for host, names in (("diffusers", [*plans(size), *chooses]), ("comfyui", plans(size))):
+            more = " --comfyui FOLDER" if host == "comfyui" else ""
+            for plan in names:
+                yield blank | {
+                    "case": size.name, "host": host, "tokens": size.grid.tokens, "plan": plan,
+                    "note": note + more,
+                }  # fmt: skip
     for name in KERNELS:
         for resolution in LATENTS:
             size = Size(f"14B, {resolution}", *MODELS["14B"], LATENTS[resolution])

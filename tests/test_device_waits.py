@@ -6,7 +6,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from wantrim.benchmarks.speed_models import Runner, Size, build, plans
+from wantrim.benchmarks.speed_models import Runner, build
+from wantrim.benchmarks.speed_plans import Size, plans
 from wantrim.benchmarks.speed_probes import peak_bytes
 from wantrim.hosts.diffusers.attach import attach
 from wantrim.hosts.diffusers.weights import new_transformer

@@ -3,19 +3,12 @@
 import pytest
 import torch
 
-from wantrim.benchmarks import speed
+from wantrim.benchmarks import speed, speed_gpu
 from wantrim.benchmarks.flops import count_flops
 from wantrim.benchmarks.plots import plot_speed
 from wantrim.benchmarks.speed_gpu import COMMAND, kernel_cases, real_sizes, rows_to_fill
-from wantrim.benchmarks.speed_models import (
-    ATTACHED,
-    Runner,
-    Size,
-    build,
-    plans,
-    sharing,
-    steady_work,
-)
+from wantrim.benchmarks.speed_models import Runner, build, sharing
+from wantrim.benchmarks.speed_plans import ATTACHED, Size, plans, steady_work
 from wantrim.benchmarks.speed_probes import interval, overhead, peak_bytes, take_turns
 from wantrim.benchmarks.summary import speed_table
 from wantrim.benchmarks.table import read_rows
@@ -189,3 +182,15 @@ def test_real_sizes_are_waited_for_once():
     keys = {tuple(row[name] for name in ("case", "host", "plan", "tokens")) for row in rows}
     assert len(keys) == len(rows)
     assert {size.name for size in real_sizes()} <= {row["case"] for row in rows}
+
+
+def test_rows_of_comfyui_have_the_prediction_of_their_plan(monkeypatch, tmp_path):
+    taken = {name: [(30.0, 20.0), (33.0, 22.0)] for name in plans(SMALL)}
+    found = {"device": "some GPU", "dtype": "bfloat16", "taken": taken}
+    monkeypatch.setattr(speed_gpu, "time_in_comfyui", lambda *given, **options: found)
+    rows = speed_gpu.comfyui_rows(speed.row, SMALL, tmp_path, None)
+    assert [made["plan"] for made in rows] == [*plans(SMALL)]
+    for made in rows:
+        work = steady_work(SMALL, plans(SMALL)[made["plan"]]).flops
+        assert made["predicted"] == steady_work(SMALL, TrimPlan()).flops / work
+        assert (made["host"], made["device"], made["speedup"]) == ("comfyui", "some GPU", 1.5)
