@@ -113,6 +113,8 @@ class Reader:
     use: Callable[[Path], None]
     # its JSON header in safetensors' metadata
     key: str
+    # how much of every loop it gets: one that builds a model takes its time
+    share: float = 1.0
 
 
 READERS = {
@@ -121,8 +123,12 @@ READERS = {
     "calibration": Reader(write_calibration, use_calibration, "wantrim_calibration"),
     "slim": Reader(write_slim, use_slim, "wantrim_slim"),
     "full": Reader(write_full, use_full, "config"),
-    "demo": Reader(write_full, load_original, "config"),
+    "demo": Reader(write_full, load_original, "config", 0.2),
 }
+
+
+def rounds(kind: str) -> int:
+    return round(ROUNDS * READERS[kind].share)
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +187,7 @@ def test_truncated_files_are_refused(kind, good, tmp_path):
     pick = random.Random(1)
     length = 8 + int.from_bytes(data[:8], "little")
     ends = {0, 1, 7, 8, 9, length - 1, length, length + 1, len(data) - 1}
-    for end in sorted(ends | {pick.randrange(len(data)) for _ in range(ROUNDS)}):
+    for end in sorted(ends | {pick.randrange(len(data)) for _ in range(rounds(kind))}):
         path.write_bytes(data[:end])
         assert check(READERS[kind].use, path, f"cut at {end}"), end
 
@@ -191,7 +197,7 @@ def test_files_with_flipped_bits_are_read_or_refused(kind, good, tmp_path):
     data, path = good[kind], tmp_path / "one.safetensors"
     pick, refused = random.Random(2), 0
     length = 8 + int.from_bytes(data[:8], "little")
-    for number in range(3 * ROUNDS):
+    for number in range(3 * rounds(kind)):
         bad = bytearray(data)
         # two of three in the header, where they hurt
         most = length if number % 3 else len(data)
@@ -199,7 +205,7 @@ def test_files_with_flipped_bits_are_read_or_refused(kind, good, tmp_path):
             bad[pick.randrange(most)] ^= 1 << pick.randrange(8)
         path.write_bytes(bad)
         refused += check(READERS[kind].use, path, f"bits {number}")
-    assert refused > ROUNDS
+    assert refused > rounds(kind)
 
 
 HEADERS = {
@@ -266,12 +272,12 @@ def test_odd_values_anywhere_in_the_header_are_read_or_refused(kind, good, tmp_p
     everywhere = [(place, new) for place in places(said) for new in ODD]
     pick, refused = random.Random(3), 0
     # what readers look at first is tried whole, the rest by lot
-    chosen = pick.sample(everywhere, min(len(everywhere), 5 * ROUNDS))
+    chosen = pick.sample(everywhere, min(len(everywhere), 4 * rounds(kind)))
     for place, new in chosen:
         text = json.dumps(put(said, place, new))
         path.write_bytes(joined({**outer, "__metadata__": {key: text}}, body))
         refused += check(READERS[kind].use, path, f"{place} = {new!r:.60}")
-    assert refused > ROUNDS // 2
+    assert refused > rounds(kind) // 2
 
 
 @pytest.mark.parametrize("kind", READERS)
@@ -298,12 +304,12 @@ def test_odd_tensor_tables_are_read_or_refused(kind, good, tmp_path):
     ]
     changes += [{"shape": s} for s in ([], [0], [1], [2**40], [2**62, 4], [-1], [1.5], None)]
     changes += [{"data_offsets": o} for o in ([0, 0], [8, 4], [0, 2**60], [-4, 4], [0], None)]
-    for name in pick.sample(names, min(8, len(names))):
+    for name in pick.sample(names, min(2 if READERS[kind].share < 1 else 5, len(names))):
         for change in changes:
             path.write_bytes(joined({**outer, name: outer[name] | change}, body))
             assert check(READERS[kind].use, path, f"{name} {change}") or change == {"shape": []}
     # the right number of bytes in another dtype or shape
-    for name in pick.sample(names, min(8, len(names))):
+    for name in pick.sample(names, min(2 if READERS[kind].share < 1 else 5, len(names))):
         entry = outer[name]
         if entry["dtype"] != "F32":
             continue

@@ -125,6 +125,7 @@ def load_original(path: Path, text_to_video: bool = False) -> WanTransformer3DMo
             "expected a Wan checkpoint written by WanTrim"
         ) from error
     try:
+        _check_config(config)
         tensors = to_diffusers_keys(tensors)
         in_channels = config["in_dim"]
         if text_to_video:
@@ -135,6 +136,14 @@ def load_original(path: Path, text_to_video: bool = False) -> WanTransformer3DMo
     except (ArithmeticError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path} does not fit its own config: {str(error):.1000}") from error
     return model.eval()
+
+
+def _check_config(config: object) -> None:
+    """Sizes that a Wan can have; what else it takes is not known before it is built."""
+    given = config if isinstance(config, dict) else {}
+    sizes = {name: value for name, value in given.items() if name != "model_type"}
+    if not sizes or not all(type(value) is int and 0 < value < 1 << 20 for value in sizes.values()):
+        raise ValueError(f"expected sizes, got {config!r:.200}")
 
 
 def new_transformer(

@@ -1,0 +1,242 @@
+"""Whatever goes wrong while a trimmed model samples, the next run knows nothing of it."""
+
+import gc
+from collections import Counter
+from functools import cache
+
+import pytest
+import torch
+
+import comfy.model_management
+from comfy.model_management import InterruptProcessingException
+from wantrim.hosts import session as host_session
+from wantrim.hosts.comfyui import attach as host
+from wantrim.hosts.comfyui import blocks as host_blocks
+from wantrim.hosts.comfyui.blocks import OVERRIDE
+from wantrim.hosts.past import Past
+from wantrim.tests.comfyui import test_blocks, test_heads, test_wantrim, tiny
+
+STEPS = 3
+PLANS = {
+    "tokens": tiny.preset,
+    "heads": test_heads.trimmed,
+    "blocks": lambda model: test_blocks.at_node(model, skipped_blocks_give="reuse")[0],
+    "dial": test_wantrim.dialled,
+}
+plans = pytest.mark.parametrize("plan", PLANS)
+# of one run, none of which may outlive it
+OURS = (
+    host._Run,
+    host_session.Session,
+    host_session.ModelCall,
+    host_blocks.BlockReplacement,
+    host_blocks.AttentionTap,
+    Past,
+)
+
+
+def run(model, given=None, **options):
+    return tiny.sample(model, given, **{"steps": STEPS} | options)
+
+
+def alive() -> Counter:
+    """Tensors in memory by shape, and objects of ours that belong to a run."""
+    gc.collect()
+    found = Counter()
+    for one in gc.get_objects():
+        # isinstance would wake up what only pretends to be of a class
+        kind = type(one)
+        if issubclass(kind, OURS):
+            found[kind.__name__] += 1
+        elif issubclass(kind, torch.Tensor):
+            found[tuple(one.shape)] += 1
+    return found
+
+
+def bare(model) -> dict:
+    """Everything by which a MODEL can carry something into a run."""
+    network = model.model.diffusion_model
+    hooks = [m for m in network.modules() if m._forward_hooks or m._forward_pre_hooks]
+    own = {name for m in network.modules() for name in vars(m) if name == "forward"}
+    return {
+        "options": repr(model.model_options),
+        "wrappers": repr(model.wrappers),
+        "callbacks": repr(model.callbacks),
+        "patches": repr(sorted(model.patches)),
+        "objects": repr(sorted(model.object_patches)),
+        "additional": repr(model.additional_models),
+        "attachments": repr(model.attachments),
+        "hooks": repr(hooks),
+        "forwards": repr(own),
+    }
+
+
+class Untouched:
+    """The base model, and what a plan's run makes of it, before the accident."""
+
+    def __init__(self, plan: str):
+        self.base = tiny.base_model()
+        self.before, self.bare = run(self.base), bare(self.base)
+        self.patched = PLANS[plan](self.base)
+        self.carried = bare(self.patched)
+        self.trimmed = run(self.patched)
+        assert not torch.equal(self.before, self.trimmed)
+
+    def before_accident(self) -> None:
+        # of the size that all runs have; what it leaves in the host's own caches may stay
+        run(self.patched)
+        self.alive = alive()
+
+    def check(self) -> None:
+        run(self.patched)
+        left = alive() - self.alive
+        assert not left, f"still in memory: {left}"
+        assert bare(self.base) == self.bare
+        assert bare(self.patched).keys() == self.carried.keys()
+        assert bare(self.patched)["wrappers"] == self.carried["wrappers"]
+        assert torch.equal(run(self.base), self.before)
+        assert torch.equal(run(self.patched), self.trimmed)
+
+
+known = cache(Untouched)
+
+
+@pytest.fixture
+def untouched(plan):
+    known(plan).before_accident()
+    yield known(plan)
+    known(plan).check()
+
+
+def stopped(model, error: Exception, **options) -> None:
+    """Sample until the error; nothing of its traceback is held on to."""
+    reached = False
+    try:
+        run(model, **options)
+    except type(error) as found:
+        reached = found is error
+        error.__traceback__ = found.__traceback__ = None
+    assert reached
+    assert not tiny.report_of(model).finished
+
+
+@plans
+def test_cancelled_at_every_step(plan, untouched):
+    for step in range(STEPS):
+        error = InterruptProcessingException()
+
+        def callback(index, *_, step=step, error=error):
+            if index == step:
+                raise error
+
+        stopped(untouched.patched, error, callback=callback)
+        gone(untouched)
+
+
+def gone(untouched: Untouched) -> None:
+    """What belonged to the run is gone as soon as it has stopped."""
+    left = {kind for kind in alive() if isinstance(kind, str)}
+    assert not left, f"still in memory: {left}"
+
+
+def breaking(model, error: Exception, at: int):
+    """A clone whose `at`-th attention from now on raises: inside a block."""
+    broken, calls = model.clone(), []
+
+    def override(func, *args, **kwargs):
+        calls.append(1)
+        if len(calls) > at:
+            raise error
+        return func(*args, **kwargs)
+
+    broken.model_options["transformer_options"][OVERRIDE] = override
+    return broken
+
+
+@plans
+@pytest.mark.parametrize("kind", [RuntimeError, torch.OutOfMemoryError, KeyboardInterrupt])
+def test_an_error_inside_a_block(plan, kind, untouched):
+    """In the first block, in a later one, and in the middle of the second and the last step."""
+    for at in (0, 3, 19):
+        error = kind("in the middle of a block")
+        stopped(breaking(untouched.patched, error, at), error)
+        gone(untouched)
+
+
+@plans
+def test_unloaded_between_runs_and_between_steps(plan, untouched):
+    comfy.model_management.unload_all_models()
+    assert torch.equal(run(untouched.patched), untouched.trimmed)
+
+    def callback(index, *_):
+        if index == 1:
+            comfy.model_management.unload_all_models()
+
+    assert torch.equal(run(untouched.patched, callback=callback), untouched.trimmed)
+    comfy.model_management.unload_all_models()
+
+
+@plans
+def test_two_queued_runs_with_different_plans(plan, untouched):
+    other = "blocks" if plan == "tokens" else "tokens"
+    second = PLANS[other](untouched.base)
+    expected = run(second)
+    # and one plan in place of the other on the same branch
+    third = PLANS[plan](untouched.patched)
+    for _ in range(2):
+        assert torch.equal(run(untouched.patched), untouched.trimmed)
+        assert torch.equal(run(second), expected)
+        assert torch.equal(run(untouched.base), untouched.before)
+        assert torch.equal(run(third), untouched.trimmed)
+
+
+@plans
+def test_latents_that_are_no_numbers(plan, untouched):
+    noise = torch.randn(tiny.case().latent.shape, generator=torch.Generator().manual_seed(1))
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        for where in (slice(None), slice(0, 1)):
+            given = noise.clone()
+            given.view(-1)[where] = bad
+            out = run(untouched.patched, noise=given)
+            assert out.shape == noise.shape
+            # as the untouched model: it is not made to look right
+            assert not torch.isfinite(out).all()
+            assert tiny.report_of(untouched.patched).finished
+
+
+SIGMAS = {
+    "rising": [0.2, 0.5, 1.0],
+    "up and down": [0.5, 1.0, 0.2, 0.7, 0.0],
+    "the same": [0.6, 0.6, 0.6, 0.0],
+    "above one": [3.0, 2.0, 1.0, 0.0],
+    "tiny": [1e-6, 1e-7, 0.0],
+}
+
+
+@plans
+def test_sigmas_out_of_order(plan, untouched):
+    for name, values in SIGMAS.items():
+        sigmas = torch.tensor(values)
+        out = run(untouched.patched, sigmas=sigmas)
+        assert torch.isfinite(out).all(), name
+        assert tiny.report_of(untouched.patched).finished
+        assert torch.equal(run(untouched.patched, sigmas=sigmas), out), name
+
+
+@plans
+@pytest.mark.parametrize("sigmas", [[], [1.0], [0.0]])
+def test_a_run_without_a_step(plan, sigmas, untouched):
+    given = torch.tensor(sigmas)
+    assert torch.equal(run(untouched.patched, sigmas=given), run(untouched.base, sigmas=given))
+
+
+@plans
+@pytest.mark.parametrize("size", [(1, 8, 10, 1), (1, 7, 9, 2), (2, 9, 7, 3), (5, 3, 1, 4)])
+def test_sizes_that_few_people_ask_for(plan, size, untouched):
+    """Latent frames, rows, columns, batch."""
+    frames, height, width, batch = size
+    given = tiny.case(frames=frames, height=height, width=width, batch=batch)
+    out = run(untouched.patched, given)
+    assert out.shape == given.latent.shape and torch.isfinite(out).all()
+    assert torch.equal(run(untouched.patched, given), out)
+    assert not torch.equal(run(untouched.base, given), out)
