@@ -43,6 +43,8 @@ KERNEL_TESTS = ("test_kernels.py",)
 # attention is 43 % of the FLOPs of the long one; the short one has blocks to skip
 LONG = Size("1.3B, 1 block", 1536, 12, 8960, 1, (21, 32, 64))
 SHORT = Size("1.3B, 4 blocks", 1536, 12, 8960, 4, (21, 16, 32))
+# attention is four fifths of the FLOPs
+HEAVY = Size("narrow, 4 blocks", 384, 3, 1536, 4, (21, 32, 64))
 # for what a large one would not show better
 SMALL = Size("narrow, 4 blocks", 384, 3, 1536, 4, (5, 16, 16))
 # as many blocks as 1.3B has, and so little in them that what is around them shows
@@ -52,6 +54,7 @@ SHORT_PLANS = (
     "tokens 0.7, refresh", "tokens 0.7, paper", "blocks 0.75, identity", "blocks 0.75, reuse",
     "all together",
 )  # fmt: skip
+HEAVY_PLANS = ("blocks 0.75, identity", "blocks 0.75, reuse")
 COMPILED_PLANS = ("tokens 0.7, refresh", "blocks 0.75, reuse", "heads 0.7, others off")
 NEUTRAL = "neutral"
 ATTACHED_NAME = "attached, outside its percents"
@@ -224,6 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.small:
         return
     keep(time_plans(SHORT, SHORT_PLANS, args.rounds))
+    keep(time_plans(HEAVY, HEAVY_PLANS, args.rounds))
     keep(time_plans(LONG, LONG_PLANS, 1))
 
 
