@@ -204,25 +204,6 @@ def test_latents_that_are_no_numbers(plan, untouched):
             assert tiny.report_of(untouched.patched).finished
 
 
-SIGMAS = {
-    "rising": [0.2, 0.5, 1.0],
-    "up and down": [0.5, 1.0, 0.2, 0.7, 0.0],
-    "the same": [0.6, 0.6, 0.6, 0.0],
-    "above one": [3.0, 2.0, 1.0, 0.0],
-    "tiny": [1e-6, 1e-7, 0.0],
-}
-
-
-@plans
-def test_sigmas_out_of_order(plan, untouched):
-    for name, values in SIGMAS.items():
-        sigmas = torch.tensor(values)
-        out = run(untouched.patched, sigmas=sigmas)
-        assert torch.isfinite(out).all(), name
-        assert tiny.report_of(untouched.patched).finished
-        assert torch.equal(run(untouched.patched, sigmas=sigmas), out), name
-
-
 @plans
 @pytest.mark.parametrize("sigmas", [[], [1.0], [0.0]])
 def test_a_run_without_a_step(plan, sigmas, untouched):
