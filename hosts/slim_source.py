@@ -103,7 +103,26 @@ def open_source(path: Path) -> Source:
         if reason is not None:
             raise ValueError(f"{path.name}: cannot be cut: {reason}")
     config = metadata.get("config")
-    return Source(path, prefix, entries, _fingerprint(path, prefix, entries, config), config)
+    model = _fingerprint(path, prefix, entries, config)
+    for key, entry in entries.items():
+        shape = _expected(key, model)
+        if shape is not None and entry.shape != shape:
+            raise ValueError(
+                f"{path.name}: {key}: expected a shape of {shape}, got {entry.shape!r:.60}: damaged "
+                "file. Download it again."
+            )
+    return Source(path, prefix, entries, model, config)
+
+
+def _expected(key: str, model: Fingerprint) -> tuple[int, ...] | None:
+    """Shape of a weight that is cut, or None for others."""
+    if re.fullmatch(r"blocks\.\d+\.(self|cross)_attn\.(q|k|v|o|k_img|v_img)\.weight", key):
+        return model.dim, model.dim
+    found = re.fullmatch(r"blocks\.\d+\.ffn\.([02])\.weight", key)
+    if found is None:
+        return None
+    shape = model.ffn_dim, model.dim
+    return shape if found[1] == "0" else shape[::-1]
 
 
 def _refuse_by_name(path: Path) -> None:
