@@ -204,6 +204,29 @@ def test_latents_that_are_no_numbers(plan, untouched):
             assert tiny.report_of(untouched.patched).finished
 
 
+# in no order that a sampler makes of them
+SIGMAS = {
+    "rising": [0.2, 0.5, 0.9],
+    "up and down": [0.5, 1.0, 0.2, 0.7, 0.0],
+    "the same": [0.6, 0.6, 0.6, 0.0],
+    "above one": [3.0, 2.0, 1.0, 0.0],
+    "tiny": [1e-6, 1e-7, 0.0],
+}
+
+
+@plans
+def test_sigmas_out_of_order(plan, untouched):
+    for name, values in SIGMAS.items():
+        sigmas = torch.tensor(values)
+        # what the untouched model makes of them may be no numbers
+        alike = torch.isfinite(run(untouched.base, sigmas=sigmas))
+        out = run(untouched.patched, sigmas=sigmas)
+        assert torch.equal(torch.isfinite(out), alike), name
+        assert tiny.report_of(untouched.patched).finished
+        again = run(untouched.patched, sigmas=sigmas)
+        assert torch.equal(again.nan_to_num(), out.nan_to_num()), name
+
+
 @plans
 @pytest.mark.parametrize("sigmas", [[], [1.0], [0.0]])
 def test_a_run_without_a_step(plan, sigmas, untouched):

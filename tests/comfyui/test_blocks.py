@@ -676,6 +676,12 @@ def test_a_router_of_clip_takes_the_class_embedding_of_the_image():
             seen.append(content.clip)
             return run.logits(sigma, content)
 
+        def unread(self):
+            return run.unread()
+
+        def read(self, values):
+            run.read(values)
+
     spy = Spy(router.mlp, router.kind, router.model)
     tiny.ksampler(attach(model, TrimPlan(blocks=BlockPlan(spy, HALF))), given)
     clip = tiny.clip_vision().penultimate_hidden_states[:, 0]
