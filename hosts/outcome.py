@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from ..methods.cost import forward_flops
+from ..methods.cost import Work, block_works, outside_flops
+from ..methods.floor import device_rates
 from ..methods.heads import FULL, PATTERNS, HeadPlan
 
 if TYPE_CHECKING:
@@ -22,6 +23,20 @@ def step_work(report: Report, step: Step) -> float | None:
 
     Counts matrix products and attention by methods/cost.py; control branches are not in it.
     """
+    works = _works(report, step)
+    return None if works is None else works[0].flops / works[1].flops
+
+
+def step_floor(report: Report, step: Step) -> float | None:
+    """As `step_work`, in the least time that the device takes where its rates are known."""
+    works, rates = _works(report, step), device_rates(report.device)
+    if works is None or rates is None:
+        return step_work(report, step)
+    return rates.seconds(works[0]) / rates.seconds(works[1])
+
+
+def _works(report: Report, step: Step) -> tuple[Work, Work] | None:
+    """Work of a step, and of an untouched model's."""
     if report.shape is None:
         return None
     ran = [index for index, kept in enumerate(step.kept_per_block) if kept]
@@ -34,16 +49,18 @@ def step_work(report: Report, step: Step) -> float | None:
             return tuple(kind[i] if i in step.patterned else whole for i in ran)
 
         heads = HeadPlan(rows(plan.self_attention), rows(plan.cross_attention))
-    done = forward_flops(
+    tokens = step.grid.tokens
+    done = block_works(
         replace(report.shape, num_blocks=len(ran)),
-        step.grid.tokens,
+        tokens,
         [step.kept_per_block[index] for index in ran],
         report.keeps_kv,
         grid=step.grid,
         anchored_frames=step.anchored_frames,
         heads=heads,
     )
-    return done / forward_flops(report.shape, step.grid.tokens)
+    outside = Work(outside_flops(report.shape, tokens))
+    return sum(done, outside), sum(block_works(report.shape, tokens), outside)
 
 
 def mean_work(report: Report) -> float | None:
@@ -60,7 +77,7 @@ class Speed:
         whole_steps: numbers of the whole steps of this run, from 1; none when one was timed apart.
         whole, trimmed: median seconds of a step.
         run: seconds of all steps, had all been whole, over what they took.
-        expected, expected_run: the same two ratios by FLOPs, or None.
+        expected, expected_run: the same two ratios by the cost model, or None.
     """
 
     whole_steps: tuple[int, ...]
@@ -101,7 +118,7 @@ def measured_speed(report: Report) -> Speed | None:
     else:
         reference = statistics.median(s.seconds for s in later)
     counted = [*later, *trimmed]
-    work = [step_work(report, s) for s in counted]
+    work = [step_floor(report, s) for s in counted]
     known = all(share is not None for share in work)
     return Speed(
         tuple(i + 1 for i, s in enumerate(report.steps) if any(s is one for one in later)),
@@ -131,7 +148,7 @@ def speed_lines(report: Report) -> list[str]:
         lines = [f"Measured speed-up: none: {why_no_speed(report)}."]
         expected = _expected(report)
         if expected is not None:
-            lines.append(f"Expected from FLOPs over these steps: {expected:.2f} x.")
+            lines.append(f"Expected from {_by(report)} over these steps: {expected:.2f} x.")
         return lines
     lines = [
         f"Measured: a trimmed step {speed.trimmed:.2f} s, a whole one {speed.whole:.2f} s "
@@ -139,7 +156,7 @@ def speed_lines(report: Report) -> list[str]:
     ]
     if speed.expected is not None:
         lines.append(
-            f"Expected from FLOPs: a trimmed step {speed.expected:.2f} x; all steps "
+            f"Expected from {_by(report)}: a trimmed step {speed.expected:.2f} x; all steps "
             f"{speed.expected_run:.2f} x."
         )
     if speed.warming_up:
@@ -187,6 +204,7 @@ def report_json(report: Report) -> dict:
         "measured": speed
         and {"trimmed_step_seconds": speed.trimmed, "step": speed.measured, "run": speed.run},
         "expected": {
+            "by": _by(report),
             "step": speed and speed.expected,
             "run": speed.expected_run if speed else _expected(report),
         },
@@ -226,5 +244,10 @@ def _heads(plan: HeadPlan, ran: Sequence[int], patterned) -> dict[str, int]:
 
 
 def _expected(report: Report) -> float | None:
-    share = mean_work(report)
-    return 1 / share if share else None
+    floors = [step_floor(report, step) for step in report.steps]
+    return 1 / statistics.fmean(floors) if floors and None not in floors else None
+
+
+def _by(report: Report) -> str:
+    """What the cost model goes by on this device."""
+    return "FLOPs" if device_rates(report.device) is None else f"the rates of {report.device}"

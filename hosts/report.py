@@ -119,6 +119,8 @@ class Report:
     keeps_kv: bool = False
     # of the model, for the cost model; None when the host cannot tell it
     shape: WanShape | None = None
+    # torch's name for it; empty for one without
+    device: str = ""
     # of a whole step of the first step's size, when one was timed apart from the run
     dense_seconds: float | None = None
 

@@ -135,22 +135,6 @@ def run_work(
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Expected:
-    """What a plan should gain over a sampling run.
-
-    Args:
-        speedup: of the transformer's part of the run; 1 is none.
-        seconds, dense_seconds: floor of that part, trimmed and dense; None without rates.
-        by: what it was reckoned by, to be said beside the number.
-    """
-
-    speedup: float
-    seconds: float | None
-    dense_seconds: float | None
-    by: str
-
-
 def run_seconds(
     shape: WanShape,
     grid: TokenGrid,
@@ -167,32 +151,3 @@ def run_seconds(
         plan: as for `run_work`.
     """
     return rates.seconds(run_work(shape, grid, sigmas, **plan), itemsize)
-
-
-def expected_speedup(
-    shape: WanShape,
-    grid: TokenGrid,
-    sigmas: Sequence[float],
-    device: str = "",
-    attention: str = "flash",
-    **plan,
-) -> Expected:
-    """What a plan should gain over a run of the same sampling without it.
-
-    On a device without known rates every FLOP takes as long as any other and bytes take nothing;
-    `by` says so.
-
-    Args:
-        device: torch's name for it.
-        plan: as for `run_work`; `width` counts as a part of the plan.
-    """
-    run = {name: plan[name] for name in ("shift", "prompts") if name in plan}
-    dense = run_work(shape, grid, sigmas, **run)
-    work = run_work(shape, grid, sigmas, **plan)
-    rates = device_rates(device, attention)
-    if rates is None:
-        known = device or "this device"
-        by = f"FLOPs alone: no rates are known for {known} with {attention} attention"
-        return Expected(dense.flops / work.flops, None, None, by)
-    before, after = rates.seconds(dense), rates.seconds(work)
-    return Expected(before / after, after, before, f"rates of {device}: {rates.source}")

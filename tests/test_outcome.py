@@ -4,9 +4,10 @@ import json
 
 import pytest
 
-from wantrim.hosts.outcome import measured_speed, report_json, step_work
+from wantrim.hosts.outcome import _works, measured_speed, report_json, step_work
 from wantrim.hosts.report import Report, Step
 from wantrim.methods.cost import WanShape, block_flops, outside_flops
+from wantrim.methods.floor import device_rates
 from wantrim.methods.grid import TokenGrid
 from wantrim.methods.heads import FRAME, FULL, OFF, HeadPlan
 
@@ -142,3 +143,20 @@ def test_json_holds_plan_and_deed_side_by_side():
 def test_a_step_that_a_cache_answered_is_no_trimmed_one():
     report = run(step(WHOLE, 2.0), step([0] * 4, 0.01), step(HALF, 1.0))
     assert measured_speed(report).trimmed == 1.0
+
+
+def test_on_a_card_whose_rates_are_known_the_expected_is_its_time():
+    """Where attention is slower than products, what it saves is worth more."""
+    report = run(step(WHOLE), step(HALF))
+    by_flops = measured_speed(report).expected
+    assert "Expected from FLOPs:" in report.text()
+    report.device = "NVIDIA GeForce RTX 4090"
+    by_time = measured_speed(report).expected
+    works = _works(report, report.steps[1])
+    rates = device_rates(report.device)
+    assert by_time == pytest.approx(rates.seconds(works[1]) / rates.seconds(works[0]))
+    assert by_time != pytest.approx(by_flops, rel=0.005)
+    assert "Expected from the rates of NVIDIA GeForce RTX 4090:" in report.text()
+    assert report_json(report)["expected"]["by"] == "the rates of NVIDIA GeForce RTX 4090"
+    # work done is still counted in FLOPs
+    assert step_work(report, report.steps[1]) == pytest.approx(1 / by_flops)

@@ -25,7 +25,7 @@ from .blocks import replace_blocks
 from .dense_step import Unmeasurable, call_sizes
 from .dial import Wish
 from .live import Live, running_node
-from .shape import clip_tokens, wan_shape
+from .shape import clip_tokens, device_name, wan_shape
 from .variants import anchored_frames, token_grid, why_not_now
 
 log = logging.getLogger(__name__)
@@ -303,6 +303,7 @@ def _trimmed_options(
         return options
     if report.shape is None:
         report.shape = wan_shape(dm, context.shape[1], clip_tokens(dm, clip_fea))
+        report.device = device_name(context.device)
     # without the image channels, which only one of the two prompts may have
     noise = x[:, : dm.out_dim]
     if run.latent is not None and run.latent.shape == noise.shape:

@@ -13,7 +13,7 @@ from ...methods.solve import Run, Solved, floor_cost, flops_cost
 from ...methods.width import Width
 from ..report import Report
 from ..session import TrimPlan
-from .shape import clip_tokens, full_shape
+from .shape import clip_tokens, device_name, full_shape
 from .slim import slim_header
 
 
@@ -64,7 +64,7 @@ class Wish:
             given + before,
             self.width,
         )
-        name = torch.cuda.get_device_name(context.device) if context.is_cuda else ""
+        name = device_name(context.device)
         rates = device_rates(name)
         cost = flops_cost if rates is None else floor_cost(rates)
         solved = self.plan.dial.solve(run, self.plan.parts, cost)

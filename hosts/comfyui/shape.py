@@ -7,6 +7,11 @@ import torch
 from ...methods.cost import WanShape
 
 
+def device_name(device: torch.device) -> str:
+    """torch's name for a GPU, by which the cost model knows its rates; empty for others."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+
+
 def clip_tokens(network, clip_fea: torch.Tensor | None) -> int:
     """Tokens of a CLIP image that the network takes in, of `clip_fea` [b, tokens, c]."""
     return 0 if clip_fea is None or network.img_emb is None else clip_fea.shape[1]
