@@ -101,7 +101,11 @@ def peak_bytes(work: Callable[[], object]) -> int:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as seen:
+    # what a collection frees meanwhile is not this work's
+    with (
+        no_collection(),
+        torch.profiler.profile(activities=activities, profile_memory=True) as seen,
+    ):
         work()
     events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = most = 0

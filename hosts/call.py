@@ -212,7 +212,7 @@ class ModelCall:
         self._record(self.current)
         kept, part = self._run_kept(call)
         if not absolute:
-            stretch.add(part - gather_tokens(call.hidden, kept))
+            stretch.add_at(kept, part - gather_tokens(call.hidden, kept))
         out = scatter_tokens(call.hidden, kept, part)
         if last:
             dropped = self.current.dropped_rows(self.chunks)
@@ -221,8 +221,8 @@ class ModelCall:
                 known = known + gather_tokens(call.hidden, dropped)
             # in place: second full-length copies would add to the peak of memory
             out.scatter_(1, dropped[..., None].expand_as(known), known)
-            fresh = gather_tokens(out, kept) if absolute else stretch.total
-            stretch.known.scatter_(1, kept[..., None].expand_as(fresh), fresh)
+            if absolute:
+                stretch.add_at(kept, gather_tokens(out, kept))
             self._stretch = None
         return out
 
@@ -299,6 +299,15 @@ class _Stretch:
         self.key, self.known = key, known
         self.start = key[-1]
         self.total: torch.Tensor | None = None
+        self._begun = False
 
     def add(self, update: torch.Tensor) -> None:
         self.total = update if self.total is None else self.total.add_(update)
+
+    def add_at(self, kept: torch.Tensor, update: torch.Tensor) -> None:
+        """Sum up, in place of what was known there, what the tokens `kept` [b, kept] get now."""
+        if self._begun:
+            # not scatter_add_: its order is not fixed on a GPU
+            update = gather_tokens(self.known, kept).add_(update)
+        self._begun = True
+        self.known.scatter_(1, kept[..., None].expand_as(update), update)
