@@ -25,9 +25,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset
 
 from ..hosts.diffusers.weights import new_transformer, save_original
-from ..toy.text import TEXT_DIM, encode_prompt
-from ..toy.vae import LATENT_CHANNELS, ToyVAE, image_condition
-from ..toy.world import PIXEL_FRAMES, held_out_scenes, random_scene, render
+from ..toy.batches import OBJECT_SHARES, draw_sample, encode_samples
+from ..toy.text import TEXT_DIM
+from ..toy.vae import LATENT_CHANNELS, ToyVAE
+from ..toy.world import held_out_scenes
 from .measure import score_prompts
 
 log = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ class Recipe:
     shift: float = 3.0
     image_share: float = 0.3
     drop_text: float = 0.1
-    object_shares: tuple[float, ...] = (0.65, 0.25, 0.10)
+    object_shares: tuple[float, ...] = OBJECT_SHARES
     ema_decay: float = 0.998
 
 
@@ -75,17 +76,10 @@ class Batches(Dataset):
     def __getitem__(self, step: int):
         r = self.recipe
         rng = np.random.default_rng([r.seed, step])
-        videos, texts = [], []
-        while len(videos) < r.batch:
-            scene = random_scene(rng, 1 + int(rng.choice(len(r.object_shares), p=r.object_shares)))
-            if scene.held_out:
-                continue
-            videos.append(torch.from_numpy(render(scene, rng)).permute(3, 0, 1, 2))
-            texts.append(encode_prompt("" if rng.random() < r.drop_text else scene.prompt()))
-        video = torch.stack(videos)
-        condition = image_condition(self.vae, video[:, :, 0], PIXEL_FRAMES)
-        keep = torch.from_numpy(rng.random(r.batch) < r.image_share).view(-1, 1, 1, 1, 1)
-        return self.vae.encode(video), condition * keep, torch.stack(texts)
+        drawn = [draw_sample(rng, r.drop_text, r.object_shares) for _ in range(r.batch)]
+        videos, texts = zip(*drawn, strict=True)
+        latents, condition = encode_samples(self.vae, videos, rng.random(r.batch) < r.image_share)
+        return latents, condition, torch.stack(texts)
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:

@@ -39,6 +39,9 @@ PLACES = {
     "triton": ("kernels/", "benchmarks/"),
     "diffusers": ("hosts/diffusers", *OFFLINE),
     "accelerate": ("training/",),
+    "transformers": ("training/",),
+    # what Python 3.11 has as tomllib
+    "tomli": ("training/",),
     "matplotlib": OFFLINE,
     "av": OFFLINE,
     "rich": OFFLINE,

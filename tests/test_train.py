@@ -8,6 +8,7 @@ from safetensors import safe_open
 from wantrim.demo import train as training
 from wantrim.demo.train import Batches, Recipe, Trainer, learning_rate, train
 from wantrim.hosts.diffusers.weights import load_original
+from wantrim.toy import batches
 from wantrim.toy.world import parse_prompt
 
 CPU = torch.device("cpu")
@@ -59,7 +60,7 @@ def test_training_writes_log_and_a_checkpoint_that_loads(tmp_path):
 def test_batches_repeat_and_hold_out_the_held_out_scenes(monkeypatch):
     recipe = Recipe(batch=8)
     seen = []
-    monkeypatch.setattr(training, "encode_prompt", lambda p: seen.append(p) or torch.zeros(24, 64))
+    monkeypatch.setattr(batches, "encode_prompt", lambda p: seen.append(p) or torch.zeros(24, 64))
     data = Batches(recipe)
     first, again, other = data[0], data[0], data[1]
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))

@@ -1,0 +1,272 @@
+"""Shards of training data on disk: safetensors files and the index that lists the whole ones."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from ..hosts.slim_file import list_entries, read_tensor
+from ..methods.artifact import replacing
+
+log = logging.getLogger(__name__)
+
+FORMAT = "wantrim_shards/1"
+INDEX, PROMPTS, CHECKED = "index.json", "prompts.safetensors", "checked.json"
+CHUNK = 1 << 23
+FLOATS = {"F32", "F16", "BF16"}
+# what a sample can have, and the number of its axes
+PARTS = {"latents": 4, "text": 2, "condition": 4, "clip": 2}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One video: latents [c, f, h, w], text [t, d], and for image-to-video condition
+    [20, f, h, w] and, where the model looks at the image through CLIP, clip [257, 1280]."""
+
+    latents: torch.Tensor
+    text: torch.Tensor
+    condition: torch.Tensor | None = None
+    clip: torch.Tensor | None = None
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The parts that are there, by name; zeros that pad the text are left out.
+
+        Raises:
+            ValueError: NaN or infinite values, or other axes.
+        """
+        found = {name: getattr(self, name) for name in PARTS if getattr(self, name) is not None}
+        for name, value in found.items():
+            if value.ndim != PARTS[name]:
+                raise ValueError(f"{name}: expected {PARTS[name]} axes, got {list(value.shape)}")
+            if not value.isfinite().all():
+                raise ValueError(f"{name} has NaN or infinite values")
+        used = found["text"].abs().sum(1).nonzero()
+        found["text"] = found["text"][: int(used[-1]) + 1 if len(used) else 1]
+        return {name: value.detach().cpu().contiguous() for name, value in found.items()}
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A shard in the index: its file, and the names and shapes of its samples."""
+
+    file: str
+    bytes: int
+    sha256: str
+    names: list[str]
+    shapes: list[dict[str, list[int]]]
+
+
+@dataclass(frozen=True)
+class Index:
+    """What `index.json` says.
+
+    Args:
+        made: which VAE and text encoder (and CLIP) made the samples.
+        text_tokens: length that texts are padded to.
+    """
+
+    made: dict
+    text_tokens: int
+    shards: tuple[Shard, ...] = ()
+
+
+def read_index(folder: Path) -> Index:
+    """Raises ValueError when there is none, or one that cannot be read."""
+    path = folder / INDEX
+    advice = "Expected a folder that `python -m wantrim.training.encode` wrote."
+    if not path.is_file():
+        raise ValueError(f"{folder}: there is no {INDEX}. {advice}")
+    try:
+        said = json.loads(path.read_text("utf-8"))
+        if said["format"] != FORMAT:
+            raise ValueError(f"expected {FORMAT}, got {said['format']!r:.60}")
+        index = Index(
+            dict(said["made"]), said["text_tokens"], tuple(Shard(**s) for s in said["shards"])
+        )
+        _check_index(index)
+    except (OSError, KeyError, TypeError, ValueError, RecursionError, AttributeError) as error:
+        raise ValueError(f"{path}: it cannot be read ({error!r:.200}). {advice}") from error
+    return index
+
+
+def _check_index(index: Index) -> None:
+    if type(index.text_tokens) is not int or not 0 < index.text_tokens < 1 << 16:
+        raise ValueError(f"text_tokens: expected a length, got {index.text_tokens!r}")
+    for shard in index.shards:
+        if not re.fullmatch(r"shard-\d{5,}\.safetensors", shard.file):
+            raise ValueError(f"expected the name of a shard, got {shard.file!r:.80}")
+        if len(shard.names) != len(shard.shapes) or not shard.names:
+            raise ValueError(f"{shard.file}: expected the shapes of its samples")
+        for shapes in shard.shapes:
+            right = {"latents", "text"} <= set(shapes) <= set(PARTS)
+            if not right or any(len(shape) != PARTS[name] for name, shape in shapes.items()):
+                raise ValueError(f"{shard.file}: expected latents and text, got {shapes!r:.120}")
+            if shapes["text"][0] > index.text_tokens:
+                raise ValueError(f"{shard.file}: a text is longer than {index.text_tokens}")
+
+
+def write_index(folder: Path, index: Index) -> None:
+    _write_json(folder / INDEX, {"format": FORMAT, **asdict(index)})
+
+
+def _write_json(path: Path, content: object) -> None:
+    with replacing(path) as (partial,):
+        partial.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+
+
+def check_shards(folder: Path, index: Index) -> dict[str, str]:
+    """What is wrong with which shard. Checksums of unchanged shards are taken once."""
+    checked = _load_checked(folder)
+    open_ones = [s for s in index.shards if not _is_checked(folder, s, checked)]
+    if len(open_ones) > 1:
+        size = sum(shard.bytes for shard in open_ones) / 1e9
+        log.info("checking %d shards (%.1f GB), once", len(open_ones), size)
+    # reading, hashing and comparing all let other threads run
+    with ThreadPoolExecutor(4) as pool:
+        reasons = list(pool.map(lambda shard: _damage(folder, shard), open_ones))
+    damaged = {s.file: why for s, why in zip(open_ones, reasons, strict=True) if why}
+    for shard in open_ones:
+        checked.pop(shard.file, None)
+        if shard.file not in damaged:
+            checked[shard.file] = _state(folder / shard.file, shard)
+    if open_ones:
+        try:
+            _write_json(folder / CHECKED, checked)
+        except OSError as error:
+            log.info("%s cannot be written (%s): checksums will be taken again", CHECKED, error)
+    return damaged
+
+
+def _load_checked(folder: Path) -> dict:
+    try:
+        found = json.loads((folder / CHECKED).read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _state(path: Path, shard: Shard) -> list:
+    found = path.stat()
+    return [found.st_size, found.st_mtime_ns, shard.sha256]
+
+
+def _is_checked(folder: Path, shard: Shard, checked: dict) -> bool:
+    path = folder / shard.file
+    return path.is_file() and checked.get(shard.file) == _state(path, shard)
+
+
+def _damage(folder: Path, shard: Shard) -> str | None:
+    path = folder / shard.file
+    if not path.is_file():
+        return "the file is missing"
+    try:
+        if (size := path.stat().st_size) != shard.bytes:
+            return f"expected {shard.bytes:,} bytes, got {size:,}"
+        if file_sha256(path) != shard.sha256:
+            return "its checksum is another than in the index"
+        entries = list_entries(path)[0]
+        expected = {
+            f"{number}.{name}": tuple(shape)
+            for number, shapes in enumerate(shard.shapes)
+            for name, shape in shapes.items()
+        }
+        if {entry.name: entry.shape for entry in entries} != expected:
+            return "its tensors have other names or shapes than in the index"
+        for entry in entries:
+            if entry.dtype not in FLOATS:
+                return (
+                    f"{entry.name}: expected one of {', '.join(sorted(FLOATS))}, got {entry.dtype}"
+                )
+            if not read_tensor(path, entry).isfinite().all():
+                return f"{entry.name} has NaN or infinite values"
+    except (OSError, ValueError) as error:
+        return f"it cannot be read ({error})"
+    return None
+
+
+def file_sha256(path: Path) -> str:
+    """Checksum of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(CHUNK):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+class ShardWriter:
+    """Adds samples to a folder, a shard at a time; the index names only what is whole.
+
+    Args:
+        made: which VAE and text encoder (and CLIP) make the samples.
+        prompts: embeddings [t, d] of the "empty" and the "negative" prompt.
+
+    Raises:
+        ValueError: the folder holds samples that something else made.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        made: dict,
+        text_tokens: int,
+        prompts: Mapping[str, torch.Tensor],
+        shard_size: int = 64,
+    ):
+        self.folder, self.shard_size = Path(folder), shard_size
+        self.index = Index(made, text_tokens)
+        if (self.folder / INDEX).exists():
+            self.index = self._usable(read_index(self.folder))
+            for name, value in {**made, "text_tokens": text_tokens}.items():
+                came = {**self.index.made, "text_tokens": self.index.text_tokens}.get(name)
+                if came != value:
+                    raise ValueError(
+                        f"{folder}: holds samples with {name} {came!r}, expected {value!r}. Choose "
+                        "another folder."
+                    )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with replacing(self.folder / PROMPTS) as (partial,):
+            save_file({k: v.detach().cpu().contiguous() for k, v in prompts.items()}, partial)
+        self._waiting: dict[str, dict[str, torch.Tensor]] = {}
+
+    def _usable(self, index: Index) -> Index:
+        damaged = check_shards(self.folder, index)
+        for name, why in damaged.items():
+            log.warning("%s: %s: its samples are made again", name, why)
+        return replace(index, shards=tuple(s for s in index.shards if s.file not in damaged))
+
+    @property
+    def done(self) -> set[str]:
+        """Names of the samples in finished shards."""
+        return {name for shard in self.index.shards for name in shard.names}
+
+    def add(self, name: str, sample: Sample) -> None:
+        """Raises ValueError for a sample with NaN, which is then not added."""
+        self._waiting[name] = sample.tensors()
+        if len(self._waiting) >= self.shard_size:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what waits as a shard, whole or not at all; a shorter one at the end."""
+        if not self._waiting:
+            return
+        last = self.index.shards[-1].file if self.index.shards else "shard-00000"
+        path = self.folder / f"shard-{int(Path(last).stem[6:]) + 1:05}.safetensors"
+        samples = list(self._waiting.values())
+        tensors = {f"{i}.{key}": v for i, parts in enumerate(samples) for key, v in parts.items()}
+        with replacing(path) as (partial,):
+            save_file(tensors, partial, {"format": FORMAT})
+            size, digest = partial.stat().st_size, file_sha256(partial)
+        shapes = [{key: list(v.shape) for key, v in parts.items()} for parts in samples]
+        shard = Shard(path.name, size, digest, list(self._waiting), shapes)
+        index = replace(self.index, shards=(*self.index.shards, shard))
+        write_index(self.folder, index)
+        self.index, self._waiting = index, {}

@@ -1,0 +1,202 @@
+"""Precomputed training data: batches out of a folder of shards.
+
+A folder holds shards (safetensors), `prompts.safetensors` with the embeddings of the empty and the
+negative prompt, and `index.json`, which lists the shards that are whole. Latents are normalised as
+the transformer takes them. Samples may differ in shape; a batch never does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..hosts.slim_file import Entry, list_entries, read_tensor
+from .shard_files import PROMPTS, check_shards, read_index
+
+log = logging.getLogger(__name__)
+
+# headers of shards that are kept in memory; no file stays open
+MAX_HEADERS = 16
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a training step is given.
+
+    Args:
+        latents: [b, c, f, h, w], normalised.
+        text: [b, t, d], padded with zeros.
+        condition: [b, 20, f, h, w]: Wan's 4 mask channels and 16 latents of the image; None for
+            a model without them.
+        clip: [b, 257, 1280]: CLIP's view of the image, of Wan2.1 image-to-video.
+    """
+
+    latents: torch.Tensor
+    text: torch.Tensor
+    condition: torch.Tensor | None = None
+    clip: torch.Tensor | None = None
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
+        values = (getattr(self, field.name) for field in fields(self))
+        return Batch(*(v if v is None else v.to(device, dtype, non_blocking=True) for v in values))
+
+
+def own_rows(batch: int, rank: int, world: int) -> range:
+    """The rows of a global batch that are a rank's.
+
+    Raises:
+        ValueError: the batch cannot be shared out evenly.
+    """
+    if not 0 <= rank < world:
+        raise ValueError(f"rank: expected 0 to {world - 1}, got {rank}")
+    if batch % world:
+        raise ValueError(
+            f"batch: expected a multiple of the {world} processes, so that each gets as many "
+            f"samples, got {batch}"
+        )
+    each = batch // world
+    return range(rank * each, (rank + 1) * each)
+
+
+class ShardDataset:
+    """Batches out of a folder of shards; which ones is a function of seed and step alone.
+
+    Every sample comes up once in an epoch; the last batch of each shape is filled up with the
+    first samples of its order. On several processes, make it on one of them first: the checksums
+    are then taken once.
+
+    Args:
+        batch: samples of all processes together.
+        drop_text: share of the samples that get the empty prompt.
+        image_share: share of the samples that keep their image condition; the others get zeros.
+
+    Attributes:
+        skipped: damaged shards, by name, with what is wrong.
+        empty_text, negative_text: [t, d] of the empty and the negative prompt.
+        fingerprint: of the samples that are there; another one means other batches.
+
+    Raises:
+        ValueError: no folder of shards, or none of them can be used.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        batch: int,
+        seed: int = 0,
+        drop_text: float = 0.0,
+        image_share: float = 1.0,
+    ):
+        self.folder, self.size, self.seed = Path(folder), batch, seed
+        self.drop_text, self.image_share = drop_text, image_share
+        self.index = read_index(self.folder)
+        self.skipped: dict[str, str] = check_shards(self.folder, self.index)
+        self._shards = [s for s in self.index.shards if s.file not in self.skipped]
+        for name, why in self.skipped.items():
+            log.warning("%s: %s: the shard is skipped", name, why)
+        if not self._shards:
+            said = "; ".join(f"{name}: {why}" for name, why in list(self.skipped.items())[:3])
+            raise ValueError(
+                f"{folder}: expected training samples, got "
+                + (f"{len(self.skipped)} damaged shards ({said})" if said else "an empty index")
+                + ". Encode the videos again with `python -m wantrim.training.encode`."
+            )
+        if self.skipped:
+            log.warning(
+                "%d of %d shards are damaged and skipped", len(self.skipped), len(self.index.shards)
+            )
+        self.empty_text, self.negative_text = self._read_prompts()
+        digest = hashlib.sha256("".join(s.sha256 for s in self._shards).encode())
+        self.fingerprint = digest.hexdigest()[:16]
+        # (shard, sample in it), and which of them are of one shape
+        self._samples = [(i, j) for i, s in enumerate(self._shards) for j in range(len(s.names))]
+        buckets: dict[str, list[int]] = {}
+        for number, (i, j) in enumerate(self._samples):
+            buckets.setdefault(self._shape_key(i, j), []).append(number)
+        self.buckets = {key: np.array(buckets[key]) for key in sorted(buckets)}
+        self._epoch: tuple[int, np.ndarray] | None = None
+        self._headers: dict[str, dict[str, Entry]] = {}
+
+    def __len__(self) -> int:
+        """Samples that can be used."""
+        return len(self._samples)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return sum(-(-len(bucket) // self.size) for bucket in self.buckets.values())
+
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
+        """A rank's part of the batch of a step, in fp32.
+
+        Raises:
+            ValueError: the batch cannot be shared out, or a shard was changed meanwhile.
+        """
+        rows = own_rows(self.size, rank, world)
+        epoch, at = divmod(step, self.steps_per_epoch)
+        picked = self._order(epoch)[at]
+        samples = [self._sample(int(picked[row]), step, row) for row in rows]
+        return Batch(
+            *(None if part[0] is None else torch.stack(part) for part in zip(*samples, strict=True))
+        )
+
+    def _shape_key(self, shard: int, sample: int) -> str:
+        shapes = dict(self._shards[shard].shapes[sample])
+        # texts are padded to one length
+        del shapes["text"]
+        return json.dumps(shapes, sort_keys=True)
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """Samples [steps_per_epoch, batch] of an epoch."""
+        if self._epoch is None or self._epoch[0] != epoch:
+            rng = np.random.default_rng([self.seed, epoch, 1])
+            batches = []
+            for bucket in self.buckets.values():
+                count = -(-len(bucket) // self.size)
+                filled = np.resize(rng.permutation(bucket), count * self.size)
+                batches.append(filled.reshape(count, self.size))
+            order = np.concatenate(batches)
+            self._epoch = epoch, order[rng.permutation(len(order))]
+        return self._epoch[1]
+
+    def _sample(self, number: int, step: int, row: int) -> tuple:
+        shard, sample = self._samples[number]
+        drop, leave = np.random.default_rng([self.seed, step, row, 2]).random(2)
+        latents = self._read(shard, sample, "latents")
+        text = self.empty_text
+        if drop >= self.drop_text:
+            text = self._padded(self._read(shard, sample, "text"))
+        condition, clip = (self._read(shard, sample, name) for name in ("condition", "clip"))
+        if leave >= self.image_share:
+            condition, clip = (v if v is None else torch.zeros_like(v) for v in (condition, clip))
+        return latents, text, condition, clip
+
+    def _read(self, shard: int, sample: int, name: str) -> torch.Tensor | None:
+        record = self._shards[shard]
+        if name not in record.shapes[sample]:
+            return None
+        path = self.folder / record.file
+        if record.file not in self._headers:
+            while len(self._headers) >= MAX_HEADERS:
+                self._headers.pop(next(iter(self._headers)))
+            self._headers[record.file] = {entry.name: entry for entry in list_entries(path)[0]}
+        entry = self._headers[record.file].get(f"{sample}.{name}")
+        if entry is None or entry.shape != tuple(record.shapes[sample][name]):
+            raise ValueError(f"{record.file}: the shard was changed while it was in use")
+        return read_tensor(path, entry).float()
+
+    def _padded(self, text: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.pad(text, (0, 0, 0, self.index.text_tokens - len(text)))
+
+    def _read_prompts(self) -> tuple[torch.Tensor, torch.Tensor]:
+        path = self.folder / PROMPTS
+        entries = {entry.name: entry for entry in list_entries(path)[0]}
+        if not {"empty", "negative"} <= set(entries):
+            raise ValueError(f"{PROMPTS}: expected the empty and the negative prompt's embeddings")
+        empty, negative = (read_tensor(path, entries[n]).float() for n in ("empty", "negative"))
+        return self._padded(empty), self._padded(negative)
