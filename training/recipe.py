@@ -1,0 +1,312 @@
+"""Recipes: what is trained, on what and how, as TOML files that are checked before anything runs.
+
+Defaults are PARE's values (arXiv 2605.27336, section 3.4) where the paper states one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+from dataclasses import MISSING, dataclass, field
+from pathlib import Path
+from typing import Any
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+SHIPPED = Path(__file__).parent / "recipes"
+TINY, TOY = "tiny", "toy"
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a value of a recipe can be: a choice, or a type between two ends."""
+
+    kind: type
+    low: float = -math.inf
+    high: float = math.inf
+    above: bool = False
+    choices: tuple[str, ...] = ()
+    inner: type | None = None
+
+    def __str__(self) -> str:
+        if self.choices:
+            return "one of " + ", ".join(map(repr, self.choices))
+        if self.inner is not None:
+            return "a table" if self.kind is dict else "one or more tables"
+        names = {str: "a text", bool: "true or false", int: "a whole number", float: "a number"}
+        said = names[self.kind]
+        if self.above:
+            said += f" above {self.low:g}"
+        elif self.low > -math.inf:
+            said += f" of {self.low:g} or more" if self.high == math.inf else f" from {self.low:g}"
+        if self.high < math.inf:
+            said += f" to {self.high:g}" if not self.above else f" and at most {self.high:g}"
+        return said
+
+    def fits(self, value: object) -> bool:
+        if self.choices:
+            return value in self.choices if isinstance(value, str) else False
+        if self.kind in (str, bool):
+            return isinstance(value, self.kind)
+        # true and false are whole numbers to Python
+        right = int | float if self.kind is float else int
+        if not isinstance(value, right) or isinstance(value, bool) or not math.isfinite(value):
+            return False
+        return self.low <= value <= self.high and not (self.above and value == self.low)
+
+
+def _value(kind: type, default: Any = MISSING, **limits) -> Any:
+    return field(default=default, metadata={"expected": Expected(kind, **limits)})
+
+
+def _choice(default: Any, *choices: str) -> Any:
+    return _value(str, default, choices=choices)
+
+
+def _table(cls: type, default: Any = MISSING, many: bool = False) -> Any:
+    return _value(list if many else dict, default, inner=cls)
+
+
+class Checked:
+    """A table of a recipe; a value that does not fit is refused, wherever it comes from."""
+
+    def __post_init__(self):
+        for key, expected in _expected(type(self)).items():
+            value = getattr(self, key)
+            if expected.inner is None and not expected.fits(value):
+                raise ValueError(f"{key}: expected {expected}, got {value!r:.80}")
+
+
+def _expected(cls: type) -> dict[str, Expected]:
+    return {item.name: item.metadata["expected"] for item in dataclasses.fields(cls)}
+
+
+@dataclass(frozen=True)
+class Weights(Checked):
+    """Weights of the losses; (10, 6, 1, 8) for text- and (10, 6, 1, 4) for image-to-video."""
+
+    feature: float = _value(float, 10.0, low=0.0)
+    teacher: float = _value(float, 6.0, low=0.0)
+    data: float = _value(float, 1.0, low=0.0)
+    temporal: float = _value(float, 8.0, low=0.0)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not any(dataclasses.astuple(self)):
+            raise ValueError("feature, teacher, data, temporal: expected one above 0, got none")
+
+
+@dataclass(frozen=True)
+class Tokens(Checked):
+    """Share of the tokens that stays while the student trains, drawn anew for every step."""
+
+    keep_min: float = _value(float, low=0.0, high=1.0, above=True)
+    keep_max: float = _value(float, 1.0, low=0.0, high=1.0, above=True)
+    preset: str = _choice("refresh", "refresh", "paper")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.keep_min > self.keep_max:
+            raise ValueError(
+                f"keep_min: expected at most keep_max ({self.keep_max:g}), got {self.keep_min:g}"
+            )
+
+
+@dataclass(frozen=True)
+class Stage(Checked):
+    """One stage.
+
+    Args:
+        kind: "width" (I), "router" (II) or "steps" (III).
+        lr: peak of the student's learning rate: warm-up, then a cosine.
+        prune_ratio: share of the heads and FFN channels that goes.
+        rule: as many heads in every block as the paper has it, or a budget across blocks.
+        protection: factor on the score of temporal heads; 1 is none.
+        feature_blocks: blocks that the feature loss looks at in a step, drawn at random.
+        k_min, k_max: shares of the blocks that run, at no noise and at full noise.
+        content: what the router looks at beside the timestep.
+        shift: flow shift of the training sigmas.
+        guidance: folded into the student in the stage "steps".
+        sampler_steps: that the student of the stage "steps" samples with.
+        tokens: train with dropped tokens; None trains with all.
+        ema_decay: of the averaged weights; 0 keeps no average.
+    """
+
+    kind: str = _choice(MISSING, "width", "router", "steps")
+    steps: int = _value(int, 7000, low=1)
+    lr: float = _value(float, 3e-5, low=0.0, high=1.0, above=True)
+    router_lr: float = _value(float, 5e-4, low=0.0, high=1.0, above=True)
+    warmup: int = _value(int, 100, low=0)
+    weights: Weights = _table(Weights, Weights())
+    prune_ratio: float = _value(float, 0.3, low=0.0, high=0.9)
+    rule: str = _choice("pare", "pare", "budget")
+    protection: float = _value(float, 1.5, low=1.0, high=10.0)
+    feature_blocks: int = _value(int, 4, low=1)
+    k_min: float = _value(float, 0.5, low=0.0, high=1.0, above=True)
+    k_max: float = _value(float, 0.875, low=0.0, high=1.0, above=True)
+    content: str = _choice("latent", "clip", "latent", "none")
+    shift: float = _value(float, 5.0, low=0.0, high=100.0, above=True)
+    guidance: float = _value(float, 5.0, low=1.0, high=100.0)
+    sampler_steps: int = _value(int, 4, low=1, high=1000)
+    tokens: Tokens | None = _table(Tokens, None)
+    ema_decay: float = _value(float, 0.0, low=0.0, high=0.99999)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.k_min > self.k_max:
+            raise ValueError(f"k_min: expected at most k_max ({self.k_max:g}), got {self.k_min:g}")
+        if self.warmup >= self.steps:
+            raise ValueError(f"warmup: expected fewer than steps ({self.steps}), got {self.warmup}")
+
+
+@dataclass(frozen=True)
+class Data(Checked):
+    """What is trained on.
+
+    Args:
+        folder: shards that `python -m wantrim.training.encode` wrote, or "toy".
+        batch: samples of a step, of all processes together.
+        drop_text: share of the samples that get the empty prompt.
+        image_share: share of the samples that keep their image; below 1 only for task "both".
+    """
+
+    folder: str = _value(str)
+    batch: int = _value(int, 4, low=1)
+    seed: int = _value(int, 0, low=0)
+    drop_text: float = _value(float, 0.1, low=0.0, high=1.0)
+    image_share: float = _value(float, 1.0, low=0.0, high=1.0)
+
+
+@dataclass(frozen=True)
+class Run(Checked):
+    """How it runs.
+
+    Args:
+        dtype: that is computed in; weights and optimizer stay fp32.
+        checkpointing: compute a block again in the backward pass instead of keeping it.
+        teacher: shared out over the GPUs, in CPU memory a block at a time, or whole on every GPU.
+        sample_every: steps between test videos; 0 makes none.
+    """
+
+    dtype: str = _choice("bf16", "bf16", "fp32")
+    checkpointing: bool = _value(bool, True)
+    teacher: str = _choice("sharded", "sharded", "offloaded", "whole")
+    save_every: int = _value(int, 500, low=1)
+    sample_every: int = _value(int, 500, low=0)
+    log_every: int = _value(int, 10, low=1)
+    grad_clip: float = _value(float, 1.0, low=0.0, above=True)
+    weight_decay: float = _value(float, 0.0, low=0.0, high=1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Checked):
+    """A whole recipe.
+
+    Args:
+        model: a diffusers folder, a safetensors file in Wan's original key names, or "tiny".
+        profile: that WanTrim Profile wrote of this model; empty for the tiny Wan's own.
+        task: "both" is one model with 36 input channels, zero for text-to-video.
+    """
+
+    name: str = _value(str)
+    model: str = _value(str)
+    profile: str = _value(str, "")
+    task: str = _choice(MISSING, "t2v", "i2v", "both")
+    data: Data = _table(Data)
+    stages: tuple[Stage, ...] = _table(Stage, many=True)
+    run: Run = _table(Run, Run())
+
+    def __post_init__(self):
+        super().__post_init__()
+        for key in ("name", "model"):
+            if not getattr(self, key).strip():
+                raise ValueError(f"{key}: expected a text, got an empty one")
+        if not self.profile and self.model != TINY:
+            raise ValueError(
+                "profile: expected the file that WanTrim Profile wrote of this model, got none"
+            )
+        if self.data.image_share < 1 and self.task != "both":
+            raise ValueError(
+                f"image_share: expected 1 for task {self.task!r}, got {self.data.image_share:g}"
+            )
+        for stage in self.stages:
+            if stage.content == "clip" and self.task != "i2v":
+                raise ValueError(
+                    f"content: 'clip' looks at the first image, expected task 'i2v', got {self.task!r}"
+                )
+
+
+# names in the file that are others here
+KEYS = {"stages": "stage"}
+
+
+def load_recipe(path: Path | str) -> Recipe:
+    """Read and check a recipe.
+
+    Args:
+        path: of a file, or the name of a recipe that comes with the package.
+
+    Raises:
+        ValueError: names the file, the table and the key, what was expected and what came.
+    """
+    path = Path(path)
+    if not path.is_file():
+        shipped = SHIPPED / f"{path.name.removesuffix('.toml')}.toml"
+        if path.parent != Path() or not shipped.is_file():
+            names = ", ".join(sorted(file.stem for file in SHIPPED.glob("*.toml")))
+            raise ValueError(
+                f"{path}: there is no such recipe. Expected a TOML file or one of {names}"
+            )
+        path = shipped
+    try:
+        given = tomllib.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path.name}: expected a recipe in TOML: {error}") from error
+    return _build(Recipe, given, path.name, "")
+
+
+def _build(cls: type, given: object, file: str, place: str) -> Any:
+    """A table of the file as its dataclass; `place` says where it is."""
+    where = f"{file}: {place}: " if place else f"{file}: "
+    if not isinstance(given, dict):
+        raise ValueError(f"{where}expected a table, got {given!r:.80}")
+    expected = {KEYS.get(name, name): (name, what) for name, what in _expected(cls).items()}
+    unknown = sorted(set(given) - set(expected))
+    if unknown:
+        raise ValueError(
+            f"{where}{unknown[0]}: there is no such key; expected one of {', '.join(expected)}"
+        )
+    values = {}
+    for key, (name, what) in expected.items():
+        default = cls.__dataclass_fields__[name].default
+        if key not in given:
+            if default is MISSING:
+                raise ValueError(f"{where}{key}: expected {what}, got nothing")
+            continue
+        value = given[key]
+        if what.inner is not None:
+            inside = f"{place}: {key}" if place else f"[{key}]"
+            if what.kind is list:
+                value = _build_list(what.inner, value, file, key)
+            else:
+                value = _build(what.inner, value, file, inside)
+        elif what.kind is float and what.fits(value):
+            value = float(value)
+        values[name] = value
+    try:
+        return cls(**values)
+    except ValueError as error:
+        raise ValueError(f"{where}{error}") from error
+
+
+def _build_list(cls: type, given: object, file: str, key: str) -> tuple:
+    if not isinstance(given, list) or not given:
+        raise ValueError(f"{file}: [[{key}]]: expected one or more tables, got {given!r:.80}")
+    return tuple(
+        _build(cls, item, file, f"[[{key}]] number {number}")
+        for number, item in enumerate(given, 1)
+    )
