@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
-from ..hosts.diffusers.weights import to_diffusers_keys
-
-# every published Wan; their checkpoints do not say it
-HEAD_DIM = 128
-# ComfyUI saves under this prefix
-PREFIX = "model.diffusion_model."
+from ..hosts.diffusers.checkpoints import checkpoint_config, load_checkpoint
 
 
 @dataclass(frozen=True)
@@ -62,7 +56,7 @@ class WanFiles:
         """
         try:
             if self.weights.is_file():
-                return _load_checkpoint(self.weights, self.config, dtype).eval()
+                return load_checkpoint(self.weights, dtype, self.config).eval()
             model, report = WanTransformer3DModel.from_pretrained(
                 self.weights,
                 subfolder="transformer",
@@ -97,7 +91,7 @@ def find_files(weights: Path, components: Path | None = None) -> WanFiles:
     weights = Path(weights)
     folder = _component_folder(weights, components)
     index = _read_json(folder / "model_index.json")
-    config = _folder_config(weights) if weights.is_dir() else _checkpoint_config(weights)
+    config = _folder_config(weights) if weights.is_dir() else checkpoint_config(weights)
     task = _task(weights.name, config, index)
     vae = AutoencoderKLWan.load_config(folder / "vae")
     _check_fit(folder, config, vae)
@@ -151,49 +145,6 @@ def _folder_config(weights: Path) -> dict:
     return {"image_dim": None, "pos_embed_seq_len": None, **config}
 
 
-def _checkpoint_config(weights: Path) -> dict:
-    """The arguments of diffusers' transformer, read from the shapes of a checkpoint."""
-    try:
-        with safe_open(weights, "pt") as file:
-            header = json.loads((file.metadata() or {}).get("config", "{}")).get("transformer", {})
-            shapes = {
-                key.removeprefix(PREFIX): file.get_slice(key).get_shape() for key in file.keys()
-            }
-        dim, in_channels, *patch_size = shapes["patch_embedding.weight"]
-        heads = header.get("num_heads", dim // HEAD_DIM)
-        config = {
-            "patch_size": tuple(patch_size),
-            "num_attention_heads": heads,
-            "attention_head_dim": dim // heads,
-            "in_channels": in_channels,
-            "out_channels": shapes["head.head.weight"][0] // math.prod(patch_size),
-            "text_dim": shapes["text_embedding.0.weight"][1],
-            "freq_dim": shapes["time_embedding.0.weight"][1],
-            "ffn_dim": shapes["blocks.0.ffn.0.weight"][0],
-            "num_layers": len({key.split(".")[1] for key in shapes if key.startswith("blocks.")}),
-            "image_dim": shapes.get("img_emb.proj.0.weight", [None])[0],
-            "added_kv_proj_dim": dim if "blocks.0.cross_attn.k_img.weight" in shapes else None,
-            "pos_embed_seq_len": shapes.get("img_emb.emb_pos", [None, None])[1],
-        }
-        found = to_diffusers_keys(shapes)
-        expected = {key: [*value.shape] for key, value in _empty_model(config).state_dict().items()}
-        names = sorted(expected.keys() | found.keys())
-        wrong = [name for name in names if expected.get(name) != found.get(name)]
-        if wrong:
-            raise ValueError(f"{len(wrong)} weights are missing or misshapen, as {wrong[0]}")
-    except (SafetensorError, OSError, KeyError, ValueError, ZeroDivisionError) as error:
-        raise ValueError(
-            f"{weights.name}: expected a Wan checkpoint in the original key names, in bf16, fp16 "
-            f"or fp32: {error!r}"
-        ) from error
-    return config
-
-
-def _empty_model(config: dict) -> WanTransformer3DModel:
-    with torch.device("meta"):
-        return WanTransformer3DModel(**config)
-
-
 def _task(name: str, config: dict, index: dict) -> str:
     two = index.get("boundary_ratio") is not None or any(index.get("transformer_2") or [])
     if two or any(part in name.lower() for part in ("high_noise", "low_noise")):
@@ -231,21 +182,3 @@ def _check_fit(folder: Path, config: dict, vae: dict) -> None:
     for name in ("image_encoder", "image_processor") if config["image_dim"] is not None else ():
         if not (folder / name).is_dir():
             raise ValueError(f"{folder}: a Wan with an image branch needs {name}, which is missing")
-
-
-def _load_checkpoint(weights: Path, config: dict, dtype: torch.dtype) -> WanTransformer3DModel:
-    # diffusers' own from_single_file would fetch the configuration from the network
-    model = _empty_model(config)
-    # its tables are no weights, so they are in no checkpoint
-    model.rope = type(model.rope)(
-        model.config.attention_head_dim, model.config.patch_size, model.config.rope_max_seq_len
-    )
-    fp32 = set(model._keep_in_fp32_modules)
-    with safe_open(weights, "pt") as file:
-        names = to_diffusers_keys({key.removeprefix(PREFIX): key for key in file.keys()})
-        tensors = {
-            name: file.get_tensor(key).to(torch.float32 if fp32 & {*name.split(".")} else dtype)
-            for name, key in names.items()
-        }
-    model.load_state_dict(tensors, assign=True)
-    return model

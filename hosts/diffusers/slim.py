@@ -9,8 +9,18 @@ from diffusers import WanTransformer3DModel
 from torch import nn
 
 from ...methods.slim import whole_width
-from ..slim_file import PREFIX, SlimHeader, list_entries, read_header, read_tensor
-from .weights import new_transformer, to_diffusers_keys
+from ..slim_file import (
+    DTYPES,
+    PREFIX,
+    Entry,
+    SlimHeader,
+    list_entries,
+    read_header,
+    read_tensor,
+    write_tensors,
+)
+from .checkpoints import empty_model, make_rope, config_from_shapes
+from .weights import to_diffusers_keys, to_original_keys
 
 
 def load_slim(path: Path, dtype: torch.dtype = torch.float32) -> WanTransformer3DModel:
@@ -28,27 +38,37 @@ def load_slim(path: Path, dtype: torch.dtype = torch.float32) -> WanTransformer3
         if entry.name not in kept
     }
     try:
-        with torch.device("meta"):
-            model = new_transformer(**_config(header, tensors))
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        sizes = {"ffn_dim": header.model.ffn_dim}
+        model = empty_model(config_from_shapes(shapes, header.model.num_heads) | sizes)
         narrow(model, header)
         model.load_state_dict(to_diffusers_keys(tensors), assign=True)
     except (ArithmeticError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path.name} does not fit diffusers' Wan: {str(error):.1000}") from error
-    c = model.config
-    # its tables are no part of a checkpoint
-    model.rope = type(model.rope)(c.attention_head_dim, c.patch_size, c.rope_max_seq_len)
+    make_rope(model)
     return model.eval().requires_grad_(False)
 
 
-def _config(header: SlimHeader, tensors: dict[str, torch.Tensor]) -> dict:
-    names = ("dim", "num_heads", "num_layers", "ffn_dim")
-    return {
-        **{name: header.transformer[name] for name in names},
-        "in_dim": header.model.in_channels,
-        "out_dim": header.model.out_channels,
-        "text_dim": tensors["text_embedding.0.weight"].shape[1],
-        "freq_dim": tensors["time_embedding.0.weight"].shape[1],
-    }
+def save_slim(
+    path: Path, tensors: dict[str, torch.Tensor], header: SlimHeader, dtype: torch.dtype
+) -> int:
+    """Write a slim model's state dict (diffusers' names); returns the size in bytes.
+
+    Raises:
+        OSError: the disk is full or cannot be written.
+    """
+    kept = header.kept()
+    weights = {PREFIX + name: tensor for name, tensor in to_original_keys(tensors).items()}
+    name_of = {value: key for key, value in DTYPES.items()}
+    entries = [Entry(name, "I32", tuple(tensor.shape)) for name, tensor in kept.items()]
+    entries += [
+        Entry(name, name_of[dtype], tuple(tensor.shape)) for name, tensor in weights.items()
+    ]
+
+    def make(entry: Entry) -> torch.Tensor:
+        return kept[entry.name] if entry.name in kept else weights[entry.name].to(dtype)
+
+    return write_tensors(path, entries, header.metadata(), make)
 
 
 def narrow(model: WanTransformer3DModel, header: SlimHeader) -> None:
@@ -69,7 +89,12 @@ def narrow(model: WanTransformer3DModel, header: SlimHeader) -> None:
                 for name in ("to_q", "to_k", "to_v"):
                     setattr(attention, name, nn.Linear(dim, inner))
                 attention.to_out[0] = nn.Linear(inner, dim)
-                for name in ("norm_q", "norm_k"):
+                norms = ["norm_q", "norm_k"]
+                if attention.add_k_proj is not None:
+                    attention.add_k_proj = nn.Linear(dim, inner)
+                    attention.add_v_proj = nn.Linear(dim, inner)
+                    norms.append("norm_added_k")
+                for name in norms:
                     setattr(attention, name, nn.RMSNorm(inner, eps=getattr(attention, name).eps))
             channels = len(width.ffn_channels[index])
             if channels != header.model.ffn_dim:
