@@ -223,6 +223,7 @@ class ModelCall:
             out.scatter_(1, dropped[..., None].expand_as(known), known)
             if absolute:
                 stretch.add_at(kept, gather_tokens(out, kept))
+            self.past.remember(stretch.key, stretch.known)
             self._stretch = None
         return out
 
@@ -310,4 +311,9 @@ class _Stretch:
             # not scatter_add_: its order is not fixed on a GPU
             update = gather_tokens(self.known, kept).add_(update)
         self._begun = True
-        self.known.scatter_(1, kept[..., None].expand_as(update), update)
+        places = kept[..., None].expand_as(update)
+        if torch.is_grad_enabled():
+            # training: autograd holds what was read of it
+            self.known = self.known.scatter(1, places, update)
+        else:
+            self.known.scatter_(1, places, update)

@@ -78,9 +78,7 @@ class Routing:
         logits = self.mlp(sigma, content).float()
         num_blocks = logits.shape[1]
         hard = torch.zeros(logits.shape, dtype=torch.bool)
-        for row, (at, scores) in enumerate(
-            zip(sigma.tolist(), logits.detach().cpu(), strict=True)
-        ):
+        for row, (at, scores) in enumerate(zip(sigma.tolist(), logits.detach().cpu(), strict=True)):
             hard[row, list(choose_blocks(scores, self.budget.blocks(at, num_blocks)))] = True
         return Gate(hard.to(logits.device), logits.sigmoid())
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from diffusers import WanTransformer3DModel
 from diffusers.hooks import HookRegistry, ModelHook
+from torch.distributed.fsdp import FSDPModule
 
 from ...methods.grid import TokenGrid
 from ...methods.schedule import progress_at
@@ -87,7 +88,7 @@ def attach(
             "plan: expected one that is solved, got one with a dial; call its solve() for your run "
             "and hand the parts to TrimPlan"
         )
-    if type(model) is not WanTransformer3DModel:
+    if not _is_plain(model):
         raise ValueError(
             f"model: expected diffusers' WanTransformer3DModel, got {type(model).__name__}: "
             "WanTrim cannot drop tokens there"
@@ -104,6 +105,14 @@ def attach(
             registry = HookRegistry.check_if_exists_or_initialize(block)
             registry.register_hook(_BlockHook(attachment, index), HOOK)
     return attachment
+
+
+def _is_plain(model: object) -> bool:
+    """Whether this is diffusers' own class; FSDP2 puts one of its own in front of it."""
+    kind = type(model)
+    return kind is WanTransformer3DModel or (
+        isinstance(model, FSDPModule) and WanTransformer3DModel in kind.__bases__
+    )
 
 
 @outside_graphs

@@ -1,0 +1,53 @@
+"""Makes a slim student of a Wan by distillation: `python -m wantrim.training RECIPE`.
+
+PARE (arXiv 2605.27336): I width, II router, III few steps. On several GPUs:
+`torchrun --nproc-per-node 8 -m wantrim.training RECIPE`. A run that was stopped goes on with the
+same command. Each stage leaves student.safetensors (for WanTrim Load Slim) and router.safetensors
+(for WanTrim Blocks) in its folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+import torch
+
+from .parallel import world
+from .recipe import load_recipe
+from .run import train
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m wantrim.training",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    add = parser.add_argument
+    add("recipe", help="a TOML file, or the name of one that ships: tiny, t2v_14b, ...")
+    add("--out", type=Path, help="folder of the run (default: out/training/NAME)")
+    add("--start", type=Path, help="begin with this slim file or stage's folder")
+    add("--stages", nargs="+", default=(), choices=("width", "router", "steps"))
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--threads", type=int, default=1, help="CPU threads of torch; 1 is fastest when shared")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if args.device == "cpu":
+        torch.set_num_threads(args.threads)
+    try:
+        recipe = load_recipe(args.recipe)
+        out = args.out or Path("out/training") / recipe.name
+        with world(args.device) as processes:
+            folder = train(recipe, out, processes, start=args.start, kinds=args.stages)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on from the last saved step")
+    logging.info("done: %s", folder)
+
+
+if __name__ == "__main__":
+    main()

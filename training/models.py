@@ -1,0 +1,139 @@
+"""Teacher and student: a full Wan and its slim copy, as diffusers' transformers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from diffusers import WanTransformer3DModel
+
+from ..hosts.diffusers.checkpoints import load_checkpoint
+from ..hosts.diffusers.slim import load_slim, save_slim
+from ..hosts.slim_export import check_profile, export_slim, package_version
+from ..hosts.slim_file import SlimHeader, read_header
+from ..hosts.slim_source import Source, open_source
+from ..methods.budget import solve_width
+from ..methods.fingerprint import sample_modulation
+from ..methods.profile import Profile, load_profile
+from ..methods.routers import RouterMLP, TrainedRouter, save_router
+from ..methods.width import Width, channels, ffn_count, ffn_scores, pare_heads
+from ..toy import CHECKPOINT
+from .recipe import TINY, Recipe, Stage
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a recipe starts from.
+
+    Args:
+        source: the full model's file.
+        profile: what was measured about it.
+    """
+
+    source: Source
+    profile: Profile
+
+    def teacher(self, dtype: torch.dtype) -> WanTransformer3DModel:
+        """The full model, frozen."""
+        model = load_checkpoint(self.source.path, dtype)
+        # all in one dtype, which sharding wants
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
+        return model.eval().requires_grad_(False)
+
+    def cut(self, path: Path, stage: Stage) -> None:
+        """Write the student that training begins with: PARE's width, or the budget's.
+
+        The norms are corrected for the missing heads; the rest is left to training.
+        """
+        export_slim(
+            self.source,
+            path,
+            starting_width(self.profile, stage, self.source.signature),
+            profile=self.profile,
+            made={
+                "package": package_version(),
+                "rule": stage.rule,
+                "prune_ratio": stage.prune_ratio,
+                "protection": stage.protection,
+            },
+        )
+
+
+def open_origin(recipe: Recipe) -> Origin:
+    """Find what a recipe names.
+
+    Raises:
+        ValueError: a file is missing, damaged or does not fit the others.
+    """
+    tiny = recipe.model == TINY
+    path = CHECKPOINT if tiny else Path(recipe.model)
+    if path.is_dir():
+        raise ValueError(
+            f"model: {path.name} is a folder; expected one .safetensors file in Wan's original key "
+            "names, as ComfyUI's Load Diffusion Model reads it"
+        )
+    profile = CHECKPOINT.with_name("tiny_wan_profile.safetensors")
+    source = open_source(path)
+    origin = Origin(source, load_profile(Path(recipe.profile) if recipe.profile else profile))
+    check_profile(source, origin.profile)
+    wanted = {"t2v": source.model.out_channels, "i2v": 2 * source.model.out_channels + 4}
+    expected = wanted.get(recipe.task, wanted["i2v"])
+    if source.model.in_channels != expected:
+        raise ValueError(
+            f"task: expected a model with {expected} input channels for {recipe.task!r}, got "
+            f"{source.model.in_channels}"
+        )
+    return origin
+
+
+def starting_width(profile: Profile, stage: Stage, signature) -> Width:
+    """What the student keeps, by the stage's rule."""
+    if stage.rule == "budget":
+        return solve_width(profile, 1.0 - stage.prune_ratio, signature)
+    keep = ffn_count(profile.model.ffn_dim, stage.prune_ratio)
+    return Width(
+        pare_heads(profile, stage.prune_ratio, stage.protection),
+        pare_heads(profile, stage.prune_ratio, kind="cross"),
+        channels(ffn_scores(profile), [keep] * profile.model.num_blocks, signature),
+    )
+
+
+def load_student(path: Path) -> tuple[WanTransformer3DModel, SlimHeader]:
+    """A slim model in fp32, ready to be trained."""
+    return load_slim(path).requires_grad_(True), read_header(path)
+
+
+def write_student(
+    folder: Path,
+    student: dict[str, torch.Tensor],
+    router: RouterMLP | None,
+    kind: str | None,
+    header: SlimHeader,
+    trained: list[dict],
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
+    """Write `student.safetensors` and, with a router, `router.safetensors` into a folder.
+
+    Args:
+        student: the whole state dict, by diffusers' names.
+        kind: of content that the router looks at.
+        trained: what the header says about the stages.
+    """
+    tables = [
+        student[f"blocks.{index}.scale_shift_table"] for index in range(header.model.num_blocks)
+    ]
+    model = replace(header.model, sample=_sample(tables, student["scale_shift_table"], dtype))
+    # a norm's factor of the cut is in its weights, which went on from there
+    made = {**header.made, "trained": trained}
+    header = replace(header, model=model, norm_scale={}, made=made)
+    save_slim(folder / "student.safetensors", student, header, dtype)
+    if router is not None:
+        trained_router = TrainedRouter(router, kind, model)
+        save_router(folder / "router.safetensors", trained_router, package_version())
+
+
+def _sample(tables: list[torch.Tensor], last: torch.Tensor, dtype: torch.dtype) -> tuple:
+    # as it will be read again
+    return sample_modulation([table.to(dtype) for table in (*tables, last)])

@@ -1,0 +1,161 @@
+"""What each stage asks of the student (PARE, arXiv 2605.27336, section 3.4)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..hosts.diffusers.sample import sigmas_for
+from .draws import Draws, shifted
+from .gate import Routing, Taps
+from .losses import feature_loss, temporal_loss, timestep_weights, velocity_loss
+from .recipe import Stage
+from .shards import Batch
+from .tokens import token_steps, trimmed
+
+# the teacher's steps between two of the student's in stage III
+SUBSTEPS = 5
+
+
+@dataclass
+class Pair:
+    """Student and teacher with their hooks.
+
+    Args:
+        routing: of the student, from stage II on.
+        negative: text of the unconditional prompt [t, d].
+    """
+
+    student: nn.Module
+    teacher: nn.Module
+    taps: Taps
+    teacher_taps: Taps
+    routing: Routing | None
+    negative: torch.Tensor
+
+    def ask(self, x: torch.Tensor, sigma: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """The student's velocity at latents x [b, c, f, h, w], its blocks chosen by the router."""
+        if self.routing is not None:
+            self.taps.gate = self.routing.gate(sigma, x, batch.clip)
+        return velocity(self.student, x, sigma, batch)
+
+    def teach(self, x: torch.Tensor, sigma: torch.Tensor, batch: Batch, guidance: float = 1.0):
+        """The teacher's velocity, with guidance."""
+        with torch.no_grad():
+            wanted = velocity(self.teacher, x, sigma, batch)
+            if guidance == 1.0:
+                return wanted
+            text = self.negative.to(batch.text).expand_as(batch.text)
+            free = Batch(batch.latents, text, batch.condition, batch.clip)
+            without = velocity(self.teacher, x, sigma, free)
+            return without + guidance * (wanted - without)
+
+
+def velocity(model: nn.Module, x: torch.Tensor, sigma: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """A Wan's velocity [b, c, f, h, w] in fp32 for noisy latents and sigmas [b]."""
+    given = x if batch.condition is None else torch.cat([x, batch.condition.to(x)], 1)
+    dtype = next(model.parameters()).dtype
+    out = model(
+        given.to(dtype),
+        1000 * sigma,
+        batch.text.to(dtype),
+        None if batch.clip is None else batch.clip.to(dtype),
+        return_dict=False,
+    )
+    return out[0].float()
+
+
+Objective = Callable[[Pair, Stage, Batch, Draws], dict[str, torch.Tensor]]
+
+
+def distil(pair: Pair, stage: Stage, batch: Batch, draws: Draws) -> dict[str, torch.Tensor]:
+    """Stages I and II: the four losses, as one number each; "loss" is what is minimised.
+
+    With the stage's `tokens` the student sees only some of the tokens, as in sampling: it first
+    takes the one or two steps before, without gradients, from which dropped tokens are restored
+    and chosen. The batch then shares one sigma.
+    """
+    noise = draws.noise(batch.latents.shape).to(batch.latents)
+    token_run = None
+    if stage.tokens is not None:
+        token_run = token_steps(draws.shared, stage.tokens)
+        u = torch.full((len(noise),), token_run.at)
+    else:
+        u = draws.uniform(len(noise))
+    sigma = shifted(u, stage.shift).to(noise)
+    x = noisy(batch.latents, noise, sigma)
+    blocks = draws.blocks(len(pair.student.blocks), stage.feature_blocks)
+    with pair.teacher_taps.keeping(blocks) as wanted:
+        teacher = pair.teach(x, sigma, batch)
+    with trimmed(pair, stage, batch, noise, token_run), pair.taps.keeping(blocks) as got:
+        student = pair.ask(x, sigma, batch)
+    weight = timestep_weights(sigma)
+    terms = {
+        "feature": _features(pair, got, wanted),
+        "teacher": velocity_loss(student, teacher),
+        "data": velocity_loss(student, noise - batch.latents),
+        "temporal": temporal_loss(student, teacher),
+    }
+    return _total(pair, {name: (weight * term).mean() for name, term in terms.items()}, stage)
+
+
+def _features(
+    pair: Pair, got: Mapping[int, torch.Tensor], wanted: Mapping[int, torch.Tensor]
+) -> torch.Tensor:
+    """Mean feature loss over the blocks; of a routed student over those that ran, per sample."""
+    losses = torch.stack([feature_loss(got[block], wanted[block]) for block in sorted(got)])
+    if pair.routing is None:
+        return losses.mean(0)
+    ran = pair.taps.gate.hard[:, sorted(got)].T.to(losses)
+    return (losses * ran).sum(0) / ran.sum(0).clamp(min=1)
+
+
+def _total(pair: Pair, terms: dict[str, torch.Tensor], stage: Stage) -> dict[str, torch.Tensor]:
+    weights = stage.weights
+    loss = sum(getattr(weights, name) * term for name, term in terms.items())
+    if pair.routing is not None:
+        terms = terms | {"active": pair.taps.gate.active}
+    return {"loss": loss, **terms}
+
+
+def noisy(latents: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """Flow matching's straight path: (1 - sigma) * latents + sigma * noise, sigma [b]."""
+    s = sigma.view(-1, 1, 1, 1, 1)
+    return (1 - s) * latents + s * noise
+
+
+def few_steps(pair: Pair, stage: Stage, batch: Batch, draws: Draws) -> dict[str, torch.Tensor]:
+    """Stage III: one step of the student for several guided ones of the teacher.
+
+    Progressive distillation (Salimans and Ho, arXiv 2202.00512) with guidance folded in as Meng et
+    al. do (arXiv 2210.03142), its halvings taken at once: a student's step has to end where the
+    teacher's SUBSTEPS guided steps over the same stretch end. Chosen because its target is
+    deterministic: no critic and no second trained model, so that 1,200 steps are enough and a run
+    needs no more memory than stages I and II. The paper does not say which method it took.
+    """
+    count, shift = stage.sampler_steps, stage.shift
+    ends = sigmas_for(count, shift)
+    at = draws.choice(len(batch.latents), count)
+    noise = draws.noise(batch.latents.shape).to(batch.latents)
+    start, end = ends[at].to(noise), ends[at + 1].to(noise)
+    x = noisy(batch.latents, noise, start)
+    # equal parts of the sampler's own clock
+    fine = sigmas_for(count * SUBSTEPS, shift)
+    y, now = x, start
+    for step in range(SUBSTEPS):
+        after = fine[SUBSTEPS * at + step + 1].to(noise)
+        y = y + (after - now).view(-1, 1, 1, 1, 1) * pair.teach(y, now, batch, stage.guidance)
+        now = after
+    wanted = (y - x) / (end - start).view(-1, 1, 1, 1, 1)
+    student = pair.ask(x, start, batch)
+    terms = {
+        "teacher": velocity_loss(student, wanted).mean(),
+        "temporal": temporal_loss(student, wanted).mean(),
+    }
+    return _total(pair, terms, stage)
+
+
+OBJECTIVES: dict[str, Objective] = {"width": distil, "router": distil, "steps": few_steps}

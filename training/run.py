@@ -1,0 +1,162 @@
+"""A recipe's stages, one after the other. The loop itself is `run_stage`."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from .log import StageLog
+from .models import Origin, open_origin
+from .parallel import World, shard
+from .recipe import TOY, Recipe
+from .shards import Batch, ShardDataset
+from .toy_data import ToyDataset
+from .trainer import DTYPES, Trainer
+from .videos import draw_videos, write_videos
+
+log = logging.getLogger(__name__)
+STUDENT = "student.safetensors"
+
+
+def open_data(recipe: Recipe, world: World) -> ToyDataset | ShardDataset:
+    """The recipe's samples; the first process checks the files before the others look."""
+    d = recipe.data
+    if d.folder == TOY:
+        return ToyDataset(d.batch, d.seed, d.drop_text, d.image_share)
+    if not world.first:
+        world.wait()
+    data = ShardDataset(Path(d.folder), d.batch, d.seed, d.drop_text, d.image_share)
+    if world.first:
+        world.wait()
+    return data
+
+
+def train(
+    recipe: Recipe,
+    out: Path,
+    world: World,
+    *,
+    start: Path | None = None,
+    kinds: Sequence[str] = (),
+) -> Path:
+    """Run the stages that are not done yet; returns the folder of the last one.
+
+    Every stage has a folder in `out` with its state, its log and, when it is done, its student,
+    which the next stage begins with.
+
+    Args:
+        start: a stage's folder or a slim file to begin with, instead of cutting the full model.
+        kinds: of the stages to run; empty runs all.
+
+    Raises:
+        ValueError: a file does not fit, or there is no such stage.
+    """
+    chosen = [
+        (number, stage)
+        for number, stage in enumerate(recipe.stages, 1)
+        if not kinds or stage.kind in kinds
+    ]
+    if not chosen:
+        raise ValueError(
+            f"stages: expected some of {', '.join(stage.kind for stage in recipe.stages)}, got "
+            f"{', '.join(kinds)}"
+        )
+    world.slice(recipe.data.batch)
+    data, origin = open_data(recipe, world), open_origin(recipe)
+    if start is None:
+        start = out / "start.safetensors"
+        if world.first and not start.exists():
+            origin.cut(start, chosen[0][1])
+        world.wait()
+    teacher = load_teacher(origin, recipe, world)
+    for number, stage in chosen:
+        folder = out / f"{number}-{stage.kind}"
+        if not (folder / STUDENT).exists():
+            trainer = Trainer(
+                recipe, stage, number, world, teacher, data.negative_text, start, folder
+            )
+            try:
+                run_stage(trainer, data)
+            finally:
+                trainer.close()
+        elif world.first:
+            log.info("%s is done", folder.name)
+        start = folder
+    return start
+
+
+def load_teacher(origin: Origin, recipe: Recipe, world: World) -> torch.nn.Module:
+    """The frozen full model, where the recipe wants it to be."""
+    dtype = DTYPES[recipe.run.dtype]
+    teacher = origin.teacher(dtype)
+    if recipe.run.teacher == "offloaded":
+        shard(teacher, world.mesh, dtype, offload=True)
+        return teacher
+    teacher.to(world.device)
+    if recipe.run.teacher == "sharded" and world.size > 1:
+        shard(teacher, world.mesh, dtype)
+    return teacher
+
+
+def run_stage(trainer: Trainer, data: ToyDataset | ShardDataset) -> None:
+    """Train to the last step, saving on the way, and write the student."""
+    stage, run, world = trainer.stage, trainer.recipe.run, trainer.world
+    folder, model = trainer.folder, trainer.header.model
+    writer = StageLog(folder, trainer.step) if world.first else None
+    columns = (
+        *Progress.get_default_columns()[:2],
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[said]}"),
+    )
+    with Progress(*columns, disable=not world.first) as progress:
+        task = progress.add_task(
+            f"stage {trainer.number} ({stage.kind})",
+            total=stage.steps,
+            completed=trainer.step,
+            said="",
+        )
+        began, before = time.perf_counter(), trainer.step
+        for batch in batches(data, range(trainer.step, stage.steps), world):
+            terms = trainer.train_step(batch)
+            step, last = trainer.step, trainer.step == stage.steps
+            if step % run.log_every == 0 or last:
+                values = {name: float(value) for name, value in terms.items()}
+                now = time.perf_counter()
+                speed = (step - before) * trainer.recipe.data.batch / (now - began)
+                values |= {"samples_per_second": speed, "skipped_shards": len(data.skipped)}
+                began, before = now, step
+                if writer is not None:
+                    writer.write(step, values)
+                progress.update(task, said=f"loss {values['loss']:.4f}, {speed:.1f} samples/s")
+            progress.update(task, completed=step)
+            if step % run.save_every == 0 and not last:
+                trainer.state.save(step)
+            if run.sample_every and (step % run.sample_every == 0 or last):
+                batch = batch.to(world.device)
+                with trainer.averaged():
+                    latents = draw_videos(trainer.pair, trainer.recipe, stage, batch, model, step)
+                if world.first:
+                    write_videos(folder / "videos", latents, trainer.recipe, step)
+        trainer.write(trainer.recipe.data.folder)
+    if writer is not None:
+        writer.close()
+
+
+def batches(data: ToyDataset | ShardDataset, steps: range, world: World) -> Iterator[Batch]:
+    """This process's batches, each made while the one before is trained on."""
+    with ThreadPoolExecutor(1) as pool:
+        ahead = None
+        for step in steps:
+            now = ahead or pool.submit(data.batch, step, world.rank, world.size)
+            following = step + steps.step
+            ahead = None
+            if following in steps:
+                ahead = pool.submit(data.batch, following, world.rank, world.size)
+            yield now.result()

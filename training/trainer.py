@@ -1,0 +1,179 @@
+"""One stage of a recipe: weights, optimizer and state, and the step that changes them."""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..hosts.slim_file import SlimHeader
+from ..methods.depth import BlockBudget
+from ..methods.routers import RouterMLP, load_router
+from .average import Average
+from .checkpoints import State, whole_state
+from .draws import Draws
+from .gate import Routing, Taps, new_router
+from .models import load_student, write_student
+from .objectives import OBJECTIVES, Pair
+from .parallel import World, shard
+from .recipe import Recipe, Stage
+from .recompute import recompute_blocks
+from .shards import Batch
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def learning_rate(stage: Stage, step: int) -> float:
+    """Share of the peak at a step: warm-up, then a cosine to zero."""
+    if step < stage.warmup:
+        return (step + 1) / stage.warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - stage.warmup) / (stage.steps - stage.warmup)))
+
+
+class Trainer:
+    """A student and, from stage II on, its router.
+
+    Args:
+        number: of the stage within the recipe, from 1.
+        start: folder or file with the student to begin with, and its router if it has one.
+        folder: of the stage; its state is loaded if there is one.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        stage: Stage,
+        number: int,
+        world: World,
+        teacher: nn.Module,
+        negative: torch.Tensor,
+        start: Path,
+        folder: Path,
+    ):
+        self.recipe, self.stage, self.number = recipe, stage, number
+        self.world, self.folder = world, folder
+        dtype = DTYPES[recipe.run.dtype]
+        file = start / "student.safetensors" if start.is_dir() else start
+        self.student, self.header = load_student(file)
+        self.student.to(world.device)
+        routing, self._mlp = self._router(start)
+        if recipe.run.checkpointing:
+            recompute_blocks(self.student)
+        if world.size > 1:
+            shard(self.student, world.mesh, dtype)
+        # several processes compute in the low precision by FSDP's policy, one by autocast
+        self._cast = nullcontext
+        if world.size == 1 and dtype != torch.float32:
+            self._cast = lambda: torch.autocast(world.device.type, dtype)
+        self.pair = Pair(
+            self.student,
+            teacher,
+            Taps(self.student),
+            Taps(teacher),
+            routing,
+            negative.to(world.device),
+        )
+        self.trained = nn.ModuleDict({"student": self.student})
+        groups = [{"params": [*self.student.parameters()], "lr": stage.lr, "peak": stage.lr}]
+        if routing is not None:
+            self.trained["router"] = routing.mlp
+            rate = stage.router_lr if stage.kind == "router" else stage.lr
+            groups.append({"params": [*routing.mlp.parameters()], "lr": rate, "peak": rate})
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=recipe.run.weight_decay)
+        self.average = Average(self.trained, stage.ema_decay) if stage.ema_decay else None
+        self.state = State(folder / "state", world, self.trained, self.optimizer, self.average)
+        self.step = self.state.load()
+
+    def _router(self, start: Path) -> tuple[Routing | None, RouterMLP | None]:
+        """The router to train, and one of the same sizes without weights to write it with."""
+        stage, model = self.stage, self.header.model
+        known = start / "router.safetensors"
+        if stage.kind == "width" or (stage.kind == "steps" and not known.exists()):
+            return None, None
+        if known.exists():
+            loaded = load_router(known)
+            mlp, kind = loaded.mlp.requires_grad_(True), loaded.kind
+        else:
+            torch.manual_seed(self.recipe.data.seed)
+            clip = self.student.config.image_dim or 0
+            kind = stage.content
+            mlp = new_router(model.num_blocks, kind, model.out_channels, clip)
+        with torch.device("meta"):
+            empty = RouterMLP(mlp.num_blocks, mlp.content_dim, mlp.hidden, mlp.time_dim)
+        mlp.to(self.world.device)
+        if self.world.size > 1:
+            torch.distributed.fsdp.fully_shard(mlp, mesh=self.world.mesh)
+        return Routing(mlp, kind, BlockBudget(stage.k_min, stage.k_max)), empty
+
+    def train_step(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """One optimizer step on this process's part of the batch; its terms, as means over all."""
+        first = self.world.rank * len(batch.latents)
+        draws = Draws(self.recipe.data.seed, self.number, self.step, first)
+        batch = batch.to(self.world.device)
+        share = learning_rate(self.stage, self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = share * group["peak"]
+        with self._cast():
+            terms = OBJECTIVES[self.stage.kind](self.pair, self.stage, batch, draws)
+        terms["loss"].backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.trained.parameters(), self.recipe.run.grad_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        if self.average is not None:
+            self.average.update(self.step)
+        values = self.world.mean(torch.stack([term.detach().float() for term in terms.values()]))
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        return dict(zip(terms, values, strict=True)) | {"grad_norm": norm.detach()}
+
+    def averaged(self):
+        """Within the context, the weights that are written and sampled with."""
+        return nullcontext() if self.average is None else self.average.in_place()
+
+    def write(self, data: str) -> None:
+        """Write the student and its router, for ComfyUI and diffusers.
+
+        Args:
+            data: name of what it was trained on, for the header.
+        """
+        with self.averaged():
+            student = whole_state(self.student)
+            router = None if self.pair.routing is None else whole_state(self.pair.routing.mlp)
+        if self.world.first:
+            if router is not None:
+                self._mlp.load_state_dict(router, assign=True)
+            trained = _said(self.header) + [self._record(data)]
+            mlp = None if router is None else self._mlp.requires_grad_(False)
+            kind = None if router is None else self.pair.routing.kind
+            write_student(self.folder, student, mlp, kind, self.header, trained)
+        self.world.wait()
+
+    def _record(self, data: str) -> dict:
+        s = self.stage
+        said = {
+            "stage": s.kind,
+            "steps": self.step,
+            "batch": self.recipe.data.batch,
+            "recipe": self.recipe.name,
+            "data": data,
+        }
+        if self.pair.routing is not None:
+            said |= {"k_min": s.k_min, "k_max": s.k_max}
+        if s.kind == "steps":
+            said |= {"sampler_steps": s.sampler_steps, "guidance": s.guidance, "shift": s.shift}
+        if s.tokens is not None:
+            said |= {"tokens": [s.tokens.keep_min, s.tokens.keep_max, s.tokens.preset]}
+        return said
+
+    def close(self) -> None:
+        self.pair.taps.remove()
+        self.pair.teacher_taps.remove()
+
+
+def _said(header: SlimHeader) -> list:
+    """What the header says about earlier stages."""
+    before = header.made.get("trained")
+    return before if isinstance(before, list) else []

@@ -1,0 +1,80 @@
+"""Test videos during training: the teacher's beside the student's, from the same noise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from ..hosts.diffusers.attach import attach
+from ..hosts.diffusers.sample import sample, sigmas_for
+from ..hosts.plan import TrimPlan
+from ..methods.depth import BlockPlan
+from ..methods.fingerprint import Fingerprint
+from ..methods.routers import TrainedRouter
+from ..toy.vae import ToyVAE
+from .objectives import Pair
+from .recipe import TOY, Recipe, Stage
+from .shards import Batch
+
+STEPS, FPS = 20, 8
+
+
+def draw_videos(
+    pair: Pair, recipe: Recipe, stage: Stage, batch: Batch, model: Fingerprint, step: int
+) -> dict[str, torch.Tensor]:
+    """Latents [c, f, h, w] of the first sample's prompt, by teacher and student."""
+    taken = {"condition": batch.condition, "clip": batch.clip}
+    one = {name: None if value is None else value[:1] for name, value in taken.items()}
+    clip = {} if one["clip"] is None else {"encoder_hidden_states_image": one["clip"]}
+    shared = {
+        "size": tuple(batch.latents.shape[2:]),
+        "shift": stage.shift,
+        "seed": step,
+        "condition": one["condition"],
+        "negative": pair.negative,
+        "model_kwargs": clip,
+    }
+    text = batch.text[:1]
+    teacher = sample(pair.teacher, text, steps=STEPS, guidance=stage.guidance, **shared)
+    few = stage.kind == "steps"
+    steps, guidance = (stage.sampler_steps, 1.0) if few else (STEPS, stage.guidance)
+    # training's gate would cost every block; in sampling those left out are not computed
+    pair.taps.gate, plan = None, TrimPlan()
+    if pair.routing is not None:
+        router = TrainedRouter(pair.routing.mlp, pair.routing.kind, model)
+        plan = TrimPlan(blocks=BlockPlan(router, pair.routing.budget))
+    roles = (0,) if few else (0, 1)
+    sigmas = sigmas_for(steps, stage.shift)[:-1]
+    with attach(pair.student, plan, cond_or_uncond=roles, shift=stage.shift, sigmas=sigmas):
+        student = sample(pair.student, text, steps=steps, guidance=guidance, **shared)
+    return {"teacher": teacher[0].cpu(), "student": student[0].cpu()}
+
+
+def write_videos(folder: Path, latents: dict[str, torch.Tensor], recipe: Recipe, step: int) -> Path:
+    """Write step-N.mp4 of the toy world, else step-N.safetensors with the latents."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if recipe.data.folder != TOY:
+        path = folder / f"step-{step}.safetensors"
+        save_file({name: value.contiguous() for name, value in latents.items()}, path)
+        return path
+    path = folder / f"step-{step}.mp4"
+    videos = ToyVAE.load().decode(torch.stack([latents["teacher"], latents["student"]]))
+    _write_mp4(path, torch.cat([*videos], 3))
+    return path
+
+
+def _write_mp4(path: Path, video: torch.Tensor) -> None:
+    """Pixels [3, frames, h, w] in 0..1."""
+    import av
+
+    pixels = (video.permute(1, 2, 3, 0) * 255).round().to(torch.uint8).numpy()
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("libx264", rate=FPS)
+        stream.height, stream.width = pixels.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        for picture in pixels:
+            frame = av.VideoFrame.from_ndarray(picture, "rgb24")
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode())
