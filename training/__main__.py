@@ -31,6 +31,7 @@ def main() -> None:
     add("--out", type=Path, help="folder of the run (default: out/training/NAME)")
     add("--start", type=Path, help="begin with this slim file or stage's folder")
     add("--stages", nargs="+", default=(), choices=("width", "router", "steps"))
+    add("--set", nargs="+", default=(), metavar="KEY=VALUE", help="change the recipe")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--threads", type=int, default=1, help="CPU threads of torch; 1 is fastest when shared")
     args = parser.parse_args()
@@ -38,7 +39,7 @@ def main() -> None:
     if args.device == "cpu":
         torch.set_num_threads(args.threads)
     try:
-        recipe = load_recipe(args.recipe)
+        recipe = load_recipe(args.recipe, args.set)
         out = args.out or Path("out/training") / recipe.name
         with world(args.device) as processes:
             folder = train(recipe, out, processes, start=args.start, kinds=args.stages)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -90,6 +91,8 @@ def shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, offload: bool 
         dtype: that it computes in; gradients are added up in fp32.
         offload: keep the weights in the CPU's memory between uses.
     """
+    # the velocity is a view; nothing here writes into it
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     policy = MixedPrecisionPolicy() if dtype == torch.float32 else mixed
     place = CPUOffloadPolicy() if offload else OffloadPolicy()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+from .changes import change
 
 SHIPPED = Path(__file__).parent / "recipes"
 TINY, TOY = "tiny", "toy"
@@ -244,11 +247,12 @@ class Recipe(Checked):
 KEYS = {"stages": "stage"}
 
 
-def load_recipe(path: Path | str) -> Recipe:
+def load_recipe(path: Path | str, changes: Sequence[str] = ()) -> Recipe:
     """Read and check a recipe.
 
     Args:
         path: of a file, or the name of a recipe that comes with the package.
+        changes: KEY=VALUE pairs to put into it, see `change`.
 
     Raises:
         ValueError: names the file, the table and the key, what was expected and what came.
@@ -266,6 +270,7 @@ def load_recipe(path: Path | str) -> Recipe:
         given = tomllib.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path.name}: expected a recipe in TOML: {error}") from error
+    change(given, changes)
     return _build(Recipe, given, path.name, "")
 
 
