@@ -180,6 +180,24 @@ def test_folders_without_data_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("tensors", "said"),
+    [
+        ({"empty": torch.zeros(1, 3)}, "expected the empty and the negative"),
+        (PROMPTS | {"negative": torch.zeros(2, 3, dtype=torch.uint8)}, "expected the empty and"),
+        (PROMPTS | {"negative": torch.full((2, 3), float("nan"))}, "it has NaN"),
+    ],
+)
+def test_prompts_that_are_damaged_are_refused(tmp_path, tensors, said):
+    write(tmp_path, count=2)
+    save_file(tensors, tmp_path / "prompts.safetensors")
+    with pytest.raises(ValueError, match=f"prompts.safetensors: {said}"):
+        ShardDataset(tmp_path, 2)
+    (tmp_path / "prompts.safetensors").unlink()
+    with pytest.raises(ValueError, match="prompts.safetensors: there is no such file"):
+        ShardDataset(tmp_path, 2)
+
+
+@pytest.mark.parametrize(
     "change",
     [
         {"format": "other"},

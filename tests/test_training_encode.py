@@ -209,6 +209,22 @@ def test_a_picture_is_covered_cut_in_the_middle_and_turned_upright(rotation):
     assert picture[:, 2:, 2].max() < 15
 
 
+def test_a_camera_held_upright_gives_upright_pictures(tmp_path):
+    with av.open(str(tmp_path / "v.mp4"), "w") as file:
+        stream = file.add_stream("h264", rate=16)
+        if not hasattr(stream, "set_display_rotation"):
+            pytest.skip("this PyAV cannot note a rotation")
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.set_display_rotation(-90)
+        # red on the left of the sensor is on top of what was seen
+        picture = np.zeros((48, 64, 3), np.uint8)
+        picture[:, :32, 0] = 255
+        file.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        file.mux(stream.encode())
+    seen = read_video(tmp_path / "v.mp4", Size(32, 48, 1))[0].float()
+    assert seen[:16, :, 0].mean() > 200 and seen[32:, :, 0].mean() < 50
+
+
 def test_captions_that_cannot_be_read_are_named(tmp_path):
     write_video(tmp_path / "a.mp4", 2)
     (tmp_path / "captions.csv").write_text("video,text\na.mp4,x\n")
