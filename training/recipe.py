@@ -234,12 +234,13 @@ class Recipe(Checked):
             )
         if self.data.image_share < 1 and self.task != "both":
             raise ValueError(
-                f"image_share: expected 1 for task {self.task!r}, got {self.data.image_share:g}"
+                f"[data] image_share: expected 1 for task {self.task!r}, got {self.data.image_share:g}"
             )
-        for stage in self.stages:
+        for number, stage in enumerate(self.stages, 1):
             if stage.content == "clip" and self.task != "i2v":
                 raise ValueError(
-                    f"content: 'clip' looks at the first image, expected task 'i2v', got {self.task!r}"
+                    f"[[stage]] number {number}: content: 'clip' looks at the first image, "
+                    f"expected task 'i2v', got {self.task!r}"
                 )
 
 

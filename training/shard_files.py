@@ -115,10 +115,10 @@ def _check_index(index: Index) -> None:
 
 
 def write_index(folder: Path, index: Index) -> None:
-    _write_json(folder / INDEX, {"format": FORMAT, **asdict(index)})
+    write_json(folder / INDEX, {"format": FORMAT, **asdict(index)})
 
 
-def _write_json(path: Path, content: object) -> None:
+def write_json(path: Path, content: object) -> None:
     with replacing(path) as (partial,):
         partial.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
 
@@ -140,7 +140,7 @@ def check_shards(folder: Path, index: Index) -> dict[str, str]:
             checked[shard.file] = _state(folder / shard.file, shard)
     if open_ones:
         try:
-            _write_json(folder / CHECKED, checked)
+            write_json(folder / CHECKED, checked)
         except OSError as error:
             log.info("%s cannot be written (%s): checksums will be taken again", CHECKED, error)
     return damaged

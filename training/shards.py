@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from ..hosts.slim_file import Entry, list_entries, read_tensor
-from .shard_files import PROMPTS, check_shards, read_index
+from .shard_files import FLOATS, PROMPTS, check_shards, read_index
 
 log = logging.getLogger(__name__)
 
@@ -196,7 +196,10 @@ class ShardDataset:
     def _read_prompts(self) -> tuple[torch.Tensor, torch.Tensor]:
         path = self.folder / PROMPTS
         entries = {entry.name: entry for entry in list_entries(path)[0]}
-        if not {"empty", "negative"} <= set(entries):
+        found = [entries.get(name) for name in ("empty", "negative")]
+        if not all(entry and entry.dtype in FLOATS and len(entry.shape) == 2 for entry in found):
             raise ValueError(f"{PROMPTS}: expected the empty and the negative prompt's embeddings")
-        empty, negative = (read_tensor(path, entries[n]).float() for n in ("empty", "negative"))
-        return self._padded(empty), self._padded(negative)
+        empty, negative = (self._padded(read_tensor(path, entry).float()) for entry in found)
+        if not (empty.isfinite().all() and negative.isfinite().all()):
+            raise ValueError(f"{PROMPTS}: it has NaN or infinite values")
+        return empty, negative

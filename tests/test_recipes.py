@@ -1,0 +1,321 @@
+import json
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+from diffusers.models.transformers.transformer_wan import WanAttention
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from wantrim.methods.cost import forward_flops
+from wantrim.toy import CHECKPOINT
+from wantrim.training import memory
+from wantrim.training.memory import (
+    KNOWN,
+    Video,
+    kept_bytes,
+    largest_video,
+    mean_sigma,
+    model_shape,
+    parameters,
+    plan_recipe,
+    slim_sizes,
+)
+from wantrim.training.recipe import SHIPPED, Data, Recipe, Run, Stage, Tokens, Weights, load_recipe
+
+VIDEO = Video(21, 60, 104)
+SMALL = """
+name = "small"
+model = "tiny"
+task = "both"
+[data]
+folder = "toy"
+[[stage]]
+kind = "width"
+[[stage]]
+kind = "router"
+lr = 1
+[stage.weights]
+feature = 2
+[stage.tokens]
+keep_min = 0.5
+"""
+
+
+@pytest.fixture
+def written(tmp_path):
+    def write(old: str = "", new: str = ""):
+        assert old in SMALL
+        path = tmp_path / "mine.toml"
+        path.write_text(SMALL.replace(old, new, 1) if old else SMALL)
+        return path
+
+    return write
+
+
+def test_a_recipe_is_read_with_the_papers_values_where_it_says_nothing(written):
+    recipe = load_recipe(written())
+    assert recipe.data == Data(folder="toy", batch=4)
+    assert recipe.stages[0] == Stage("width", 7000, 3e-5, 5e-4, 100, Weights(10, 6, 1, 8), 0.3)
+    assert (recipe.stages[0].k_min, recipe.stages[0].k_max) == (0.5, 0.875)
+    second = recipe.stages[1]
+    assert second.lr == 1.0 and type(second.lr) is float
+    assert second.weights == Weights(feature=2)
+    assert second.tokens == Tokens(0.5, 1.0, "refresh")
+    assert recipe.stages[0].tokens is None
+    assert recipe.run == Run(dtype="bf16", checkpointing=True, teacher="sharded")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ('name = "small"', "", "mine.toml: name: expected a text, got nothing"),
+        ('name = "small"', "name = ' '", "name: expected a text, got an empty one"),
+        ("[data]", "[date]", "mine.toml: date: there is no such key; expected one of name, model"),
+        ('folder = "toy"', "", "mine.toml: [data]: folder: expected a text, got nothing"),
+        ('folder = "toy"', "folder = 3", "[data]: folder: expected a text, got 3"),
+        ('kind = "router"', 'kind = "r"', "[[stage]] number 2: kind: expected one of 'width'"),
+        ("lr = 1", "lr = true", "[[stage]] number 2: lr: expected a number above 0 and at most 1"),
+        ("lr = 1", "lr = nan", "number 2: lr: expected a number above 0 and at most 1, got nan"),
+        ("lr = 1", "lr = 0", "number 2: lr: expected a number above 0 and at most 1, got 0"),
+        ("lr = 1", "steps = 1.5", "steps: expected a whole number of 1 or more, got 1.5"),
+        ("lr = 1", "prune_ratio = 1", "prune_ratio: expected a number from 0 to 0.9, got 1"),
+        ("lr = 1", "k_min = 0.9", "k_min: expected at most k_max (0.875), got 0.9"),
+        ("lr = 1", "steps = 50", "warmup: expected fewer than steps (50), got 100"),
+        ("lr = 1", "content = 'clip'", "[[stage]] number 2: content: 'clip' looks at the first"),
+        ("lr = 1", "learning_rate = 1", "number 2: learning_rate: there is no such key"),
+        ("feature = 2", "features = 2", "[[stage]] number 2: weights: features: there is no such"),
+        ("feature = 2", "feature = -1", "number 2: weights: feature: expected a number of 0 or m"),
+        (
+            "feature = 2",
+            "feature=0\nteacher=0\ndata=0\ntemporal=0",
+            "weights: feature, teacher, data, temporal: expected one above 0, got none",
+        ),
+        ("keep_min = 0.5", "keep_min = 2", "tokens: keep_min: expected a number above 0 and at m"),
+        ("keep_min = 0.5", "", "number 2: tokens: keep_min: expected a number above 0"),
+        (
+            "keep_min = 0.5",
+            "keep_min=0.5\nkeep_max=0.4",
+            "keep_min: expected at most keep_max (0.4",
+        ),
+        ('model = "tiny"', 'model = "x"', "mine.toml: profile: expected the file that WanTrim P"),
+        ('"both"', '"i2v"\ndata = 3', "mine.toml: expected a recipe in TOML"),
+        (
+            "[data]",
+            "[data]\nimage_share = 0.5\nbatch = 0",
+            "[data]: batch: expected a whole number",
+        ),
+        ('"both"', '"x"', "mine.toml: task: expected one of 't2v', 'i2v', 'both', got 'x'"),
+        ('name = "small"', "name = [", "mine.toml: expected a recipe in TOML: "),
+    ],
+)
+def test_what_is_wrong_is_said_with_file_table_and_key(written, old, new, said):
+    with pytest.raises(ValueError) as caught:
+        load_recipe(written(old, new))
+    assert said in str(caught.value)
+
+
+def test_stages_have_to_be_tables(tmp_path):
+    path = tmp_path / "mine.toml"
+    for stages in ("stage = []", "stage = 3", "stage = [1]", "[stage]\nkind = 'width'"):
+        path.write_text(f"name='a'\nmodel='tiny'\ntask='both'\ndata.folder='toy'\n{stages}\n")
+        with pytest.raises(ValueError, match=r"mine.toml: \[\[stage\]\]"):
+            load_recipe(path)
+
+
+def test_only_a_model_for_both_tasks_loses_images(written):
+    with pytest.raises(ValueError, match=r"\[data\] image_share: expected 1 for task 't2v'"):
+        load_recipe(written('"both"\n[data]', '"t2v"\n[data]\nimage_share = 0.5'))
+
+
+def test_a_recipe_that_is_not_there_is_named_with_those_that_are(tmp_path):
+    with pytest.raises(ValueError, match="nothing: there is no such recipe.*t2v_14b, t2v_1_3b"):
+        load_recipe("nothing")
+    with pytest.raises(ValueError, match="there is no such recipe"):
+        load_recipe(tmp_path / "tiny.toml")
+
+
+@pytest.mark.parametrize("name", sorted(file.stem for file in SHIPPED.glob("*.toml")))
+def test_shipped_recipes_load_and_say_what_the_paper_says(name):
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    assert [stage.kind for stage in recipe.stages] == ["width", "router", "steps"]
+    if name == "tiny":
+        assert (recipe.model, recipe.data.folder, recipe.profile) == ("tiny", "toy", "")
+        return
+    temporal = 8 if recipe.task == "t2v" else 4
+    assert recipe.data.batch == 4 and recipe.run.dtype == "bf16"
+    for stage in recipe.stages[:2]:
+        assert stage.weights == Weights(10, 6, 1, temporal)
+        assert (stage.steps, stage.lr, stage.router_lr, stage.warmup) == (7000, 3e-5, 5e-4, 100)
+    assert recipe.stages[1].content == ("latent" if recipe.task == "t2v" else "clip")
+    assert (recipe.stages[2].steps, recipe.stages[2].lr) == (1200, 2e-6)
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_the_cost_in_a_recipes_comments_is_the_plans(name):
+    said = re.findall(
+        r"^# (\d+) GPUs?, batch (\d+): ([\d.]+) GiB each, (\d+) hours$",
+        (SHIPPED / f"{name}.toml").read_text(),
+        re.MULTILINE,
+    )
+    assert len(said) >= 2
+    for gpus, batch, size, hours in said:
+        plans = plan_recipe(load_recipe(name), KNOWN[name], VIDEO, int(gpus))
+        assert plans[0].batch == int(batch)
+        assert f"{max(plan.total for plan in plans):.1f}" == size
+        assert f"{sum(plan.hours() for plan in plans):.0f}" == hours
+
+
+def config_14b(image: bool) -> dict:
+    extra = {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120} if image else {}
+    return {
+        "num_attention_heads": 40,
+        "attention_head_dim": 128,
+        "ffn_dim": 13824,
+        "num_layers": 40,
+        **extra,
+    }
+
+
+@pytest.mark.parametrize("name", ["t2v_14b", "i2v_14b"])
+def test_parameters_are_those_of_diffusers_model(name, tmp_path):
+    with torch.device("meta"):
+        model = WanTransformer3DModel(**config_14b(name == "i2v_14b"))
+    there = sum(p.numel() for p in model.parameters())
+    assert parameters(KNOWN[name]) == there
+    assert 14e9 < there < 16.5e9
+    # and so a folder's configuration says the same
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer/config.json").write_text(json.dumps(dict(model.config), default=str))
+    recipe = replace(load_recipe(name), model=str(tmp_path))
+    assert parameters(model_shape(recipe)) == there
+
+
+def test_the_tiny_wans_sizes_are_read_from_its_file():
+    shape = model_shape(load_recipe("tiny"))
+    assert (shape.dim, shape.num_blocks, shape.head_dim, shape.in_channels) == (128, 16, 16, 36)
+    assert abs(2 * parameters(shape) / CHECKPOINT.stat().st_size - 1) < 0.02
+
+
+def test_a_model_that_is_not_there_needs_a_known_name():
+    recipe = replace(load_recipe("t2v_14b"), name="mine")
+    with pytest.raises(ValueError, match="Wan2.1-T2V-14B-Diffusers is not there"):
+        model_shape(recipe)
+
+
+def kept_of_a_block(width: tuple[int, int, int], tokens: int) -> int:
+    """Bytes that autograd keeps in diffusers' block of dim 128 and heads of 32."""
+    model = WanTransformer3DModel(
+        num_attention_heads=4, attention_head_dim=32, ffn_dim=width[2], num_layers=1, text_dim=8
+    )
+    block = model.blocks[0]
+    processor = block.attn1.processor
+    block.attn1 = WanAttention(128, width[0], 32, processor=processor)
+    block.attn2 = WanAttention(128, width[1], 32, cross_attention_dim_head=32, processor=processor)
+    block = block.bfloat16()
+    hidden = torch.randn(1, tokens, 128, dtype=torch.bfloat16, requires_grad=True)
+    text, temb = torch.randn(1, 4, 128).bfloat16(), torch.randn(1, 6, 128).bfloat16()
+    rotary = (torch.randn(1, tokens, 1, 32), torch.randn(1, tokens, 1, 32))
+    given = {t.untyped_storage().data_ptr() for t in [*block.parameters(), *rotary]}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in given:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with hooks, sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        block(hidden, text, temb, rotary)
+    return sum(size for size, _ in kept.values())
+
+
+@pytest.mark.parametrize("width", [(4, 4, 256), (3, 2, 512)])
+def test_kept_activations_are_what_autograd_keeps_of_diffusers_block(width):
+    measured = (kept_of_a_block(width, 512) - kept_of_a_block(width, 256)) / 256
+    shape = replace(KNOWN["t2v_14b"], dim=128, ffn_dim=256, head_dim=32)
+    # the norms' statistics are a few numbers beside it
+    assert kept_bytes(shape, width) == pytest.approx(measured, rel=0.02)
+
+
+def recipe_14b(**run) -> Recipe:
+    recipe = load_recipe("t2v_14b")
+    return replace(recipe, run=replace(recipe.run, **run))
+
+
+def first(recipe: Recipe, gpus: int = 4, video: Video = VIDEO):
+    return plan_recipe(recipe, KNOWN["t2v_14b"], video, gpus)[0]
+
+
+def test_a_plan_adds_up():
+    plan = first(recipe_14b(teacher="sharded"))
+    shape = KNOWN["t2v_14b"]
+    own = parameters(shape, slim_sizes(shape, 0.3))
+    assert plan.parameters == own and 0.65 < own / parameters(shape) < 0.75
+    shared = plan.rows["weights"] + plan.rows["gradients"] + plan.rows["moments"]
+    assert shared * memory.GIB * 4 == pytest.approx(16 * own)
+    assert plan.rows["teacher"] * memory.GIB * 4 == pytest.approx(2 * parameters(shape))
+    assert plan.rows["inputs"] * memory.GIB == 40 * 32760 * 5120 * 2
+    # a teacher's forward, and four of a student that is about a third smaller outside of attention
+    teacher = forward_flops(shape, 32760)
+    assert 4 * (1 + 4 * 0.6) * teacher < plan.flops < 4 * (1 + 4 * 0.8) * teacher
+
+
+def test_more_costs_more():
+    base = first(recipe_14b(teacher="sharded"))
+    assert first(recipe_14b(teacher="sharded"), 2).total > base.total
+    assert first(recipe_14b(teacher="sharded"), 8).total < base.total
+    assert first(recipe_14b(teacher="whole")).total > base.total
+    assert first(recipe_14b(teacher="offloaded")).total < base.total
+    assert first(recipe_14b(teacher="sharded", checkpointing=False)).total > 2 * base.total
+    assert first(recipe_14b(teacher="sharded", checkpointing=False)).flops < base.flops
+    assert first(recipe_14b(teacher="sharded", dtype="fp32")).total > base.total
+    longer = first(recipe_14b(teacher="sharded"), video=Video(31, 60, 104))
+    assert longer.total > base.total and longer.flops > base.flops
+    recipe = recipe_14b(teacher="sharded")
+    for change in ({"prune_ratio": 0.5}, {"feature_blocks": 1}):
+        stages = tuple(replace(stage, **change) for stage in recipe.stages)
+        assert first(replace(recipe, stages=stages)).total < base.total
+    averaged = tuple(replace(stage, ema_decay=0.9) for stage in recipe.stages)
+    assert first(replace(recipe, stages=averaged)).total > base.total
+    dropped = tuple(replace(stage, tokens=Tokens(keep_min=0.5)) for stage in recipe.stages)
+    assert first(replace(recipe, stages=dropped)).flops < base.flops
+    # twice the GPUs: half the time for a batch that stays, none less for one that grows with them
+    assert first(recipe, 2).hours() == pytest.approx(2 * base.hours())
+    assert first(recipe, 8).batch == 8 and first(recipe, 8).hours() == pytest.approx(base.hours())
+    width, router, _ = plan_recipe(recipe, KNOWN["t2v_14b"], VIDEO, 4)
+    assert router.flops < width.flops
+
+
+def test_the_mean_sigma_is_that_of_the_shift():
+    assert mean_sigma(1.0) == pytest.approx(0.5)
+    u = torch.rand(200_000, generator=torch.Generator().manual_seed(0))
+    assert mean_sigma(5.0) == pytest.approx(float((5 * u / (1 + 4 * u)).mean()), abs=2e-3)
+
+
+def test_the_largest_sample_is_planned_for(tmp_path):
+    recipe = load_recipe("t2v_14b")
+    assert largest_video(recipe, (832, 480), 81) == VIDEO
+    shapes = [{"latents": [16, f, 8, 8], "text": [5, 4096]} for f in (3, 7, 5)]
+    shard = {
+        "file": "shard-00001.safetensors",
+        "bytes": 1,
+        "sha256": "",
+        "names": ["a", "b", "c"],
+        "shapes": shapes,
+    }
+    index = {"format": "wantrim_shards/1", "made": {}, "text_tokens": 512, "shards": [shard]}
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    recipe = replace(recipe, data=replace(recipe.data, folder=str(tmp_path)))
+    assert largest_video(recipe, (832, 480), 81) == Video(7, 8, 8)
+
+
+def test_the_command(capsys, caplog):
+    assert memory.main(["i2v_14b", "--gpus", "4", "8"]) == 0
+    said = capsys.readouterr().out
+    assert "DOES NOT FIT" in said and "(fits)" in said and "32,760 tokens" in said
+    assert memory.main(["nothing"]) == 1
+    assert "there is no such recipe" in caplog.text

@@ -1,0 +1,236 @@
+import json
+
+import av
+import numpy as np
+import pytest
+import torch
+from diffusers import WanImageToVideoPipeline, WanPipeline
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+
+from wantrim.tests.tiny_pipeline import ASKED, TEXT_DIM, parts, transformer
+from wantrim.training import encode
+from wantrim.training.encode import Encoder, Size, encode_folder, find_videos, fit, read_video
+from wantrim.training.shards import ShardDataset
+
+CPU = torch.device("cpu")
+SIZE = Size(32, 16, 5, 16)
+
+
+def write_video(path, pictures: int, width=48, height=32, rate=16, shade=lambda i: 10 * i):
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("h264", rate=rate)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.options = {"crf": "4"}
+        for index in range(pictures):
+            picture = np.full((height, width, 3), shade(index), np.uint8)
+            picture[:, : width // 2, 0] = 200
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        file.mux(stream.encode())
+
+
+@pytest.fixture(scope="module")
+def t2v(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("t2v")
+    WanPipeline(**parts(), transformer=transformer()).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def i2v(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("i2v")
+    torch.manual_seed(3)
+    clip = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=16,
+    )
+    WanImageToVideoPipeline(
+        **parts(),
+        transformer=transformer(in_channels=36, image_dim=32, added_kv_proj_dim=32),
+        image_encoder=CLIPVisionModel(clip).eval(),
+        image_processor=CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32),
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def videos(tmp_path):
+    """Two good videos, and one of each kind that cannot be used."""
+    folder = tmp_path / "videos"
+    (folder / "more").mkdir(parents=True)
+    write_video(folder / "a.mp4", 6)
+    (folder / "a.txt").write_text(ASKED[0])
+    write_video(folder / "more/b.mkv", 7, 32, 48, shade=lambda i: 250 - 9 * i)
+    (folder / "captions.csv").write_text(f'file,caption\nmore/b.mkv,"{ASKED[1]}"\nshort.mp4,x\n')
+    write_video(folder / "short.mp4", 3)
+    write_video(folder / "silent.mp4", 6)
+    whole = (folder / "a.mp4").read_bytes()
+    (folder / "damaged.mp4").write_bytes(whole[: len(whole) // 2])
+    rows = [{"file": "damaged.mp4", "caption": "a cat"}, {"file": "slow.mp4", "caption": "a cat"}]
+    (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    write_video(folder / "slow.mp4", 6, rate=8)
+    return folder
+
+
+REASONS = {
+    "short.mp4": "too short: 3 of 5",
+    "silent.mp4": "no caption",
+    "damaged.mp4": "cannot be read",
+    "slow.mp4": "8 pictures a second, expected 16",
+}
+
+
+def test_a_folder_becomes_training_data(videos, t2v, tmp_path, caplog):
+    out = tmp_path / "out"
+    encoder = Encoder(t2v, "t2v", CPU, torch.float32)
+    skipped = encode_folder(videos, out, encoder, SIZE)
+    assert skipped.keys() == REASONS.keys()
+    assert all(REASONS[name] in why for name, why in skipped.items())
+    assert all(name in caplog.text for name in REASONS)
+    assert json.loads((out / "skipped.json").read_text()) == skipped
+    data = ShardDataset(out, 2)
+    assert len(data) == 2
+    batch = data.batch(0)
+    assert batch.latents.shape == (2, 16, 2, 2, 4)
+    assert batch.text.shape == (2, 512, TEXT_DIM)
+    assert batch.condition is None and batch.clip is None
+    # as the host's own pipeline makes them
+    pipe = WanPipeline.from_pretrained(t2v, local_files_only=True)
+    text, negative = pipe.encode_prompt(ASKED[0], encode.NEGATIVE, max_sequence_length=512)
+    empty, _ = pipe.encode_prompt("", max_sequence_length=512)
+    assert any(torch.allclose(row, text[0], atol=1e-5) for row in batch.text)
+    assert torch.allclose(data.negative_text, negative[0], atol=1e-5)
+    assert torch.allclose(data.empty_text, empty[0], atol=1e-5)
+    assert not torch.allclose(data.empty_text, data.negative_text, atol=1e-5)
+    assert not list(out.glob("*.partial"))
+
+
+def test_latents_decode_to_the_video(videos, t2v):
+    encoder = Encoder(t2v, "t2v", CPU, torch.float32)
+    pictures = read_video(videos / "a.mp4", SIZE)
+    latents = encoder.sample(pictures, ASKED[0]).latents
+    vae = encoder.pipe.vae
+    mean, std = (
+        torch.tensor(v).view(-1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    video = pictures.permute(3, 0, 1, 2)[None] / 127.5 - 1
+    with torch.no_grad():
+        expected = vae.encode(video).latent_dist.mode()[0]
+    assert torch.allclose(latents * std + mean, expected, atol=1e-5)
+
+
+def test_image_to_video_has_its_condition_and_clip(videos, i2v, tmp_path):
+    encoder = Encoder(i2v, "i2v", CPU, torch.float32)
+    encode_folder(videos, tmp_path / "out", encoder, SIZE)
+    batch = ShardDataset(tmp_path / "out", 2).batch(0)
+    assert batch.condition.shape == (2, 20, 2, 2, 4)
+    assert batch.condition[:, :4, 0].eq(1).all() and not batch.condition[:, :4, 1:].any()
+    # the image is the first picture of its own video, and gray follows
+    assert torch.allclose(batch.condition[:, 4:, 0], batch.latents[:, :, 0], atol=1e-5)
+    assert not torch.allclose(batch.condition[:, 4:, 1], batch.latents[:, :, 1], atol=1e-2)
+    assert batch.clip.shape == (2, 5, 32)
+    assert not torch.equal(batch.clip[0], batch.clip[1])
+
+
+def test_what_is_done_is_not_done_again(videos, t2v, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    encoder = Encoder(t2v, "t2v", CPU, torch.float32)
+    real, read = encode.read_video, []
+
+    def stopped(path, size):
+        read.append(path.name)
+        if path.name == "b.mkv":
+            raise KeyboardInterrupt
+        return real(path, size)
+
+    monkeypatch.setattr(encode, "read_video", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        encode_folder(videos, out, encoder, SIZE)
+    assert "a.mp4" in read
+    assert len(ShardDataset(out, 1)) == 1
+    assert not list(out.glob("*.partial"))
+    monkeypatch.setattr(encode, "read_video", lambda p, s: read.append(p.name) or real(p, s))
+    read.clear()
+    encode_folder(videos, out, encoder, SIZE)
+    assert "b.mkv" in read and "a.mp4" not in read
+    data = ShardDataset(out, 2)
+    assert len(data) == 2 and not data.skipped
+    # a bucket of another size goes into the same folder
+    encode_folder(videos, out, encoder, Size(16, 16, 5))
+    assert len(ShardDataset(out, 2).buckets) == 2
+
+
+def test_another_model_is_kept_out_of_the_folder(videos, t2v, i2v, tmp_path):
+    out = tmp_path / "out"
+    encode_folder(videos, out, Encoder(t2v, "t2v", CPU, torch.float32), SIZE)
+    with pytest.raises(ValueError, match="holds samples with task 't2v', expected 'i2v'"):
+        encode_folder(videos, out, Encoder(i2v, "i2v", CPU, torch.float32), SIZE)
+
+
+def test_the_command(videos, t2v, tmp_path, caplog):
+    asked = [str(videos), str(tmp_path / "out"), "--model", str(t2v), "--size", "32x16"]
+    assert encode.main([*asked, "--pixel-frames", "5", "--device", "cpu"]) == 0
+    index = json.loads((tmp_path / "out/index.json").read_text())
+    assert index["made"]["vae"].startswith("AutoencoderKLWan ")
+    assert encode.main([*asked, "--pixel-frames", "6", "--device", "cpu"]) == 1
+    assert "expected 4n + 1, as 81, got 6" in caplog.text
+    asked[3] = str(tmp_path)
+    assert encode.main([*asked, "--pixel-frames", "5", "--device", "cpu"]) == 1
+    assert "expected a diffusers folder of a Wan" in caplog.text
+
+
+def test_a_model_for_another_task_is_refused(t2v):
+    with pytest.raises(ValueError, match="20 condition channels for task 'i2v', got 0"):
+        Encoder(t2v, "i2v", CPU, torch.float32)
+
+
+def test_pictures_are_taken_at_the_frame_rate(tmp_path):
+    write_video(tmp_path / "v.mp4", 20, rate=32, shade=lambda i: 10 * i)
+    shades = read_video(tmp_path / "v.mp4", Size(32, 16, 9, 16))[:, 8, -1, 1].float()
+    assert (shades - torch.arange(9) * 20).abs().max() < 6
+    every = read_video(tmp_path / "v.mp4", Size(32, 16, 9, 0))[:, 8, -1, 1].float()
+    assert (every - torch.arange(9) * 10).abs().max() < 6
+
+
+@pytest.mark.parametrize("rotation", [0, 90, -90, 180])
+def test_a_picture_is_covered_cut_in_the_middle_and_turned_upright(rotation):
+    # red on top as it is shown; the camera noted how it held the sensor
+    shown = np.zeros((48, 64, 3), np.uint8)
+    shown[:24, :, 0] = 255
+    shown[:, :8, 2] = 255
+    stored = np.ascontiguousarray(np.rot90(shown, -rotation // 90))
+    picture = fit(av.VideoFrame.from_ndarray(stored, format="rgb24"), Size(16, 16, 1), rotation)
+    assert picture.shape == (16, 16, 3)
+    assert picture[:6, :, 0].min() > 240 and picture[10:, :, 0].max() < 15
+    # 8 of 64 columns are cut off on both sides
+    assert picture[:, 2:, 2].max() < 15
+
+
+def test_a_camera_held_upright_gives_upright_pictures(tmp_path):
+    with av.open(str(tmp_path / "v.mp4"), "w") as file:
+        stream = file.add_stream("h264", rate=16)
+        if not hasattr(stream, "set_display_rotation"):
+            pytest.skip("this PyAV cannot note a rotation")
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.set_display_rotation(-90)
+        # red on the left of the sensor is on top of what was seen
+        picture = np.zeros((48, 64, 3), np.uint8)
+        picture[:, :32, 0] = 255
+        file.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        file.mux(stream.encode())
+    seen = read_video(tmp_path / "v.mp4", Size(32, 48, 1))[0].float()
+    assert seen[:16, :, 0].mean() > 200 and seen[32:, :, 0].mean() < 50
+
+
+def test_captions_that_cannot_be_read_are_named(tmp_path):
+    write_video(tmp_path / "a.mp4", 2)
+    (tmp_path / "captions.csv").write_text("video,text\na.mp4,x\n")
+    with pytest.raises(ValueError, match="captions.csv: expected rows with `file` and `caption`"):
+        find_videos(tmp_path)
+    (tmp_path / "captions.csv").unlink()
+    with pytest.raises(ValueError, match="expected videos .* found none"):
+        (tmp_path / "a.mp4").unlink()
+        find_videos(tmp_path)

@@ -1,0 +1,339 @@
+"""What a recipe needs, computed without running it: `python -m wantrim.training.memory RECIPE`.
+
+Memory of each GPU under FSDP2 (fp32 weights, gradients and AdamW's moments shared out, computed in
+bf16, a block gathered at a time), and hours from the FLOPs at a stated utilisation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from ..hosts.slim_file import list_entries
+from ..hosts.slim_source import open_source
+from ..methods.cost import WanShape, block_flops, block_parameters, outside_flops
+from ..methods.width import ffn_count, kept_count
+from ..toy import CHECKPOINT
+from ..toy.text import TEXT_DIM, TEXT_TOKENS
+from .recipe import TINY, TOY, Recipe, Stage, load_recipe
+from .shard_files import INDEX, read_index
+
+log = logging.getLogger(__name__)
+
+GIB = 1 << 30
+CLIP_TOKENS = 257
+# published models, for recipes whose model is not on this machine
+KNOWN = {
+    "t2v_14b": WanShape(5120, 13824, 40),
+    "i2v_14b": WanShape(5120, 13824, 40, in_channels=36, image_tokens=CLIP_TOKENS),
+    "t2v_1_3b": WanShape(1536, 8960, 30),
+    "i2v_1_3b": WanShape(1536, 8960, 30, in_channels=36, image_tokens=CLIP_TOKENS),
+}
+# bytes that autograd keeps of a token in a block computed in bf16, per channel of the residual, of
+# self-attention, of cross-attention and of the FFN; measured on diffusers' block
+KEPT = (32, 24, 12, 4)
+# beside them, per channel of the residual, when its backward pass begins
+PASSING = 20
+# CUDA, NCCL and what the allocator cannot use, in GiB; an estimate
+RESERVED = 4.0
+# H100 SXM, bf16 without sparsity
+TFLOPS, UTILISATION = 989.0, 0.4
+# forwards of the teacher for one of the student; "steps" needs both prompts
+TEACHER_CALLS = {"width": 1, "router": 1, "steps": 2}
+ROW_NAMES = {
+    "weights": "student, fp32",
+    "gradients": "gradients, fp32",
+    "moments": "AdamW's moments, fp32",
+    "average": "averaged weights, fp32",
+    "teacher": "teacher",
+    "gathered": "gathered blocks",
+    "inputs": "kept block inputs",
+    "block": "activations computed again",
+    "feature": "feature loss",
+    "reserved": "CUDA, NCCL, fragments",
+}
+
+
+@dataclass(frozen=True)
+class Video:
+    """The largest sample: latents and text."""
+
+    frames: int
+    height: int
+    width: int
+    text_tokens: int = 512
+
+    def tokens(self, shape: WanShape) -> int:
+        t, h, w = shape.patch
+        return (self.frames // t) * (self.height // h) * (self.width // w)
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """What a stage needs.
+
+    Args:
+        batch: samples of a step, of all GPUs together.
+        parameters: of the student.
+        rows: GiB on each GPU, by key of `ROW_NAMES`.
+        flops: of a whole step.
+    """
+
+    stage: Stage
+    gpus: int
+    batch: int
+    parameters: int
+    teacher_parameters: int
+    rows: dict[str, float]
+    flops: float
+
+    @property
+    def total(self) -> float:
+        """GiB on each GPU."""
+        return sum(self.rows.values())
+
+    def hours(self, tflops: float = TFLOPS, utilisation: float = UTILISATION) -> float:
+        """Of the whole stage."""
+        seconds = self.stage.steps * self.flops / (self.gpus * tflops * 1e12 * utilisation)
+        return seconds / 3600
+
+
+def outside_parameters(shape: WanShape) -> int:
+    """Numbers outside of the blocks."""
+    d, patch = shape.dim, math.prod(shape.patch)
+    patches = d * (shape.in_channels * patch + 1) + (d + 1) * shape.out_channels * patch
+    text = d * (shape.text_dim + 1) + d * (d + 1)
+    time = d * (shape.freq_dim + 1) + d * (d + 1) + 6 * d * (d + 1)
+    e = shape.image_dim
+    image = 2 * e + e * (e + 1) + d * (e + 1) + 2 * d if shape.image_tokens else 0
+    # the head's modulation
+    return patches + text + time + image + 2 * d
+
+
+def parameters(shape: WanShape, width: tuple[int, int, int] | None = None) -> int:
+    """Numbers that a model stores.
+
+    Args:
+        width: self-attention heads, cross-attention heads and FFN channels of a slim model.
+    """
+    return shape.num_blocks * block_parameters(shape, width) + outside_parameters(shape)
+
+
+def slim_sizes(shape: WanShape, prune_ratio: float) -> tuple[int, int, int]:
+    """Heads and FFN channels that stay in a block, on average."""
+    heads = kept_count(shape.dim // shape.head_dim, prune_ratio)
+    return heads, heads, ffn_count(shape.ffn_dim, prune_ratio)
+
+
+def kept_bytes(shape: WanShape, width: tuple[int, int, int]) -> int:
+    """Bytes that autograd keeps of one token in one block computed in bf16."""
+    sizes = (shape.dim, width[0] * shape.head_dim, width[1] * shape.head_dim, width[2])
+    return sum(each * size for each, size in zip(KEPT, sizes, strict=True))
+
+
+def plan_stage(
+    recipe: Recipe, stage: Stage, shape: WanShape, video: Video, gpus: int, prune_ratio: float
+) -> StagePlan:
+    """A stage on so many GPUs; a batch that they cannot share out is made larger.
+
+    Args:
+        prune_ratio: of the student in this stage.
+    """
+    run = recipe.run
+    each = math.ceil(recipe.data.batch / gpus)
+    low = 2 if run.dtype == "bf16" else 4
+    width = slim_sizes(shape, prune_ratio)
+    own, full = parameters(shape, width), parameters(shape)
+    block, teacher_block = block_parameters(shape, width), block_parameters(shape)
+    tokens = video.tokens(shape) * each
+    hidden = tokens * shape.dim
+    # this block and the next; gradients of one, before and after their sum over the GPUs
+    student_gathered = 2 * low * block + (low + 4) * block + low * outside_parameters(shape)
+    teacher_gathered = 2 * low * teacher_block
+    teacher = {"sharded": low * full / gpus, "whole": low * full}.get(run.teacher, teacher_gathered)
+    gathered = student_gathered
+    if run.teacher == "sharded":
+        gathered = max(student_gathered, teacher_gathered)
+    one = tokens * kept_bytes(shape, width) * low / 2
+    inputs = shape.num_blocks * hidden * low if run.checkpointing else 0
+    passing = PASSING * hidden * low / 2
+    activations = one + passing if run.checkpointing else shape.num_blocks * one + passing
+    looked_at = min(stage.feature_blocks, shape.num_blocks) if stage.weights.feature else 0
+    sizes = {
+        "weights": 4 * own / gpus,
+        "gradients": 4 * own / gpus,
+        "moments": 8 * own / gpus,
+        "average": 4 * own / gpus if stage.ema_decay else 0,
+        "teacher": teacher,
+        "gathered": gathered,
+        "inputs": inputs,
+        "block": activations,
+        # the teacher's outputs, and both in fp32
+        "feature": looked_at * hidden * (low + 8),
+        "reserved": RESERVED * GIB,
+    }
+    rows = {name: size / GIB for name, size in sizes.items()}
+    flops = each * gpus * _sample_flops(stage, shape, video, width, run.checkpointing)
+    return StagePlan(stage, gpus, each * gpus, own, full, rows, flops)
+
+
+def _sample_flops(
+    stage: Stage, shape: WanShape, video: Video, width: tuple[int, int, int], again: bool
+) -> float:
+    tokens = video.tokens(shape)
+    kept = tokens
+    if stage.tokens is not None:
+        kept = round(tokens * (stage.tokens.keep_min + stage.tokens.keep_max) / 2)
+    running = 1.0
+    if stage.kind != "width":
+        running = stage.k_min + (stage.k_max - stage.k_min) * mean_sigma(stage.shift)
+    blocks = shape.num_blocks * running * block_flops(shape, kept, width=width)
+    # forward, twice that backward, and forward again where nothing was kept
+    student = (4 if again else 3) * blocks + 3 * outside_flops(shape, tokens)
+    teacher = shape.num_blocks * block_flops(shape, tokens) + outside_flops(shape, tokens)
+    return student + TEACHER_CALLS[stage.kind] * teacher
+
+
+def mean_sigma(shift: float, points: int = 1000) -> float:
+    """Mean of the training sigmas: u uniform, shifted."""
+    each = ((index + 0.5) / points for index in range(points))
+    return sum(shift * u / (1 + (shift - 1) * u) for u in each) / points
+
+
+def plan_recipe(recipe: Recipe, shape: WanShape, video: Video, gpus: int) -> list[StagePlan]:
+    """Every stage; from the stage "width" on the student is slim."""
+    plans, prune_ratio = [], 0.0
+    for stage in recipe.stages:
+        if stage.kind == "width":
+            prune_ratio = stage.prune_ratio
+        plans.append(plan_stage(recipe, stage, shape, video, gpus, prune_ratio))
+    return plans
+
+
+def model_shape(recipe: Recipe) -> WanShape:
+    """Sizes of a recipe's model, or of the published one that the recipe is named after.
+
+    Raises:
+        ValueError: neither is there.
+    """
+    path = CHECKPOINT if recipe.model == TINY else Path(recipe.model)
+    config = path / "transformer" / "config.json"
+    if config.is_file():
+        try:
+            return _shape_of(json.loads(config.read_text("utf-8")))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{config}: expected a Wan transformer's config: {error!r}") from error
+    if path.is_file():
+        clip = any("img_emb." in entry.name for entry in list_entries(path)[0])
+        shape = WanShape.of(open_source(path).model, image_tokens=CLIP_TOKENS if clip else 0)
+        return replace(shape, text_dim=TEXT_DIM) if recipe.model == TINY else shape
+    if recipe.name not in KNOWN:
+        raise ValueError(
+            f"model: {recipe.model} is not there. Expected a diffusers folder or a checkpoint, or a "
+            f"recipe with the name {', '.join(KNOWN)}"
+        )
+    log.info("%s is not there: planned with the sizes of %s", recipe.model, recipe.name)
+    return KNOWN[recipe.name]
+
+
+def _shape_of(config: dict) -> WanShape:
+    head_dim, clip = config["attention_head_dim"], config.get("image_dim")
+    return WanShape(
+        config["num_attention_heads"] * head_dim,
+        config["ffn_dim"],
+        config["num_layers"],
+        config["in_channels"],
+        config["out_channels"],
+        tuple(config["patch_size"]),
+        text_dim=config["text_dim"],
+        freq_dim=config["freq_dim"],
+        image_tokens=CLIP_TOKENS if clip else 0,
+        image_dim=clip or 0,
+        head_dim=head_dim,
+    )
+
+
+def largest_video(recipe: Recipe, size: tuple[int, int], pixel_frames: int) -> Video:
+    """The largest sample of the recipe's data, or one of this size when it is not there."""
+    if recipe.data.folder == TOY:
+        return Video(5, 12, 12, TEXT_TOKENS)
+    folder = Path(recipe.data.folder)
+    if not (folder / INDEX).is_file():
+        return Video((pixel_frames - 1) // 4 + 1, size[1] // 8, size[0] // 8)
+    index = read_index(folder)
+    found = [shapes["latents"][1:] for shard in index.shards for shapes in shard.shapes]
+    if not found:
+        raise ValueError(f"{folder}: expected training samples, got an empty index")
+    return Video(*max(found, key=math.prod), index.text_tokens)
+
+
+def describe(
+    plans: list[list[StagePlan]], gpu_gb: float, tflops: float, utilisation: float
+) -> list[Table]:
+    """A table for every stage, with a column for every number of GPUs."""
+    tables = []
+    for number, same in enumerate(zip(*plans, strict=True), 1):
+        first = same[0]
+        table = Table(
+            title=f"{number}. {first.stage.kind}: {first.parameters / 1e9:.2f} of "
+            f"{first.teacher_parameters / 1e9:.2f} billion weights, {first.stage.steps} steps"
+        )
+        table.add_column("GiB on each GPU")
+        for plan in same:
+            table.add_column(f"{plan.gpus} GPUs, batch {plan.batch}", justify="right")
+        for key, name in ROW_NAMES.items():
+            table.add_row(name, *(f"{plan.rows[key]:.1f}" for plan in same))
+        table.add_section()
+        fits = (("fits" if p.total <= gpu_gb else "DOES NOT FIT") for p in same)
+        said = (f"{p.total:.1f} ({fit})" for p, fit in zip(same, fits, strict=True))
+        table.add_row(f"together, of {gpu_gb:g}", *said)
+        hours = (f"{p.hours(tflops, utilisation):.1f}" for p in same)
+        table.add_row(f"hours at {utilisation:.0%} of {tflops:g} TFLOPS", *hours)
+        tables.append(table)
+    return tables
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="wantrim.training.memory", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("recipe", help="TOML file, or the name of one that comes with WanTrim")
+    parser.add_argument("--gpus", type=int, nargs="+", default=[4, 8], help="default 4 and 8")
+    parser.add_argument("--gpu-gb", type=float, default=80.0, help="memory of each, default 80")
+    parser.add_argument("--size", default="832x480", help="when the data is not there yet")
+    parser.add_argument("--pixel-frames", type=int, default=81)
+    parser.add_argument("--tflops", type=float, default=TFLOPS, help="of a GPU; default an H100's")
+    parser.add_argument("--utilisation", type=float, default=UTILISATION, help="default 0.4")
+    args = parser.parse_args(arguments)
+    if min(args.gpus) < 1 or args.tflops <= 0 or not 0 < args.utilisation <= 1:
+        parser.error("expected GPUs and TFLOPS above 0 and a utilisation of 0 to 1")
+    width, _, height = args.size.partition("x")
+    if not (width.isdecimal() and height.isdecimal()):
+        parser.error(f"--size: expected WIDTHxHEIGHT, as 832x480, got {args.size!r}")
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        recipe = load_recipe(args.recipe)
+        shape = model_shape(recipe)
+        video = largest_video(recipe, (int(width), int(height)), args.pixel_frames)
+        shape = replace(shape, text_tokens=video.text_tokens)
+        plans = [plan_recipe(recipe, shape, video, gpus) for gpus in args.gpus]
+    except (ValueError, OSError) as error:
+        log.error("%s", error)
+        return 1
+    console = Console()
+    console.print(f"{recipe.name}: {video.tokens(shape):,} tokens a video")
+    for table in describe(plans, args.gpu_gb, args.tflops, args.utilisation):
+        console.print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
