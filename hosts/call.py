@@ -236,6 +236,8 @@ class ModelCall:
         before = self._decider(call.hidden)
         seen = {}
 
+        # a choice has no gradient
+        @torch.no_grad()
         def look(q: torch.Tensor, k: torch.Tensor) -> None:
             # scored at once: held through the block's FFN, q and k would add to its peak of memory
             q, k = self._decider(q), self._decider(k)
@@ -259,6 +261,7 @@ class ModelCall:
         return after
 
     @torch.compiler.disable
+    @torch.no_grad()
     def _choose(self, block_index: int, evidence: Evidence) -> None:
         known = self._fitting(self.decision.selections.get(block_index), evidence.before)
         if known is None:

@@ -22,6 +22,7 @@ from ..methods.cost import WanShape, block_flops, block_parameters, outside_flop
 from ..methods.width import ffn_count, kept_count
 from ..toy import CHECKPOINT
 from ..toy.text import TEXT_DIM, TEXT_TOKENS
+from .objectives import SUBSTEPS
 from .recipe import TINY, TOY, Recipe, Stage, load_recipe
 from .shard_files import INDEX, read_index
 
@@ -45,8 +46,8 @@ PASSING = 20
 RESERVED = 4.0
 # H100 SXM, bf16 without sparsity
 TFLOPS, UTILISATION = 989.0, 0.4
-# forwards of the teacher for one of the student; "steps" needs both prompts
-TEACHER_CALLS = {"width": 1, "router": 1, "steps": 2}
+# forwards of the teacher for one of the student; "steps" needs both prompts in each part of a step
+TEACHER_CALLS = {"width": 1, "router": 1, "steps": 2 * SUBSTEPS}
 ROW_NAMES = {
     "weights": "student, fp32",
     "gradients": "gradients, fp32",
@@ -191,20 +192,12 @@ def _sample_flops(
     kept = tokens
     if stage.tokens is not None:
         kept = round(tokens * (stage.tokens.keep_min + stage.tokens.keep_max) / 2)
-    running = 1.0
-    if stage.kind != "width":
-        running = stage.k_min + (stage.k_max - stage.k_min) * mean_sigma(stage.shift)
-    blocks = shape.num_blocks * running * block_flops(shape, kept, width=width)
+    # blocks that a router leaves out are computed for its gradient
+    blocks = shape.num_blocks * block_flops(shape, kept, width=width)
     # forward, twice that backward, and forward again where nothing was kept
     student = (4 if again else 3) * blocks + 3 * outside_flops(shape, tokens)
     teacher = shape.num_blocks * block_flops(shape, tokens) + outside_flops(shape, tokens)
     return student + TEACHER_CALLS[stage.kind] * teacher
-
-
-def mean_sigma(shift: float, points: int = 1000) -> float:
-    """Mean of the training sigmas: u uniform, shifted."""
-    each = ((index + 0.5) / points for index in range(points))
-    return sum(shift * u / (1 + (shift - 1) * u) for u in each) / points
 
 
 def plan_recipe(recipe: Recipe, shape: WanShape, video: Video, gpus: int) -> list[StagePlan]:

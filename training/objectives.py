@@ -90,7 +90,8 @@ def distil(pair: Pair, stage: Stage, batch: Batch, draws: Draws) -> dict[str, to
     blocks = draws.blocks(len(pair.student.blocks), stage.feature_blocks)
     with pair.teacher_taps.keeping(blocks) as wanted:
         teacher = pair.teach(x, sigma, batch)
-    with trimmed(pair, stage, batch, noise, token_run), pair.taps.keeping(blocks) as got:
+    past = trimmed(pair, stage, batch, x, teacher, token_run)
+    with past, pair.taps.keeping(blocks) as got:
         student = pair.ask(x, sigma, batch)
     weight = timestep_weights(sigma)
     terms = {

@@ -210,7 +210,7 @@ class Recipe(Checked):
     """A whole recipe.
 
     Args:
-        model: a diffusers folder, a safetensors file in Wan's original key names, or "tiny".
+        model: a safetensors file in Wan's original key names, or "tiny".
         profile: that WanTrim Profile wrote of this model; empty for the tiny Wan's own.
         task: "both" is one model with 36 input channels, zero for text-to-video.
     """

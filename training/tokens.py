@@ -51,9 +51,40 @@ def token_steps(random: np.random.Generator, tokens: Tokens) -> TokenSteps:
     return TokenSteps(keep_ratio, tokens.preset, at, tuple(p for p in places if p <= 1))
 
 
+def past_points(
+    pair: Pair, stage: Stage, batch: Batch, x: torch.Tensor, velocity: torch.Tensor, run: TokenSteps
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Latents and sigmas [b] of the steps before the one at x, in order.
+
+    Back along the teacher's path: on the straight one from noise to data the velocity would never
+    change, and tokens are chosen by how it does.
+
+    Args:
+        velocity: the teacher's at x.
+    """
+    points, now = [], _sigma(run.at, stage, x)
+    for place in reversed(run.before):
+        if points:
+            velocity = pair.teach(x, now, batch)
+        sigma = _sigma(place, stage, x)
+        x = x + (sigma - now).view(-1, 1, 1, 1, 1) * velocity
+        points.insert(0, (x, sigma))
+        now = sigma
+    return points
+
+
+def _sigma(place: float, stage: Stage, like: torch.Tensor) -> torch.Tensor:
+    return shifted(torch.full((len(like),), place), stage.shift).to(like)
+
+
 @contextmanager
 def trimmed(
-    pair: Pair, stage: Stage, batch: Batch, noise: torch.Tensor, run: TokenSteps | None
+    pair: Pair,
+    stage: Stage,
+    batch: Batch,
+    x: torch.Tensor,
+    velocity: torch.Tensor,
+    run: TokenSteps | None,
 ) -> Iterator[None]:
     """Within the context the student runs on some of its tokens, its past already sampled.
 
@@ -67,8 +98,6 @@ def trimmed(
     with attach(pair.student, plan, shift=stage.shift):
         if plan.trims_tokens and plan.tokens.remembers:
             with torch.no_grad():
-                for place in run.before:
-                    sigma = shifted(torch.full((len(noise),), place), stage.shift).to(noise)
-                    s = sigma.view(-1, 1, 1, 1, 1)
-                    pair.ask((1 - s) * batch.latents + s * noise, sigma, batch)
+                for latents, sigma in past_points(pair, stage, batch, x, velocity, run):
+                    pair.ask(latents, sigma, batch)
         yield

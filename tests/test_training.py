@@ -1,0 +1,503 @@
+"""PARE's stages on a small real Wan: losses, gate, tokens, resuming, and what they write."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from wantrim.hosts.diffusers.attach import attach
+from wantrim.hosts.diffusers.profiling import model_fingerprint, profile_run
+from wantrim.hosts.diffusers.sample import sample, sigmas_for
+from wantrim.hosts.diffusers.slim import load_slim
+from wantrim.hosts.diffusers.weights import new_transformer, save_original
+from wantrim.hosts.plan import TrimPlan
+from wantrim.hosts.slim_file import read_header
+from wantrim.methods.depth import BlockBudget, BlockPlan
+from wantrim.methods.presets import preset_plan
+from wantrim.methods.routers import FixedRouter, load_router
+from wantrim.toy.text import TEXT_DIM
+from wantrim.training.changes import change
+from wantrim.training.draws import Draws
+from wantrim.training.gate import Gate, Routing, Taps, new_router
+from wantrim.training.losses import (
+    feature_loss,
+    inlier_tokens,
+    temporal_loss,
+    timestep_weights,
+    velocity_loss,
+)
+from wantrim.training.models import load_student, open_origin
+from wantrim.training.objectives import Pair, distil, few_steps
+from wantrim.training.parallel import world
+from wantrim.training.recipe import Stage, Tokens, Weights, load_recipe
+from wantrim.training.recompute import recompute_blocks
+from wantrim.training.run import train
+from wantrim.training.tokens import TokenSteps, past_points, token_steps, trimmed
+from wantrim.training.toy_data import ToyDataset
+from wantrim.training.trainer import learning_rate
+
+SMALL = """
+name = "small"
+model = "{folder}/wan.safetensors"
+profile = "{folder}/profile.safetensors"
+task = "both"
+[data]
+folder = "toy"
+batch = 2
+image_share = 0.3
+[run]
+dtype = "fp32"
+checkpointing = {checkpointing}
+teacher = "{teacher}"
+save_every = 2
+sample_every = 0
+log_every = 1
+[[stage]]
+kind = "width"
+steps = 4
+warmup = 1
+lr = 1e-3
+shift = 3.0
+ema_decay = 0.9
+[[stage]]
+kind = "router"
+steps = 4
+warmup = 1
+lr = 1e-3
+shift = 3.0
+[[stage]]
+kind = "steps"
+steps = 2
+warmup = 1
+lr = 1e-3
+shift = 3.0
+guidance = 4.0
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A random Wan of 4 blocks and 4 heads with its profile."""
+    path = tmp_path_factory.mktemp("origin")
+    torch.manual_seed(0)
+    sizes = {"dim": 64, "num_heads": 4, "num_layers": 4, "ffn_dim": 64, "in_dim": 36}
+    model = new_transformer(**sizes, out_dim=16, text_dim=TEXT_DIM).eval()
+    save_original(path / "wan.safetensors", model, torch.float32, {})
+    with profile_run(model) as recorder:
+        sample(model, torch.randn(1, 24, TEXT_DIM), (2, 4, 4), steps=2, guidance=1)
+    recorder.profile().save(path / "profile.safetensors")
+    return path
+
+
+@pytest.fixture(scope="module")
+def recipe(folder):
+    return write_recipe(folder)
+
+
+def write_recipe(folder, *changes, checkpointing="false", teacher="whole"):
+    path = folder / "small.toml"
+    text = SMALL.format(folder=folder, checkpointing=checkpointing, teacher=teacher)
+    path.write_text(text)
+    return load_recipe(path, changes)
+
+
+def run(recipe, out, **options):
+    with world("cpu") as processes:
+        return train(recipe, out, processes, **options)
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def done(recipe, tmp_path_factory):
+    """A whole run; its last folder."""
+    return run(recipe, tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture
+def pair(recipe, tmp_path):
+    """Student and teacher in front of their first step."""
+    origin = open_origin(recipe)
+    origin.cut(tmp_path / "start.safetensors", recipe.stages[0])
+    student, _ = load_student(tmp_path / "start.safetensors")
+    teacher = origin.teacher(torch.float32)
+    negative = torch.zeros(24, TEXT_DIM)
+    return Pair(student, teacher, Taps(student), Taps(teacher), None, negative)
+
+
+HALF = BlockBudget(0.5, 0.5)
+
+
+def routed(pair, budget=HALF):
+    torch.manual_seed(1)
+    pair.routing = Routing(new_router(4, "latent", 16), "latent", budget)
+    return pair
+
+
+# losses
+
+
+def test_the_feature_loss_is_relative_and_leaves_outliers_out():
+    torch.manual_seed(0)
+    teacher = torch.randn(2, 50, 8)
+    # a token a hundred times as large, and wrong
+    teacher[0, 7] *= 100
+    student = teacher * 1.1
+    student[0, 7] = 0
+    inside = inlier_tokens(teacher)
+    assert not inside[0, 7] and inside.float().mean() > 0.97
+    assert feature_loss(student, teacher).tolist() == pytest.approx([0.01, 0.01], rel=1e-4)
+    # the same at another scale
+    assert feature_loss(student * 30, teacher * 30).tolist() == pytest.approx([0.01] * 2, rel=1e-4)
+
+
+def test_velocity_and_temporal_losses_on_known_errors():
+    wanted = torch.randn(2, 3, 4, 2, 2)
+    still = wanted.clone()
+    still[1] += 2.0
+    assert velocity_loss(still, wanted).tolist() == pytest.approx([0, 4], abs=1e-6)
+    # an error that does not move is none in time
+    assert temporal_loss(still, wanted).tolist() == pytest.approx([0, 0], abs=1e-6)
+    moving = wanted.clone()
+    moving[0] += torch.arange(4.0).view(1, 4, 1, 1)
+    assert temporal_loss(moving, wanted).tolist() == pytest.approx([1, 0], abs=1e-5)
+    assert temporal_loss(wanted[:, :, :1], wanted[:, :, :1]).tolist() == [0, 0]
+
+
+def test_timestep_weights_are_the_papers_with_a_mean_of_one():
+    sigma = (torch.arange(1000) + 0.5) / 1000
+    weights = timestep_weights(sigma)
+    assert float(weights.mean()) == pytest.approx(1, abs=1e-3)
+    assert float(weights[-1] / weights[99]) == pytest.approx(
+        math.log1p(float(sigma[-1])) / math.log1p(float(sigma[99])), rel=1e-5
+    )
+
+
+def test_the_learning_rate_warms_up_and_falls_to_nothing():
+    stage = Stage("width", steps=100, warmup=10)
+    rates = [learning_rate(stage, step) for step in range(100)]
+    assert rates[:10] == pytest.approx([(n + 1) / 10 for n in range(10)])
+    assert rates[10] == 1.0 and rates[55] == pytest.approx(0.5)
+    assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False)) and rates[-1] < 1e-3
+
+
+# chance
+
+
+def test_a_sample_draws_the_same_wherever_it_is_computed():
+    shape = torch.Size((4, 2, 3))
+    whole = Draws(1, 2, 3)
+    for first in (0, 2):
+        part = Draws(1, 2, 3, first)
+        own = torch.Size((2, 2, 3))
+        assert torch.equal(part.noise(own), whole.noise(shape)[first : first + 2])
+        assert torch.equal(part.uniform(2), whole.uniform(4)[first : first + 2])
+        assert torch.equal(part.choice(2, 9), whole.choice(4, 9)[first : first + 2])
+    assert part.blocks(16, 4) == whole.blocks(16, 4)
+    others = [Draws(0, 2, 3), Draws(1, 1, 3), Draws(1, 2, 4)]
+    assert not any(torch.equal(other.noise(shape), whole.noise(shape)) for other in others)
+
+
+def test_no_two_samples_of_a_step_get_the_same_noise():
+    noise = Draws(0, 1, 0).noise(torch.Size((8, 100)))
+    assert float(torch.corrcoef(noise).fill_diagonal_(0).abs().max()) < 0.5
+
+
+# the gate
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gate_is_exact_forward_and_lets_the_router_learn(dtype):
+    torch.manual_seed(0)
+    logits = torch.randn(2, 3, requires_grad=True)
+    hard = torch.tensor([[True, False, True], [True, True, False]])
+    before = torch.randn(2, 5, 4).to(dtype).requires_grad_()
+    after = torch.randn(2, 5, 4).to(dtype).requires_grad_()
+    # neither Inf nor a large number may leak out of a block that does not count
+    out = Gate(hard, logits.sigmoid()).apply(1, before, after)
+    assert torch.equal(out[0], before[0]) and torch.equal(out[1], after[1])
+    out.float().square().sum().backward()
+    assert not after.grad[0].any() and after.grad[1].any()
+    assert before.grad[0].any() and not before.grad[1].any()
+    # d/dm of x + m (y - x), through the sigmoid's slope
+    soft = logits.detach().sigmoid()[:, 1]
+    slope = (2 * out * (after - before)).detach().float().sum((1, 2)) * soft * (1 - soft)
+    assert torch.allclose(logits.grad[:, 1], slope, rtol=0.02 if dtype != torch.float32 else 1e-4)
+
+
+def test_the_budget_is_kept_for_each_sample_and_the_ends_always_run(pair):
+    routed(pair, BlockBudget(0.5, 1.0))
+    gate = pair.routing.gate(torch.tensor([1.0, 0.5, 0.0]), torch.randn(3, 16, 5, 12, 12))
+    assert gate.hard.sum(1).tolist() == [4, 3, 2]
+    assert gate.hard[:, 0].all() and gate.hard[:, -1].all()
+    assert float(gate.active) == pytest.approx(0.75)
+
+
+def test_a_routed_student_is_what_sampling_skips(pair, recipe):
+    """The gate in training and the skipped blocks in sampling are the same function."""
+    routed(pair)
+    batch = ToyDataset(2, image_share=0.0).batch(0)
+    sigma = torch.tensor([0.7, 0.7])
+    x = torch.randn(batch.latents.shape)
+    with torch.no_grad():
+        trained = pair.ask(x, sigma, batch)
+    hard, pair.taps.gate = pair.taps.gate.hard, None
+    assert hard.sum(1).tolist() == [2, 2]
+    with torch.no_grad():
+        for row in range(2):
+            skipped = tuple(i for i in range(4) if not hard[row, i])
+            plan = TrimPlan(blocks=BlockPlan(FixedRouter(skipped)))
+            one = slice(row, row + 1)
+            given = torch.cat([x[one], batch.condition[one]], 1)
+            with attach(pair.student, plan):
+                out = pair.student(given, 1000 * sigma[one], batch.text[one], return_dict=False)[0]
+            assert torch.allclose(out, trained[one], atol=1e-5)
+
+
+def test_features_of_skipped_blocks_do_not_count(pair, recipe):
+    """With everything skipped that can be, only the blocks that ran are compared."""
+    routed(pair)
+    batch = ToyDataset(2, image_share=0.0).batch(0)
+    stage = Stage(
+        "router", 4, warmup=1, feature_blocks=4, weights=Weights(1, 0, 0, 0), k_min=0.5, k_max=0.5
+    )
+    terms = distil(pair, stage, batch, Draws(0, 2, 0))
+    assert float(terms["active"].detach()) == 0.5
+    terms["loss"].backward()
+    skipped = ~pair.taps.gate.hard.any(0)
+    for index, block in enumerate(pair.student.blocks):
+        moved = any(p.grad is not None and p.grad.any() for p in block.parameters())
+        assert moved != bool(skipped[index])
+    assert all(p.grad is not None for p in pair.routing.mlp.parameters())
+
+
+# tokens
+
+
+def test_training_with_all_tokens_is_training_without_tokens(pair):
+    batch = ToyDataset(2, image_share=0.0).batch(0)
+    stage = Stage("width", 4, warmup=1, tokens=Tokens(1.0, 1.0))
+    draws = Draws(0, 1, 5)
+    whole = distil(pair, stage, batch, draws)
+    run_of = token_steps(Draws(0, 1, 5).shared, stage.tokens)
+    assert run_of.keep_ratio == 1.0
+    sigma = torch.full((2,), stage.shift * run_of.at / (1 + (stage.shift - 1) * run_of.at))
+    noise = Draws(0, 1, 5).noise(batch.latents.shape)
+    s = sigma.view(-1, 1, 1, 1, 1)
+    direct = velocity_loss(
+        pair.ask((1 - s) * batch.latents + s * noise, sigma, batch), noise - batch.latents
+    )
+    assert float(whole["data"].detach()) == pytest.approx(
+        float((direct * timestep_weights(sigma)).mean().detach()), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("preset", ["refresh", "paper"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_student_learns_on_the_tokens_that_sampling_keeps(pair, preset, checkpointing):
+    """Same velocity as a sampling run that comes to this step, and gradients everywhere."""
+    if checkpointing:
+        recompute_blocks(pair.student)
+    batch = ToyDataset(2, image_share=0.0).batch(0)
+    noise = torch.randn(batch.latents.shape)
+    stage = Stage("width", 4, warmup=1, shift=3.0)
+    steps = TokenSteps(0.5, preset, 0.4, (0.8, 0.6))
+
+    def point(place):
+        s = torch.tensor(3.0 * place / (1 + 2.0 * place))
+        return (1 - s) * batch.latents + s * noise, s.expand(2)
+
+    x, sigma = point(0.4)
+    teacher = pair.teach(x, sigma, batch)
+    past = past_points(pair, stage, batch, x, teacher, steps)
+    for (_, at), place in zip(past, (0.8, 0.6), strict=True):
+        assert torch.allclose(at, point(place)[1])
+    # one step of the teacher's from the last of them ends at x, but for its velocity's change
+    assert torch.allclose(past[1][0], x + (past[1][1] - sigma)[0] * teacher, atol=1e-5)
+    ran = []
+    handles = [
+        block.ffn.register_forward_hook(lambda m, a, o: ran.append(a[0].shape[1]))
+        for block in pair.student.blocks
+    ]
+    with trimmed(pair, stage, batch, x, teacher, steps):
+        ran.clear()
+        trained = pair.ask(x, sigma, batch)
+    assert len(ran) == 4 and min(ran) == {"refresh": 90, "paper": 100}[preset]
+    for handle in handles:
+        handle.remove()
+    trained.square().mean().backward()
+    for name, parameter in pair.student.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+    plan = TrimPlan(tokens=preset_plan(preset, 0.5))
+    with torch.no_grad(), attach(pair.student, plan, shift=3.0):
+        for latents, at in past:
+            pair.ask(latents, at, batch)
+        sampled = pair.ask(x, sigma, batch)
+    assert torch.allclose(trained, sampled, atol=1e-5)
+
+
+def test_steps_of_short_and_long_runs_are_drawn():
+    drawn = [token_steps(Draws(0, 1, n).shared, Tokens(0.4, 0.9)) for n in range(200)]
+    assert all(0.4 <= one.keep_ratio <= 0.9 for one in drawn)
+    assert {len(one.before) for one in drawn} == {0, 1, 2}
+    assert all(1 >= one.before[0] > one.at for one in drawn if one.before)
+    gaps = [one.before[-1] - one.at for one in drawn if one.before]
+    assert min(gaps) < 0.06 and max(gaps) > 0.2
+
+
+# stage III
+
+
+def test_a_perfect_student_of_few_steps_has_no_loss(pair):
+    """Where the teacher's path is straight, one step ends where five do."""
+
+    class Straight(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(1))
+            self.blocks = nn.ModuleList()
+
+        def forward(self, x, timestep, text, image=None, return_dict=False):
+            return (torch.ones_like(x[:, :16]) * 0.5 + self.weight,)
+
+    model = Straight()
+    straight = Pair(model, Straight(), Taps(model), Taps(model), None, torch.zeros(24, TEXT_DIM))
+    batch = ToyDataset(4).batch(0)
+    stage = Stage("steps", 4, warmup=1, guidance=4.0, shift=3.0)
+    terms = few_steps(straight, stage, batch, Draws(0, 3, 0))
+    assert float(terms["loss"].detach()) < 1e-9
+    model.weight.data += 0.1
+    assert float(
+        few_steps(straight, stage, batch, Draws(0, 3, 0))["teacher"].detach()
+    ) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_guidance_is_folded_into_what_few_steps_are_asked_for(pair):
+    batch = ToyDataset(2, image_share=0.0, drop_text=0.0).batch(0)
+    x, sigma = torch.randn(batch.latents.shape), torch.tensor([0.9, 0.9])
+    plain, guided = (pair.teach(x, sigma, batch, g) for g in (1.0, 3.0))
+    nothing = type(batch)(batch.latents, torch.zeros_like(batch.text), batch.condition)
+    free = pair.teach(x, sigma, nothing)
+    assert torch.allclose(guided, free + 3 * (plain - free), atol=1e-5)
+
+
+# whole runs
+
+
+def test_every_stage_leaves_a_student_that_diffusers_loads(done):
+    steps = done
+    assert steps.name == "3-steps"
+    router = load_router(steps / "router.safetensors")
+    student = load_slim(steps / "student.safetensors")
+    made = read_header(steps / "student.safetensors").made
+    assert [stage["stage"] for stage in made["trained"]] == ["width", "router", "steps"]
+    assert router.model.differs(model_fingerprint(student)) is None
+    plan = TrimPlan(blocks=BlockPlan(router, BlockBudget()))
+    sigmas = sigmas_for(4, 3.0)[:-1]
+    with attach(student, plan, shift=3.0, sigmas=sigmas) as attachment:
+        x = sample(student, torch.randn(1, 24, TEXT_DIM), (5, 12, 12), steps=4, guidance=1)
+        report = attachment.finish()
+    assert x.isfinite().all() and report.steps
+    assert any(step.blocks_run < step.num_blocks for step in report.steps)
+
+
+def test_training_lowers_the_loss_against_the_teacher(folder, tmp_path):
+    recipe = write_recipe(folder, "width.steps=30", "width.ema_decay=0")
+    rows = log_of(run(recipe, tmp_path, kinds=["width"]))
+    first, last = ([row[name] for name in ("feature", "teacher")] for row in (rows[0], rows[-1]))
+    assert sum(row["teacher"] for row in rows[-5:]) < 0.8 * sum(row["teacher"] for row in rows[:5])
+    assert len(rows) == 30 and first != last
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("checkpointing", ["false", "true"])
+def test_a_run_that_was_killed_goes_on_bit_for_bit(
+    folder, done, tmp_path, monkeypatch, checkpointing
+):
+    recipe = write_recipe(folder, checkpointing=checkpointing)
+    whole = ToyDataset.batch
+
+    def dies(self, step, *place):
+        if step == 3:
+            raise Killed
+        return whole(self, step, *place)
+
+    for _ in range(2):
+        monkeypatch.setattr(ToyDataset, "batch", dies)
+        with pytest.raises(Killed):
+            run(recipe, tmp_path, kinds=["width", "router"])
+        monkeypatch.setattr(ToyDataset, "batch", whole)
+        run(recipe, tmp_path, kinds=["width"])
+    last = run(recipe, tmp_path, kinds=["width", "router"])
+    there = done.parent / "2-router"
+    for name in ("student", "router"):
+        # computing blocks again gives the same numbers
+        assert (last / f"{name}.safetensors").read_bytes() == (
+            there / f"{name}.safetensors"
+        ).read_bytes()
+    mine, theirs = log_of(last), log_of(there)
+    assert [row["step"] for row in mine] == [1, 2, 3, 4]
+    assert [row["loss"] for row in mine] == [row["loss"] for row in theirs]
+
+
+def test_a_stage_that_is_done_is_not_done_again(recipe, done):
+    before = (done / "student.safetensors").stat().st_mtime_ns
+    assert run(recipe, done.parent) == done
+    assert (done / "student.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_stage_begins_with_the_student_it_is_given(recipe, done, tmp_path):
+    last = run(recipe, tmp_path, start=done.parent / "1-width", kinds=["router"])
+    there = done.parent / "2-router"
+    assert last.name == "2-router"
+    assert (last / "student.safetensors").read_bytes() == (
+        there / "student.safetensors"
+    ).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (["width.protection=x"], "TOML"),
+        (["nothing"], "KEY=VALUE"),
+        (["depth.lr=1"], "got 'depth'"),
+        (["data.batch.size=1"], "no table"),
+        (["width.steps=0"], "steps: expected"),
+        (["data.bach=2"], "no such key"),
+    ],
+)
+def test_a_change_that_does_not_fit_is_refused(folder, changes, said):
+    with pytest.raises(ValueError, match=said):
+        write_recipe(folder, *changes)
+
+
+def test_changes_reach_every_stage_of_their_kind():
+    stages = [{"kind": "width"}, {"kind": "router"}, {"kind": "width"}]
+    given = {"stage": stages, "data": {"folder": "toy"}}
+    change(given, ["width.weights.temporal = 0", "data.batch=3"])
+    assert [stage.get("weights") for stage in given["stage"]] == [
+        {"temporal": 0},
+        None,
+        {"temporal": 0},
+    ]
+    assert given["data"] == {"folder": "toy", "batch": 3}
+
+
+def test_a_stage_that_the_recipe_has_not_is_refused(folder, tmp_path):
+    with pytest.raises(ValueError, match="stages: expected some of width"):
+        run(write_recipe(folder), tmp_path, kinds=["other"])
+
+
+def test_a_model_of_another_task_is_refused(folder):
+    path = folder / "t2v.toml"
+    text = SMALL.format(folder=folder, checkpointing="false", teacher="whole")
+    path.write_text(text.replace('"both"', '"t2v"').replace("image_share = 0.3", ""))
+    with pytest.raises(ValueError, match="expected a model with 16 input channels"):
+        open_origin(load_recipe(path))
