@@ -51,8 +51,8 @@ class Bench:
         made_of: str = "",
     ):
         self.subject, self.task, self.point = subject, task, point
-        # a case may put another one here while it samples
-        self.model = subject.model
+        # a case may put others here while it samples
+        self.model, self.guidance = subject.model, point.guidance
         self.items = subject.items(task, prompts, seeds)
         self.prompts, self.seeds = prompts, seeds
         self.name = (
@@ -80,7 +80,7 @@ class Bench:
             item.text[None],
             self.subject.size,
             steps=steps or self.point.steps,
-            guidance=self.point.guidance,
+            guidance=self.guidance,
             shift=self.point.shift,
             # a prompt's two seeds and two prompts' first seeds must all be different noise
             seed=1000 * item.seed + item.prompt_index,

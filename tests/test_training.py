@@ -8,15 +8,15 @@ import torch
 from torch import nn
 
 from wantrim.hosts.diffusers.attach import attach
-from wantrim.hosts.diffusers.profiling import model_fingerprint, profile_run
+from wantrim.hosts.diffusers.profiling import model_fingerprint
 from wantrim.hosts.diffusers.sample import sample, sigmas_for
 from wantrim.hosts.diffusers.slim import load_slim
-from wantrim.hosts.diffusers.weights import new_transformer, save_original
 from wantrim.hosts.plan import TrimPlan
 from wantrim.hosts.slim_file import read_header
 from wantrim.methods.depth import BlockBudget, BlockPlan
 from wantrim.methods.presets import preset_plan
 from wantrim.methods.routers import FixedRouter, load_router
+from wantrim.tests.small_wan import RECIPE, make_origin, write_recipe
 from wantrim.toy.text import TEXT_DIM
 from wantrim.training.changes import change
 from wantrim.training.draws import Draws
@@ -38,69 +38,15 @@ from wantrim.training.tokens import TokenSteps, past_points, token_steps, trimme
 from wantrim.training.toy_data import ToyDataset
 from wantrim.training.trainer import learning_rate
 
-SMALL = """
-name = "small"
-model = "{folder}/wan.safetensors"
-profile = "{folder}/profile.safetensors"
-task = "both"
-[data]
-folder = "toy"
-batch = 2
-image_share = 0.3
-[run]
-dtype = "fp32"
-checkpointing = {checkpointing}
-teacher = "{teacher}"
-save_every = 2
-sample_every = 0
-log_every = 1
-[[stage]]
-kind = "width"
-steps = 4
-warmup = 1
-lr = 1e-3
-shift = 3.0
-ema_decay = 0.9
-[[stage]]
-kind = "router"
-steps = 4
-warmup = 1
-lr = 1e-3
-shift = 3.0
-[[stage]]
-kind = "steps"
-steps = 2
-warmup = 1
-lr = 1e-3
-shift = 3.0
-guidance = 4.0
-"""
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A random Wan of 4 blocks and 4 heads with its profile."""
-    path = tmp_path_factory.mktemp("origin")
-    torch.manual_seed(0)
-    sizes = {"dim": 64, "num_heads": 4, "num_layers": 4, "ffn_dim": 64, "in_dim": 36}
-    model = new_transformer(**sizes, out_dim=16, text_dim=TEXT_DIM).eval()
-    save_original(path / "wan.safetensors", model, torch.float32, {})
-    with profile_run(model) as recorder:
-        sample(model, torch.randn(1, 24, TEXT_DIM), (2, 4, 4), steps=2, guidance=1)
-    recorder.profile().save(path / "profile.safetensors")
-    return path
+    return make_origin(tmp_path_factory.mktemp("origin"))
 
 
 @pytest.fixture(scope="module")
 def recipe(folder):
     return write_recipe(folder)
-
-
-def write_recipe(folder, *changes, checkpointing="false", teacher="whole"):
-    path = folder / "small.toml"
-    text = SMALL.format(folder=folder, checkpointing=checkpointing, teacher=teacher)
-    path.write_text(text)
-    return load_recipe(path, changes)
 
 
 def run(recipe, out, **options):
@@ -497,7 +443,7 @@ def test_a_stage_that_the_recipe_has_not_is_refused(folder, tmp_path):
 
 def test_a_model_of_another_task_is_refused(folder):
     path = folder / "t2v.toml"
-    text = SMALL.format(folder=folder, checkpointing="false", teacher="whole")
+    text = RECIPE.format(folder=folder, checkpointing="false", teacher="whole")
     path.write_text(text.replace('"both"', '"t2v"').replace("image_share = 0.3", ""))
     with pytest.raises(ValueError, match="expected a model with 16 input channels"):
         open_origin(load_recipe(path))

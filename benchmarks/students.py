@@ -1,0 +1,209 @@
+"""What recovery training is worth: `python -m wantrim.benchmarks.students`.
+
+The quality bench (benchmarks/quality.py) on the students that PARE's stages make of the tiny Wan:
+rows of benchmarks/results/students.csv. Every video is compared with the full model's of 20 guided
+steps. The students are read from out/training, where `make train-demo` and the commands of
+benchmarks/README.md put them.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..hosts.diffusers.attach import attach
+from ..hosts.diffusers.sample import sigmas_for
+from ..hosts.diffusers.slim import load_slim
+from ..hosts.session import COND, UNCOND, TrimPlan
+from ..hosts.slim_file import read_header
+from ..methods.cost import forward_flops
+from ..methods.depth import BlockBudget, BlockPlan
+from ..methods.presets import preset_plan
+from ..methods.routers import FixedRouter, ProfiledRouter, RandomRouter, Router, load_router
+from .bench import Bench
+from .cases import Case
+from .depth import least_blocks, shipped_profile
+from .quality import DENSE, parse_args, run_cases, selected
+from .width import WIDTH_COLUMNS, compared_rows
+
+RUNS = Path("out/training")
+# shares of dense FLOPs that the kinds of students have, about
+WIDTH, ROUTED, TOKENS, FEW = 0.75, 0.5, 0.4, 0.1
+# stage III and its rivals
+FEW_STEPS = 4
+KEEP = 0.7
+
+
+@dataclass(frozen=True)
+class StudentCase(Case):
+    """A student, or the full model, at some way of sampling.
+
+    Args:
+        student: file or stage's folder within RUNS; empty is the full model.
+        router: "" runs all blocks; else "trained", "profiled", "random" or "static".
+        steps, guidance: of the sampling; None is the dense videos' own.
+        keep_ratio: of tokens, with the preset "refresh".
+        against: method and setting of the row at the same target that this one is compared with.
+    """
+
+    student: str = ""
+    router: str = ""
+    steps: int | None = None
+    guidance: float | None = None
+    keep_ratio: float = 1.0
+    against: tuple[str, str] | None = None
+
+
+def student(setting: str, target: float, path: str, against: str = "", **options) -> StudentCase:
+    """A row of method "student"; `against` is another one's setting."""
+    twin = ("student", against) if against else None
+    group = {WIDTH: "width", ROUTED: "router", TOKENS: "tokens", FEW: "steps"}[target]
+    return StudentCase(group, "student", setting, target, student=path, against=twin, **options)
+
+
+def all_cases() -> list[Case]:
+    """Every row, the most telling first."""
+    raw, first, second = "cut, not trained", "stage I", "stage II"
+    I, II, III = "tiny/1-width", "tiny/2-router", "tiny/3-steps"  # noqa: E741
+    cases: list[Case] = [
+        student(raw, WIDTH, "tiny/start.safetensors"),
+        student(first, WIDTH, I, raw),
+        student("stage I without temporal loss", WIDTH, "no_temporal/1-width", first),
+        student("stage I without temporal protection", WIDTH, "no_protection/1-width", first),
+        student(second, ROUTED, II, router="trained"),
+        student("stage II, router without content", ROUTED, "no_content/2-router", second,
+                router="trained"),
+    ]  # fmt: skip
+    for name in ("profiled", "random", "static"):
+        cases.append(student(f"stage II's student, {name} blocks", ROUTED, II, second, router=name))
+    for name in ("profiled", "random"):
+        cases.append(student(f"stage I's student, {name} blocks", ROUTED, I, second, router=name))
+    # trained without tokens and then trimmed, against trained with them
+    after, aware = "stage II, tokens dropped afterwards", "stage II with dropped tokens"
+    cases += [
+        student(after, TOKENS, II, router="trained", keep_ratio=KEEP),
+        student(aware, TOKENS, "tokens/2-router", after, router="trained", keep_ratio=KEEP),
+        student(f"{aware}, all tokens kept", ROUTED, "tokens/2-router", second, router="trained"),
+    ]
+    few = {"steps": FEW_STEPS}
+    dense_few = "full model, 4 steps"
+    cases += [
+        StudentCase("steps", "dense_few", dense_few, FEW, guidance=1.0, **few),
+        StudentCase("steps", "dense_few", f"{dense_few}, guided", FEW, **few),
+        student("stage II, 4 steps, guided", FEW, II, router="trained", **few),
+        student("stage III, 4 steps", FEW, III, router="trained", guidance=1.0, **few),
+    ]
+    cases[-1] = _against(cases[-1], ("dense_few", dense_few))
+    cases += [Case("width router tokens", "fewer_steps", "", t) for t in (WIDTH, ROUTED, TOKENS)]
+    return cases
+
+
+def _against(case: StudentCase, twin: tuple[str, str]) -> StudentCase:
+    return StudentCase(**{**vars(case), "against": twin})
+
+
+class StudentBench(Bench):
+    """Students beside the bench's own cases."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self._facts: dict[str, float] = {}
+
+    def run(self, case: Case) -> dict[str, object]:
+        self._facts = {}
+        result = super().run(case)
+        if "row" in result:
+            result["row"] |= self._facts
+        return result
+
+    def _prepare(self, case: Case):
+        if not isinstance(case, StudentCase):
+            return super()._prepare(case)
+        steps = case.steps or self.point.steps
+        guidance = case.guidance or self.point.guidance
+        sigmas = sigmas_for(steps, self.point.shift)[:-1]
+        model, header = self.subject.model, None
+        if case.student:
+            model, header = self._load(case.student)
+        plan, share = TrimPlan(), 1.0
+        if case.router:
+            trained = header.made["trained"][-1]
+            budget = BlockBudget(trained["k_min"], trained["k_max"])
+            blocks, share = self._blocks(case, budget, sigmas.tolist(), len(model.blocks))
+            plan = TrimPlan(blocks=blocks)
+        if case.keep_ratio < 1:
+            plan = TrimPlan(preset_plan("refresh", case.keep_ratio), blocks=plan.blocks)
+        whole = _parameters(self.subject.model)
+        inside = sum(_parameters(block) for block in model.blocks)
+        active = _parameters(model) - inside * (1 - share)
+        self._facts["parameter_ratio"] = active / whole
+        roles = (COND,) if guidance == 1 else (COND, UNCOND)
+
+        @contextmanager
+        def method():
+            self.model, self.guidance = model, guidance
+            try:
+                with attach(
+                    model, plan, cond_or_uncond=roles, shift=self.point.shift, sigmas=sigmas
+                ):
+                    yield
+            finally:
+                self.model, self.guidance = self.subject.model, self.point.guidance
+
+        knob = f"{share:.3f} of the blocks" if case.router else ""
+        predicted = ""
+        if header is None or not (case.router or case.keep_ratio < 1):
+            width = None if header is None else header.width
+            full = forward_flops(self.shape, self.grid.tokens)
+            one = forward_flops(self.shape, self.grid.tokens, grid=self.grid, width=width) / full
+            calls = steps * len(roles) / (self.point.steps * self.point.prompts)
+            predicted = one * calls
+        return knob, method, steps, predicted
+
+    def _load(self, name: str):
+        path = RUNS / name
+        path = path if path.suffix else path / "student.safetensors"
+        if not path.is_file():
+            raise ValueError(f"{path} is not there; `make train-demo` and benchmarks/README.md")
+        return load_slim(path), read_header(path)
+
+    def _blocks(
+        self, case: StudentCase, budget: BlockBudget, sigmas: list[float], num_blocks: int
+    ) -> tuple[BlockPlan, float]:
+        """The plan, and the mean share of the blocks that run."""
+        counts = [budget.blocks(sigma, num_blocks) for sigma in sigmas]
+        share = sum(counts) / len(counts) / num_blocks
+        router: Router
+        if case.router == "trained":
+            router = load_router(RUNS / case.student / "router.safetensors")
+        elif case.router == "profiled":
+            router = ProfiledRouter(shipped_profile())
+        elif case.router == "random":
+            router = RandomRouter()
+        else:
+            skipped = num_blocks - round(share * num_blocks)
+            router = FixedRouter(least_blocks(shipped_profile(), sigmas, skipped))
+        return BlockPlan(router, budget), share
+
+
+def _parameters(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def main() -> None:
+    args = parse_args(__doc__, StudentBench, Path("out/students"), ("t2v",))
+    if args.weights:
+        raise SystemExit("--weights: the students are the tiny Wan's; leave it out")
+    args.points = [point for point in args.points if point.guidance > 1]
+    torch.set_num_threads(args.threads)
+    known = [DENSE, *all_cases()]
+    cases = selected(True, args.only, args.targets, known[1:])
+    table = args.results / "students.csv"
+    run_cases(args, cases, known, table, compared_rows, WIDTH_COLUMNS)
+
+
+if __name__ == "__main__":
+    main()
