@@ -42,6 +42,6 @@ bench: $(READY)
 quality: $(READY)
 	$(BIN)/python -m wantrim.benchmarks.quality $(ARGS)
 
-# PARE's stages on the tiny Wan: about an hour on two slow cores; stopped, it goes on with the same
+# PARE's stages on the tiny Wan: about an hour and a half on two slow cores; stopped, it goes on with the same
 train-demo: $(READY)
 	$(BIN)/python -m wantrim.training tiny $(ARGS)

@@ -9,7 +9,7 @@ benchmarks/README.md put them.
 from __future__ import annotations
 
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -35,6 +35,7 @@ WIDTH, ROUTED, TOKENS, FEW = 0.75, 0.5, 0.4, 0.1
 # stage III and its rivals
 FEW_STEPS = 4
 KEEP = 0.7
+STAGES = ("1-width", "2-router", "3-router", "4-steps")
 
 
 @dataclass(frozen=True)
@@ -66,43 +67,43 @@ def student(setting: str, target: float, path: str, against: str = "", **options
 
 def all_cases() -> list[Case]:
     """Every row, the most telling first."""
-    raw, first, second = "cut, not trained", "stage I", "stage II"
-    I, II, III = "tiny/1-width", "tiny/2-router", "tiny/3-steps"  # noqa: E741
+    raw, first, half, second = "cut, not trained", "stage I", "stage II, first pass", "stage II"
+    # the ablations of stage II are as long as its first pass
+    one, once, twice, few = (f"tiny/{name}" for name in STAGES)
+    trained = {"router": "trained"}
     cases: list[Case] = [
+        student(second, ROUTED, twice, **trained),
+        student(first, WIDTH, one, raw),
         student(raw, WIDTH, "tiny/start.safetensors"),
-        student(first, WIDTH, I, raw),
+        student(half, ROUTED, once, second, **trained),
+    ]
+    for name in ("profiled", "random", "static"):
+        cases.append(
+            student(f"stage II's student, {name} blocks", ROUTED, twice, second, router=name)
+        )
+    for name in ("profiled", "random"):
+        cases.append(student(f"stage I's student, {name} blocks", ROUTED, one, second, router=name))
+    # trained without tokens and then trimmed, against trained with them
+    after, aware = f"{half}, tokens dropped afterwards", f"{half}, with dropped tokens"
+    tokens, keep = "tokens/2-router", {"router": "trained", "keep_ratio": KEEP}
+    cases += [
+        student(after, TOKENS, once, **keep),
+        student(aware, TOKENS, tokens, after, **keep),
+        student(f"{aware}, all tokens kept", ROUTED, tokens, half, **trained),
         student("stage I without temporal loss", WIDTH, "no_temporal/1-width", first),
         student("stage I without temporal protection", WIDTH, "no_protection/1-width", first),
-        student(second, ROUTED, II, router="trained"),
-        student("stage II, router without content", ROUTED, "no_content/2-router", second,
-                router="trained"),
-    ]  # fmt: skip
-    for name in ("profiled", "random", "static"):
-        cases.append(student(f"stage II's student, {name} blocks", ROUTED, II, second, router=name))
-    for name in ("profiled", "random"):
-        cases.append(student(f"stage I's student, {name} blocks", ROUTED, I, second, router=name))
-    # trained without tokens and then trimmed, against trained with them
-    after, aware = "stage II, tokens dropped afterwards", "stage II with dropped tokens"
-    cases += [
-        student(after, TOKENS, II, router="trained", keep_ratio=KEEP),
-        student(aware, TOKENS, "tokens/2-router", after, router="trained", keep_ratio=KEEP),
-        student(f"{aware}, all tokens kept", ROUTED, "tokens/2-router", second, router="trained"),
+        student(f"{half}, router without content", ROUTED, "no_content/2-router", half, **trained),
     ]
-    few = {"steps": FEW_STEPS}
-    dense_few = "full model, 4 steps"
-    cases += [
-        StudentCase("steps", "dense_few", dense_few, FEW, guidance=1.0, **few),
-        StudentCase("steps", "dense_few", f"{dense_few}, guided", FEW, **few),
-        student("stage II, 4 steps, guided", FEW, II, router="trained", **few),
-        student("stage III, 4 steps", FEW, III, router="trained", guidance=1.0, **few),
-    ]
-    cases[-1] = _against(cases[-1], ("dense_few", dense_few))
     cases += [Case("width router tokens", "fewer_steps", "", t) for t in (WIDTH, ROUTED, TOKENS)]
+    dense, short = "full model, 4 steps", {"steps": FEW_STEPS}
+    cases += [
+        StudentCase("steps", "dense_few", dense, FEW, guidance=1.0, **short),
+        StudentCase("steps", "dense_few", f"{dense}, guided", FEW, **short),
+        student("stage II, 4 steps, guided", FEW, twice, **trained, **short),
+        student("stage III, 4 steps", FEW, few, guidance=1.0, **trained, **short),
+    ]
+    cases[-1] = replace(cases[-1], against=("dense_few", dense))
     return cases
-
-
-def _against(case: StudentCase, twin: tuple[str, str]) -> StudentCase:
-    return StudentCase(**{**vars(case), "against": twin})
 
 
 class StudentBench(Bench):

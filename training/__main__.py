@@ -30,7 +30,7 @@ def main() -> None:
     add("recipe", help="a TOML file, or the name of one that ships: tiny, t2v_14b, ...")
     add("--out", type=Path, help="folder of the run (default: out/training/NAME)")
     add("--start", type=Path, help="begin with this slim file or stage's folder")
-    add("--stages", nargs="+", default=(), choices=("width", "router", "steps"))
+    add("--stages", nargs="+", default=(), metavar="STAGE", help="only these: kinds or numbers")
     add("--set", nargs="+", default=(), metavar="KEY=VALUE", help="change the recipe")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--threads", type=int, default=1, help="CPU threads of torch; 1 is fastest when shared")

@@ -52,7 +52,7 @@ def train(
 
     Args:
         start: a stage's folder or a slim file to begin with, instead of cutting the full model.
-        kinds: of the stages to run; empty runs all.
+        kinds: kinds or numbers of the stages to run; empty runs all.
 
     Raises:
         ValueError: a file does not fit, or there is no such stage.
@@ -60,7 +60,7 @@ def train(
     chosen = [
         (number, stage)
         for number, stage in enumerate(recipe.stages, 1)
-        if not kinds or stage.kind in kinds
+        if not kinds or stage.kind in kinds or str(number) in kinds
     ]
     if not chosen:
         raise ValueError(
