@@ -19,7 +19,7 @@ from ..hosts.diffusers.sample import sigmas_for
 from ..hosts.diffusers.slim import load_slim
 from ..hosts.session import COND, UNCOND, TrimPlan
 from ..hosts.slim_file import read_header
-from ..methods.cost import forward_flops
+from ..methods.cost import forward_flops, outside_flops
 from ..methods.depth import BlockBudget, BlockPlan
 from ..methods.presets import preset_plan
 from ..methods.routers import FixedRouter, ProfiledRouter, RandomRouter, Router, load_router
@@ -133,14 +133,13 @@ class StudentBench(Bench):
         if case.router:
             trained = header.made["trained"][-1]
             budget = BlockBudget(trained["k_min"], trained["k_max"])
-            blocks, share = self._blocks(case, budget, sigmas.tolist(), len(model.blocks))
-            plan = TrimPlan(blocks=blocks)
+            chosen, share = self._blocks(case, budget, sigmas.tolist(), len(model.blocks))
+            plan = TrimPlan(blocks=chosen)
         if case.keep_ratio < 1:
             plan = TrimPlan(preset_plan("refresh", case.keep_ratio), blocks=plan.blocks)
-        whole = _parameters(self.subject.model)
-        inside = sum(_parameters(block) for block in model.blocks)
-        active = _parameters(model) - inside * (1 - share)
-        self._facts["parameter_ratio"] = active / whole
+        blocks = sum(_parameters(block) for block in model.blocks)
+        active = _parameters(model) - blocks * (1 - share)
+        self._facts["parameter_ratio"] = active / _parameters(self.subject.model)
         roles = (COND,) if guidance == 1 else (COND, UNCOND)
 
         @contextmanager
@@ -155,13 +154,16 @@ class StudentBench(Bench):
                 self.model, self.guidance = self.subject.model, self.point.guidance
 
         knob = f"{share:.3f} of the blocks" if case.router else ""
-        predicted = ""
-        if header is None or not (case.router or case.keep_ratio < 1):
+        predicted: float | str = ""
+        # how many tokens the first steps drop is not the cost model's to say
+        if case.keep_ratio == 1:
             width = None if header is None else header.width
-            full = forward_flops(self.shape, self.grid.tokens)
-            one = forward_flops(self.shape, self.grid.tokens, grid=self.grid, width=width) / full
+            size = {"grid": self.grid, "width": width}
+            outside = outside_flops(self.shape, self.grid.tokens)
+            inside = forward_flops(self.shape, self.grid.tokens, **size) - outside
             calls = steps * len(roles) / (self.point.steps * self.point.prompts)
-            predicted = one * calls
+            whole = forward_flops(self.shape, self.grid.tokens)
+            predicted = calls * (outside + share * inside) / whole
         return knob, method, steps, predicted
 
     def _load(self, name: str):
@@ -187,6 +189,7 @@ class StudentBench(Bench):
         else:
             skipped = num_blocks - round(share * num_blocks)
             router = FixedRouter(least_blocks(shipped_profile(), sigmas, skipped))
+            share = 1 - skipped / num_blocks
         return BlockPlan(router, budget), share
 
 

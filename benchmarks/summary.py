@@ -48,6 +48,7 @@ PARTS = {
     "width": ("in_place", "sliced"),
     "depth": ("methods", "curve", "age", "memory"),
     "dial": ("dial",),
+    "students": ("width", "router", "tokens", "steps"),
 }
 
 
