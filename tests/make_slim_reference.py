@@ -1,4 +1,4 @@
-"""Writes what diffusers makes of a slim tiny Wan, for tests/comfyui/test_slim.py.
+"""Writes what diffusers makes of a slim tiny Wan and of the trained student, for tests/comfyui.
 
 Run from the repository root after the checkpoint changed, with the interpreter that has diffusers:
     .venv/bin/python tests/make_reference.py && .venv/bin/python tests/make_slim_reference.py
@@ -11,9 +11,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from wantrim.hosts.diffusers.attach import attach
 from wantrim.hosts.diffusers.slim import load_slim
+from wantrim.hosts.plan import TrimPlan
 from wantrim.hosts.slim_export import export_slim
 from wantrim.hosts.slim_source import open_source
+from wantrim.methods.depth import BlockBudget, BlockPlan
+from wantrim.methods.routers import load_router
 from wantrim.methods.width import Width
 from wantrim.toy import CHECKPOINT
 
@@ -28,6 +32,10 @@ def some(most: int, blocks: int, generator: torch.Generator) -> tuple[tuple[int,
     return tuple(tuple(sorted(order)) for order in orders)
 
 
+def forward(model, given: dict[str, torch.Tensor]) -> torch.Tensor:
+    return model(given["x"], given["timestep"], given["text"], return_dict=False)[0].contiguous()
+
+
 def main() -> None:
     source = open_source(CHECKPOINT)
     model, generator = source.model, torch.Generator().manual_seed(27336)
@@ -38,8 +46,14 @@ def main() -> None:
         path = Path(folder) / "slim.safetensors"
         export_slim(source, path, width)
         slim = load_slim(path)
-        made = slim(given["x"], given["timestep"], given["text"], return_dict=False)[0]
-    save_file({"output": made.contiguous()}, REFERENCE, {"width": json.dumps(width.__dict__)})
+        student = load_slim(CHECKPOINT.with_name("tiny_wan_student.safetensors"))
+        router = load_router(CHECKPOINT.with_name("tiny_wan_router.safetensors"))
+        outputs = {"output": forward(slim, given), "student": forward(student, given)}
+        # one sigma for the whole batch, as in sampling
+        first = {name: value[:1] for name, value in given.items()}
+        with attach(student, TrimPlan(blocks=BlockPlan(router, BlockBudget(0.4, 0.7)))):
+            outputs["routed"] = forward(student, first)
+    save_file(outputs, REFERENCE, {"width": json.dumps(width.__dict__)})
 
 
 if __name__ == "__main__":

@@ -128,10 +128,11 @@ def write_student(
     # a norm's factor of the cut is in its weights, which went on from there
     made = {**header.made, "trained": trained}
     header = replace(header, model=model, norm_scale={}, made=made)
-    save_slim(folder / "student.safetensors", student, header, dtype)
+    # the student last: where it is, the stage is done
     if router is not None:
         trained_router = TrainedRouter(router, kind, model)
         save_router(folder / "router.safetensors", trained_router, package_version())
+    save_slim(folder / "student.safetensors", student, header, dtype)
 
 
 def _sample(tables: list[torch.Tensor], last: torch.Tensor, dtype: torch.dtype) -> tuple:

@@ -38,18 +38,6 @@ class World:
         """Whether this process writes files and talks."""
         return self.rank == 0
 
-    def slice(self, batch: int) -> int:
-        """Samples of the batch that this process computes.
-
-        Raises:
-            ValueError: it cannot be shared evenly.
-        """
-        if batch % self.size:
-            raise ValueError(
-                f"batch: expected a multiple of the {self.size} processes, got {batch}"
-            )
-        return batch // self.size
-
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         """Mean over the processes."""
         if self.size > 1:

@@ -15,7 +15,7 @@ from .log import StageLog
 from .models import Origin, open_origin
 from .parallel import World, shard
 from .recipe import TOY, Recipe
-from .shards import Batch, ShardDataset
+from .shards import Batch, ShardDataset, own_rows
 from .toy_data import ToyDataset
 from .trainer import DTYPES, Trainer
 from .videos import draw_videos, write_videos
@@ -51,7 +51,8 @@ def train(
     which the next stage begins with.
 
     Args:
-        start: a stage's folder or a slim file to begin with, instead of cutting the full model.
+        start: a stage's folder or a slim file to begin with; None is the stage before the first of
+            these where it is done, else the full model is cut.
         kinds: kinds or numbers of the stages to run; empty runs all.
 
     Raises:
@@ -67,8 +68,13 @@ def train(
             f"stages: expected some of {', '.join(stage.kind for stage in recipe.stages)}, got "
             f"{', '.join(kinds)}"
         )
-    world.slice(recipe.data.batch)
+    # before anything is loaded
+    own_rows(recipe.data.batch, world.rank, world.size)
     data, origin = open_data(recipe, world), open_origin(recipe)
+    done = [out / f"{number}-{stage.kind}" for number, stage in enumerate(recipe.stages, 1)]
+    done = [folder for folder in done[: chosen[0][0] - 1] if (folder / STUDENT).exists()]
+    if start is None and done:
+        start = done[-1]
     if start is None:
         start = out / "start.safetensors"
         if world.first and not start.exists():

@@ -27,17 +27,24 @@ def draw_videos(
     """Latents [c, f, h, w] of the first sample's prompt, by teacher and student."""
     taken = {"condition": batch.condition, "clip": batch.clip}
     one = {name: None if value is None else value[:1] for name, value in taken.items()}
-    clip = {} if one["clip"] is None else {"encoder_hidden_states_image": one["clip"]}
-    shared = {
-        "size": tuple(batch.latents.shape[2:]),
-        "shift": stage.shift,
-        "seed": step,
-        "condition": one["condition"],
-        "negative": pair.negative,
-        "model_kwargs": clip,
-    }
-    text = batch.text[:1]
-    teacher = sample(pair.teacher, text, steps=STEPS, guidance=stage.guidance, **shared)
+
+    def draw(model, steps: int, guidance: float) -> torch.Tensor:
+        dtype = next(model.parameters()).dtype
+        clip = None if one["clip"] is None else one["clip"].to(dtype)
+        return sample(
+            model,
+            batch.text[:1].to(dtype),
+            tuple(batch.latents.shape[2:]),
+            steps=steps,
+            guidance=guidance,
+            shift=stage.shift,
+            seed=step,
+            condition=one["condition"],
+            negative=pair.negative,
+            model_kwargs={} if clip is None else {"encoder_hidden_states_image": clip},
+        )
+
+    teacher = draw(pair.teacher, STEPS, stage.guidance)
     few = stage.kind == "steps"
     steps, guidance = (stage.sampler_steps, 1.0) if few else (STEPS, stage.guidance)
     # training's gate would cost every block; in sampling those left out are not computed
@@ -48,7 +55,7 @@ def draw_videos(
     roles = (0,) if few else (0, 1)
     sigmas = sigmas_for(steps, stage.shift)[:-1]
     with attach(pair.student, plan, cond_or_uncond=roles, shift=stage.shift, sigmas=sigmas):
-        student = sample(pair.student, text, steps=steps, guidance=guidance, **shared)
+        student = draw(pair.student, steps, guidance)
     return {"teacher": teacher[0].cpu(), "student": student[0].cpu()}
 
 

@@ -124,9 +124,9 @@ class _ModelHook(ModelHook):
     def new_forward(self, module, hidden_states, timestep, *args, **kwargs):
         a = self.attachment
         check_latent(hidden_states)
+        images = args[1] if len(args) > 1 else kwargs.get("encoder_hidden_states_image")
         if a.session.report.shape is None:
             text = args[0] if args else kwargs["encoder_hidden_states"]
-            images = args[1] if len(args) > 1 else kwargs.get("encoder_hidden_states_image")
             a.session.report.shape = wan_shape(
                 module, text.shape[1], 0 if images is None else images.shape[1]
             )
@@ -146,6 +146,8 @@ class _ModelHook(ModelHook):
             grid=grid,
             num_blocks=len(module.blocks),
             patch_frames=module.config.patch_size[0],
+            # of CLIP's tokens the first is the class
+            clip=None if images is None else images[:, 0],
             upcoming=a.upcoming(sigma),
         )
         a.call = call if call.trims else None

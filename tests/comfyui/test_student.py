@@ -1,0 +1,93 @@
+"""The student and the router that training made of the tiny Wan, by the nodes, in a real ComfyUI."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from wantrim.hosts.comfyui.attach import attachment_of
+from wantrim.hosts.slim_file import read_header
+from wantrim.methods.routers import load_router
+from wantrim.nodes.blocks import WanTrimBlocks
+from wantrim.nodes.demo import WanTrimDemoModel, WanTrimDemoPrompt
+from wantrim.nodes.files import DEMO_FILES, DEMO_STUDENT, find_file, list_files
+from wantrim.nodes.slim import WanTrimLoadSlim
+from wantrim.tests.comfyui import tiny
+from wantrim.tests.comfyui.test_blocks import DEFAULTS, blocks_run
+
+BUDGET = {"k_min": 0.4, "k_max": 0.7, "skipped_blocks_give": "identity"}
+SIZE = (5, 12, 12)
+
+
+@pytest.fixture(scope="module")
+def given(root):
+    data = root / "tests" / "data"
+    made = load_file(data / "slim_reference.safetensors")
+    return load_file(data / "tiny_wan_reference.safetensors") | {
+        name: made[name] for name in ("student", "routed")
+    }
+
+
+@pytest.fixture
+def student():
+    return WanTrimLoadSlim.execute(DEMO_STUDENT).result[0]
+
+
+def routed(model, **changes):
+    choice = {"router": "trained", "router_file": DEMO_STUDENT}
+    inputs = DEFAULTS | BUDGET | changes
+    return WanTrimBlocks.execute(model=model, router=choice, profile=None, **inputs).result
+
+
+def noise():
+    return torch.randn(1, 16, *SIZE, generator=torch.Generator().manual_seed(3))
+
+
+def sampled(model, steps=4):
+    text = WanTrimDemoPrompt.execute("a red circle moving right slowly on a black background")
+    nothing = WanTrimDemoPrompt.execute("")
+    given = tiny.Case(text.result[0], nothing.result[0], {"samples": torch.zeros(1, 16, *SIZE)})
+    return tiny.ksampler(model, given, steps=steps)
+
+
+def test_it_is_in_the_lists_and_its_files_say_what_they_are():
+    for folder, file in DEMO_FILES.items():
+        assert list_files(folder)[-1] == DEMO_STUDENT and find_file(folder, DEMO_STUDENT) == file
+    assert DEMO_STUDENT not in list_files("diffusion_models")
+    stages = read_header(DEMO_FILES["wantrim_slim"]).made["trained"]
+    assert [stage["stage"] for stage in stages] == ["width", "router", "router"]
+    assert (stages[-1]["k_min"], stages[-1]["k_max"]) == (BUDGET["k_min"], BUDGET["k_max"])
+    assert load_router(DEMO_FILES["wantrim_routers"]).kind == "latent"
+
+
+def test_output_equals_diffusers(student, given):
+    network = student.model.diffusion_model
+    made = network(given["x"], given["timestep"], given["text"])
+    torch.testing.assert_close(made.float(), given["student"], rtol=0, atol=2e-2)
+    assert float((given["student"] - given["output"]).norm()) > 0
+
+
+def test_the_router_leaves_out_what_the_budget_asks_for(student):
+    model, text = routed(student)
+    out = sampled(model)
+    ran = blocks_run(model)
+    assert text.splitlines()[1] == " ".join(map(str, ran))
+    assert len(ran) == 4 and all(2 <= count < 16 for count in ran) and ran[0] > ran[-1]
+    assert attachment_of(model).plan.blocks.router.name == "trained"
+    whole = sampled(student)
+    assert out.isfinite().all() and not torch.equal(out, whole)
+
+
+def test_a_budget_of_all_blocks_is_exact(student):
+    model, _ = routed(student, k_min=1.0, k_max=1.0)
+    assert torch.equal(sampled(model, 2), sampled(student, 2))
+
+
+def test_the_full_model_is_not_the_routers(student):
+    """Trained tables are not those of the full model; the router goes with its own student."""
+    full = WanTrimDemoModel.execute().result[0]
+    out = routed(student)[0]
+    assert attachment_of(out) is not None
+    try:
+        routed(full)
+    except ValueError as error:
+        assert "trained for another model" in str(error)
