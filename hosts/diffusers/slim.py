@@ -19,7 +19,7 @@ from ..slim_file import (
     read_tensor,
     write_tensors,
 )
-from .checkpoints import empty_model, make_rope, config_from_shapes
+from .checkpoints import config_from_shapes, empty_model, make_rope
 from .weights import to_diffusers_keys, to_original_keys
 
 
