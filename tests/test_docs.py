@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from wantrim.tests.comfyui import matrix
 from wantrim.tests.test_house import packages
 
 PAGES = {"en.md", "zh.md", "ja.md"}
@@ -196,3 +197,11 @@ def test_every_pain_names_a_test_that_is_there(root):
 
 def test_the_readme_links_to_the_pains(root):
     assert "(docs/pains.md)" in (root / "README.md").read_text("utf-8")
+
+
+def test_the_page_of_the_matrix_is_what_its_promises_give(root):
+    """`python -m wantrim.tests.comfyui.matrix` writes it anew."""
+    page = (root / "docs" / "compatibility.md").read_text("utf-8")
+    assert page == matrix.table()
+    told = [rows(section(page, title)) for title in ("Models", "Neighbours")]
+    assert [len(lines) for lines in told] == [len(matrix.KINDS), len(matrix.NEIGHBOURS)]

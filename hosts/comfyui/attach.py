@@ -9,6 +9,8 @@ options and see to it that the conditional prompt decides. Nothing of the model 
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 
@@ -19,6 +21,7 @@ from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from ...methods.routers import TrainedRouter
 from ...methods.schedule import progress_at
 from ...methods.solve import Solved
+from ..compiled import CAN_PAUSE, is_compiled, paused
 from ..report import Report
 from ..session import COND, Session, TrimPlan, check_latent
 from .blocks import replace_blocks
@@ -26,14 +29,20 @@ from .dense_step import Unmeasurable, call_sizes
 from .dial import Wish
 from .live import Live, running_node
 from .shape import clip_tokens, device_name, wan_shape
-from .variants import anchored_frames, token_grid, why_not_now
+from .variants import anchored_frames, token_grid, why_not_now, why_not_patched
 
 log = logging.getLogger(__name__)
 
 KEY = "wantrim"
 SESSION_KEY = "wantrim_session"
-# the key under which ComfyUI's compile nodes wrap the model
-COMPILE_KEY = "torch.compile"
+NOT_COMPILED = (
+    "torch.compile: the run is right but not compiled, because a compiled model would freeze an "
+    "earlier choice of tokens or blocks"
+)
+CANNOT_PAUSE = (
+    "torch.compile: this version of PyTorch cannot leave it out of a run, and a compiled model may "
+    "repeat an earlier run. Take off the compile node, or use PyTorch 2.6 or newer"
+)
 
 
 class Attachment:
@@ -100,6 +109,8 @@ class _Run:
         self.session, self.shift = session, shift
         # why this run computes everything
         self.dense: str | None = None
+        # why this run looks into no block
+        self.patched: str | None = None
         # the host runs cond and uncond in two calls, uncond first
         self.split = False
         self.awaits_cond = False
@@ -114,6 +125,12 @@ class _Run:
         # of the first step's model calls
         self.calls: list[dict] = []
         self.unmeasurable: str | None = None
+
+    @property
+    def looks_inside(self) -> bool:
+        """Whether the plan wants more of a block than to leave it out."""
+        plan = self.session.plan
+        return plan.trims_tokens or plan.trims_heads
 
     def note_call(self, arguments: dict) -> None:
         """Keep the sizes of a model call that was made, if it is of the first step."""
@@ -168,12 +185,7 @@ def _outer_sample(executor, *args, **kwargs):
                 "this guider orders its prompts in its own way; the first of them decided which "
                 "tokens stay"
             )
-        wrappers = options["transformer_options"]["wrappers"]
-        if COMPILE_KEY in wrappers[WrappersMP.APPLY_MODEL]:
-            report.note(
-                "torch.compile: the run is right but not compiled, because a compiled model would "
-                "freeze the first step's choice of tokens or blocks"
-            )
+        run.patched = why_not_patched(guider.model_patcher)
     attachment.report, attachment.calls = report, run.calls
     guider.model_options = options
     completed = False
@@ -207,7 +219,14 @@ def _calc_cond_batch(executor, model, conds, x_in, timestep, model_options):
         run.dense = (
             "several GPUs share a step and would choose tokens and blocks apart: all were computed"
         )
-    if run is None or conds[0] is None or not any(cond is not None for cond in conds[1:]):
+        # now, because a compiled model may not come by again
+        run.session.report.note(run.dense)
+    if (
+        run is None
+        or run.dense
+        or conds[0] is None
+        or not any(cond is not None for cond in conds[1:])
+    ):
         return executor(model, conds, x_in, timestep, model_options)
     if not run.split:
         run.awaits_cond = True
@@ -244,12 +263,27 @@ def _apply_model(
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
     run.latent = x
     try:
-        out = executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+        with paused() if _must_pause(run, executor.class_obj.diffusion_model) else nullcontext():
+            out = executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
     finally:
         run.latent = None
     given = {"x": x, "t": t, "c_concat": c_concat, "c_crossattn": c_crossattn, "control": control}
     run.note_call({**given, **kwargs})
     return out
+
+
+def _must_pause(run: _Run, dm) -> bool:
+    """Whether torch.compile has to be left out; the report says so.
+
+    Blocks that are compiled one by one can be skipped, but not looked into.
+    """
+    if run.dense is not None:
+        return False
+    inside = run.wish is not None or run.looks_inside
+    if not is_compiled(dm) and not (inside and any(map(is_compiled, dm.blocks))):
+        return False
+    run.session.report.note(NOT_COMPILED if CAN_PAUSE else CANNOT_PAUSE)
+    return True
 
 
 @torch.compiler.disable
@@ -294,13 +328,16 @@ def _trimmed_options(
         run.session.take(plan)
         run.wish = None
         log.info("WanTrim: %s", report.planned)
-    plan = run.session.plan
     # skipped blocks are no matter to those who look into a block
-    looks_inside = plan.trims_tokens or plan.trims_heads
-    reason = run.dense or (why_not_now(options) if looks_inside else None)
+    reason = run.dense
+    if reason is None and run.looks_inside:
+        reason = run.patched or why_not_now(options)
     if reason is not None:
         report.note(reason)
-        return options
+        plan = run.session.plan
+        if run.dense or not plan.trims_blocks or run.session.decision is not None:
+            return options
+        run.session.take(replace(plan, tokens=None, heads=None))
     if report.shape is None:
         report.shape = wan_shape(dm, context.shape[1], clip_tokens(dm, clip_fea))
         report.device = device_name(context.device)

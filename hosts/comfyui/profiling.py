@@ -18,10 +18,11 @@ from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from ...methods.calibration import calibration_bytes
 from ...methods.fingerprint import Fingerprint, sample_modulation
 from ...methods.profile import Profile
+from ..compiled import paused
 from ..profiling import Projections, Recorder
 from ..recording import BlockRecord, BlockWatch, CallRecord
 from ..session import COND, check_latent
-from .attach import COMPILE_KEY, attachment_of
+from .attach import attachment_of
 from .blocks import OVERRIDE
 from .variants import token_grid
 
@@ -29,6 +30,8 @@ log = logging.getLogger(__name__)
 
 KEY = "wantrim_profile"
 RUN_KEY = "wantrim_profile_run"
+# the key under which ComfyUI's compile nodes wrap the model
+COMPILE_KEY = "torch.compile"
 
 
 class ProfileAttachment:
@@ -178,7 +181,9 @@ def _outer_sample(executor, *args, **kwargs):
     )
     guider.model_options = options
     try:
-        result = executor(*args, **kwargs)
+        # a compiled model would repeat an earlier run, in which nobody watched
+        with paused():
+            result = executor(*args, **kwargs)
         attachment.recorder = run.recorder
         attachment.reason = run.off or "the last run never called the model"
         return result

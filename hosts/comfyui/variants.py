@@ -77,6 +77,16 @@ def why_not_now(transformer_options: dict) -> str | None:
     return None
 
 
+def why_not_patched(model) -> str | None:
+    """A reason why a run with this MODEL must not look into a block, or None."""
+    if any(".self_attn" in name for name in model.object_patches):
+        return (
+            "another node put a self-attention of its own into the blocks and may expect every "
+            "token, as Enhance-A-Video does: all tokens and heads were computed"
+        )
+    return None
+
+
 def token_grid(dm, x: torch.Tensor, time_dim_concat: torch.Tensor | None, extra: dict) -> TokenGrid:
     """The video's tokens in the block's sequence, before the model pads and patchifies x.
 

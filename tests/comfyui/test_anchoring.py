@@ -5,27 +5,9 @@ import torch
 
 from comfy_extras import nodes_wan
 from wantrim.tests.comfyui import tiny
+from wantrim.tests.comfyui.variants import bernini, first_and_last, made, phantom, picture
 
 SIZE = (tiny.WIDTH * 8, tiny.HEIGHT * 8, 4 * (tiny.FRAMES - 1) + 1, 1)
-
-
-def prompts():
-    return tiny.text(1), tiny.text(2)
-
-
-def picture(seed: int = 3, frames: int = 1) -> torch.Tensor:
-    return tiny.picture(seed, SIZE[1], SIZE[0], frames)
-
-
-def made(node, *args, last: int = 2, **options) -> tiny.Case:
-    """The conditioning of one of the host's nodes."""
-    result = node.execute(*prompts(), tiny.StubVAE(), *SIZE, *args, **options).result
-    return tiny.Case(result[0], result[1], result[last]["samples"])
-
-
-def first_and_last() -> tiny.Case:
-    node = nodes_wan.WanFirstLastFrameToVideo
-    return made(node, start_image=picture(3), end_image=picture(4))
 
 
 def last_only() -> tiny.Case:
@@ -34,10 +16,6 @@ def last_only() -> tiny.Case:
 
 def no_image() -> tiny.Case:
     return tiny.case("t2v")
-
-
-def phantom() -> tiny.Case:
-    return made(nodes_wan.WanPhantomSubjectToVideo, picture(5, 2), last=3)
 
 
 def vace_reference() -> tiny.Case:
@@ -145,14 +123,6 @@ def test_importance_is_read_from_the_grid_behind_the_reference():
         best = norm[first : first + 20].topk(call.budget).indices + first
         kept = call.kept[0][0]
         assert set(best.tolist()) == set(kept[(kept >= first) & (kept < first + 20)].tolist())
-
-
-def bernini() -> tiny.Case:
-    given = tiny.case()
-    latents = [torch.randn(1, 16, 1, tiny.HEIGHT, tiny.WIDTH)]
-    for prompt in (given.positive, given.negative):
-        prompt[0][1]["context_latents"] = latents
-    return given
 
 
 @pytest.mark.parametrize("has_it", ["positive", "negative"])

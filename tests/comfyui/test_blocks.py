@@ -1,7 +1,6 @@
 """Skipped blocks on ComfyUI's Wan models, against the host's own way to replace a block."""
 
 import gc
-import json
 import os
 import weakref
 from dataclasses import replace
@@ -9,13 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-import comfy.ldm.wan.model as wan
 import comfy.ops
 import comfy.sd
 import folder_paths
 from comfy.ldm.wan.model import WanModel
-from comfy.ldm.wan.model_animate import AnimateWanModel
-from comfy.ldm.wan.model_wandancer import WanDancerModel
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_context_windows import ContextWindowsManualNode
@@ -28,7 +24,7 @@ from wantrim.hosts.profiling import ProfileFile
 from wantrim.hosts.session import TrimPlan
 from wantrim.methods.depth import BlockBudget, BlockPlan, choose_blocks
 from wantrim.methods.heads import HeadPlan
-from wantrim.methods.profile import BINS, Profile
+from wantrim.methods.profile import Profile
 from wantrim.methods.routers import (
     Content,
     FixedRouter,
@@ -40,15 +36,12 @@ from wantrim.methods.routers import (
 )
 from wantrim.nodes.blocks import FOLDER, ROUTERS, WanTrimBlocks, parse_blocks
 from wantrim.tests.comfyui import tiny
+from wantrim.tests.comfyui.matrix import KINDS
+from wantrim.tests.comfyui.neighbours import easycache, slg
 from wantrim.tests.comfyui.passes import record
-from wantrim.tests.comfyui.test_chaining import (
-    NEIGHBOURS,
-    ORDERS,
-    compiled,  # noqa: F401
-    easycache,
-    slg,
-)
+from wantrim.tests.comfyui.test_chaining import NEIGHBOURS, ORDERS, compiled  # noqa: F401
 from wantrim.tests.comfyui.test_errors import model_of, says
+from wantrim.tests.comfyui.variants import SIDE, further_case, load
 
 HALF = BlockBudget(0.5, 0.85)
 DEFAULTS = {
@@ -66,33 +59,8 @@ DEFAULTS = {
 }
 either = pytest.mark.parametrize("gives", ["identity", "reuse"])
 
-# classes in which only blocks may be trimmed -> their sizes, and what their own nodes condition on
-SIDE = 8
-FURTHER = {
-    "s2v": (
-        wan.WanModel_S2V,
-        {"in_dim": 16, "audio_dim": 32, "audio_inject_layers": [0, 2, 3]},
-        {"audio_embed": (1, 25, 32, 12)},
-    ),
-    "humo": (wan.HumoWanModel, {"in_dim": 36}, {"audio_embed": (1, tiny.FRAMES, 8, 5, 1280)}),
-    # a face adapter behind every fifth block
-    "animate": (
-        AnimateWanModel,
-        {"in_dim": 36, "num_layers": 5},
-        {"pose_video_latent": (1, 16, 2, SIDE, SIDE)},
-    ),
-    "scail": (
-        wan.SCAILWanModel,
-        {"in_dim": 20},
-        {"pose_video_latent": (1, 16, tiny.FRAMES, SIDE // 2, SIDE // 2)},
-    ),
-    "scail2": (
-        wan.SCAIL2WanModel,
-        {"in_dim": 20},
-        {"pose_video_latent": (1, 16, tiny.FRAMES, SIDE // 2, SIDE // 2)},
-    ),
-    "wandancer": (WanDancerModel, {"in_dim": 36}, {"audio_embed": (1, 9, 35)}),
-}
+# in which only blocks may be trimmed
+FURTHER = [name for name, kind in KINDS.items() if kind.trims == ["blocks"]]
 
 
 def profile_for(model) -> Profile:
@@ -100,8 +68,8 @@ def profile_for(model) -> Profile:
     made = Profile.empty(model_fingerprint(model.model.diffusion_model))
     made.tensors["count"] += 1
     made.tensors["hidden"] += 1
-    sizes = torch.rand(BINS, tiny.LAYERS, generator=torch.Generator().manual_seed(4))
-    made.tensors["residual"] += 0.1 + sizes
+    residual = made.tensors["residual"]
+    residual += 0.1 + torch.rand(residual.shape, generator=torch.Generator().manual_seed(4))
     return made
 
 
@@ -132,32 +100,6 @@ def replaced(model, blocks=(2, 3)):
             lambda args, extra: {"img": args["img"]}, "dit", "double_block", index
         )
     return clone
-
-
-def further_model(kind: str):
-    """A MODEL of a class in which only blocks may be trimmed, and its conditioning."""
-    cls, options, conditions = FURTHER[kind]
-    sizes = {"dim": tiny.DIM, "ffn_dim": 128, "num_layers": tiny.LAYERS, "freq_dim": 256}
-    heads = {"num_heads": tiny.HEADS, "text_dim": tiny.TEXT_DIM}
-    with torch.device("cpu"):
-        module = cls(
-            out_dim=16,
-            operations=comfy.ops.disable_weight_init,
-            dtype=torch.float32,
-            **{**sizes, **heads, **options},
-        )
-    extra = {name: value for name, value in options.items() if name != "in_dim"}
-    model = comfy.sd.load_diffusion_model_state_dict(
-        tiny._random(module, seed=11),
-        metadata={"config": json.dumps({"transformer": heads | extra})},
-    )
-    assert type(model.model.diffusion_model) is cls
-    given = tiny.case(height=SIDE, width=SIDE)
-    generator = torch.Generator().manual_seed(6)
-    made = {name: torch.randn(shape, generator=generator) for name, shape in conditions.items()}
-    for prompt in (given.positive, given.negative):
-        prompt[0][1].update(made)
-    return model, given
 
 
 def ran(model) -> list[tuple[float, list[int], list[int]]]:
@@ -224,7 +166,7 @@ def test_a_skip_is_the_hosts_own_replacement(kind):
 
 @pytest.mark.parametrize("kind", FURTHER)
 def test_further_classes_skip_blocks_and_keep_what_comes_between_them(kind):
-    model, given = further_model(kind)
+    model, given = load(kind), further_case(kind)
     dense = tiny.sample(model, given)
     bare = tiny.sample(model, tiny.case(height=SIDE, width=SIDE))
     # audio, faces and poses do something
@@ -246,7 +188,7 @@ def test_further_classes_skip_blocks_and_keep_what_comes_between_them(kind):
 
 def test_faces_are_added_behind_skipped_blocks():
     """The face encoder is as large as it is in the real model: one step, one prompt."""
-    model, given = further_model("animate")
+    model, given = load("animate"), further_case("animate")
     face = torch.randn(1, 3, 1, 512, 512, generator=torch.Generator().manual_seed(6))
     given.positive[0][1]["face_video_pixels"] = face
     network, entered = model.model.diffusion_model, []
@@ -261,7 +203,7 @@ def test_faces_are_added_behind_skipped_blocks():
 
 def test_each_aim_has_its_answer_for_every_class():
     assert set(SKIPPABLE) == set(SUPPORTED)
-    tested = {cls.__name__ for cls, *_ in (*tiny.KINDS.values(), *FURTHER.values())}
+    tested = {kind.cls for kind in KINDS.values() if kind.takes("blocks")}
     assert {name for name, reason in SKIPPABLE.items() if reason is None} == tested
     for name in ("WanAnimate2Model", "CausalWanModel"):
         with pytest.raises(ValueError) as error:
@@ -397,12 +339,13 @@ def test_a_pair_of_experts_has_the_blocks_of_one_run(gives):
     assert text.splitlines()[1] == " ".join(map(str, blocks_run(whole)))
 
 
-@either
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("neighbour", NEIGHBOURS.values(), ids=NEIGHBOURS)
-def test_neighbours_keep_working(neighbour, order, gives):
+def test_neighbours_keep_working(neighbour, order):
+    """Where skipped blocks repeat themselves; the matrix has the others."""
+
     def trim(model):
-        return at_node(model, skipped_blocks_give=gives)[0]
+        return at_node(model, skipped_blocks_give="reuse")[0]
 
     base = tiny.base_model()
     model = trim(neighbour(base)) if order == "in front" else neighbour(trim(base))

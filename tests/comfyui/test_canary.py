@@ -96,7 +96,9 @@ NETWORK = (
 )
 BLOCK = "self_attn cross_attn ffn modulation"
 ATTENTION = "q k v o norm_q norm_k num_heads head_dim"
-PATCHER = "model model_options load_device patches patches_uuid hook_patches injections"
+PATCHER = (
+    "model model_options load_device object_patches patches patches_uuid hook_patches injections"
+)
 
 
 def find(name: str):
@@ -283,6 +285,7 @@ def test_what_the_host_hands_to_our_hooks(kind):
     expect("CALC_COND_BATCH: the last are not the options", "transformer_options" in args[4])
 
     executor, args, kwargs = seen["APPLY_MODEL"]
+    expect("APPLY_MODEL: class_obj has no network", hasattr(executor.class_obj, "diffusion_model"))
     known = {"c_concat", "c_crossattn", "control", "transformer_options"}
     expect("APPLY_MODEL: x, t and at most 4 more are not in places", 2 <= len(args) <= 6)
     options = kwargs.get("transformer_options", args[5] if len(args) > 5 else None)

@@ -1,58 +1,26 @@
 """Other nodes on the same MODEL, in front of WanTrim and behind it."""
 
 import copy
+import threading
 
 import pytest
 import torch
 
-import comfy.lora
-import comfy.samplers
 import comfy.sd
+import comfy.utils
 from comfy.model_patcher import ModelPatcher
+from comfy.multigpu import MultiGPUThreadPool
 from comfy.patcher_extension import WrappersMP
-from comfy_api.torch_helpers import set_torch_compile_wrapper
-from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
-from comfy_extras.nodes_model_advanced import ModelSamplingSD3
-from comfy_extras.nodes_slg import SkipLayerGuidanceDiT, SkipLayerGuidanceDiTSimple
-from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
+from wantrim.hosts.comfyui.attach import attachment_of
 from wantrim.hosts.comfyui.blocks import OVERRIDE
-from wantrim.tests.comfyui import tiny
+from wantrim.tests.comfyui import neighbours, tiny
+from wantrim.tests.comfyui.neighbours import easycache, lazycache, lora, shifted, slg, slg_simple
 
 ATTENTIONS_PER_BLOCK = 2
 ORDERS = ["in front", "behind"]
 
 
-def slg(model, layers="2"):
-    return SkipLayerGuidanceDiT.execute(model, 3.0, 0.0, 1.0, double_layers=layers).result[0]
-
-
-def slg_simple(model, layers="2"):
-    return SkipLayerGuidanceDiTSimple.execute(model, 0.0, 1.0, double_layers=layers).result[0]
-
-
-def easycache(model, threshold=3.0):
-    return EasyCacheNode.execute(model, threshold, 0.15, 0.95, False).result[0]
-
-
-def lazycache(model, threshold=3.0):
-    return LazyCacheNode.execute(model, threshold, 0.15, 0.95, False).result[0]
-
-
-def shifted(model):
-    return ModelSamplingSD3().patch(model, 3.0)[0]
-
-
-def lora(model):
-    generator = torch.Generator().manual_seed(9)
-    weights = {}
-    for name in ("blocks.1.self_attn.q", "blocks.2.ffn.0", "blocks.4.cross_attn.v"):
-        rows, columns = model.model.get_submodule(f"diffusion_model.{name}").weight.shape
-        stem = f"diffusion_model.{name}"
-        weights[f"{stem}.lora_A.weight"] = torch.randn(4, columns, generator=generator) * 0.1
-        weights[f"{stem}.lora_B.weight"] = torch.randn(rows, 4, generator=generator) * 0.1
-    return comfy.sd.load_lora_for_models(model, None, weights, 1.0, 0.0)[0]
-
-
+# those of the matrix, and beside them what takes a block away that chooses
 NEIGHBOURS = {
     "slg": slg,
     "slg of a choosing block": lambda m: slg(m, "0, 3"),
@@ -63,11 +31,7 @@ NEIGHBOURS = {
     "shift": shifted,
     "lora": lora,
 }
-TRIMS = {
-    "leave out": tiny.trimmed,
-    "keep": lambda m: tiny.trimmed(m, dropped_kv="keep"),
-    "refresh": tiny.preset,
-}
+CHOOSING = {name: put for name, put in NEIGHBOURS.items() if "choosing" in name}
 
 
 def both(order: str, neighbour, trim):
@@ -90,7 +54,7 @@ def counting(model) -> list:
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("neighbour", NEIGHBOURS.values(), ids=NEIGHBOURS)
+@pytest.mark.parametrize("neighbour", CHOOSING.values(), ids=CHOOSING)
 def test_neighbour_alone_equals_neighbour_with_a_plan_without_effect(neighbour, order):
     expected = tiny.sample(neighbour(tiny.base_model()), steps=6)
     model = both(order, neighbour, lambda m: tiny.trimmed(m, reselect_every=1))
@@ -100,10 +64,10 @@ def test_neighbour_alone_equals_neighbour_with_a_plan_without_effect(neighbour, 
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("trim", TRIMS.values(), ids=TRIMS)
 @pytest.mark.parametrize("neighbour", NEIGHBOURS.values(), ids=NEIGHBOURS)
-def test_both_act_together(neighbour, trim, order):
-    model = both(order, neighbour, trim)
+def test_both_act_together(neighbour, order):
+    """Where dropped tokens stay as keys and values; the matrix has the presets."""
+    model = both(order, neighbour, lambda m: tiny.trimmed(m, dropped_kv="keep"))
     out = tiny.sample(model, steps=6)
     assert torch.isfinite(out).all()
     report = tiny.report_of(model)
@@ -232,15 +196,23 @@ def test_patches_that_need_every_token_turn_dropping_off_and_are_reported(patch)
 @pytest.fixture
 def compiled():
     torch._dynamo.reset()
+    yield neighbours.compiled
+    torch._dynamo.reset()
 
-    def compile_model(model):
-        model = model.clone()
-        # as ComfyUI's own compile node does it: no guard sees a change of the options
-        options = {"guard_filter_fn": skip_torch_compile_dict}
-        set_torch_compile_wrapper(model, backend="eager", options=options)
-        return model
 
-    yield compile_model
+@pytest.mark.parametrize("keys", ["whole", "blocks"])
+def test_what_was_compiled_before_is_not_repeated(keys):
+    """No guard sees that the run of before had no plan, or another one."""
+    put = {"whole": neighbours.compiled, "blocks": neighbours.compiled_blocks}[keys]
+    base = put(tiny.base_model())
+    torch._dynamo.reset()
+    dense = tiny.sample(base)
+    for keep in (0.5, 0.8):
+        expected = tiny.sample(tiny.trimmed(tiny.base_model(), keep))
+        model = tiny.trimmed(base, keep)
+        assert torch.equal(tiny.sample(model), expected)
+        assert tiny.report_of(model).kept_share < 0.95
+    assert torch.equal(tiny.sample(base), dense)
     torch._dynamo.reset()
 
 
@@ -267,20 +239,49 @@ def test_compiled_model_remembers_as_an_eager_one(compiled, order):
     assert tiny.shares(model) == pytest.approx([1, 0.7, 0.7, 0.7, 0.7])
 
 
-def test_several_gpus_compute_everything_and_say_so(monkeypatch):
-    def as_on_one(model, conds, x_in, timestep, model_options):
-        options = {k: v for k, v in model_options.items() if k != "multigpu_clones"}
-        return comfy.samplers._calc_cond_batch(model, conds, x_in, timestep, options)
-
-    def on_two(executor, model, conds, x_in, timestep, model_options):
-        return executor(model, conds, x_in, timestep, {**model_options, "multigpu_clones": {}})
-
-    monkeypatch.setattr(comfy.samplers, "_calc_cond_batch_multigpu", as_on_one)
+def test_several_gpus_compute_everything_and_say_so():
     dense = tiny.base_model()
-    model = tiny.trimmed(dense)
-    model.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, "gpus", on_two)
-    assert torch.equal(tiny.sample(model), tiny.sample(dense))
+    model = neighbours.two_gpus(tiny.trimmed(dense))
+    assert torch.equal(tiny.sample(model), tiny.sample(neighbours.two_gpus(dense)))
     assert any("several GPUs" in note for note in tiny.report_of(model).notes)
+
+
+def test_on_several_gpus_no_prompt_waits_for_the_other():
+    """Whichever of them comes first, each device is asked once in a step."""
+    asked, uncond_was_there = [], threading.Event()
+
+    def cond_last(executor, *args, **kwargs):
+        roles = kwargs.get("transformer_options", args[-1])["cond_or_uncond"]
+        asked.append(roles)
+        if roles == [0]:
+            uncond_was_there.wait(20)
+        try:
+            return executor(*args, **kwargs)
+        finally:
+            uncond_was_there.set()
+
+    model = neighbours.two_gpus(tiny.trimmed(tiny.base_model()))
+    model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "last", cond_last)
+    pool = MultiGPUThreadPool(neighbours.DEVICES)
+    model.model_options["multigpu_thread_pool"] = pool
+    try:
+        out = tiny.sample(model, steps=2)
+    finally:
+        pool.shutdown()
+    assert sorted(asked) == [[0], [0], [1], [1]]
+    assert torch.equal(out, tiny.sample(neighbours.two_gpus(tiny.base_model()), steps=2))
+
+
+def test_the_model_of_another_gpu_has_the_same_plan(tmp_path):
+    """What ComfyUI makes of a MODEL for each further device, here the CPU again."""
+    weights, metadata = tiny.state_dict("t2v")
+    comfy.utils.save_torch_file(weights, tmp_path / "wan.safetensors", metadata)
+    model = tiny.trimmed(comfy.sd.load_diffusion_model(str(tmp_path / "wan.safetensors")))
+    other = model.deepclone_multigpu(new_load_device=torch.device("cpu"))
+    assert other.model is not model.model
+    assert attachment_of(other) is attachment_of(model)
+    assert other.wrappers == model.wrappers
+    assert torch.equal(tiny.sample(other), tiny.sample(model))
 
 
 def test_a_block_that_another_node_skips_chooses_for_nobody_and_is_reported():

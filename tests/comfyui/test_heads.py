@@ -14,7 +14,7 @@ from wantrim.hosts.session import TrimPlan
 from wantrim.methods.heads import FULL, OFF, HeadPlan
 from wantrim.nodes.tokens import WanTrimTokens
 from wantrim.tests.comfyui import tiny
-from wantrim.tests.comfyui.test_chaining import NEIGHBOURS, counting
+from wantrim.tests.comfyui.test_chaining import counting
 
 WHOLE = (FULL,) * tiny.HEADS
 MIXED = ("frame", FULL, OFF, "frame", "tile2", FULL, OFF, "tile2")
@@ -134,21 +134,6 @@ def test_keys_of_dropped_tokens_are_kept_for_their_pattern():
     kept = tiny.sample(trimmed(model, frames, tokens))
     left = tiny.sample(trimmed(model, frames, replace(tokens, dropped_kv="leave")))
     assert torch.isfinite(kept).all() and not torch.allclose(kept, left, atol=1e-3)
-
-
-@pytest.mark.parametrize("order", ["in front", "behind"])
-@pytest.mark.parametrize("neighbour", NEIGHBOURS.values(), ids=NEIGHBOURS)
-def test_neighbours_keep_working(neighbour, order):
-    if order == "in front":
-        model = trimmed(neighbour(tiny.base_model()))
-    else:
-        model = neighbour(trimmed(tiny.base_model()))
-    out = tiny.sample(model, steps=6)
-    assert torch.isfinite(out).all()
-    assert torch.equal(tiny.sample(model, steps=6), out)
-    alone = tiny.sample(neighbour(tiny.base_model()), steps=6)
-    assert not torch.allclose(out, alone, atol=1e-3)
-    assert not torch.allclose(out, tiny.sample(trimmed(tiny.base_model()), steps=6), atol=1e-3)
 
 
 def test_earlier_override_runs_every_part_of_every_attention():

@@ -40,7 +40,7 @@ from wantrim.nodes.profile import (
     WanTrimSaveProfile,
     saved_profiles,
 )
-from wantrim.tests.comfyui import tiny
+from wantrim.tests.comfyui import neighbours, tiny
 from wantrim.toy.world import held_out_scenes
 
 STEPS = 2
@@ -293,6 +293,16 @@ def test_context_windows_are_recorded():
     recorder = recorder_of(windows)
     assert recorder.calls > 1
     assert recorder.profile().runs[0]["grid"][0] == 3
+
+
+@pytest.mark.parametrize("put", [neighbours.compiled, neighbours.compiled_blocks])
+def test_a_model_that_was_compiled_before_is_recorded(put):
+    """It would repeat the run of before, in which nobody watched."""
+    torch._dynamo.reset()
+    base = put(tiny.base_model())
+    tiny.sample(base, steps=1)
+    same(recorded(base), recorded(tiny.base_model()))
+    torch._dynamo.reset()
 
 
 def test_an_exception_leaves_nothing_behind():

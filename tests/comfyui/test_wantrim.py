@@ -25,8 +25,10 @@ from wantrim.nodes.heads import WanTrimHeads
 from wantrim.nodes.profile import DEMO, WanTrimLoadProfile
 from wantrim.nodes.wantrim import DRAFT, FINAL, WanTrim, WanTrimPair
 from wantrim.tests.comfyui import test_blocks, tiny
-from wantrim.tests.comfyui.test_chaining import ORDERS, easycache, lora, shifted, slg
+from wantrim.tests.comfyui.neighbours import easycache, lora, shifted, slg
+from wantrim.tests.comfyui.test_chaining import ORDERS
 from wantrim.tests.comfyui.test_errors import model_of
+from wantrim.tests.comfyui.variants import load
 from wantrim.toy import CHECKPOINT
 
 DEFAULTS = {
@@ -73,12 +75,7 @@ def demo_sample(model, steps=4, **options) -> torch.Tensor:
 @cache
 def low_expert():
     """Another model of the same sizes."""
-    weights, metadata = tiny.state_dict("t2v")
-    generator = torch.Generator().manual_seed(5)
-    for name, value in weights.items():
-        if name.endswith("modulation"):
-            value += 0.5 * torch.randn(value.shape, generator=generator)
-    return comfy.sd.load_diffusion_model_state_dict(weights, metadata=metadata)
+    return load("low")
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)

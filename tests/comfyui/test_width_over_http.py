@@ -33,7 +33,7 @@ def server(comfyui, root, tmp_path_factory):
         for file, kind in ((T2V, "t2v"), (HIGH, "i2v"), (LOW, "i2v")):
             weights, metadata = tiny.state_dict(kind)
             if file == LOW:
-                weights = tiny._random(tiny.base_model(kind).model.diffusion_model, seed=23)
+                weights = tiny.random_weights(tiny.base_model(kind).model.diffusion_model, seed=23)
             save_file(weights, models / "diffusion_models" / file, metadata)
         yield server
 

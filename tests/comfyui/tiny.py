@@ -42,7 +42,7 @@ KINDS = {
 }
 
 
-def _random(module: torch.nn.Module, seed: int) -> dict[str, torch.Tensor]:
+def random_weights(module: torch.nn.Module, seed: int) -> dict[str, torch.Tensor]:
     """Weights that pass signals of about unit scale through gates that are open."""
     generator = torch.Generator().manual_seed(seed)
     weights = {}
@@ -69,7 +69,7 @@ def _weights(kind: str) -> dict[str, torch.Tensor]:
             dtype=torch.float32,
             **{"out_dim": 16, **sizes, **options},
         )
-    return _random(module, seed=11)
+    return random_weights(module, seed=11)
 
 
 def state_dict(kind: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -151,9 +151,9 @@ def text(seed: int, tokens: int = 7, batch: int = 1) -> list:
     return [[torch.randn(batch, tokens, TEXT_DIM, generator=generator), {}]]
 
 
-def clip_vision(seed: int = 5):
+def clip_vision(seed: int = 5, tokens: int = CLIP_TOKENS):
     generator = torch.Generator().manual_seed(seed)
-    states = torch.randn(1, CLIP_TOKENS, 1280, generator=generator)
+    states = torch.randn(1, tokens, 1280, generator=generator)
     return SimpleNamespace(penultimate_hidden_states=states)
 
 

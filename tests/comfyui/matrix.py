@@ -1,0 +1,329 @@
+"""What WanTrim promises for every kind of Wan and beside every neighbour: data, and its table.
+
+`test_matrix.py` runs each cell and asserts what is said here. Nothing of ComfyUI is needed to read it:
+`python -m wantrim.tests.comfyui.matrix` writes the table anew.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+TABLE = Path(__file__).parents[2] / "docs" / "compatibility.md"
+
+EXACT = "exact"
+SAYS = "says so"
+REFUSED = "refused"
+MEANING = {
+    EXACT: (
+        "a plan that trims nothing gives the video of the model (and the neighbour) without WanTrim, "
+        "bit for bit; one that trims changes it, and gives the same bytes in both wiring orders"
+    ),
+    SAYS: (
+        "as exact, unless the last column says otherwise, and something did not happen as planned: "
+        "the report says what and why"
+    ),
+    REFUSED: "the node stops with a message that names the model, the reason and what to do",
+}
+
+# what is put on a model
+TRIMS = {
+    "refresh": "tokens, `refresh`",
+    "paper": "tokens, `paper`",
+    "heads": "heads",
+    "blocks": "blocks",
+    "all": "all together",
+}
+# those that want more of a block than to leave it out
+PARTS_INSIDE = ("refresh", "paper", "heads")
+INSIDE = (*PARTS_INSIDE, "all")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A row: a kind of Wan model.
+
+    Args:
+        cls: the host's class.
+        inside: why tokens and heads are refused, in the words of the message, or None.
+        blocks: why blocks are, too.
+    """
+
+    title: str
+    cls: str = "WanModel"
+    inside: str | None = None
+    blocks: str | None = None
+
+    def takes(self, trim: str) -> bool:
+        return (self.blocks if trim == "blocks" else self.inside) is None
+
+    @property
+    def trims(self) -> list[str]:
+        return [trim for trim in TRIMS if self.takes(trim)]
+
+
+_POSES = "its pose tokens have a layout of their own, not supported yet"
+_MOTION = "its audio and motion tokens have a layout of their own, not supported yet"
+_CACHE = "it runs with a key/value cache and honours no block hooks"
+KINDS = {
+    "t2v": Kind("Wan2.1 T2V (and one Wan2.2 A14B T2V expert)"),
+    "i2v_clip": Kind("Wan2.1 I2V with CLIP"),
+    "i2v": Kind("I2V without CLIP (and one Wan2.2 A14B I2V expert)"),
+    "flf2v": Kind("Wan2.1 FLF2V, first and last frame"),
+    "fun_control": Kind("Wan2.1 Fun Control"),
+    "fun_inpaint": Kind("Wan2.1 Fun Inpaint"),
+    "fun_camera": Kind("Wan2.1 Fun Camera", "CameraWanModel"),
+    "vace": Kind("VACE", "VaceWanModel"),
+    "phantom": Kind("Phantom, two subjects"),
+    "context": Kind("context latents (Bernini)"),
+    "pair": Kind("Wan2.2 A14B, both experts in turn"),
+    "ti2v": Kind("Wan2.2 TI2V-5B, a timestep per latent frame"),
+    "fun22_control": Kind("Wan2.2 Fun Control, reference in front of the video"),
+    "fun22_camera": Kind("Wan2.2 Fun Camera", "CameraWanModel"),
+    "s2v": Kind("Wan2.2 S2V", "WanModel_S2V", _MOTION),
+    "humo": Kind(
+        "HuMo",
+        "HumoWanModel",
+        "its audio attention inside the block needs every token of a latent frame",
+    ),
+    "animate": Kind(
+        "Wan2.2 Animate",
+        "AnimateWanModel",
+        "its face adapter between the blocks is not tested with dropped tokens yet",
+    ),
+    "scail": Kind("SCAIL", "SCAILWanModel", _POSES),
+    "scail2": Kind("SCAIL-2", "SCAIL2WanModel", _POSES),
+    "wandancer": Kind(
+        "WanDancer",
+        "WanDancerModel",
+        "its music injector between the blocks is not tested with dropped tokens yet",
+    ),
+    "animate2": Kind(
+        "Wan-Animate 2",
+        "WanAnimate2Model",
+        "its blocks attend per latent frame and need every token",
+        "each of its blocks also runs the pose, which cannot be skipped",
+    ),
+    "causal": Kind("causal, autoregressive", "CausalWanModel", _CACHE, _CACHE),
+}
+# rows whose every cell is run with each trim; the others with all that they take, at once
+DEEP = ("t2v", "i2v")
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """A column: another node or a way to load the model.
+
+    Args:
+        says: a part of what the report says, where it has to; then of the trims in `about`.
+        changes: it alone makes another video.
+        order_matters: both orders work, and may make different videos.
+        lost: of all together these do not happen; of the trims that are no more than that, nothing.
+        steps: as many as it takes to see it act, where that is more than a few.
+    """
+
+    title: str
+    note: str
+    says: str | None = None
+    about: tuple[str, ...] = tuple(TRIMS)
+    lost: tuple[str, ...] = ()
+    changes: bool = True
+    order_matters: bool = False
+    steps: int | None = None
+
+    def outcome(self, trim: str) -> str:
+        return SAYS if self.says is not None and trim in self.about else EXACT
+
+
+NEIGHBOURS = {
+    "lora": Neighbour(
+        "LoRA", "Load LoRA patches weights; modules are called, so it applies fully."
+    ),
+    "lora_bypass": Neighbour(
+        "LoRA (bypass)", "Load LoRA (Bypass) adds to what a module gives; it sees the kept tokens."
+    ),
+    "easycache": Neighbour(
+        "EasyCache",
+        "The steps that it answers run no block. Wired behind WanTrim, the report counts and names "
+        "them; in front, it never hears of them, so that the two orders may choose other tokens.",
+        says="another node's cache",
+        order_matters=True,
+        steps=6,
+    ),
+    "lazycache": Neighbour("LazyCache", "The steps that it answers never reach WanTrim.", steps=6),
+    "slg": Neighbour("Skip Layer Guidance", "Its extra pass goes by the same choice of the step."),
+    "slg_simple": Neighbour("Skip Layer Guidance (simple)", "As above, without the extra pass."),
+    "nag": Neighbour(
+        "NAGuidance (core)",
+        "ComfyUI's Wan never calls the patch that it sets: it does nothing, with or without WanTrim.",
+        changes=False,
+    ),
+    "nag_cross": Neighbour(
+        "NAG on cross-attention",
+        "A forward of its own in cross-attention, as KJNodes' node has it.",
+    ),
+    "chunked": Neighbour(
+        "chunked feed-forward",
+        "A forward of its own in the feed-forward part, as KJNodes' node.",
+        changes=False,
+    ),
+    "enhanced": Neighbour(
+        "Enhance-A-Video",
+        "A forward of its own in self-attention may reshape the tokens into latent frames: no "
+        "token is left out and no head trimmed, blocks are skipped.",
+        says="self-attention of its own",
+        about=INSIDE,
+        lost=PARTS_INSIDE,
+    ),
+    "attention": Neighbour(
+        "InfiniteTalk, MultiTalk",
+        "They patch what self-attention gives and expect every token: as above.",
+        says="attn1_patch",
+        about=INSIDE,
+        lost=PARTS_INSIDE,
+    ),
+    "sage": Neighbour(
+        "SageAttention-like override", "An attention override; it is called inside of WanTrim's."
+    ),
+    "sparse": Neighbour(
+        "block-sparse override",
+        "Set again in every step, as core's newer node; its blocks are of the kept tokens.",
+    ),
+    "compiled": Neighbour(
+        "torch.compile, whole model",
+        "A compiled model would repeat an earlier choice: WanTrim's runs leave the compiler out.",
+        says="not compiled",
+        changes=False,
+    ),
+    "compiled_blocks": Neighbour(
+        "torch.compile, per block",
+        "As above; with blocks alone the compiled blocks are used.",
+        says="not compiled",
+        about=INSIDE,
+        changes=False,
+    ),
+    "windows": Neighbour("context windows", "Every window has its own choice and its own memory."),
+    "shift": Neighbour("ModelSamplingSD3", "Schedules follow the shift that the sampler uses."),
+    "block": Neighbour(
+        "another pack's block replacement", "It is called inside of WanTrim's, on the kept tokens."
+    ),
+    "residual": Neighbour(
+        "ControlNet-like residual (Uni3C)", "Between the blocks the video always has full length."
+    ),
+    "fp8": Neighbour("fp8 weights", "`fp8_e4m3fn` of Load Diffusion Model, cast for each use."),
+    "gguf": Neighbour(
+        "GGUF-like weights", "A loader's own operations make the weights whole in every forward."
+    ),
+    "low_vram": Neighbour(
+        "partial load, with a LoRA", "Weights stay in system memory and are moved for each use."
+    ),
+    "gpus": Neighbour(
+        "MultiGPU CFG Split",
+        "The prompts of a step run apart and could not share a choice: everything is computed. Run "
+        "with two CPU devices in place of two GPUs.",
+        says="several GPUs",
+        lost=tuple(TRIMS),
+        changes=False,
+    ),
+}
+
+
+def cells() -> list[tuple[str, str]]:
+    """Kind and neighbour of every cell that is run."""
+    return [(kind, other) for kind in KINDS for other in NEIGHBOURS if KINDS[kind].trims]
+
+
+def outcome(kind: str, other: str, trim: str | None = None) -> str:
+    """What a cell promises; without a trim, for all that the kind takes at once."""
+    if not KINDS[kind].trims:
+        return REFUSED
+    return NEIGHBOURS[other].outcome(trim or KINDS[kind].trims[-1])
+
+
+def _row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _head(cells: list[str]) -> list[str]:
+    return [_row(cells), "|" + "---|" * len(cells)]
+
+
+def _kinds() -> list[str]:
+    lines = _head(["model", "class in ComfyUI", *TRIMS.values(), "why refused"])
+    for kind in KINDS.values():
+        told = [EXACT if kind.takes(trim) else REFUSED for trim in TRIMS]
+        # each reason once, in the words of the message
+        why = dict.fromkeys(filter(None, (kind.inside, kind.blocks)))
+        lines.append(_row([kind.title, f"`{kind.cls}`", *told, "; ".join(why)]))
+    return lines
+
+
+def _neighbours() -> list[str]:
+    lines = _head(["neighbour", *TRIMS.values(), "how"])
+    for other in NEIGHBOURS.values():
+        told = [other.outcome(trim) for trim in TRIMS]
+        lines.append(_row([other.title, *told, other.note]))
+    return lines
+
+
+def _both() -> list[str]:
+    titles = [kind.title.partition(" (and ")[0] for kind in KINDS.values()]
+    lines = _head(["neighbour", *titles])
+    for name, other in NEIGHBOURS.items():
+        lines.append(_row([other.title, *(outcome(kind, name) for kind in KINDS)]))
+    return lines
+
+
+def summary() -> str:
+    """The page in a few sentences."""
+    taken = [kind.trims for kind in KINDS.values()]
+    says = [other for other in NEIGHBOURS.values() if other.outcome("all") == SAYS]
+    inside = [other.title for other in says if other.lost == PARTS_INSIDE]
+    whole = [other.title for other in says if other.lost == tuple(TRIMS)]
+    return (
+        f"Of {len(KINDS)} kinds of Wan, {taken.count(list(TRIMS))} take every trim, "
+        f"{taken.count(['blocks'])} take skipped blocks alone, and {taken.count([])} are refused "
+        f"with a reason. Of {len(NEIGHBOURS)} neighbours, {len(NEIGHBOURS) - len(says)} work beside "
+        f"all trims without a remark; the report has one for the other {len(says)}. Tokens and heads "
+        f"are left whole beside {'; '.join(inside)}. Nothing is trimmed beside {'; '.join(whole)}."
+    )
+
+
+def table() -> str:
+    """The page of the matrix."""
+    count = sum(len(TRIMS) if kind in DEEP else 1 for kind, _ in cells())
+    legend = [f"- **{word}**: {text}." for word, text in MEANING.items()]
+    deep = " and ".join(KINDS[kind].title.partition(" (and ")[0] for kind in DEEP)
+    lines = [
+        "# What works with what",
+        "",
+        "Made by `python -m wantrim.tests.comfyui.matrix` from the promises that "
+        "`tests/comfyui/test_matrix.py` holds on small random models of each kind, in a real ComfyUI "
+        f"0.33.0 on the CPU: {len(cells())} pairs of a model and a neighbour, {count} with the trims "
+        "counted. No GPU, no real weights, no other pack's own code.",
+        "",
+        summary(),
+        "",
+        *legend,
+        "",
+        "## Models",
+        "",
+        *_kinds(),
+        "",
+        "## Neighbours",
+        "",
+        f"On {deep}, each trim by itself and all together, WanTrim in front and behind.",
+        "",
+        *_neighbours(),
+        "",
+        "## Every model beside every neighbour",
+        "",
+        "With all trims that the model takes at once, WanTrim in front and behind.",
+        "",
+        *_both(),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    TABLE.write_text(table(), "utf-8")
