@@ -18,6 +18,8 @@ def progress_at(sigma: float, shift: float = 1.0) -> float:
 
     Inverse of sigma = shift * u / (1 + (shift - 1) * u) with progress = 1 - u.
     """
+    # schedulers of other models begin above 1, where the inverse has a pole
+    sigma = min(max(sigma, 0.0), 1.0)
     u = sigma / (shift - (shift - 1) * sigma)
     return min(max(1.0 - u, 0.0), 1.0)
 
