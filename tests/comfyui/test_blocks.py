@@ -5,6 +5,7 @@ import json
 import os
 import weakref
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -15,7 +16,6 @@ import comfy.sd
 import folder_paths
 from comfy.ldm.wan.model import WanModel
 from comfy.ldm.wan.model_animate import AnimateWanModel
-from comfy.ldm.wan.model_wandancer import WanDancerModel
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_context_windows import ContextWindowsManualNode
@@ -48,7 +48,7 @@ from wantrim.tests.comfyui.test_chaining import (
     easycache,
     slg,
 )
-from wantrim.tests.comfyui.test_errors import model_of, says
+from wantrim.tests.comfyui.test_errors import NEWER, model_of, says
 
 HALF = BlockBudget(0.5, 0.85)
 DEFAULTS = {
@@ -68,6 +68,11 @@ either = pytest.mark.parametrize("gives", ["identity", "reuse"])
 
 # classes in which only blocks may be trimmed -> their sizes, and what their own nodes condition on
 SIDE = 8
+# newer than some ComfyUI that the pack runs in
+SCAIL2WanModel = getattr(wan, "SCAIL2WanModel", None)
+WanDancerModel = None
+if find_spec("comfy.ldm.wan.model_wandancer"):
+    from comfy.ldm.wan.model_wandancer import WanDancerModel
 FURTHER = {
     "s2v": (
         wan.WanModel_S2V,
@@ -87,12 +92,13 @@ FURTHER = {
         {"pose_video_latent": (1, 16, tiny.FRAMES, SIDE // 2, SIDE // 2)},
     ),
     "scail2": (
-        wan.SCAIL2WanModel,
+        SCAIL2WanModel,
         {"in_dim": 20},
         {"pose_video_latent": (1, 16, tiny.FRAMES, SIDE // 2, SIDE // 2)},
     ),
     "wandancer": (WanDancerModel, {"in_dim": 36}, {"audio_embed": (1, 9, 35)}),
 }
+FURTHER = {kind: made for kind, made in FURTHER.items() if made[0] is not None}
 
 
 def profile_for(model) -> Profile:
@@ -262,7 +268,8 @@ def test_faces_are_added_behind_skipped_blocks():
 def test_each_aim_has_its_answer_for_every_class():
     assert set(SKIPPABLE) == set(SUPPORTED)
     tested = {cls.__name__ for cls, *_ in (*tiny.KINDS.values(), *FURTHER.values())}
-    assert {name for name, reason in SKIPPABLE.items() if reason is None} == tested
+    able = {name for name, reason in SKIPPABLE.items() if reason is None}
+    assert tested <= able <= tested | NEWER
     for name in ("WanAnimate2Model", "CausalWanModel"):
         with pytest.raises(ValueError) as error:
             at_node(model_of(name, WanModel), "fixed")
