@@ -87,6 +87,7 @@ def test_progress_is_the_inverse_of_sigma(progress, shift):
 
 @given(st.lists(sigmas, min_size=2, max_size=6), shifts)
 @example([3.0, 2.0, 1.0, 0.0], 2.0)
+@example([math.inf, 1.0, 0.0], 2.0)
 def test_progress_grows_as_sigma_falls(values, shift):
     found = [progress_at(sigma, shift) for sigma in sorted(values, reverse=True)]
     assert rising(found) and all(0.0 <= p <= 1.0 for p in found)

@@ -31,9 +31,7 @@ from comfy.model_management import InterruptProcessingException  # noqa: E402
 from wantrim.benchmarks.table import RESULTS, commit, merge_rows  # noqa: E402
 from wantrim.hosts.comfyui.attach import attach  # noqa: E402
 from wantrim.hosts.session import TrimPlan  # noqa: E402
-from wantrim.methods.depth import BlockBudget, BlockPlan  # noqa: E402
-from wantrim.methods.routers import RandomRouter  # noqa: E402
-from wantrim.tests.comfyui import test_accidents, test_heads, tiny  # noqa: E402
+from wantrim.tests.comfyui import test_accidents, tiny  # noqa: E402
 
 COLUMNS = (
     "runs", "finished", "cancelled", "raised", "rss_mb_begin", "rss_mb_end", "tensors_begin",
@@ -43,14 +41,6 @@ COLUMNS = (
 KEY = ("runs", "comfyui", "device")
 PLANS = {
     **test_accidents.PLANS,
-    "all": lambda model: attach(
-        model,
-        TrimPlan(
-            tiny.token_plan(restore="last_update", importance="rotation", trim_reselecting=True),
-            test_heads.heads(),
-            BlockPlan(RandomRouter(), BlockBudget(0.5, 0.8), skipped="reuse"),
-        ),
-    ),
     "neutral": lambda model: attach(model, TrimPlan()),
 }
 CANCELLED, RAISED = 10, 15
@@ -67,7 +57,7 @@ class Soak:
     Attributes:
         outputs: of every plan, the first that it gave.
         wrong: runs that gave something else than the same plan did before.
-        seconds: of each run that finished, by plan.
+        seconds: of the processor, of each run that finished, with its plan.
     """
 
     model: object = field(default_factory=tiny.base_model)
@@ -90,7 +80,7 @@ class Soak:
             options["callback"] = callback
         elif accident is not None:
             model = test_accidents.breaking(model, error, 7)
-        begun = time.perf_counter()
+        begun = time.process_time()
         try:
             out = test_accidents.run(model, **options)
         except (InterruptProcessingException, RuntimeError) as found:
@@ -99,7 +89,7 @@ class Soak:
             # a traceback holds on to all that the run had
             found.__traceback__ = None
             return
-        self.seconds.append((name, time.perf_counter() - begun))
+        self.seconds.append((name, time.process_time() - begun))
         if not torch.equal(self.outputs.setdefault(name, out), out):
             self.wrong.append(name)
 
@@ -132,7 +122,7 @@ class Soak:
         }
 
     def slower(self) -> tuple[float, float]:
-        """Seconds of a run at the beginning and at the end: medians of plans, then their mean."""
+        """Seconds of the processor for a run at the beginning and at the end: medians of plans, then their mean."""
         found = []
         for some in (self.seconds[:ENDS], self.seconds[-ENDS:]):
             by_plan: dict[str, list[float]] = {}

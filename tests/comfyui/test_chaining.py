@@ -268,6 +268,8 @@ def test_compiled_model_remembers_as_an_eager_one(compiled, order):
 
 
 def test_several_gpus_compute_everything_and_say_so(monkeypatch):
+    tiny.needs("0.23.0", "sampling on several GPUs")
+
     def as_on_one(model, conds, x_in, timestep, model_options):
         options = {k: v for k, v in model_options.items() if k != "multigpu_clones"}
         return comfy.samplers._calc_cond_batch(model, conds, x_in, timestep, options)
