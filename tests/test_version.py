@@ -15,6 +15,16 @@ def test_the_registry_is_told_the_same(root):
     assert project(root)["tool"]["comfy"]["requires-comfyui"] == f">={OLDEST}"
 
 
+def test_the_page_says_what_was_tried(root):
+    """The oldest one was tried, and the line that it shows is the one that is logged."""
+    page = (root / "docs" / "versions.md").read_text("utf-8")
+    assert page.startswith(f"# Which ComfyUI\n\nComfyUI {OLDEST} ")
+    assert f"| {OLDEST} | core |" in page and f"| {OLDEST} | wide |" in page
+    with pytest.raises(TooOld) as error:
+        check_comfyui("0.8.0")
+    assert f": {error.value}\n" in page
+
+
 @pytest.mark.parametrize("version", ["0.3.40", "0.8.0", "0.15.1", "0.15.99", "v0.9", "0"])
 def test_an_older_one_is_refused_in_one_line(version):
     with pytest.raises(TooOld) as error:
