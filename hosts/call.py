@@ -11,6 +11,7 @@ from ..methods.attend import Layout
 from ..methods.grid import TokenGrid
 from ..methods.importance import Evidence, attention_received, key_size, parts
 from ..methods.restore import FROM_KEPT, frame_of, frame_weights, nearest_kept
+from ..methods.schedule import millionths
 from ..methods.tokens import Selection, TokenPlan, select_tokens
 from .compiled import gather_tokens, outside_graphs, scatter_tokens
 from .heads import BlockHeads
@@ -267,7 +268,7 @@ class ModelCall:
         if known is None:
             evidence.age = self.past.ages.get(block_index)
             evidence.change = self.decision.change
-            evidence.seed = round(self.decision.sigma * 1e6) * 1000 + block_index
+            evidence.seed = millionths(self.decision.sigma) * 1000 + block_index
             known = select_tokens(self.plan, evidence, self.decision.budget, self.anchored)
             self.decision.selections[block_index] = known
             self.past.chose(block_index, known, self.grid)

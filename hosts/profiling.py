@@ -38,6 +38,10 @@ class Projections:
     down: Linear
 
 
+class NotFinite(ValueError):
+    """What was recorded cannot be saved; the message is for the artist."""
+
+
 class Recorder:
     """Sums up a sampling run, or several.
 
@@ -211,12 +215,19 @@ def save_profile(recorder: Recorder, path: Path, merge: bool) -> ProfileFile:
             already holds is not added again.
 
     Raises:
+        NotFinite: what was recorded is no numbers; what was there stays.
         ValueError: the file there is damaged or of another model.
         OSError, SafetensorError: it cannot be written; what was there stays, and the recorder can
             be saved again.
     """
     profile, calibration = recorder.profile(), recorder.calibration
     beside, merged = calibration_path(path), None
+    if not (profile.finite and calibration.finite):
+        # no reader would take the file, and what is merged with it would be lost
+        raise NotFinite(
+            "what was recorded holds values that are not finite, as when the video comes out black. "
+            "Nothing was saved; sample again with settings that give a video"
+        )
     merge = merge and path.is_file()
     if merge:
         old = open_profile(path)

@@ -84,6 +84,11 @@ class Calibration:
         """Take out again what `absorb` added, up to rounding."""
         self._give_back(saved, list(saved.tokens))
 
+    @property
+    def finite(self) -> bool:
+        """Whether all of it are numbers."""
+        return all(bool(torch.isfinite(gram).all()) for gram in self.sums.values())
+
     def save(self, path: Path, package: str = "") -> None:
         """Write it whole or not at all."""
         header = {"tokens": self.tokens, "package": package}

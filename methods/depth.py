@@ -57,14 +57,13 @@ def choose_blocks(logits: torch.Tensor, count: int) -> tuple[int, ...]:
     """The `count` blocks that run (eq. 10), ascending: the first, the last and the highest logits.
 
     Args:
-        logits: [l]; of equals the first.
+        logits: [l]; of equals the first. What is no number comes before all others.
+        count: at least 2, as the first and the last always run.
     """
     if count >= len(logits):
         return tuple(range(len(logits)))
-    pinned = logits.clone().double()
-    pinned[[0, -1]] = float("inf")
-    order = pinned.argsort(descending=True, stable=True)
-    return tuple(sorted(order[:count].tolist()))
+    order = logits[1:-1].argsort(descending=True, stable=True) + 1
+    return (0, *sorted(order[: count - 2].tolist()), len(logits) - 1)
 
 
 @dataclass(frozen=True)

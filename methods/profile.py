@@ -31,7 +31,7 @@ def timestep_weight(sigma: float) -> float:
 
 def sigma_bin(sigma: float) -> int:
     """Which of BINS equal parts of 0..1 a sigma falls into."""
-    return min(BINS - 1, max(0, int(sigma * BINS)))
+    return min(BINS - 1, int(min(1.0, max(0.0, sigma)) * BINS))
 
 
 def layout(model: Fingerprint) -> dict[str, tuple[int, ...]]:
@@ -96,6 +96,11 @@ class Profile:
     @property
     def calls(self) -> int:
         return round(float(self.tensors["count"].sum()))
+
+    @property
+    def finite(self) -> bool:
+        """Whether all of it are numbers: not so after a run that came out black."""
+        return all(bool(torch.isfinite(value).all()) for value in self.tensors.values())
 
     def mean(self, name: str) -> torch.Tensor:
         """A measurement per call; per sigma bin [t, ...] where the layout has bins."""

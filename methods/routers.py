@@ -18,6 +18,7 @@ from torch import nn
 from .artifact import Kind, open_artifact, save_artifact
 from .fingerprint import Fingerprint
 from .profile import BINS, Profile, sigma_bin
+from .schedule import millionths
 
 KIND = Kind("router", "Choose a file that WanTrim's training wrote.")
 # of content that a trained router may look at
@@ -147,7 +148,7 @@ class _Random(_Constant):
         self._seed = seed
 
     def logits(self, sigma: float, content: Content) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + round(sigma * 1e6))
+        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + millionths(sigma))
         return torch.rand(len(self._logits), generator=generator)
 
 

@@ -18,6 +18,8 @@ def progress_at(sigma: float, shift: float = 1.0) -> float:
 
     Inverse of sigma = shift * u / (1 + (shift - 1) * u) with progress = 1 - u.
     """
+    # schedulers of other models begin above 1, where the inverse has a pole; no number is 0
+    sigma = min(1.0, max(0.0, sigma))
     u = sigma / (shift - (shift - 1) * sigma)
     return min(max(1.0 - u, 0.0), 1.0)
 
@@ -26,6 +28,11 @@ def sigma_at(progress: float, shift: float = 1.0) -> float:
     """The sigma at which that share of the steps is done under a flow shift."""
     u = 1.0 - progress
     return shift * u / (1 + (shift - 1) * u)
+
+
+def millionths(sigma: float) -> int:
+    """A whole number of a noise level, for seeds; of what is no number, 0."""
+    return round(1e6 * min(1e6, max(0.0, sigma)))
 
 
 @dataclass(frozen=True)

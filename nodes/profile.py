@@ -17,6 +17,7 @@ from ..hosts.comfyui.variants import check_variant
 from ..hosts.profile_picture import draw_profile, summary
 from ..hosts.profiling import (
     CALIBRATION_ENDING,
+    NotFinite,
     ProfileFile,
     calibration_path,
     open_profile,
@@ -150,6 +151,8 @@ class WanTrimSaveProfile(io.ComfyNode):
                 f"{SAVE}: {path.name} cannot be written ({error}). Is the disk full, or the folder "
                 "read-only?"
             ) from error
+        except NotFinite as error:
+            raise ValueError(f"{SAVE}: {error}.") from error
         except ValueError as error:
             raise ValueError(
                 f"{SAVE}: the run cannot be added to {path.name}: {error}. Choose another filename, "

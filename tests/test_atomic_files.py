@@ -4,6 +4,7 @@ import errno
 import os
 import random
 import shutil
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
@@ -12,12 +13,17 @@ import torch
 from safetensors import SafetensorError
 
 from wantrim.hosts import slim_file
-from wantrim.hosts.profiling import Recorder, open_profile, save_profile
+from wantrim.hosts.profiling import NotFinite, Recorder, open_profile, save_profile
 from wantrim.hosts.slim_file import Entry, write_tensors
 from wantrim.methods import artifact
 from wantrim.methods.artifact import replacing
-from wantrim.methods.calibration import load_calibration
+from wantrim.methods.calibration import Calibration, load_calibration
 from wantrim.tests.test_fuzz_files import MODEL, write_calibration, write_profile, write_router
+
+try:
+    import resource
+except ImportError:
+    resource = None
 
 NO_SPACE = OSError(errno.ENOSPC, "No space left on device")
 
@@ -155,8 +161,11 @@ def test_a_calibration_that_is_damaged_half_way_is_not_taken_in(tmp_path):
     """The artist is told to turn merge off: the run must not carry a part of the old one then."""
     path = tmp_path / "one.safetensors"
     old = recorder(1)
-    old.calibration.sums["cross.2"][:] = torch.nan
-    save_profile(old, path, merge=False)
+    saved = save_profile(old, path, merge=False).calibration
+    damaged = Calibration(MODEL, "attention")
+    damaged.absorb(load_calibration(saved))
+    damaged.sums["cross.2"][:] = torch.nan
+    damaged.save(saved)
     fresh = recorder(2)
     sums = {name: value.clone() for name, value in fresh.calibration.sums.items()}
     tokens = dict(fresh.calibration.tokens)
@@ -165,6 +174,56 @@ def test_a_calibration_that_is_damaged_half_way_is_not_taken_in(tmp_path):
     assert fresh.calibration.tokens == tokens
     for name, value in sums.items():
         torch.testing.assert_close(fresh.calibration.sums[name], value)
+
+
+@pytest.mark.parametrize("merge", [True, False])
+@pytest.mark.parametrize("what", ["profile", "calibration"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_run_that_came_out_black_is_not_saved_over_a_good_one(what, merge, value, tmp_path):
+    path = tmp_path / "one.safetensors"
+    save_profile(recorder(1), path, merge=False)
+    before = files(tmp_path)
+    black = recorder(2)
+    sums = black._sums if what == "profile" else black.calibration.sums
+    sums[sorted(sums)[-1]].view(-1)[3] = value
+    with pytest.raises(NotFinite, match="not finite, as when the video comes out black"):
+        save_profile(black, path, merge)
+    assert files(tmp_path) == before
+    open_profile(path)
+
+
+@contextmanager
+def disk_of(size: int):
+    """No file grows beyond `size` bytes: the system itself ends the write in the middle."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def write_any(path: Path) -> None:
+    entries = [Entry("a", "F32", (700,)), Entry("b", "F16", (300, 2))]
+    write_tensors(path, entries, {}, lambda e: torch.ones(e.shape, dtype=slim_file.DTYPES[e.dtype]))
+
+
+@pytest.mark.skipif(resource is None, reason="no limit on the size of files on this system")
+@pytest.mark.parametrize("write", [write_profile, write_router, write_calibration, write_any])
+def test_a_write_that_the_system_ends_loses_nothing(write, tmp_path):
+    trial, path = tmp_path / "trial.safetensors", tmp_path / "one.safetensors"
+    write(trial)
+    whole = trial.read_bytes()
+    trial.unlink()
+    path.write_bytes(b"what was there")
+    for size in (0, 1, 100, len(whole) // 2, len(whole) - 1):
+        with pytest.raises((OSError, SafetensorError)) as error, disk_of(size):
+            write(path)
+        assert "too large" in str(error.value)
+        assert files(tmp_path) == {path.name: b"what was there"}, size
+    with disk_of(len(whole)):
+        write(path)
+    assert path.stat().st_size == len(whole)
 
 
 @pytest.mark.parametrize("fails", ["write", "flush", "rename", "making"])

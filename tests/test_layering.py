@@ -33,6 +33,7 @@ PLACES = {
     "comfy_api": COMFYUI,
     "comfy_extras": COMFYUI,
     "comfy_execution": COMFYUI,
+    "comfyui_version": COMFYUI,
     "folder_paths": COMFYUI,
     "server": COMFYUI,
     "execution": COMFYUI,

@@ -9,11 +9,17 @@ import torch
 
 import comfy.model_management
 from comfy.model_management import InterruptProcessingException
+from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 from wantrim.hosts import session as host_session
 from wantrim.hosts.comfyui import attach as host
 from wantrim.hosts.comfyui import blocks as host_blocks
+from wantrim.hosts.comfyui.attach import attach
 from wantrim.hosts.comfyui.blocks import OVERRIDE
+from wantrim.hosts.comfyui.profiling import model_fingerprint
 from wantrim.hosts.past import Past
+from wantrim.hosts.session import TrimPlan
+from wantrim.methods.depth import BlockBudget, BlockPlan
+from wantrim.methods.routers import RandomRouter, RouterMLP, TrainedRouter
 from wantrim.tests.comfyui import test_blocks, test_heads, test_wantrim, tiny
 
 STEPS = 3
@@ -22,6 +28,14 @@ PLANS = {
     "heads": test_heads.trimmed,
     "blocks": lambda model: test_blocks.at_node(model, skipped_blocks_give="reuse")[0],
     "dial": test_wantrim.dialled,
+    "all": lambda model: attach(
+        model,
+        TrimPlan(
+            tiny.token_plan(restore="last_update", importance="rotation", trim_reselecting=True),
+            test_heads.heads(),
+            BlockPlan(RandomRouter(), BlockBudget(0.5, 0.8), skipped="reuse"),
+        ),
+    ),
 }
 plans = pytest.mark.parametrize("plan", PLANS)
 # of one run, none of which may outlive it
@@ -211,6 +225,12 @@ SIGMAS = {
     "the same": [0.6, 0.6, 0.6, 0.0],
     "above one": [3.0, 2.0, 1.0, 0.0],
     "tiny": [1e-6, 1e-7, 0.0],
+    # of the schedulers of other models
+    "far above one": [14.6, 3.1, 1.2, 0.7, 0.0],
+    "below nothing": [1.0, 0.5, -0.5],
+    "no number": [1.0, float("nan"), 0.5, 0.0],
+    "no number at all": [float("nan")] * 3,
+    "endless": [float("inf"), 1.0, 0.0],
 }
 
 
@@ -225,6 +245,56 @@ def test_sigmas_out_of_order(plan, untouched):
         assert tiny.report_of(untouched.patched).finished
         again = run(untouched.patched, sigmas=sigmas)
         assert torch.equal(again.nan_to_num(), out.nan_to_num()), name
+
+
+def test_sigmas_where_the_flow_shift_has_no_inverse():
+    """shift / (shift - 1): a model with shift 2 sampled with another model's sigmas."""
+    for name, plan in PLANS.items():
+        for shift, values in ((2.0, [3.0, 2.0, 1.0, 0.5, 0.0]), (5.0, [1.25, 0.9, 0.5, 0.0])):
+            model = plan(ModelSamplingSD3().patch(tiny.base_model(), shift)[0])
+            out = run(model, sigmas=torch.tensor(values))
+            steps = tiny.report_of(model).steps
+            assert torch.isfinite(out).all() and len(steps) == len(values) - 1, name
+            # as if they were the first of the run, and not the last
+            assert [step.progress for step in steps if step.sigma >= 1] == [0.0] * sum(
+                value >= 1 for value in values
+            )
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_router_that_knows_no_more_runs_the_first_and_the_last_block(bad):
+    model = tiny.base_model()
+    torch.manual_seed(1)
+    mlp = RouterMLP(tiny.LAYERS, 4 * 16, hidden=8, time_dim=8).requires_grad_(False)
+    router = TrainedRouter(mlp, "latent", model_fingerprint(model.model.diffusion_model))
+    plan = BlockPlan(router, BlockBudget(0.5, 0.5))
+    entered = []
+    patched = attach(model, TrimPlan(blocks=plan))
+    options = patched.model_options["transformer_options"]
+
+    def note(func, *args, **kwargs):
+        entered.append(kwargs["transformer_options"]["block_index"])
+        return func(*args, **kwargs)
+
+    options[OVERRIDE] = note
+    noise = torch.full(tiny.case().latent.shape, bad)
+    run(patched, noise=noise, steps=1, cfg=1.0)
+    assert {0, tiny.LAYERS - 1} <= set(entered) and len(set(entered)) == tiny.LAYERS // 2
+
+
+@plans
+def test_another_size_after_a_cancelled_run(plan, untouched):
+    """What the cancelled run knew of its tokens fits nothing any more."""
+    given = tiny.case(frames=2, height=6, width=8, batch=2)
+    expected = run(PLANS[plan](untouched.base), given)
+    error = InterruptProcessingException()
+
+    def callback(index, *_):
+        if index == STEPS - 2:
+            raise error
+
+    stopped(untouched.patched, error, callback=callback)
+    assert torch.equal(run(untouched.patched, given), expected)
 
 
 @plans

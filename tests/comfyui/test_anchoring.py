@@ -160,6 +160,7 @@ def test_only_one_prompt_with_a_reference(kind, given, dropped_kv, has_it):
 
 
 def test_context_latents_behind_the_grid_are_kept():
+    tiny.needs("0.25.0", "context latents")
     given = bernini()
     patched = tiny.trimmed(tiny.base_model())
     calls = tiny.watch(patched)

@@ -240,6 +240,7 @@ def test_compiled_model_remembers_as_an_eager_one(compiled, order):
 
 
 def test_several_gpus_compute_everything_and_say_so():
+    tiny.needs("0.23.0", "sampling on several GPUs")
     dense = tiny.base_model()
     model = neighbours.two_gpus(tiny.trimmed(dense))
     assert torch.equal(tiny.sample(model), tiny.sample(neighbours.two_gpus(dense)))

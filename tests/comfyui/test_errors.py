@@ -18,6 +18,8 @@ from wantrim.nodes.tokens import WanTrimTokens
 from wantrim.tests.comfyui import tiny
 
 REFUSED = [name for name, reason in SUPPORTED.items() if reason is not None]
+# the oldest ComfyUI that the pack runs in has none of these
+NEWER = {"SCAIL2WanModel", "WanDancerModel", "WanAnimate2Model", "CausalWanModel"}
 
 
 def bare(self, *args, **kwargs):
@@ -72,7 +74,7 @@ def test_table_names_every_wan_class_of_the_host():
             pending.append(sub)
             if sub.__module__.startswith("comfy.ldm.wan"):
                 found.add(sub.__name__)
-    assert found == set(SUPPORTED)
+    assert found <= set(SUPPORTED) <= found | NEWER
 
 
 @pytest.mark.parametrize(

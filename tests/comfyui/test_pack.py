@@ -7,10 +7,12 @@ import shutil
 from importlib.metadata import version
 from pathlib import Path
 
+import comfyui_version
 import pytest
 
 import nodes as comfy_nodes
 from comfy_api.latest import io
+from wantrim.hosts.comfyui.version import OLDEST
 from wantrim.methods.importance import IMPORTANCE
 from wantrim.methods.restore import RESTORE
 from wantrim.methods.schedule import DIRECTIONS
@@ -112,6 +114,15 @@ def test_host_loads_the_pack_from_a_folder_of_any_name(root, registered, tmp_pat
         node.GET_SCHEMA()
         module = node.RELATIVE_PYTHON_MODULE
         assert module == f"custom_nodes.{FOLDER}"
+
+
+def test_an_older_host_says_in_one_line_what_is_needed(root, registered, monkeypatch, caplog):
+    monkeypatch.setattr(comfyui_version, "__version__", "0.15.1")
+    assert not asyncio.run(registered.load_custom_node(str(root)))
+    assert not registered.NODE_CLASS_MAPPINGS
+    (record,) = caplog.records
+    assert f"WanTrim needs ComfyUI {OLDEST} or newer, and this is ComfyUI 0.15.1" in record.message
+    assert record.levelname == "WARNING" and "\n" not in record.message
 
 
 def test_node_ids_are_the_released_ones():

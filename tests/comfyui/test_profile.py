@@ -325,6 +325,19 @@ def test_an_exception_leaves_nothing_behind():
     assert recorder_of(patched).calls == 1
 
 
+def test_a_run_without_numbers_is_not_saved_over_a_good_one(folder):
+    model = profiled()
+    tiny.sample(model, steps=1)
+    WanTrimSaveProfile.execute(model, IMAGES, "mine", True)
+    (before,) = (file.read_bytes() for file in folder.iterdir())
+    noise = torch.full(tiny.case().latent.shape, torch.nan)
+    tiny.sample(model, steps=2, noise=noise)
+    for merge in (True, False):
+        with pytest.raises(ValueError, match="^WanTrim Save Profile: what was recorded .* black"):
+            WanTrimSaveProfile.execute(model, IMAGES, "mine", merge)
+    assert [file.read_bytes() for file in folder.iterdir()] == [before]
+
+
 def test_the_untouched_model_stays_untouched():
     model = tiny.base_model()
     patched = profiled(model)

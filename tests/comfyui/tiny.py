@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from functools import cache
 from types import SimpleNamespace
 
+import pytest
 import torch
+from comfyui_version import __version__ as comfyui_version
 
 import comfy.ops
 import comfy.sample
@@ -40,6 +42,13 @@ KINDS = {
     # Wan2.2 Fun Control: control and image channels, a reference in front of the grid
     "fun": (WanModel, {"model_type": "t2v", "in_dim": 52, "in_dim_ref_conv": 16}),
 }
+
+
+def needs(version: str, what: str) -> None:
+    """Leaves a test out where this ComfyUI is older than what it looks at."""
+    came, wanted = (tuple(map(int, v.split("."))) for v in (comfyui_version, version))
+    if came < wanted:
+        pytest.skip(f"{what}: ComfyUI {version} and newer, this is {comfyui_version}")
 
 
 def random_weights(module: torch.nn.Module, seed: int) -> dict[str, torch.Tensor]:
