@@ -203,5 +203,7 @@ def test_the_page_of_the_matrix_is_what_its_promises_give(root):
     """`python -m wantrim.tests.comfyui.matrix` writes it anew."""
     page = (root / "docs" / "compatibility.md").read_text("utf-8")
     assert page == matrix.table()
+    front = (root / "README.md").read_text("utf-8")
+    assert front == matrix.fill(front) and matrix.summary() in front
     told = [rows(section(page, title)) for title in ("Models", "Neighbours")]
     assert [len(lines) for lines in told] == [len(matrix.KINDS), len(matrix.NEIGHBOURS)]

@@ -41,6 +41,20 @@ def comfyui() -> Path:
     return COMFYUI
 
 
+def pytest_terminal_summary(terminalreporter) -> None:
+    """Print the matrix when its cells were run."""
+    found = {
+        outcome: sum("test_matrix.py" in r.nodeid for r in terminalreporter.getreports(outcome))
+        for outcome in ("passed", "failed")
+    }
+    if any(found.values()):
+        from wantrim.tests.comfyui import matrix
+
+        said = ", ".join(f"{count} {outcome}" for outcome, count in found.items())
+        terminalreporter.section(f"what works with what: {said}")
+        terminalreporter.write_line(matrix.embedded())
+
+
 @pytest.fixture(autouse=True)
 def as_a_node_runs():
     """ComfyUI executes nodes under inference mode."""

@@ -9,7 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-TABLE = Path(__file__).parents[2] / "docs" / "compatibility.md"
+ROOT = Path(__file__).parents[2]
+TABLE, README = ROOT / "docs" / "compatibility.md", ROOT / "README.md"
+# what stands between them in README is made here
+BEGIN, END = "<!-- matrix -->", "<!-- end of matrix -->"
 
 EXACT = "exact"
 SAYS = "says so"
@@ -248,10 +251,14 @@ def _head(cells: list[str]) -> list[str]:
     return [_row(cells), "|" + "---|" * len(cells)]
 
 
+def _told(kind: Kind) -> list[str]:
+    return [EXACT if kind.takes(trim) else REFUSED for trim in TRIMS]
+
+
 def _kinds() -> list[str]:
     lines = _head(["model", "class in ComfyUI", *TRIMS.values(), "why refused"])
     for kind in KINDS.values():
-        told = [EXACT if kind.takes(trim) else REFUSED for trim in TRIMS]
+        told = _told(kind)
         # each reason once, in the words of the message
         why = dict.fromkeys(filter(None, (kind.inside, kind.blocks)))
         lines.append(_row([kind.title, f"`{kind.cls}`", *told, "; ".join(why)]))
@@ -287,6 +294,22 @@ def summary() -> str:
         f"all trims without a remark; the report has one for the other {len(says)}. Tokens and heads "
         f"are left whole beside {'; '.join(inside)}. Nothing is trimmed beside {'; '.join(whole)}."
     )
+
+
+def embedded() -> str:
+    """What the first page shows: models and neighbours, without the reasons."""
+    kinds = _head(["model", *TRIMS.values()])
+    kinds += [_row([k.title, *_told(k)]) for k in KINDS.values()]
+    others = _head(["neighbour", *TRIMS.values()])
+    others += [_row([o.title, *(o.outcome(t) for t in TRIMS)]) for o in NEIGHBOURS.values()]
+    return "\n".join([summary(), "", *kinds, "", *others])
+
+
+def fill(text: str) -> str:
+    """A page with what stands between its marks made anew."""
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n{embedded()}\n{END}{after}"
 
 
 def table() -> str:
@@ -327,3 +350,4 @@ def table() -> str:
 
 if __name__ == "__main__":
     TABLE.write_text(table(), "utf-8")
+    README.write_text(fill(README.read_text("utf-8")), "utf-8")
