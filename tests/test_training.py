@@ -101,6 +101,26 @@ def test_the_feature_loss_is_relative_and_leaves_outliers_out():
     assert feature_loss(student * 30, teacher * 30).tolist() == pytest.approx([0.01] * 2, rel=1e-4)
 
 
+def test_tokens_that_wait_for_a_later_block_are_not_compared(pair):
+    teacher = torch.randn(2, 10, 8)
+    student = teacher * 1.1
+    student[:, 3:] = 7.0
+    computed = torch.arange(10) < 3
+    assert feature_loss(student, teacher, computed.expand(2, -1)).tolist() == pytest.approx(
+        [0.01] * 2, rel=1e-4
+    )
+    # in a block that all but the last of a stretch are, only the kept tokens change
+    batch = ToyDataset(2, image_share=0.0).batch(0)
+    x, sigma = torch.randn(batch.latents.shape), torch.tensor([0.6, 0.6])
+    stage = Stage("width", 4, warmup=1, shift=3.0)
+    velocity = pair.teach(x, sigma, batch)
+    past = trimmed(pair, stage, batch, x, velocity, TokenSteps(0.5, "refresh", 0.33, (0.7, 0.5)))
+    with past, pair.taps.keeping((1, 3)) as got, torch.no_grad():
+        pair.ask(x, sigma, batch)
+    shares = [pair.taps.computed[block].float().mean(1).tolist() for block in (1, 3)]
+    assert shares == [[0.5, 0.5], [1.0, 1.0]] and sorted(got) == [1, 3]
+
+
 def test_velocity_and_temporal_losses_on_known_errors():
     wanted = torch.randn(2, 3, 4, 2, 2)
     still = wanted.clone()

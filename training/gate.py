@@ -93,14 +93,15 @@ class Taps:
     """Hooks behind a model's blocks: they apply the gate and keep hidden states.
 
     Attributes:
-        gate: of the call to come, or None; it must stay until the backward pass is done, which
-            computes checkpointed blocks again.
+        computed: of a call within `keeping`, the tokens [b, s] that each kept block changed.
+        gate: of the call to come, or None.
     """
 
     def __init__(self, model: nn.Module):
         self.gate: Gate | None = None
         self._wanted: frozenset[int] = frozenset()
         self._kept: dict[int, torch.Tensor] = {}
+        self.computed: dict[int, torch.Tensor] = {}
         self._hooks = [
             block.register_forward_hook(self._behind(index))
             for index, block in enumerate(model.blocks)
@@ -112,6 +113,7 @@ class Taps:
                 output = self.gate.apply(index, args[0], output)
             if index in self._wanted:
                 self._kept[index] = output
+                self.computed[index] = (output != args[0]).any(2)
             return output
 
         return hook
@@ -119,7 +121,7 @@ class Taps:
     @contextmanager
     def keeping(self, blocks: Collection[int]) -> Iterator[dict[int, torch.Tensor]]:
         """Within the context, hidden states behind these blocks, by block."""
-        self._wanted, self._kept = frozenset(blocks), {}
+        self._wanted, self._kept, self.computed = frozenset(blocks), {}, {}
         try:
             yield self._kept
         finally:

@@ -107,7 +107,10 @@ def _features(
     pair: Pair, got: Mapping[int, torch.Tensor], wanted: Mapping[int, torch.Tensor]
 ) -> torch.Tensor:
     """Mean feature loss over the blocks; of a routed student over those that ran, per sample."""
-    losses = torch.stack([feature_loss(got[block], wanted[block]) for block in sorted(got)])
+    computed = pair.taps.computed
+    losses = torch.stack(
+        [feature_loss(got[block], wanted[block], computed[block]) for block in sorted(got)]
+    )
     if pair.routing is None:
         return losses.mean(0)
     ran = pair.taps.gate.hard[:, sorted(got)].T.to(losses)
