@@ -11,13 +11,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from wantrim.hosts.diffusers.attach import attach
 from wantrim.hosts.diffusers.slim import load_slim
-from wantrim.hosts.plan import TrimPlan
 from wantrim.hosts.slim_export import export_slim
 from wantrim.hosts.slim_source import open_source
-from wantrim.methods.depth import BlockBudget, BlockPlan
-from wantrim.methods.routers import load_router
 from wantrim.methods.width import Width
 from wantrim.toy import CHECKPOINT
 
@@ -47,12 +43,7 @@ def main() -> None:
         export_slim(source, path, width)
         slim = load_slim(path)
         student = load_slim(CHECKPOINT.with_name("tiny_wan_student.safetensors"))
-        router = load_router(CHECKPOINT.with_name("tiny_wan_router.safetensors"))
         outputs = {"output": forward(slim, given), "student": forward(student, given)}
-        # one sigma for the whole batch, as in sampling
-        first = {name: value[:1] for name, value in given.items()}
-        with attach(student, TrimPlan(blocks=BlockPlan(router, BlockBudget(0.4, 0.7)))):
-            outputs["routed"] = forward(student, first)
     save_file(outputs, REFERENCE, {"width": json.dumps(width.__dict__)})
 
 

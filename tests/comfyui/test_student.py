@@ -22,9 +22,7 @@ SIZE = (5, 12, 12)
 def given(root):
     data = root / "tests" / "data"
     made = load_file(data / "slim_reference.safetensors")
-    return load_file(data / "tiny_wan_reference.safetensors") | {
-        name: made[name] for name in ("student", "routed")
-    }
+    return load_file(data / "tiny_wan_reference.safetensors") | {"student": made["student"]}
 
 
 @pytest.fixture
@@ -38,14 +36,10 @@ def routed(model, **changes):
     return WanTrimBlocks.execute(model=model, router=choice, profile=None, **inputs).result
 
 
-def noise():
-    return torch.randn(1, 16, *SIZE, generator=torch.Generator().manual_seed(3))
-
-
 def sampled(model, steps=4):
     text = WanTrimDemoPrompt.execute("a red circle moving right slowly on a black background")
     nothing = WanTrimDemoPrompt.execute("")
-    given = tiny.Case(text.result[0], nothing.result[0], {"samples": torch.zeros(1, 16, *SIZE)})
+    given = tiny.Case(text.result[0], nothing.result[0], torch.zeros(1, 16, *SIZE))
     return tiny.ksampler(model, given, steps=steps)
 
 
@@ -62,7 +56,7 @@ def test_it_is_in_the_lists_and_its_files_say_what_they_are():
 def test_output_equals_diffusers(student, given):
     network = student.model.diffusion_model
     made = network(given["x"], given["timestep"], given["text"])
-    torch.testing.assert_close(made.float(), given["student"], rtol=0, atol=2e-2)
+    torch.testing.assert_close(made.float(), given["student"], rtol=0, atol=1e-3)
     assert float((given["student"] - given["output"]).norm()) > 0
 
 
@@ -83,11 +77,7 @@ def test_a_budget_of_all_blocks_is_exact(student):
 
 
 def test_the_full_model_is_not_the_routers(student):
-    """Trained tables are not those of the full model; the router goes with its own student."""
-    full = WanTrimDemoModel.execute().result[0]
-    out = routed(student)[0]
-    assert attachment_of(out) is not None
-    try:
-        routed(full)
-    except ValueError as error:
-        assert "trained for another model" in str(error)
+    """Training moved the tables that tell models apart, so the router goes with its student."""
+    assert attachment_of(routed(student)[0]) is not None
+    with pytest.raises(ValueError, match="trained for another model"):
+        routed(WanTrimDemoModel.execute().result[0])
