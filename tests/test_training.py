@@ -15,7 +15,7 @@ from wantrim.hosts.plan import TrimPlan
 from wantrim.hosts.slim_file import read_header
 from wantrim.methods.depth import BlockBudget, BlockPlan
 from wantrim.methods.presets import preset_plan
-from wantrim.methods.routers import FixedRouter, load_router
+from wantrim.methods.routers import FixedRouter, TrainedRouter, load_router
 from wantrim.tests.small_wan import RECIPE, make_origin, write_recipe
 from wantrim.toy.text import TEXT_DIM
 from wantrim.training.changes import change
@@ -306,6 +306,32 @@ def test_a_student_learns_on_the_tokens_that_sampling_keeps(pair, preset, checkp
     assert torch.allclose(trained, sampled, atol=1e-5)
 
 
+@pytest.mark.parametrize("preset", ["refresh", "paper"])
+def test_routed_and_with_dropped_tokens_is_what_sampling_does(pair, preset):
+    """Blocks that are left out give their dropped tokens what sampling gives them."""
+    routed(pair)
+    batch = ToyDataset(1, image_share=0.0).batch(0)
+    x, sigma = torch.randn(batch.latents.shape), torch.tensor([0.6])
+    stage = Stage("router", 4, warmup=1, shift=3.0)
+    run_of = TokenSteps(0.5, preset, 1 / 3, (0.7, 0.5))
+    velocity = pair.teach(x, sigma, batch)
+    past = past_points(pair, stage, batch, x, velocity, run_of)
+    with torch.no_grad(), trimmed(pair, stage, batch, x, velocity, run_of):
+        trained = pair.ask(x, sigma, batch)
+    routing, pair.routing, pair.taps.gate = pair.routing, None, None
+    router = TrainedRouter(routing.mlp, "latent", model_fingerprint(pair.student))
+    blocks = BlockPlan(router, routing.budget)
+    plan = TrimPlan(preset_plan(preset, 0.5), blocks=blocks)
+    with torch.no_grad(), attach(pair.student, plan, shift=3.0) as attachment:
+        if preset == "refresh":
+            for latents, at in past:
+                pair.ask(latents, at, batch)
+        sampled = pair.ask(x, sigma, batch)
+        last = attachment.finish().steps[-1]
+    assert last.blocks_run == 2 and last.kept_share < 0.5
+    assert torch.allclose(trained, sampled, atol=1e-5)
+
+
 def test_steps_of_short_and_long_runs_are_drawn():
     drawn = [token_steps(Draws(0, 1, n).shared, Tokens(0.4, 0.9)) for n in range(200)]
     assert all(0.4 <= one.keep_ratio <= 0.9 for one in drawn)
@@ -411,6 +437,17 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(
     mine, theirs = log_of(last), log_of(there)
     assert [row["step"] for row in mine] == [1, 2, 3, 4]
     assert [row["loss"] for row in mine] == [row["loss"] for row in theirs]
+
+
+def test_the_average_is_what_is_written(folder, recipe, tmp_path):
+    averaged = run(recipe, tmp_path / "with", kinds=["width"])
+    plain = run(write_recipe(folder, "width.ema_decay=0"), tmp_path / "without", kinds=["width"])
+    one, other = (load_slim(path / "student.safetensors") for path in (averaged, plain))
+    apart = [
+        float((mine - theirs).abs().max())
+        for mine, theirs in zip(one.parameters(), other.parameters(), strict=True)
+    ]
+    assert max(apart) > 1e-4
 
 
 def test_a_stage_that_is_done_is_not_done_again(recipe, done):

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 
 class Average:
@@ -23,6 +24,7 @@ class Average:
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Take in the weights after `step` steps."""
+        self._reshard()
         decay = min(self.decay, (1 + step) / (10 + step))
         for name, value in self.module.named_parameters():
             self.tensors[name].lerp_(value.detach(), 1 - decay)
@@ -30,6 +32,7 @@ class Average:
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """Within the context the module has the averaged weights."""
+        self._reshard()
         own = {name: value.detach().clone() for name, value in self.module.named_parameters()}
         self._put(self.tensors)
         try:
@@ -37,7 +40,14 @@ class Average:
         finally:
             self._put(own)
 
+    def _reshard(self) -> None:
+        # after a call without gradients FSDP2 leaves the weights of its root whole
+        for module in self.module.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
     @torch.no_grad()
     def _put(self, tensors: dict[str, torch.Tensor]) -> None:
+        self._reshard()
         for name, value in self.module.named_parameters():
             value.copy_(tensors[name])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 from pathlib import Path
 
@@ -67,7 +68,14 @@ class State:
         if not steps:
             return 0
         tensors = self._tensors()
-        dcp.load(tensors, checkpoint_id=self.folder / f"step-{steps[-1]}")
+        path = self.folder / f"step-{steps[-1]}"
+        try:
+            dcp.load(tensors, checkpoint_id=path)
+        except (dcp.api.CheckpointException, OSError, RuntimeError) as error:
+            raise ValueError(
+                f"{path}: the saved step cannot be read ({str(error):.300}). Remove the folder to "
+                "begin the stage anew."
+            ) from error
         set_state_dict(
             self.model,
             self.optimizer,
@@ -78,8 +86,8 @@ class State:
         return steps[-1]
 
     def _saved(self) -> list[int]:
-        found = self.folder.glob("step-*")
-        return sorted(int(p.name.removeprefix("step-")) for p in found)
+        names = (re.fullmatch(r"step-(\d+)", p.name) for p in self.folder.glob("step-*"))
+        return sorted(int(name[1]) for name in names if name)
 
     def _tensors(self) -> dict:
         model, optimizer = get_state_dict(self.model, self.optimizer)

@@ -7,10 +7,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from diffusers.hooks import HookRegistry, ModelHook
 from torch import nn
 
 from ..methods.depth import BlockBudget, choose_blocks
 from ..methods.routers import RouterMLP, latent_statistics
+
+HOOK = "wantrim_gate"
 
 
 @dataclass
@@ -74,8 +77,10 @@ class Routing:
                     "content: 'clip' needs CLIP embeddings of the first images, and the data has "
                     "none; encode it with an image-to-video model, or choose 'latent' or 'none'"
                 )
-            content = clip[:, 0]
-        logits = self.mlp(sigma, content).float()
+            content = clip[:, 0].float()
+        # in fp32, as in sampling
+        with torch.autocast(sigma.device.type, enabled=False):
+            logits = self.mlp(sigma, content)
         num_blocks = logits.shape[1]
         hard = torch.zeros(logits.shape, dtype=torch.bool)
         for row, (at, scores) in enumerate(zip(sigma.tolist(), logits.detach().cpu(), strict=True)):
@@ -89,12 +94,29 @@ def new_router(num_blocks: int, kind: str, channels: int, clip_dim: int = 0) -> 
     return RouterMLP(num_blocks, sizes[kind])
 
 
+class _GateHook(ModelHook):
+    """Applies the gate where the block's own forward is called: on the tokens that it is given."""
+
+    def __init__(self, taps: Taps, index: int):
+        super().__init__()
+        self.taps, self.index = taps, index
+
+    def new_forward(self, module, hidden_states, *args, **kwargs):
+        out = self.fn_ref.original_forward(hidden_states, *args, **kwargs)
+        gate = self.taps.gate
+        return out if gate is None else gate.apply(self.index, hidden_states, out)
+
+
 class Taps:
-    """Hooks behind a model's blocks: they apply the gate and keep hidden states.
+    """Hooks on a model's blocks: they apply the gate and keep hidden states.
+
+    They go on before any other hook of diffusers, so that what drops tokens sees a block that is
+    left out as sampling has it, and what is computed again in the backward pass has the gate in it.
 
     Attributes:
         computed: of a call within `keeping`, the tokens [b, s] that each kept block changed.
-        gate: of the call to come, or None.
+        gate: of the call to come, or None; it must stay until the backward pass is done, which
+            computes checkpointed blocks again.
     """
 
     def __init__(self, model: nn.Module):
@@ -102,19 +124,17 @@ class Taps:
         self._wanted: frozenset[int] = frozenset()
         self._kept: dict[int, torch.Tensor] = {}
         self.computed: dict[int, torch.Tensor] = {}
-        self._hooks = [
-            block.register_forward_hook(self._behind(index))
-            for index, block in enumerate(model.blocks)
-        ]
+        self._blocks, self._hooks = list(model.blocks), []
+        for index, block in enumerate(self._blocks):
+            registry = HookRegistry.check_if_exists_or_initialize(block)
+            registry.register_hook(_GateHook(self, index), HOOK)
+            self._hooks.append(block.register_forward_hook(self._behind(index)))
 
     def _behind(self, index: int) -> Callable:
         def hook(module, args, output):
-            if self.gate is not None:
-                output = self.gate.apply(index, args[0], output)
             if index in self._wanted:
                 self._kept[index] = output
                 self.computed[index] = (output != args[0]).any(2)
-            return output
 
         return hook
 
@@ -130,3 +150,6 @@ class Taps:
     def remove(self) -> None:
         for hook in self._hooks:
             hook.remove()
+        for block in self._blocks:
+            block._diffusers_hook.remove_hook(HOOK, recurse=False)
+        self.gate = None

@@ -27,6 +27,7 @@ class Pair:
     Args:
         routing: of the student, from stage II on.
         negative: text of the unconditional prompt [t, d].
+        dtype: that both compute in.
     """
 
     student: nn.Module
@@ -35,31 +36,34 @@ class Pair:
     teacher_taps: Taps
     routing: Routing | None
     negative: torch.Tensor
+    dtype: torch.dtype = torch.float32
 
     def ask(self, x: torch.Tensor, sigma: torch.Tensor, batch: Batch) -> torch.Tensor:
         """The student's velocity at latents x [b, c, f, h, w], its blocks chosen by the router."""
         if self.routing is not None:
             self.taps.gate = self.routing.gate(sigma, x, batch.clip)
-        return velocity(self.student, x, sigma, batch)
+        return velocity(self.student, x, sigma, batch, self.dtype)
 
     def teach(self, x: torch.Tensor, sigma: torch.Tensor, batch: Batch, guidance: float = 1.0):
         """The teacher's velocity, with guidance."""
         with torch.no_grad():
-            wanted = velocity(self.teacher, x, sigma, batch)
+            wanted = velocity(self.teacher, x, sigma, batch, self.dtype)
             if guidance == 1.0:
                 return wanted
             text = self.negative.to(batch.text).expand_as(batch.text)
             free = Batch(batch.latents, text, batch.condition, batch.clip)
-            without = velocity(self.teacher, x, sigma, free)
+            without = velocity(self.teacher, x, sigma, free, self.dtype)
             return without + guidance * (wanted - without)
 
 
-def velocity(model: nn.Module, x: torch.Tensor, sigma: torch.Tensor, batch: Batch) -> torch.Tensor:
+def velocity(
+    model: nn.Module, x: torch.Tensor, sigma: torch.Tensor, batch: Batch, dtype: torch.dtype
+) -> torch.Tensor:
     """A Wan's velocity [b, c, f, h, w] in fp32 for noisy latents and sigmas [b]."""
     given = x if batch.condition is None else torch.cat([x, batch.condition.to(x)], 1)
-    dtype = next(model.parameters()).dtype
     out = model(
         given.to(dtype),
+        # exact: bf16 knows only every fourth timestep
         1000 * sigma,
         batch.text.to(dtype),
         None if batch.clip is None else batch.clip.to(dtype),

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -65,7 +66,9 @@ def world(device: str) -> Iterator[World]:
         torch.cuda.set_device(place)
     backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
     store = None if given else dist.HashStore()
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    # the first process may look through hundreds of gigabytes while the others wait
+    limit = timedelta(hours=6)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
     try:
         yield World(rank, size, place, init_device_mesh(place.type, (size,)))
     finally:
@@ -81,7 +84,10 @@ def shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, offload: bool 
     """
     # the velocity is a view; nothing here writes into it
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    # inputs are cast where they are made: a timestep in bf16 would be another one
+    mixed = MixedPrecisionPolicy(
+        param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
     policy = MixedPrecisionPolicy() if dtype == torch.float32 else mixed
     place = CPUOffloadPolicy() if offload else OffloadPolicy()
     for block in model.blocks:

@@ -58,23 +58,28 @@ class Trainer:
         dtype = DTYPES[recipe.run.dtype]
         file = start / "student.safetensors" if start.is_dir() else start
         self.student, self.header = load_student(file)
-        self.student.to(world.device)
         routing, self._mlp = self._router(start)
+        # in this order: what goes on first is called last
+        taps = Taps(self.student)
         if recipe.run.checkpointing:
             recompute_blocks(self.student)
         if world.size > 1:
+            # moves a block at a time, and only this process's part of it
             shard(self.student, world.mesh, dtype)
+        else:
+            self.student.to(world.device)
         # several processes compute in the low precision by FSDP's policy, one by autocast
-        self._cast = nullcontext
+        self.cast = nullcontext
         if world.size == 1 and dtype != torch.float32:
-            self._cast = lambda: torch.autocast(world.device.type, dtype)
+            self.cast = lambda: torch.autocast(world.device.type, dtype)
         self.pair = Pair(
             self.student,
             teacher,
-            Taps(self.student),
+            taps,
             Taps(teacher),
             routing,
             negative.to(world.device),
+            dtype,
         )
         self.trained = nn.ModuleDict({"student": self.student})
         groups = [{"params": [*self.student.parameters()], "lr": stage.lr, "peak": stage.lr}]
@@ -96,6 +101,11 @@ class Trainer:
         if known.exists():
             loaded = load_router(known)
             mlp, kind = loaded.mlp.requires_grad_(True), loaded.kind
+            if stage.kind == "router" and kind != stage.content:
+                raise ValueError(
+                    f"content: expected {kind!r}, as the router in {start.name} has it, got "
+                    f"{stage.content!r}. Begin with a student without a router, or change the recipe."
+                )
         else:
             torch.manual_seed(self.recipe.data.seed)
             clip = self.student.config.image_dim or 0
@@ -116,17 +126,23 @@ class Trainer:
         share = learning_rate(self.stage, self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = share * group["peak"]
-        with self._cast():
+        with self.cast():
             terms = OBJECTIVES[self.stage.kind](self.pair, self.stage, batch, draws)
         terms["loss"].backward()
         norm = torch.nn.utils.clip_grad_norm_(self.trained.parameters(), self.recipe.run.grad_clip)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        if not torch.isfinite(norm):
+            raise ValueError(
+                f"step {self.step + 1}: the gradient is {float(norm)}, and nothing was changed by "
+                "it. Look at the data; or take a lower learning rate: the run goes on from its last "
+                "saved step only with the same recipe, so choose another --out and --start for it."
+            )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         if self.average is not None:
             self.average.update(self.step)
         values = self.world.mean(torch.stack([term.detach().float() for term in terms.values()]))
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         return dict(zip(terms, values, strict=True)) | {"grad_norm": norm.detach()}
 
     def averaged(self):
@@ -142,14 +158,17 @@ class Trainer:
         with self.averaged():
             student = whole_state(self.student)
             router = None if self.pair.routing is None else whole_state(self.pair.routing.mlp)
-        if self.world.first:
-            if router is not None:
-                self._mlp.load_state_dict(router, assign=True)
-            trained = _said(self.header) + [self._record(data)]
-            mlp = None if router is None else self._mlp.requires_grad_(False)
-            kind = None if router is None else self.pair.routing.kind
-            write_student(self.folder, student, mlp, kind, self.header, trained)
+            # inside: on a CPU these are the weights themselves, which the average then leaves
+            if self.world.first:
+                self._write(student, router, _said(self.header) + [self._record(data)])
         self.world.wait()
+
+    def _write(self, student: dict, router: dict | None, trained: list[dict]) -> None:
+        mlp, kind = None, None
+        if router is not None:
+            self._mlp.load_state_dict(router, assign=True)
+            mlp, kind = self._mlp.requires_grad_(False), self.pair.routing.kind
+        write_student(self.folder, student, mlp, kind, self.header, trained)
 
     def _record(self, data: str) -> dict:
         s = self.stage

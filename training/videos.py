@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from ..hosts.diffusers.attach import attach
 from ..hosts.diffusers.sample import sample, sigmas_for
 from ..hosts.plan import TrimPlan
+from ..hosts.session import COND, UNCOND
 from ..methods.depth import BlockPlan
 from ..methods.fingerprint import Fingerprint
 from ..methods.routers import TrainedRouter
@@ -29,11 +30,10 @@ def draw_videos(
     one = {name: None if value is None else value[:1] for name, value in taken.items()}
 
     def draw(model, steps: int, guidance: float) -> torch.Tensor:
-        dtype = next(model.parameters()).dtype
-        clip = None if one["clip"] is None else one["clip"].to(dtype)
+        clip = None if one["clip"] is None else one["clip"].to(pair.dtype)
         return sample(
             model,
-            batch.text[:1].to(dtype),
+            batch.text[:1].to(pair.dtype),
             tuple(batch.latents.shape[2:]),
             steps=steps,
             guidance=guidance,
@@ -41,6 +41,7 @@ def draw_videos(
             seed=step,
             condition=one["condition"],
             negative=pair.negative,
+            device=batch.latents.device,
             model_kwargs={} if clip is None else {"encoder_hidden_states_image": clip},
         )
 
@@ -52,7 +53,7 @@ def draw_videos(
     if pair.routing is not None:
         router = TrainedRouter(pair.routing.mlp, pair.routing.kind, model)
         plan = TrimPlan(blocks=BlockPlan(router, pair.routing.budget))
-    roles = (0,) if few else (0, 1)
+    roles = (COND,) if guidance == 1 else (COND, UNCOND)
     sigmas = sigmas_for(steps, stage.shift)[:-1]
     with attach(pair.student, plan, cond_or_uncond=roles, shift=stage.shift, sigmas=sigmas):
         student = draw(pair.student, steps, guidance)

@@ -26,6 +26,7 @@ def denoise(
     condition: torch.Tensor | None = None,
     negative: torch.Tensor | None = None,
     model_kwargs: dict[str, torch.Tensor] | None = None,
+    device: torch.device | None = None,
 ) -> Iterator[torch.Tensor]:
     """Yield the latents [b, out_channels, f, h, w] (fp32) after every step.
 
@@ -38,9 +39,10 @@ def denoise(
         negative: the unconditional text [tokens, text_dim] or [b, tokens, text_dim]; None is all
             zeros, as the tiny Wan was trained.
         model_kwargs: further tensors [b, ...] of the model's forward, the same for both prompts.
+        device: that the model computes on; None is where its weights are.
     """
     batch, channels = len(text), model.config.out_channels
-    device = next(model.parameters()).device
+    device = device or next(model.parameters()).device
     text = text.to(device)
     random = torch.Generator().manual_seed(seed)
     # drawn on the CPU, so that a seed is the same video on every device
