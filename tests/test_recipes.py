@@ -139,10 +139,12 @@ def test_a_recipe_that_is_not_there_is_named_with_those_that_are(tmp_path):
 def test_shipped_recipes_load_and_say_what_the_paper_says(name):
     recipe = load_recipe(name)
     assert recipe.name == name
-    assert [stage.kind for stage in recipe.stages] == ["width", "router", "steps"]
+    kinds = [stage.kind for stage in recipe.stages]
     if name == "tiny":
+        assert kinds == ["width", "router", "router", "steps"]
         assert (recipe.model, recipe.data.folder, recipe.profile) == ("tiny", "toy", "")
         return
+    assert kinds == ["width", "router", "steps"]
     temporal = 8 if recipe.task == "t2v" else 4
     assert recipe.data.batch == 4 and recipe.run.dtype == "bf16"
     for stage in recipe.stages[:2]:
@@ -200,7 +202,7 @@ def test_the_tiny_wans_sizes_are_read_from_its_file():
 
 def test_a_model_that_is_not_there_needs_a_known_name():
     recipe = replace(load_recipe("t2v_14b"), name="mine")
-    with pytest.raises(ValueError, match="Wan2.1-T2V-14B-Diffusers is not there"):
+    with pytest.raises(ValueError, match="wan2.1_t2v_14B_bf16.safetensors is not there"):
         model_shape(recipe)
 
 
@@ -285,8 +287,9 @@ def test_more_costs_more():
     # twice the GPUs: half the time for a batch that stays, none less for one that grows with them
     assert first(recipe, 2).hours() == pytest.approx(2 * base.hours())
     assert first(recipe, 8).batch == 8 and first(recipe, 8).hours() == pytest.approx(base.hours())
-    width, router, _ = plan_recipe(recipe, KNOWN["t2v_14b"], VIDEO, 4)
-    assert router.flops < width.flops
+    width, router, steps = plan_recipe(recipe, KNOWN["t2v_14b"], VIDEO, 4)
+    # blocks that are left out are computed for the router; few steps ask the teacher ten times
+    assert width.flops == router.flops < steps.flops
 
 
 def test_the_largest_sample_is_planned_for(tmp_path):

@@ -493,6 +493,42 @@ def test_changes_reach_every_stage_of_their_kind():
     assert given["data"] == {"folder": "toy", "batch": 3}
 
 
+@pytest.mark.parametrize(
+    ("change_", "said"),
+    [
+        ("width.lr=5e-4", "1-width: it began with stages.1.lr = 0.001, and this is 0.0005"),
+        ("data.seed=1", "data.seed = 0, and this is 1"),
+    ],
+)
+def test_a_run_does_not_go_on_with_another_recipe(folder, done, change_, said):
+    with pytest.raises(ValueError, match=said):
+        run(write_recipe(folder, change_), done.parent)
+
+
+def test_a_step_that_cannot_be_read_is_named(folder, tmp_path):
+    state = tmp_path / "1-width" / "state"
+    (state / "step-2").mkdir(parents=True)
+    (state / "step-x").mkdir()
+    with pytest.raises(ValueError, match="step-2: the saved step cannot be read"):
+        run(write_recipe(folder), tmp_path, kinds=["width"])
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing(folder, tmp_path, monkeypatch):
+    whole = ToyDataset.batch
+
+    def poisoned(self, step, *place):
+        batch = whole(self, step, *place)
+        if step == 3:
+            batch.latents[0, 0, 0, 0, 0] = float("nan")
+        return batch
+
+    monkeypatch.setattr(ToyDataset, "batch", poisoned)
+    with pytest.raises(ValueError, match="step 4: the gradient is nan"):
+        run(write_recipe(folder), tmp_path, kinds=["width"])
+    assert [path.name for path in (tmp_path / "1-width" / "state").iterdir()] == ["step-2"]
+    assert not (tmp_path / "1-width" / "student.safetensors").exists()
+
+
 def test_a_stage_that_the_recipe_has_not_is_refused(folder, tmp_path):
     with pytest.raises(ValueError, match="stages: expected some of width"):
         run(write_recipe(folder), tmp_path, kinds=["other"])

@@ -35,6 +35,12 @@ def main() -> None:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--threads", type=int, default=1, help="CPU threads of torch; 1 is fastest when shared")
     args = parser.parse_args()
+    if torch.device(args.device).type not in ("cpu", "cuda"):
+        parser.error(f"--device: expected cpu or cuda, got {args.device}")
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error("--device: PyTorch sees no CUDA GPU here")
+    if args.threads < 1:
+        parser.error(f"--threads: expected at least 1, got {args.threads}")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if args.device == "cpu":
         torch.set_num_threads(args.threads)
@@ -43,7 +49,7 @@ def main() -> None:
         out = args.out or Path("out/training") / recipe.name
         with world(args.device) as processes:
             folder = train(recipe, out, processes, start=args.start, kinds=args.stages)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on from the last saved step")

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import gc
+import json
 import logging
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ..methods.artifact import replacing
 from .log import StageLog
 from .models import Origin, open_origin
 from .parallel import World, shard
@@ -75,14 +79,17 @@ def train(
     done = [folder for folder in done[: chosen[0][0] - 1] if (folder / STUDENT).exists()]
     if start is None and done:
         start = done[-1]
+    check_fit(data, origin, world)
     if start is None:
         start = out / "start.safetensors"
+        widths = (stage for stage in recipe.stages if stage.kind == "width")
         if world.first and not start.exists():
-            origin.cut(start, chosen[0][1])
+            origin.cut(start, next(widths, chosen[0][1]))
         world.wait()
     teacher = load_teacher(origin, recipe, world)
     for number, stage in chosen:
         folder = out / f"{number}-{stage.kind}"
+        check_same(folder, recipe, number, data.fingerprint, world)
         if not (folder / STUDENT).exists():
             trainer = Trainer(
                 recipe, stage, number, world, teacher, data.negative_text, start, folder
@@ -91,6 +98,9 @@ def train(
                 run_stage(trainer, data)
             finally:
                 trainer.close()
+                # before the next stage's weights come
+                del trainer
+                gc.collect()
         elif world.first:
             log.info("%s is done", folder.name)
         start = folder
@@ -104,10 +114,74 @@ def load_teacher(origin: Origin, recipe: Recipe, world: World) -> torch.nn.Modul
     if recipe.run.teacher == "offloaded":
         shard(teacher, world.mesh, dtype, offload=True)
         return teacher
-    teacher.to(world.device)
     if recipe.run.teacher == "sharded" and world.size > 1:
+        # moves a block at a time
         shard(teacher, world.mesh, dtype)
-    return teacher
+        return teacher
+    return teacher.to(world.device)
+
+
+def check_fit(data: ToyDataset | ShardDataset, origin: Origin, world: World) -> None:
+    """Refuse samples that the model cannot take.
+
+    Raises:
+        ValueError: other channels, or CLIP's view of an image where the model wants none or one.
+    """
+    one = data.batch(0, world.rank, world.size)
+    parts = [one.latents] + ([] if one.condition is None else [one.condition])
+    came, expected = sum(part.shape[1] for part in parts), origin.source.model.in_channels
+    if came != expected:
+        raise ValueError(
+            f"data: expected samples of {expected} channels for this model, got {came}. Encode them "
+            "for its task (--task t2v or i2v)."
+        )
+    wants = any("img_emb." in name for name in origin.source.entries)
+    if wants != (one.clip is not None):
+        raise ValueError(
+            f"data: expected samples {'with' if wants else 'without'} CLIP's view of the image for "
+            "this model; encode them with a diffusers folder of the same Wan"
+        )
+
+
+def check_same(folder: Path, recipe: Recipe, number: int, data: str, world: World) -> None:
+    """Refuse to go on with a stage by another recipe or other data than it began with.
+
+    Raises:
+        ValueError: names what differs.
+    """
+    stages = [asdict(stage) for stage in recipe.stages[:number]]
+    whole = asdict(recipe)
+    now = {name: whole[name] for name in ("model", "profile", "task", "data")}
+    now = json.loads(json.dumps(now | {"stages": stages, "samples": data}))
+    path = folder / "recipe.json"
+    world.wait()
+    if not path.exists():
+        if world.first:
+            folder.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as (partial,):
+                partial.write_text(json.dumps(now, indent=1), "utf-8")
+        world.wait()
+        return
+    world.wait()
+    before = json.loads(path.read_text("utf-8"))
+    for name, was in _flat(before).items():
+        became = _flat(now).get(name)
+        if became != was:
+            raise ValueError(
+                f"{folder.name}: it began with {name} = {was!r}, and this is {became!r}. Choose "
+                "another --out (and --start, to begin with what is there)."
+            )
+
+
+def _flat(value: object, name: str = "") -> dict[str, object]:
+    """Leaves of nested tables and lists by their dotted names."""
+    if not isinstance(value, dict | list):
+        return {name: value}
+    items = value.items() if isinstance(value, dict) else enumerate(value, 1)
+    found = {}
+    for key, inner in items:
+        found |= _flat(inner, f"{name}.{key}" if name else str(key))
+    return found
 
 
 def run_stage(trainer: Trainer, data: ToyDataset | ShardDataset) -> None:
@@ -144,13 +218,15 @@ def run_stage(trainer: Trainer, data: ToyDataset | ShardDataset) -> None:
             progress.update(task, completed=step)
             if step % run.save_every == 0 and not last:
                 trainer.state.save(step)
+            if last:
+                # a video that fails must not cost the stage
+                trainer.write(trainer.recipe.data.folder)
             if run.sample_every and (step % run.sample_every == 0 or last):
                 batch = batch.to(world.device)
-                with trainer.averaged():
+                with trainer.averaged(), trainer.cast():
                     latents = draw_videos(trainer.pair, trainer.recipe, stage, batch, model, step)
                 if world.first:
                     write_videos(folder / "videos", latents, trainer.recipe, step)
-        trainer.write(trainer.recipe.data.folder)
     if writer is not None:
         writer.close()
 
