@@ -62,5 +62,19 @@ echo "ComfyUI suite: $comfy with $python"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 export PYTHONPATH="$comfy${PYTHONPATH:+:$PYTHONPATH}"
 # `python -m pytest` would put the pack's root first on sys.path, where nodes/ hides ComfyUI's nodes.py
-exec "$python" -c 'import sys; sys.path[:] = filter(None, sys.path); import pytest; sys.exit(pytest.main(sys.argv[1:]))' \
-    -q -rs -p no:cacheprovider --import-mode=importlib tests/comfyui
+run_pytest() {
+    "$python" -c 'import sys; sys.path[:] = filter(None, sys.path); import pytest; sys.exit(pytest.main(sys.argv[1:]))' \
+        -q -rs -p no:cacheprovider --import-mode=importlib "$@"
+}
+
+# the matrix in a process of its own, on the second core
+matrix=tests/comfyui/test_matrix.py
+log=$(mktemp)
+run_pytest "$matrix" >"$log" 2>&1 &
+beside=$!
+trap 'kill "$beside" 2>/dev/null || :; rm -f "$log"' EXIT
+status=0
+run_pytest --ignore="$matrix" tests/comfyui || status=$?
+wait "$beside" || status=$?
+cat "$log"
+exit "$status"

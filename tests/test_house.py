@@ -212,6 +212,10 @@ def planted(tmp_path):
         "import os\nimport comfy\nimport nodes\n\n"
         "def test_one():\n    assert nodes.NAME == comfy.NAME == os.environ['EXPECTED']\n"
     )
+    # runs in a process of its own
+    (pack / "tests" / "comfyui" / "test_matrix.py").write_text(
+        "import os\n\ndef test_two():\n    assert os.environ.get('MATRIX') != 'red'\n"
+    )
     here = Path(__file__).parent / "run_comfyui.sh"
     script = shutil.copy(here, pack / "tests" / "run_comfyui.sh")
 
@@ -291,3 +295,5 @@ def test_comfyui_suite_is_found_in_order(planted, tmp_path):
     assert status == 0, said
     # a red suite is a red command
     assert planted(EXPECTED="other", **settings)[0] == 1
+    status, said = planted(EXPECTED="named", MATRIX="red", **settings)
+    assert status == 1 and said.count("1 passed") == 1 and said.count("1 failed") == 1
