@@ -32,6 +32,7 @@ from .width import WIDTH_COLUMNS, compared_rows
 RUNS = Path("out/training")
 # shares of dense FLOPs that the kinds of students have, about
 WIDTH, ROUTED, TOKENS, FEW = 0.75, 0.5, 0.4, 0.1
+GROUPS = {WIDTH: "width", ROUTED: "router", TOKENS: "tokens", FEW: "steps"}
 # stage III and its rivals
 FEW_STEPS = 4
 KEEP = 0.7
@@ -61,8 +62,8 @@ class StudentCase(Case):
 def student(setting: str, target: float, path: str, against: str = "", **options) -> StudentCase:
     """A row of method "student"; `against` is another one's setting."""
     twin = ("student", against) if against else None
-    group = {WIDTH: "width", ROUTED: "router", TOKENS: "tokens", FEW: "steps"}[target]
-    return StudentCase(group, "student", setting, target, student=path, against=twin, **options)
+    kinds = {"student": path, "against": twin} | options
+    return StudentCase(GROUPS[target], "student", setting, target, **kinds)
 
 
 def all_cases() -> list[Case]:
@@ -94,7 +95,7 @@ def all_cases() -> list[Case]:
         student("stage I without temporal protection", WIDTH, "no_protection/1-width", first),
         student(f"{half}, router without content", ROUTED, "no_content/2-router", half, **trained),
     ]
-    cases += [Case("width router tokens", "fewer_steps", "", t) for t in (WIDTH, ROUTED, TOKENS)]
+    cases += [Case(GROUPS[target], "fewer_steps", "", target) for target in (WIDTH, ROUTED, TOKENS)]
     dense, short = "full model, 4 steps", {"steps": FEW_STEPS}
     cases += [
         StudentCase("steps", "dense_few", dense, FEW, guidance=1.0, **short),
