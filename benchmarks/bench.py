@@ -53,6 +53,8 @@ class Bench:
         self.subject, self.task, self.point = subject, task, point
         # a case may put others here while it samples
         self.model, self.guidance = subject.model, point.guidance
+        # further columns of the case that runs
+        self.facts: dict[str, float] = {}
         self.items = subject.items(task, prompts, seeds)
         self.prompts, self.seeds = prompts, seeds
         self.name = (
@@ -109,6 +111,7 @@ class Bench:
         `unreachable` then says why.
         """
         dense = self.dense()
+        self.facts = {}
         try:
             knob, method, steps, predicted = self._prepare(case)
         except ValueError as error:
@@ -155,6 +158,7 @@ class Bench:
             "predicted_ratio": predicted,
             "time_ratio": _ratio(seconds, dense_seconds),
             **summarise(figures, clusters),
+            **self.facts,
         }
         return {
             "case": case.key,

@@ -110,17 +110,6 @@ def all_cases() -> list[Case]:
 class StudentBench(Bench):
     """Students beside the bench's own cases."""
 
-    def __init__(self, *args, **options):
-        super().__init__(*args, **options)
-        self._facts: dict[str, float] = {}
-
-    def run(self, case: Case) -> dict[str, object]:
-        self._facts = {}
-        result = super().run(case)
-        if "row" in result:
-            result["row"] |= self._facts
-        return result
-
     def _prepare(self, case: Case):
         if not isinstance(case, StudentCase):
             return super()._prepare(case)
@@ -142,7 +131,7 @@ class StudentBench(Bench):
             plan = TrimPlan(preset_plan("refresh", case.keep_ratio), blocks=plan.blocks)
         blocks = sum(_parameters(block) for block in model.blocks)
         active = _parameters(model) - blocks * (1 - share)
-        self._facts["parameter_ratio"] = active / _parameters(self.subject.model)
+        self.facts["parameter_ratio"] = active / _parameters(self.subject.model)
         roles = (COND,) if guidance == 1 else (COND, UNCOND)
 
         @contextmanager

@@ -160,10 +160,6 @@ def plan_slim(case: Case, profile: Profile, grid, shape, signature) -> Width:
 class WidthBench(Bench):
     """Head plans and slim models beside the bench's own cases."""
 
-    def __init__(self, *args, **options):
-        super().__init__(*args, **options)
-        self._facts: dict[str, float] = {}
-
     @property
     def _files(self) -> tuple[Path, Path]:
         return tuple(
@@ -190,13 +186,6 @@ class WidthBench(Bench):
     def _roles(self) -> tuple[int, ...]:
         return (COND, UNCOND) if self.point.prompts == 2 else (COND,)
 
-    def run(self, case: Case) -> dict[str, object]:
-        self._facts = {}
-        result = super().run(case)
-        if "row" in result:
-            result["row"] |= self._facts
-        return result
-
     def _prepare(self, case: Case):
         steps = self.point.steps
         if case.method == "fewer_steps":
@@ -213,7 +202,7 @@ class WidthBench(Bench):
     def _in_place(self, case: Case, profile: Profile):
         heads = plan_in_place(case, profile, self.grid, self.shape.text_tokens)
         share = attention_share(heads, self.grid, self.shape.text_tokens, self.shape.image_tokens)
-        self._facts["attention_ratio"] = share
+        self.facts["attention_ratio"] = share
 
         @contextmanager
         def method():
@@ -230,7 +219,7 @@ class WidthBench(Bench):
     def _slim(self, case: Case, profile: Profile):
         source = open_source(CHECKPOINT)
         width = plan_slim(case, profile, self.grid, self.shape, source.signature)
-        self._facts["parameter_ratio"] = width_share(width, self.shape)
+        self.facts["parameter_ratio"] = width_share(width, self.shape)
         calibration = load_calibration(self._files[1])
         path = self.folder / f"slim_{self.name}_{case.key}.safetensors"
         try:
