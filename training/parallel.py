@@ -89,7 +89,9 @@ def shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, offload: bool 
         param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
     policy = MixedPrecisionPolicy() if dtype == torch.float32 else mixed
-    place = CPUOffloadPolicy() if offload else OffloadPolicy()
+    # without a GPU there is nothing to pin memory for
+    pinned = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
+    place = pinned if offload else OffloadPolicy()
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy, offload_policy=place)
     fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=place)
