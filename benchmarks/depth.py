@@ -29,12 +29,11 @@ from ..methods.routers import (
     Router,
     residual_sizes,
 )
-from ..toy import CHECKPOINT
+from ..toy import PROFILE
 from .bench import Bench
 from .cases import TOLERANCE, Case, Point
 from .quality import DENSE, parse_args, run_cases, selected
 
-PROFILE = CHECKPOINT.with_name("tiny_wan_profile.safetensors")
 # mean shares of the blocks; the fast subset runs the first
 TARGETS = (0.68, 0.75)
 # k_max over k_min in the paper: 35 to 20 blocks

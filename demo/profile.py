@@ -19,14 +19,13 @@ from ..hosts.diffusers.weights import load_original
 from ..hosts.profile_picture import draw_profile, summary
 from ..hosts.session import COND, UNCOND
 from ..methods.profile import Profile
-from ..toy import CHECKPOINT
+from ..toy import CHECKPOINT, PROFILE
 from ..toy.text import encode_prompt
 from ..toy.vae import ToyVAE, image_condition
 from ..toy.world import PIXEL_FRAMES, Scene, held_out_scenes, render
 from .measure import LATENT_SIZE
 
 log = logging.getLogger(__name__)
-PROFILE = CHECKPOINT.with_name("tiny_wan_profile.safetensors")
 TEXT_PROMPTS, IMAGE_PROMPTS = 16, 8
 # the last of so many: the quality bench measures with the first ones
 SCENES = 100

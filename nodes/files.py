@@ -7,14 +7,14 @@ from pathlib import Path
 
 import folder_paths
 
-from ..toy import CHECKPOINT
+from ..toy import ROUTER, STUDENT
 
 SUFFIX = ".safetensors"
 # slim checkpoint and router that come with the pack, as the lists show them
 DEMO_STUDENT = "tiny Wan student (demo)"
 DEMO_FILES = {
-    "wantrim_slim": CHECKPOINT.with_name("tiny_wan_student.safetensors"),
-    "wantrim_routers": CHECKPOINT.with_name("tiny_wan_router.safetensors"),
+    "wantrim_slim": STUDENT,
+    "wantrim_routers": ROUTER,
 }
 MAX_NAME = 100
 # no separators, nothing that some file system forbids, and no hidden file

@@ -25,14 +25,14 @@ from ..hosts.profiling import (
 )
 from ..methods.calibration import CALIBRATE
 from ..methods.profile import load_profile
-from ..toy import CHECKPOINT
+from ..toy import PROFILE
 from .files import SUFFIX, find_file, plain_name
 
 CATEGORY = "model/patch/wan"
 FOLDER = "wantrim_profiles"
 RECORD, SAVE, LOAD = "WanTrim Profile", "WanTrim Save Profile", "WanTrim Load Profile"
 # shown in the list; comes with the pack
-DEMO, DEMO_FILE = "tiny Wan (demo)", CHECKPOINT.with_name("tiny_wan_profile.safetensors")
+DEMO, DEMO_FILE = "tiny Wan (demo)", PROFILE
 
 ProfileSocket = io.Custom("WANTRIM_PROFILE")
 

@@ -15,7 +15,7 @@ from wantrim.hosts.diffusers.slim import load_slim
 from wantrim.hosts.slim_export import export_slim
 from wantrim.hosts.slim_source import open_source
 from wantrim.methods.width import Width
-from wantrim.toy import CHECKPOINT
+from wantrim.toy import CHECKPOINT, STUDENT
 
 DATA = Path(__file__).resolve().parent / "data"
 REFERENCE = DATA / "slim_reference.safetensors"
@@ -42,7 +42,7 @@ def main() -> None:
         path = Path(folder) / "slim.safetensors"
         export_slim(source, path, width)
         slim = load_slim(path)
-        student = load_slim(CHECKPOINT.with_name("tiny_wan_student.safetensors"))
+        student = load_slim(STUDENT)
         outputs = {"output": forward(slim, given), "student": forward(student, given)}
     save_file(outputs, REFERENCE, {"width": json.dumps(width.__dict__)})
 

@@ -498,6 +498,8 @@ def test_changes_reach_every_stage_of_their_kind():
     [
         ("width.lr=5e-4", "1-width: it began with stages.1.lr = 0.001, and this is 0.0005"),
         ("data.seed=1", "data.seed = 0, and this is 1"),
+        ("run.weight_decay=0.1", "run.weight_decay = 0.0, and this is 0.1"),
+        ("width.tokens={keep_min=0.5}", "stages.1.tokens.keep_min = None, and this is 0.5"),
     ],
 )
 def test_a_run_does_not_go_on_with_another_recipe(folder, done, change_, said):

@@ -7,3 +7,7 @@ ComfyUI demo nodes can all use it.
 from pathlib import Path
 
 CHECKPOINT = Path(__file__).parent / "tiny_wan.safetensors"
+# what was measured about it, and what training made of it
+PROFILE = CHECKPOINT.with_name("tiny_wan_profile.safetensors")
+STUDENT = CHECKPOINT.with_name("tiny_wan_student.safetensors")
+ROUTER = CHECKPOINT.with_name("tiny_wan_router.safetensors")

@@ -6,6 +6,8 @@ import json
 import logging
 from pathlib import Path
 
+from ..methods.artifact import replacing
+
 log = logging.getLogger(__name__)
 
 
@@ -27,9 +29,8 @@ class StageLog:
             return
         lines = self.path.read_text("utf-8").splitlines()
         kept = [line for line in lines if _step_of(line) <= step]
-        partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(f"{line}\n" for line in kept), "utf-8")
-        partial.replace(self.path)
+        with replacing(self.path) as (partial,):
+            partial.write_text("".join(f"{line}\n" for line in kept), "utf-8")
 
     def write(self, step: int, values: dict[str, float]) -> None:
         with self.path.open("a", encoding="utf-8") as file:

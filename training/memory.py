@@ -229,7 +229,7 @@ def model_shape(recipe: Recipe) -> WanShape:
         return replace(shape, text_dim=TEXT_DIM) if recipe.model == TINY else shape
     if recipe.name not in KNOWN:
         raise ValueError(
-            f"model: {recipe.model} is not there. Expected a diffusers folder or a checkpoint, or a "
+            f"model: {recipe.model} is not there. Expected a checkpoint, or a "
             f"recipe with the name {', '.join(KNOWN)}"
         )
     log.info("%s is not there: planned with the sizes of %s", recipe.model, recipe.name)

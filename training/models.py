@@ -18,7 +18,7 @@ from ..methods.fingerprint import sample_modulation
 from ..methods.profile import Profile, load_profile
 from ..methods.routers import RouterMLP, TrainedRouter, save_router
 from ..methods.width import Width, channels, ffn_count, ffn_scores, pare_heads
-from ..toy import CHECKPOINT
+from ..toy import CHECKPOINT, PROFILE
 from .recipe import TINY, Recipe, Stage
 
 
@@ -74,9 +74,8 @@ def open_origin(recipe: Recipe) -> Origin:
             f"model: {path.name} is a folder; expected one .safetensors file in Wan's original key "
             "names, as ComfyUI's Load Diffusion Model reads it"
         )
-    profile = CHECKPOINT.with_name("tiny_wan_profile.safetensors")
     source = open_source(path)
-    origin = Origin(source, load_profile(Path(recipe.profile) if recipe.profile else profile))
+    origin = Origin(source, load_profile(Path(recipe.profile or PROFILE)))
     check_profile(source, origin.profile)
     wanted = {"t2v": source.model.out_channels, "i2v": 2 * source.model.out_channels + 4}
     expected = wanted.get(recipe.task, wanted["i2v"])

@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..methods.artifact import replacing
 from .log import StageLog
 from .models import Origin, open_origin
 from .parallel import World, shard
 from .recipe import TOY, Recipe
+from .shard_files import write_json
 from .shards import Batch, ShardDataset, own_rows
 from .toy_data import ToyDataset
 from .trainer import DTYPES, Trainer
@@ -150,22 +150,23 @@ def check_same(folder: Path, recipe: Recipe, number: int, data: str, world: Worl
         ValueError: names what differs.
     """
     stages = [asdict(stage) for stage in recipe.stages[:number]]
-    whole = asdict(recipe)
+    whole, run = asdict(recipe), asdict(recipe.run)
     now = {name: whole[name] for name in ("model", "profile", "task", "data")}
+    # the rest of it says how a step is computed, not what
+    now["run"] = {name: run[name] for name in ("dtype", "grad_clip", "weight_decay")}
     now = json.loads(json.dumps(now | {"stages": stages, "samples": data}))
     path = folder / "recipe.json"
     world.wait()
     if not path.exists():
         if world.first:
-            folder.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as (partial,):
-                partial.write_text(json.dumps(now, indent=1), "utf-8")
+            write_json(path, now)
         world.wait()
         return
     world.wait()
-    before = json.loads(path.read_text("utf-8"))
-    for name, was in _flat(before).items():
-        became = _flat(now).get(name)
+    before, after = _flat(json.loads(path.read_text("utf-8"))), _flat(now)
+    # a table that was not there has other names than the one that is
+    for name in dict.fromkeys((*before, *after)):
+        was, became = before.get(name), after.get(name)
         if became != was:
             raise ValueError(
                 f"{folder.name}: it began with {name} = {was!r}, and this is {became!r}. Choose "
