@@ -108,6 +108,7 @@ def knob_for(
     high: float,
     *,
     tolerance: float = 0.02,
+    near: float = 0.005,
     tries: int = 12,
     whole: bool = False,
 ) -> tuple[float, float]:
@@ -120,6 +121,7 @@ def knob_for(
         target_ratio: wanted FLOPs over the dense model's.
         run: the ratio counted with a knob.
         tolerance: how far above the target a ratio may be.
+        near: how far below it the search stops.
         tries: runs at most, the two ends among them.
         whole: the knob is an integer.
 
@@ -128,7 +130,7 @@ def knob_for(
     """
     seen = {knob: run(knob) for knob in (low, high)}
     cheap, costly = sorted(seen, key=seen.get)
-    while len(seen) < tries and seen[cheap] < target_ratio < seen[costly]:
+    while len(seen) < tries and seen[cheap] < target_ratio - near and seen[costly] > target_ratio:
         middle = (cheap + costly) / 2
         if whole:
             middle = round(middle)

@@ -512,9 +512,21 @@ def test_a_knob_is_found_from_either_side():
     knob, ratio = knob_for(0.5, falling, 0.0, 10.0)
     assert ratio == falling(knob) == 0.5
     assert len(runs) <= 13
-    knob, ratio = knob_for(0.5, lambda keep: keep**2, 0.0, 1.0, tries=30)
+    knob, ratio = knob_for(0.5, lambda keep: keep**2, 0.0, 1.0, near=1e-3, tries=30)
     assert ratio == pytest.approx(0.5, abs=1e-3)
     assert ratio <= 0.52
+
+
+def test_the_search_for_a_knob_stops_near_the_target():
+    asked = []
+
+    def run(keep):
+        asked.append(keep)
+        return keep
+
+    knob, ratio = knob_for(0.67, run, 0.25, 1.0)
+    assert ratio == knob == pytest.approx(0.67, abs=0.005)
+    assert len(asked) == 9
 
 
 def test_a_knob_never_lands_above_the_target():
