@@ -221,7 +221,7 @@ class Bench:
     def _items_to_tune_on(self) -> list[Item]:
         """Videos of further prompts; of the same ones where there are no others."""
         # a quick look may tune roughly, or tuning would be most of its time
-        count = max(1, min(TUNE_ON, self.prompts // 4))
+        count = max(1, min(TUNE_ON, self.prompts // 8))
         try:
             return self.subject.items(self.task, self.prompts + count, 1)[-count:]
         except ValueError:
