@@ -20,7 +20,8 @@ from .subjects import toy_subject
 from .table import RESULTS, merge_rows
 
 log = logging.getLogger(__name__)
-POINTS = (Point(20, 8.0), Point(20, 4.0), Point(50, 8.0))
+STEPS = (20,)
+GUIDANCE = (8.0, 11.0, 14.0)
 COLUMNS = (
     "published", "speedup", "published_psnr_db", "source", "method", "knob", "steps", "guidance",
     "prompts", "seeds", "flops_ratio", "psnr_db", "psnr_lo", "psnr_hi", "ssim", "motion_ratio",
@@ -35,6 +36,7 @@ class Published:
 
     Args:
         psnr_db: as published, a number or a range; empty where only the toy has one.
+        source: a paper, or a repository that compares several methods.
         method: of ours, the same or the nearest.
     """
 
@@ -57,10 +59,12 @@ PUBLISHED = (
     Published("PAB", 1.72, "18.8", "arXiv 2507.02860", "pyramid_attention"),
     Published("Astraea", 1.36, "29.2", "arXiv 2506.05096", "mixed_update_once"),
     Published("Astraea", 1.86, "22.5-25", "arXiv 2506.05096", "mixed_update_once"),
+    Published("Astraea", 2.29, "22.4-24.3", "arXiv 2506.05096", "mixed_update_once"),
     Published("TAPE", 1.50, "", "arXiv 2605.17837", "tape"),
+    Published("TaylorSeer", 1.90, "13.5", "KlingAIResearch/ScalingCache", "taylorseer"),
     Published("fewer steps", 1.36, "", "", "fewer_steps"),
-    Published("fewer steps", 2.00, "", "", "fewer_steps"),
-    Published("fewer steps", 2.54, "", "", "fewer_steps"),
+    Published("fewer steps", 2.00, "15.8 (14B)", "KlingAIResearch/ScalingCache", "fewer_steps"),
+    Published("fewer steps", 2.50, "14.5", "KlingAIResearch/ScalingCache", "fewer_steps"),
 )
 
 
@@ -99,16 +103,17 @@ def run(points: Iterable[Point], prompts: int, seeds: int, work: Path, results: 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--steps", type=int, nargs="+", help="only these numbers of steps")
+    parser.add_argument("--steps", type=int, nargs="+", default=STEPS)
+    parser.add_argument("--guidance", type=float, nargs="+", default=GUIDANCE)
     parser.add_argument("--work", type=Path, default=Path("out/quality"))
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(1)
     args.work.mkdir(parents=True, exist_ok=True)
-    points = [point for point in POINTS if not args.steps or point.steps in args.steps]
+    points = [Point(steps, guidance) for steps in args.steps for guidance in args.guidance]
     run(points, args.prompts, args.seeds, args.work, args.results)
 
 

@@ -21,6 +21,8 @@ STUDY_TARGET = 0.67
 PAPER_BLOCKS = 40
 # a row further from its target than this is not shown
 TOLERANCE = 0.03
+# rows whose shares of the dense FLOPs differ by more are not compared
+FAIR = 0.035
 
 
 @dataclass(frozen=True)

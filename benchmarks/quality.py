@@ -22,7 +22,7 @@ import torch
 
 from ..toy import CHECKPOINT
 from .bench import Bench, read_result, write_result
-from .cases import POINTS, REFRESH, STUDY_TARGET, Case, Point, all_cases
+from .cases import FAIR, POINTS, REFRESH, STUDY_TARGET, Case, Point, all_cases
 from .metrics import difference
 from .subjects import PROMPTS, Subject, read_prompts, real_subject, toy_subject
 from .table import COLUMNS, RESULTS, commit, merge_rows
@@ -30,8 +30,6 @@ from .table import COLUMNS, RESULTS, commit, merge_rows
 log = logging.getLogger(__name__)
 DENSE = Case("methods", "dense", "", 1.0)
 FAST = (8, 1)
-# rows whose shares of the dense FLOPs differ by more are not compared
-FAIR = 0.035
 FULL = (32, 2)
 
 

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from .cases import STUDY_TARGET
+from .cases import FAIR, STUDY_TARGET
 from .plots import STUDIES, TASKS, full_rows
 from .table import RESULTS, read_rows
 
@@ -88,6 +88,34 @@ def headline_table(rows: Iterable[dict[str, str]], points: Iterable[tuple[str, s
                 )  # fmt: skip
                 lines.append("| " + " | ".join(cells) + " |")
                 sampling = ""
+    return "\n".join(lines)
+
+
+def overview_table(rows: Iterable[dict[str, str]], points: Sequence[tuple[str, str]]) -> str:
+    """Every method at the study's share of the FLOPs: PSNR and motion by task and steps.
+
+    A cell of a method that met another share says which.
+    """
+    found: dict[str, dict[tuple[str, str], dict[str, str]]] = {}
+    for r in rows:
+        if _is_method(r) and float(r["target"]) == STUDY_TARGET:
+            found.setdefault(r["method"], {})[r["task"], r["steps"]] = r
+    lines = ["| method | " + " | ".join(f"{TASKS[t]}, {n} steps" for t, n in points) + " |"]
+    lines.append("|---" * (1 + len(points)) + "|")
+    best = {name: max(float(r["psnr_db"]) for r in mine.values()) for name, mine in found.items()}
+    first = {
+        name: float(mine[points[0]]["psnr_db"]) if points[0] in mine else best[name]
+        for name, mine in found.items()
+    }
+    for name in sorted(found, key=lambda name: -first[name]):
+        cells = [name.replace("_", " ")]
+        for point in points:
+            r = found[name].get(point)
+            cell = f"{float(r['psnr_db']):.1f} dB, {_fixed(r, 'motion_ratio')}" if r else ""
+            if r and abs(float(r["flops_ratio"]) - STUDY_TARGET) > FAIR:
+                cell += f" (at {_fixed(r, 'flops_ratio')})"
+            cells.append(cell)
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -213,6 +241,8 @@ def calibration_table(rows: Sequence[dict[str, str]]) -> str:
     heads = [f"{steps} steps, guidance {guidance:g}" for steps, guidance in points]
     lines = ["| published | speed-up | PSNR there, dB | nearest here | " + " | ".join(heads) + " |"]
     lines.append("|---" * (4 + len(points)) + "|")
+    # the row with the most prompts
+    rows = sorted(rows, key=lambda r: int(r["prompts"]))
     found = {(r["published"], r["speedup"], int(r["steps"]), float(r["guidance"])): r for r in rows}
     for name, speedup in dict.fromkeys((r["published"], r["speedup"]) for r in rows):
         some = next(r for r in rows if (r["published"], r["speedup"]) == (name, speedup))
@@ -238,6 +268,7 @@ def tables(results: Path) -> dict[str, str]:
         for task, steps in points:
             made[f"{group} {task} {steps}"] = study_table(rows, group, task, steps)
     made["headline"] = headline_table(rows, points)
+    made["overview"] = overview_table(rows, points)
     for name, groups in PARTS.items():
         rows = full_rows(read_rows(results / f"{name}.csv"))
         for task, steps in sorted({(r["task"], r["steps"]) for r in rows}):

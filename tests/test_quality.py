@@ -23,7 +23,7 @@ from wantrim.benchmarks.cases import (
 from wantrim.benchmarks.peers import PEERS
 from wantrim.benchmarks.plots import draw, full_rows
 from wantrim.benchmarks.subjects import toy_subject
-from wantrim.benchmarks.summary import READMES, fill, tables
+from wantrim.benchmarks.summary import READMES, fill, overview_table, tables
 from wantrim.benchmarks.table import COLUMNS, RESULTS, merge_rows, read_rows
 from wantrim.methods.presets import PAPER, REFRESH
 from wantrim.methods.schedule import Schedule
@@ -289,6 +289,30 @@ def test_the_readmes_tables_are_those_of_the_rows(readme):
     text = readme.read_text("utf-8")
     assert "<!-- table " in text
     assert fill(text, tables(RESULTS)) == text
+
+
+def test_the_overview_says_where_a_method_met_another_share():
+    def row(method, task, psnr, flops, target="0.67", group="methods"):
+        return {
+            "group": group, "method": method, "task": task, "steps": "4", "target": target,
+            "psnr_db": psnr, "motion_ratio": "1.25", "flops_ratio": flops,
+        }  # fmt: skip
+
+    rows = [
+        row("tape", "t2v", "15.24", "0.66"),
+        row("mag_cache", "t2v", "21.9", "0.5"),
+        row("mag_cache", "i2v", "41.0", "0.69"),
+        row("tape", "t2v", "99", "0.75", target="0.75"),
+        row("tokens", "t2v", "99", "0.67", group="importance"),
+        row("dense", "t2v", "99", "1", target="1"),
+    ]
+
+    assert overview_table(rows, [("t2v", "4"), ("i2v", "4")]).splitlines() == [
+        "| method | text to video, 4 steps | image to video, 4 steps |",
+        "|---|---|---|",
+        "| mag cache | 21.9 dB, 1.25 (at 0.50) | 41.0 dB, 1.25 |",
+        "| tape | 15.2 dB, 1.25 |  |",
+    ]
 
 
 def test_a_table_without_rows_is_refused():
