@@ -1,0 +1,47 @@
+"""Does the order of the methods hold where paths bend more? `python -m wantrim.benchmarks.guidance`.
+
+Guidance decides how much is lost by leaving out steps, and the toy's guidance is ours to choose
+(benchmarks/calibration.py). Here the most telling methods run at 0.67 of the compute with more of
+it: rows of benchmarks/results/guidance.csv. Those of the bench's own guidance are in quality.csv.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from .calibration import GUIDANCE
+from .cases import METHODS, REFRESH, STUDY_TARGET, Case, Point, tokens_case
+from .dial import WITHOUT, DialBench, DialCase
+from .quality import DENSE, parse_args, run_cases
+
+STEPS = 20
+# the bench itself measures at the first
+MORE = GUIDANCE[1:]
+PEERS = ("easycache", "teacache")
+TOKENS = (REFRESH, "random", "tape")
+
+
+def all_cases() -> list[Case]:
+    """Fewer steps, step caches, token plans, and tokens left out late (the dial's motion)."""
+    target = STUDY_TARGET
+    cases = [Case("guidance", name, "", target) for name in ("fewer_steps", *PEERS)]
+    cases += [tokens_case("guidance", target, METHODS[name], name) for name in TOKENS]
+    cases.insert(1 + len(PEERS), DialCase("guidance", "motion", WITHOUT, target, None, "motion"))
+    return cases
+
+
+def main() -> None:
+    args = parse_args(__doc__, DialBench, Path("out/guidance"), ("t2v",))
+    if args.weights:
+        raise SystemExit("--weights: give wantrim.benchmarks.quality --weights its --guidance")
+    torch.set_num_threads(args.threads)
+    args.points = [Point(STEPS, guidance) for guidance in MORE]
+    known = [DENSE, *all_cases()]
+    wanted = [DENSE, *(c for c in known[1:] if not args.only or c.method in args.only)]
+    run_cases(args, wanted, known, args.results / "guidance.csv")
+
+
+if __name__ == "__main__":
+    main()
