@@ -27,7 +27,8 @@ def full_rows(rows: Sequence[dict[str, str]], model: str = "tiny_wan") -> list[d
     for row in rows:
         if row["model"] != model:
             continue
-        key = (row["method"], row["setting"], row["task"], row["steps"], row["target"])
+        names = ("method", "setting", "task", "steps", "guidance", "target")
+        key = tuple(row[name] for name in names)
         if key not in best or _videos(row) > _videos(best[key]):
             best[key] = row
     return list(best.values())
@@ -136,6 +137,44 @@ def plot_study(rows: Sequence[dict[str, str]], group: str, path: Path) -> None:
     _save(figure, path)
 
 
+def guidance_rows(results: Path) -> list[dict[str, str]]:
+    """The rows of guidance.csv, and what the same plans keep with the guidance of the bench."""
+    rows = full_rows(read_rows(results / "guidance.csv"))
+    names = ("method", "setting", "task", "steps", "target")
+    wanted = {tuple(r[name] for name in names) for r in rows if r["method"] != "dense"}
+    for table in ("quality", "dial"):
+        others = full_rows(read_rows(results / f"{table}.csv"))
+        known = {tuple(r[name] for name in (*names, "guidance")) for r in rows}
+        rows += [
+            r
+            for r in others
+            if tuple(r[name] for name in names) in wanted
+            and tuple(r[name] for name in (*names, "guidance")) not in known
+        ]
+    return sorted((r for r in rows if r["method"] != "dense"), key=lambda r: float(r["guidance"]))
+
+
+def plot_guidance(rows: Sequence[dict[str, str]], path: Path) -> None:
+    """PSNR of each method by guidance, at one share of the FLOPs."""
+    if not rows:
+        return
+    figure, axis = plt.subplots(figsize=(6.4, 4.4), constrained_layout=True)
+    looks = _looks()
+    for name in dict.fromkeys(r["method"] for r in rows):
+        mine = [r for r in rows if r["method"] == name]
+        x, y, low, high = (
+            np.array([float(r[key]) for r in mine])
+            for key in ("guidance", "psnr_db", "psnr_lo", "psnr_hi")
+        )
+        look = looks.get(name, {"color": "tab:red", "marker": "D", "ls": "-", "lw": 1.6})
+        label = name.replace("_", " ")
+        axis.errorbar(x, y, (y - low, high - y), label=label, capsize=2, ms=5, **look)
+    axis.set(xlabel="guidance", ylabel="PSNR to the dense video (dB)")
+    axis.legend(fontsize=8)
+    axis.grid(alpha=0.3)
+    _save(figure, path)
+
+
 def plot_speed(rows: Sequence[dict[str, str]], path: Path) -> None:
     """Measured against predicted speed-up of every plan that was timed; the line is efficiency 1."""
     mine = [r for r in rows if r["dense_ms"] and r["efficiency"]]
@@ -178,6 +217,8 @@ def draw(results: Path) -> list[Path]:
     for group in STUDIES:
         paths.append(results / f"study_{group}.png")
         plot_study(rows, group, paths[-1])
+    paths.append(results / "guidance.png")
+    plot_guidance(guidance_rows(results), paths[-1])
     paths.append(results / "speed.png")
     plot_speed(read_rows(results / "speed.csv"), paths[-1])
     return paths

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from .cases import FAIR, STUDY_TARGET
-from .plots import STUDIES, TASKS, full_rows
+from .plots import STUDIES, TASKS, full_rows, guidance_rows
 from .table import RESULTS, read_rows
 
 READMES = (Path(__file__).parent / "README.md", Path(__file__).parents[1] / "README.md")
@@ -257,6 +257,22 @@ def calibration_table(rows: Sequence[dict[str, str]]) -> str:
     return "\n".join(lines)
 
 
+def guidance_table(rows: Sequence[dict[str, str]]) -> str:
+    """PSNR of each method by guidance, and what it is against fewer steps."""
+    columns = list(dict.fromkeys(r["guidance"] for r in rows))
+    found = {(r["method"], r["guidance"]): r for r in rows}
+    head = ["method", *(f"guidance {column}" for column in columns)]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for name in dict.fromkeys(r["method"] for r in rows):
+        cells = [name.replace("_", " ")]
+        for column in columns:
+            r = found.get((name, column))
+            words = r and [f"{float(r['psnr_db']):.1f} dB", _verdict(r, "vs_steps")]
+            cells.append(", ".join(filter(None, words)) if words else "")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def tables(results: Path) -> dict[str, str]:
     """Every table by its name in the README."""
     rows = full_rows(read_rows(results / "quality.csv"))
@@ -274,6 +290,7 @@ def tables(results: Path) -> dict[str, str]:
         for task, steps in sorted({(r["task"], r["steps"]) for r in rows}):
             for group in groups:
                 made[f"{name} {group} {task} {steps}"] = parts_table(rows, group, task, steps)
+    made["guidance"] = guidance_table(guidance_rows(results))
     made["kernels"] = kernels_table(read_rows(results / "kernels_aot.csv"))
     made["sampling"] = sampling_table(read_rows(results / "token_mass.csv"))
     made["speed"] = speed_table(read_rows(results / "speed.csv"))

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from wantrim.benchmarks import dial
+from wantrim.benchmarks import cases, dial, guidance
 from wantrim.benchmarks.cases import Point
 from wantrim.benchmarks.depth import DepthCase
 from wantrim.benchmarks.dial import TARGETS, WITH, WITHOUT, DialBench, DialCase, all_cases
@@ -45,3 +45,12 @@ def test_the_command_refuses_other_weights(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["dial", "--weights", str(weights), "--tasks", "t2v"])
     with pytest.raises(SystemExit, match="leave it out"):
         dial.main()
+
+
+def test_the_study_by_guidance_has_the_bench_to_compare_with():
+    known = {(c.method, c.setting) for c in (*cases.all_cases(), *all_cases()) if c.target == 0.67}
+
+    asked = {(c.method, c.setting) for c in guidance.all_cases()}
+
+    assert asked <= known and {"fewer_steps", "mixed_update_once", "tape"} <= {m for m, _ in asked}
+    assert {point.guidance for point in cases.POINTS}.isdisjoint(guidance.MORE)

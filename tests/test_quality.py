@@ -21,9 +21,15 @@ from wantrim.benchmarks.cases import (
     tokens_case,
 )
 from wantrim.benchmarks.peers import PEERS
-from wantrim.benchmarks.plots import draw, full_rows
+from wantrim.benchmarks.plots import draw, full_rows, guidance_rows
 from wantrim.benchmarks.subjects import toy_subject
-from wantrim.benchmarks.summary import READMES, fill, overview_table, tables
+from wantrim.benchmarks.summary import (
+    READMES,
+    fill,
+    guidance_table,
+    overview_table,
+    tables,
+)
 from wantrim.benchmarks.table import COLUMNS, RESULTS, merge_rows, read_rows
 from wantrim.methods.presets import PAPER, REFRESH
 from wantrim.methods.schedule import Schedule
@@ -256,6 +262,7 @@ def test_plots_show_every_method_that_has_a_row(tmp_path):
                         "model": "tiny_wan",
                         "task": "t2v",
                         "steps": steps,
+                        "guidance": 8,
                         "prompts": 4,
                         "seeds": 1,
                         "target": target,
@@ -313,6 +320,42 @@ def test_the_overview_says_where_a_method_met_another_share():
         "| mag cache | 21.9 dB, 1.25 (at 0.50) | 41.0 dB, 1.25 |",
         "| tape | 15.2 dB, 1.25 |  |",
     ]
+
+
+def test_guidance_is_shown_beside_what_the_bench_measured(tmp_path):
+    def row(method, guidance, psnr, **more):
+        return {
+            "group": "guidance", "method": method, "setting": "", "model": "tiny_wan",
+            "task": "t2v", "steps": 20, "guidance": guidance, "prompts": 32, "seeds": 2,
+            "target": 0.67, "flops_ratio": 0.67, "psnr_db": psnr, "psnr_lo": psnr - 1,
+            "psnr_hi": psnr + 1, "vs_steps_db": 1.5, "vs_steps": "better",
+        } | more  # fmt: skip
+
+    merge_rows(
+        tmp_path / "quality.csv",
+        [
+            row("tape", 8, 15.0),
+            row("evit", 8, 99.0),
+            row("tape", 8, 99.0, target=0.5),
+            row("tape", 8, 99.0, steps=4),
+            row("tape", 8, 99.0, model="other"),
+        ],
+    )
+    merge_rows(tmp_path / "dial.csv", [row("motion", 8, 29.0)])
+    merge_rows(
+        tmp_path / "guidance.csv",
+        [row("tape", 11, 14.0), row("motion", 11, 21.0), row("dense", 11, 100.0)],
+    )
+
+    rows = guidance_rows(tmp_path)
+
+    assert guidance_table(rows).splitlines() == [
+        "| method | guidance 8 | guidance 11 |",
+        "|---|---|---|",
+        "| tape | 15.0 dB, better (+1.5) | 14.0 dB, better (+1.5) |",
+        "| motion | 29.0 dB, better (+1.5) | 21.0 dB, better (+1.5) |",
+    ]
+    assert tmp_path / "guidance.png" in [path for path in draw(tmp_path) if path.exists()]
 
 
 def test_a_table_without_rows_is_refused():
