@@ -56,6 +56,7 @@ class Published:
 PUBLISHED = (
     Published("EasyCache", 2.54, "25.2", "arXiv 2507.02860", "easycache"),
     Published("TeaCache", 2.00, "22.6", "arXiv 2507.02860", "teacache"),
+    Published("MagCache", 2.68, "21.5", "arXiv 2506.09045", "mag_cache"),
     Published("PAB", 1.72, "18.8", "arXiv 2507.02860", "pyramid_attention"),
     Published("Astraea", 1.36, "29.2", "arXiv 2506.05096", "mixed_update_once"),
     Published("Astraea", 1.86, "22.5-25", "arXiv 2506.05096", "mixed_update_once"),
