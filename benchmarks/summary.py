@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from .cases import FAIR, STUDY_TARGET
 from .plots import STUDIES, TASKS, full_rows, guidance_rows
 from .table import RESULTS, read_rows
@@ -236,7 +238,10 @@ def sampling_table(rows: Iterable[dict[str, str]]) -> str:
 
 
 def calibration_table(rows: Sequence[dict[str, str]]) -> str:
-    """Published figures beside the toy's, one column per number of steps and guidance."""
+    """Published figures beside the toy's, one column per number of steps and guidance.
+
+    The last line is the root mean square of the differences.
+    """
     points = sorted({(int(r["steps"]), float(r["guidance"])) for r in rows})
     heads = [f"{steps} steps, guidance {guidance:g}" for steps, guidance in points]
     lines = ["| published | speed-up | PSNR there, dB | nearest here | " + " | ".join(heads) + " |"]
@@ -244,17 +249,29 @@ def calibration_table(rows: Sequence[dict[str, str]]) -> str:
     # the row with the most prompts
     rows = sorted(rows, key=lambda r: int(r["prompts"]))
     found = {(r["published"], r["speedup"], int(r["steps"]), float(r["guidance"])): r for r in rows}
+    apart: dict[tuple[int, float], list[float]] = {point: [] for point in points}
     for name, speedup in dict.fromkeys((r["published"], r["speedup"]) for r in rows):
         some = next(r for r in rows if (r["published"], r["speedup"]) == (name, speedup))
-        cells = [name, f"{speedup}x", some["published_psnr_db"], some["method"].replace("_", " ")]
+        there = some["published_psnr_db"]
+        cells = [name, f"{speedup}x", there, some["method"].replace("_", " ")]
         for point in points:
             row = found.get((name, speedup, *point))
             if row is None or not row["psnr_db"]:
                 cells.append("not reached" if row else "")
-            else:
-                cells.append(f"{float(row['psnr_db']):.1f} ({1 / float(row['flops_ratio']):.2f}x)")
+                continue
+            cells.append(f"{float(row['psnr_db']):.1f} ({1 / float(row['flops_ratio']):.2f}x)")
+            if there:
+                apart[point].append(float(row["psnr_db"]) - _middle(there))
         lines.append("| " + " | ".join(cells) + " |")
+    cells = [f"{np.sqrt(np.mean(np.square(apart[p]))):.1f}" if apart[p] else "" for p in points]
+    lines.append("| all, root mean square of the differences | | | | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _middle(published: str) -> float:
+    """Of "22.5-25", "14.5" or "15.8 (14B)"."""
+    ends = [float(end) for end in published.partition(" ")[0].split("-")]
+    return sum(ends) / len(ends)
 
 
 def guidance_table(rows: Sequence[dict[str, str]]) -> str:

@@ -25,6 +25,7 @@ from wantrim.benchmarks.plots import draw, full_rows, guidance_rows
 from wantrim.benchmarks.subjects import toy_subject
 from wantrim.benchmarks.summary import (
     READMES,
+    calibration_table,
     fill,
     guidance_table,
     overview_table,
@@ -319,6 +320,32 @@ def test_the_overview_says_where_a_method_met_another_share():
         "|---|---|---|",
         "| mag cache | 21.9 dB, 1.25 (at 0.50) | 41.0 dB, 1.25 |",
         "| tape | 15.2 dB, 1.25 |  |",
+    ]
+
+
+def test_the_calibration_says_how_far_the_toy_is_off():
+    def row(name, speedup, there, here, guidance="8", prompts="32"):
+        return {
+            "published": name, "speedup": speedup, "published_psnr_db": there, "method": "tape",
+            "steps": "20", "guidance": guidance, "prompts": prompts, "psnr_db": here,
+            "flops_ratio": "0.5",
+        }  # fmt: skip
+
+    rows = [
+        row("a", "2", "20-22", "24"),
+        row("a", "2", "20-22", "99", prompts="8"),
+        row("b", "3", "15 (14B)", "11"),
+        row("c", "4", "", "30"),
+        row("b", "3", "15 (14B)", "", guidance="14"),
+        row("a", "2", "20-22", "20", guidance="14"),
+    ]
+
+    assert calibration_table(rows).splitlines()[2:] == [
+        "| a | 2x | 20-22 | tape | 24.0 (2.00x) | 20.0 (2.00x) |",
+        "| b | 3x | 15 (14B) | tape | 11.0 (2.00x) | not reached |",
+        "| c | 4x |  | tape | 30.0 (2.00x) |  |",
+        # the differences are 3 and -4; -1
+        "| all, root mean square of the differences | | | | 3.5 | 1.0 |",
     ]
 
 
