@@ -158,7 +158,7 @@ def plot_guidance(rows: Sequence[dict[str, str]], path: Path) -> None:
     """PSNR of each method by guidance, at one share of the FLOPs."""
     if not rows:
         return
-    figure, axis = plt.subplots(figsize=(6.4, 4.4), constrained_layout=True)
+    figure, axis = plt.subplots(figsize=(7.6, 4.2), constrained_layout=True)
     looks = _looks()
     for name in dict.fromkeys(r["method"] for r in rows):
         mine = [r for r in rows if r["method"] == name]
@@ -170,8 +170,8 @@ def plot_guidance(rows: Sequence[dict[str, str]], path: Path) -> None:
         label = name.replace("_", " ")
         axis.errorbar(x, y, (y - low, high - y), label=label, capsize=2, ms=5, **look)
     axis.set(xlabel="guidance", ylabel="PSNR to the dense video (dB)")
-    axis.legend(fontsize=8)
     axis.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize=8)
     _save(figure, path)
 
 
