@@ -57,13 +57,18 @@ def merge_rows(path: Path, rows: Sequence[dict[str, object]], columns=COLUMNS, k
 
 
 @lru_cache(maxsize=1)
-def commit() -> str:
-    """What the rows were made with."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=7", "--exclude=*"]
-    run = subprocess.run(
-        command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent
-    )
-    return run.stdout.strip()
+def commit(root: Path = RESULTS.parents[1]) -> str:
+    """What the rows were made with: a short hash, "-dirty" where more than rows was changed."""
+
+    def git(*words: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            ["git", *words], capture_output=True, text=True, check=False, cwd=root
+        )
+
+    head = git("rev-parse", "--short=7", "HEAD").stdout.strip()
+    rows = RESULTS.relative_to(RESULTS.parents[1]).as_posix()
+    changed = git("diff", "--quiet", "HEAD", "--", ".", f":(exclude){rows}").returncode
+    return f"{head}-dirty" if head and changed else head
 
 
 def _key(row: dict[str, str], key: Sequence[str]) -> tuple[str, ...]:

@@ -1,4 +1,5 @@
 import csv
+import subprocess
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ from wantrim.benchmarks.summary import (
     overview_table,
     tables,
 )
-from wantrim.benchmarks.table import COLUMNS, RESULTS, merge_rows, read_rows
+from wantrim.benchmarks.table import COLUMNS, RESULTS, commit, merge_rows, read_rows
 from wantrim.methods.presets import PAPER, REFRESH
 from wantrim.methods.schedule import Schedule
 from wantrim.methods.tokens import TokenPlan
@@ -248,6 +249,26 @@ def test_rows_are_added_and_newer_ones_replace_older(tmp_path):
     with pytest.raises(AttributeError):
         merge_rows(path, [row, None])
     assert read_rows(path) == rows
+
+
+def test_rows_name_the_code_that_made_them_and_rows_are_no_code(tmp_path):
+    def git(*words):
+        who = ("-c", "user.name=a", "-c", "user.email=a@example.org")
+        subprocess.run(["git", *who, *words], check=True, cwd=tmp_path, capture_output=True)
+
+    code, rows = tmp_path / "code.py", tmp_path / "benchmarks" / "results" / "quality.csv"
+    rows.parent.mkdir(parents=True)
+    for file in (code, rows):
+        file.write_text("1\n")
+    assert commit.__wrapped__(tmp_path) == ""
+    for words in (("init",), ("add", "-A"), ("commit", "-m", "one")):
+        git(*words)
+
+    head = commit.__wrapped__(tmp_path)
+    rows.write_text("2\n")
+    assert commit.__wrapped__(tmp_path) == head and len(head) == 7
+    code.write_text("2\n")
+    assert commit.__wrapped__(tmp_path) == f"{head}-dirty"
 
 
 def test_plots_show_every_method_that_has_a_row(tmp_path):
