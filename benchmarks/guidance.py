@@ -14,7 +14,7 @@ import torch
 from .calibration import GUIDANCE
 from .cases import METHODS, REFRESH, STUDY_TARGET, Case, Point, tokens_case
 from .dial import WITHOUT, DialBench, DialCase
-from .quality import DENSE, parse_args, run_cases
+from .quality import DENSE, parse_args, run_cases, selected
 
 STEPS = 20
 # the bench itself measures at the first
@@ -28,8 +28,7 @@ def all_cases() -> list[Case]:
     target = STUDY_TARGET
     cases = [Case("guidance", name, "", target) for name in ("fewer_steps", *PEERS)]
     cases += [tokens_case("guidance", target, METHODS[name], name) for name in TOKENS]
-    cases.insert(1 + len(PEERS), DialCase("guidance", "motion", WITHOUT, target, None, "motion"))
-    return cases
+    return [*cases, DialCase("guidance", "motion", WITHOUT, target, None, "motion")]
 
 
 def main() -> None:
@@ -38,9 +37,9 @@ def main() -> None:
         raise SystemExit("--weights: give wantrim.benchmarks.quality --weights its --guidance")
     torch.set_num_threads(args.threads)
     args.points = [Point(STEPS, guidance) for guidance in MORE]
-    known = [DENSE, *all_cases()]
-    wanted = [DENSE, *(c for c in known[1:] if not args.only or c.method in args.only)]
-    run_cases(args, wanted, known, args.results / "guidance.csv")
+    known = all_cases()
+    cases = selected(True, args.only, args.targets, known)
+    run_cases(args, cases, [DENSE, *known], args.results / "guidance.csv")
 
 
 if __name__ == "__main__":

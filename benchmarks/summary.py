@@ -104,12 +104,11 @@ def overview_table(rows: Iterable[dict[str, str]], points: Sequence[tuple[str, s
             found.setdefault(r["method"], {})[r["task"], r["steps"]] = r
     lines = ["| method | " + " | ".join(f"{TASKS[t]}, {n} steps" for t, n in points) + " |"]
     lines.append("|---" * (1 + len(points)) + "|")
-    best = {name: max(float(r["psnr_db"]) for r in mine.values()) for name, mine in found.items()}
+    # what has no row in the first column comes last
     first = {
-        name: float(mine[points[0]]["psnr_db"]) if points[0] in mine else best[name]
-        for name, mine in found.items()
+        name: float(mine.get(points[0], {"psnr_db": 0})["psnr_db"]) for name, mine in found.items()
     }
-    for name in sorted(found, key=lambda name: -first[name]):
+    for name in sorted(found, key=first.get, reverse=True):
         cells = [name.replace("_", " ")]
         for point in points:
             r = found[name].get(point)

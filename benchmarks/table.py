@@ -66,8 +66,8 @@ def commit(root: Path = RESULTS.parents[1]) -> str:
         )
 
     head = git("rev-parse", "--short=7", "HEAD").stdout.strip()
-    rows = RESULTS.relative_to(RESULTS.parents[1]).as_posix()
-    changed = git("diff", "--quiet", "HEAD", "--", ".", f":(exclude){rows}").returncode
+    code = (".", ":(exclude)benchmarks/results")
+    changed = git("diff", "--quiet", "HEAD", "--", *code).returncode
     return f"{head}-dirty" if head and changed else head
 
 

@@ -330,6 +330,7 @@ def test_the_overview_says_where_a_method_met_another_share():
     rows = [
         row("tape", "t2v", "15.24", "0.66"),
         row("mag_cache", "t2v", "21.9", "0.5"),
+        row("easycache", "i2v", "50.0", "0.67"),
         row("mag_cache", "i2v", "41.0", "0.69"),
         row("tape", "t2v", "99", "0.75", target="0.75"),
         row("tokens", "t2v", "99", "0.67", group="importance"),
@@ -341,6 +342,7 @@ def test_the_overview_says_where_a_method_met_another_share():
         "|---|---|---|",
         "| mag cache | 21.9 dB, 1.25 (at 0.50) | 41.0 dB, 1.25 |",
         "| tape | 15.2 dB, 1.25 |  |",
+        "| easycache |  | 50.0 dB, 1.25 |",
     ]
 
 
