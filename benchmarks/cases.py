@@ -99,6 +99,18 @@ METHODS = {
 REFRESH = "mixed_update_once"
 # its parts were studied without smoothing
 UNSMOOTHED = METHODS[REFRESH] | {"alpha": 1.0}
+# progress between which tokens are left out. A plan that remembers computes all of its own first
+# step, so that of 20 steps the first 2, 3 and 5 are whole from 0.04, 0.09 and 0.19 on
+WINDOWS = (
+    {},
+    {"start": 0.04},
+    {"start": 0.09},
+    {"start": 0.19},
+    {"start": 0.04, "schedule": "rising"},
+    {"start": 0.04, "schedule": "rising", "alpha": 1.0},
+    {"end": 0.94},
+    {"end": 0.94, "schedule": "falling"},
+)
 IMPORTANCES = (
     "attention",
     "key_norm",
@@ -127,6 +139,10 @@ def setting_of(tokens: Mapping[str, object]) -> str:
         words.append("all blocks trimmed")
     if tokens.get("dropped_kv") == "keep":
         words.append("K/V kept")
+    if "start" in tokens:
+        words.append(f"from {tokens['start']:g}")
+    if "end" in tokens:
+        words.append(f"until {tokens['end']:g}")
     if "query_ratio" in tokens:
         words.append(f"queries 1/{1 / tokens['query_ratio']:.0f}")
     return ", ".join(words)
@@ -169,6 +185,8 @@ def all_cases() -> list[Case]:
             cases.append(tokens_case("reselection", target, base | {"every": every}))
     for direction in ("falling", "rising"):
         cases.append(tokens_case("schedule", target, METHODS[REFRESH] | {"schedule": direction}))
+    for window in WINDOWS:
+        cases.append(tokens_case("window", target, METHODS[REFRESH] | window))
     cases += [tokens_case("importance", target, plan) for plan in (METHODS[REFRESH], UNSMOOTHED)]
     for base in ("rotation_mean", "rotation_update_once", "rotation_output"):
         for importance in ("velocity_change", "velocity_change+rotation", "hidden_norm", "random"):

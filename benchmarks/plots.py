@@ -17,7 +17,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
 TASKS = {"t2v": "text to video", "i2v": "image to video"}
-STUDIES = ("ablation", "importance", "restore", "schedule", "reselection", "queries")
+STUDIES = ("ablation", "importance", "restore", "schedule", "window", "reselection", "queries")
 DPI = 110
 
 

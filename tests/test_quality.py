@@ -13,6 +13,7 @@ from wantrim.benchmarks.cases import (
     STUDY_TARGET,
     TARGETS,
     TOLERANCE,
+    WINDOWS,
     Case,
     Point,
     all_cases,
@@ -311,6 +312,14 @@ def test_plots_show_every_method_that_has_a_row(tmp_path):
 def test_a_plan_that_answers_two_questions_is_run_once_and_counted_twice():
     tape = next(c for c in all_cases() if c.method == "tape" and c.target == STUDY_TARGET)
     assert {"methods", "ablation", "importance", "schedule", "reselection"} <= {*tape.groups}
+
+
+def test_a_plan_in_a_window_of_the_run_says_so_and_is_not_the_plan_without():
+    plan = METHODS["mixed_update_once"]
+    words = setting_of(plan | {"start": 0.04, "end": 0.94})
+    assert words == setting_of(plan) + ", from 0.04, until 0.94"
+    windows = [c for c in all_cases() if "window" in c.groups]
+    assert len({c.key for c in windows}) == len(WINDOWS) > 1
 
 
 @pytest.mark.parametrize("readme", READMES)
