@@ -100,14 +100,19 @@ REFRESH = "mixed_update_once"
 # its parts were studied without smoothing
 UNSMOOTHED = METHODS[REFRESH] | {"alpha": 1.0}
 # progress between which tokens are left out. A plan that remembers computes all of its own first
-# step, so that of 20 steps the first 2, 3 and 5 are whole from 0.04, 0.09 and 0.19 on
+# step, so that of 20 steps the first 2, 3, 5, 7 and 9 are whole from 0.04, 0.09, 0.19, 0.29 and
+# 0.39 on
 WINDOWS = (
     {},
     {"start": 0.04},
     {"start": 0.09},
     {"start": 0.19},
+    {"start": 0.29},
+    {"start": 0.39},
     {"start": 0.04, "schedule": "rising"},
     {"start": 0.04, "schedule": "rising", "alpha": 1.0},
+    {"start": 0.19, "schedule": "rising"},
+    {"start": 0.19, "alpha": 1.0},
     {"end": 0.94},
     {"end": 0.94, "schedule": "falling"},
 )
