@@ -100,8 +100,8 @@ REFRESH = "mixed_update_once"
 # its parts were studied without smoothing
 UNSMOOTHED = METHODS[REFRESH] | {"alpha": 1.0}
 # progress between which tokens are left out. A plan that remembers computes all of its own first
-# step, so that of 20 steps the first 2, 3, 5, 7 and 9 are whole from 0.04, 0.09, 0.19, 0.29 and
-# 0.39 on
+# step: of 20 steps the first 2, 3, 5, 7 and 9 are whole from 0.04, 0.09, 0.19, 0.29 and 0.39 on, and
+# the last 1, 3 and 5 after 0.94, 0.84 and 0.74
 WINDOWS = (
     {},
     {"start": 0.04},
@@ -114,7 +114,11 @@ WINDOWS = (
     {"start": 0.19, "schedule": "rising"},
     {"start": 0.19, "alpha": 1.0},
     {"end": 0.94},
+    {"end": 0.84},
+    {"end": 0.74},
     {"end": 0.94, "schedule": "falling"},
+    {"end": 0.84, "schedule": "falling"},
+    {"end": 0.84, "alpha": 1.0},
 )
 IMPORTANCES = (
     "attention",
