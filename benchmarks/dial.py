@@ -16,7 +16,7 @@ import torch
 from ..hosts.diffusers.attach import attach
 from ..hosts.diffusers.sample import sigmas_for
 from ..hosts.session import COND, UNCOND, TrimPlan
-from ..methods.mixes import PRIORITIES
+from ..methods.mixes import MIXES
 from ..methods.solve import TOLERANCE, Run, solve
 from .cases import METHODS, REFRESH, Case, tokens_case
 from .depth import DepthBench, depth_case, shipped_profile
@@ -45,7 +45,7 @@ def all_cases() -> list[Case]:
     for target in TARGETS:
         cases.append(Case("dial", "fewer_steps", "", target))
         for setting in (WITH, WITHOUT):
-            cases += [DialCase("dial", name, setting, target, None, name) for name in PRIORITIES]
+            cases += [DialCase("dial", name, setting, target, None, name) for name in MIXES]
         cases.append(tokens_case("dial", target, METHODS[REFRESH], REFRESH))
     cases.append(depth_case("dial", TARGETS[0], "profiled", skipped="reuse"))
     return cases

@@ -92,11 +92,17 @@ class ModelCall:
     @property
     def trims(self) -> bool:
         """False when this step does everything: then the host's model runs untouched."""
-        return self.trims_tokens or self._groups is not None or self._blocks is not None
+        parts = self._groups is not None or self._blocks is not None
+        return parts or self.trims_tokens or self.spares_tokens
 
     @property
     def trims_tokens(self) -> bool:
         return not self.mixed and self.decision.budget < self.grid.per_frame
+
+    @property
+    def spares_tokens(self) -> bool:
+        """Whether all tokens are computed and remembered."""
+        return not self.mixed and self.decision.spared and self.plan.remembers
 
     def heads(self, block_index: int, length: int) -> BlockHeads | None:
         """The block's heads, or None when all of them run as the model has them.
@@ -133,6 +139,11 @@ class ModelCall:
         if self._blocks is not None:
             call = self._blocks.wrap(block_index, call)
         if not self.trims_tokens:
+            # the choosing block is no part of a stretch where it computes everything anyway
+            if self.spares_tokens and (
+                self.plan.trim_reselecting or not self.plan.reselects(block_index)
+            ):
+                return self._remembering(block_index, call)
             self._record(None)
             return call.run()
         if self.plan.trim_reselecting:
@@ -193,10 +204,10 @@ class ModelCall:
             self._stretch = _Stretch(key, self.past.recall(key, call.hidden))
         stretch, absolute = self._stretch, self.plan.restore == "last_output"
         last = block_index == self.num_blocks - 1 or self.plan.reselects(block_index + 1)
-        if stretch.known is None:
+        if stretch.known is None or self.decision.spared:
             # nothing to fall back on yet
             self._record(None)
-            if not self.first_trimmed:
+            if not (self.first_trimmed or self.decision.spared):
                 self.report.note(
                     "after the first steps nothing was remembered for a part of the video (context "
                     "windows that move, or prompts in other batches): all its tokens were computed"

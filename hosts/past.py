@@ -22,14 +22,14 @@ class Past:
         ages: per choosing block, choices in a row that left each token out, int64 [b, tokens].
         sigma: of the last step that used it.
         knew_change: whether the change of the velocity was ever known.
-        trimmed: whether any step so far left tokens out.
+        lasting: whether any step so far left something for later ones to repeat.
     """
 
     def __init__(self):
         self.ages: dict[int, torch.Tensor] = {}
         self.sigma: float | None = None
         self.knew_change = False
-        self.trimmed = False
+        self.lasting = False
         self._kept: dict[Key, torch.Tensor] = {}
         self._used: set[Key] = set()
         self._point: tuple[float, torch.Tensor] | None = None
@@ -51,7 +51,6 @@ class Past:
             [b, tokens]; None while fewer than three steps of one size were seen.
         """
         self.sigma = sigma
-        self.trimmed |= trimmed
         # what the last step had no use for belongs to prompts or a layout that are gone; in a step
         # that another node's cache answered nothing was of use
         if self._used:

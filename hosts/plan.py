@@ -83,9 +83,14 @@ def _describe_tokens(t: TokenPlan) -> str:
         text += ", the choosing block trimmed too"
     if t.restore != "identity":
         text += f", dropped tokens get their {t.restore.replace('_', ' ')}"
-    if t.remembers:
+    if t.spare and t.remembers:
+        text += f", after the first {t.spare:.0%} of the run on all tokens"
+    elif t.remembers:
         text += ", after a first step on all tokens"
-    return text + (", keys and values kept)" if t.dropped_kv == "keep" else ")")
+    text += ", keys and values kept)" if t.dropped_kv == "keep" else ")"
+    if t.given is not None:
+        text += f"; of a video that begins with a given picture {_describe_tokens(t.given)}"
+    return text
 
 
 def _describe_heads(plan: HeadPlan) -> str:

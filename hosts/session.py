@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -43,6 +43,8 @@ class Decision:
     blocks: StepBlocks | None = None
     # of the velocity since the last step [b, tokens]
     change: torch.Tensor | None = None
+    # all tokens are computed, for later steps to repeat
+    spared: bool = False
     selections: dict[int, Selection] = field(default_factory=dict)
     # model calls so far, by prompts
     passes: Counter = field(default_factory=Counter)
@@ -188,6 +190,8 @@ class Session:
                 "prompts of different areas of the picture came in one model call: all tokens were "
                 "computed there"
             )
+        if self.decision is None:
+            self._settle(seen)
         decider = _decider(cond_or_uncond)
         latent = chunks[decider]
         last = self.decision
@@ -207,6 +211,7 @@ class Session:
                 self.report.attention_share = share
             latent = latent.detach().clone()
             trimmed = budget < grid.per_frame
+            spared = self.plan.trims_tokens and self.plan.tokens.spares(progress)
             if trimmed and self.first_trimmed is None:
                 self.first_trimmed = sigma
             past = self._past(window, last and last.sigma, sigma)
@@ -217,7 +222,8 @@ class Session:
                 clip = None if clip is None else clip.chunk(len(chunks))[decider]
                 content = Content(latent, clip)
                 blocks = self.skips.step(sigma, progress, content, num_blocks, upcoming)
-            self.decision = Decision(sigma, latent, budget, step, past, blocks, change)
+            past.lasting |= trimmed or spared
+            self.decision = Decision(sigma, latent, budget, step, past, blocks, change, spared)
             if COND not in cond_or_uncond and self.plan.trims_tokens:
                 self.report.note(
                     "the unconditional prompt came first in a step and decided which tokens stay"
@@ -226,6 +232,14 @@ class Session:
         return ModelCall(
             self, grid, seen.anchored, cond_or_uncond, decider, num_blocks, mixed, prompts
         )
+
+    def _settle(self, seen: Seen) -> None:
+        """Choose between the plans for a first latent frame that is given and for one that is not."""
+        tokens = self.plan.tokens
+        if tokens is not None and tokens.given is not None:
+            starts_given = seen.anchored is not None and seen.anchored[0]
+            self.take(replace(self.plan, tokens=tokens.settled(starts_given)))
+            self.report.planned = self.plan.describe()
 
     def _note_plan(self, step: Step, past: Past, anchored: Sequence[bool] | None) -> None:
         """What the step would do if nothing came in its way."""
@@ -238,7 +252,7 @@ class Session:
             if anchored is not None and tokens.anchor:
                 step.anchored_frames = sum(anchored)
             # the first step that leaves tokens out may have to compute what later ones repeat
-            seen = [step.progress] * (2 if past.trimmed else 1)
+            seen = [step.progress] * (2 if past.lasting else 1)
             step.planned_tokens = planned_tokens(
                 tokens, step.grid, step.num_blocks, seen, step.anchored_frames
             )[-1]

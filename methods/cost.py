@@ -269,6 +269,7 @@ def planned_tokens(
     steps, remembered = [], False
     for at in progress:
         budget = plan.budget(at, grid)
+        remembered |= plan.spares(at)
         kept = anchored * grid.per_frame + (grid.frames - anchored) * budget
         if plan.remembers and budget < grid.per_frame and not remembered:
             # nothing to fall back on in the first step that drops tokens

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from .mixes import MIXES
+from .mixes import AUTO, MIXES, PRIORITIES, candidates
 from .profile import Profile
 from .routers import residual_sizes
 from .schedule import progress_at, sigma_at
@@ -25,7 +25,7 @@ class Dial:
 
     Args:
         speedup: of the whole run, 1 (off) to 4.
-        priority: name in `MIXES`.
+        priority: name in `PRIORITIES`.
         profile: of this model; None trims tokens only.
         dense_first_steps, dense_last_steps: steps that compute everything, of this model's run, or
             of both experts' together.
@@ -39,7 +39,7 @@ class Dial:
     """
 
     speedup: float = 1.5
-    priority: str = "balanced"
+    priority: str = AUTO
     profile: Profile | None = None
     dense_first_steps: int = 0
     dense_last_steps: int = 0
@@ -51,9 +51,9 @@ class Dial:
     def __post_init__(self):
         if not 1.0 <= self.speedup <= MAX_SPEEDUP:
             raise ValueError(f"speedup: expected 1 (off) to {MAX_SPEEDUP:g}, got {self.speedup}")
-        if self.priority not in MIXES:
+        if self.priority not in PRIORITIES:
             raise ValueError(
-                f"priority: expected one of {', '.join(MIXES)}, got {self.priority!r:.60}"
+                f"priority: expected one of {', '.join(PRIORITIES)}, got {self.priority!r:.60}"
             )
         for name in ("dense_first_steps", "dense_last_steps"):
             if not 0 <= getattr(self, name) <= MAX_DENSE_STEPS:
@@ -72,51 +72,75 @@ class Dial:
     def off(self) -> bool:
         return self.speedup == 1.0
 
-    def describe(self) -> str:
-        """The wish in words."""
+    def describe(self, solved: Solved | None = None) -> str:
+        """The wish in words; with what it has become, when that is known."""
         pair = "" if self.expert is None else f" of both experts, here the {self.expert} noise one"
-        return f"{self.speedup:.2f}x{pair}, priority {self.priority}"
+        became = "" if solved is None or self.priority != AUTO else f" ({solved.priority})"
+        return f"{self.speedup:.2f}x{pair}, priority {self.priority}{became}"
 
     def solve(self, run: Run, fixed: Parts | None = None, cost: Cost = flops_cost) -> Solved:
         """The plan for a run, with the parts that others decided."""
-        options = {"dense_first": self.dense_first_steps, "dense_last": self.dense_last_steps}
-        if self.expert is None:
-            return solve(
-                run, self.speedup, self.priority, self.profile, **options, fixed=fixed, cost=cost
-            )
-        wanted, why = self._share(run, cost)
-        options |= {"dense_last": 0} if self.expert == HIGH else {"dense_first": 0}
-        solved = solve(run, wanted, self.priority, self.profile, **options, fixed=fixed, cost=cost)
-        return replace(solved, why="; ".join(filter(None, (why, solved.why))) or None)
+        runs, tried = self._both(run), []
+        for priority in candidates(self.priority, run.starts_given):
+            wanted, together = self._share(runs, priority, cost)
+            options = self._guards(self.expert) | {"fixed": fixed, "cost": cost}
+            solved = solve(run, wanted, priority, self.profile, **options)
+            if together is None:
+                together = solved.reached
+            elif together < self.speedup * (1 - TOLERANCE):
+                why = filter(None, (self._why(runs, together), solved.why))
+                solved = replace(solved, why="; ".join(why))
+            tried.append((min(together, self.speedup), solved))
+            if together >= self.speedup * (1 - TOLERANCE):
+                break
+        # of equals the one that is preferred
+        return max(tried, key=lambda one: one[0])[1]
 
-    def _share(self, run: Run, cost: Cost) -> tuple[float, str | None]:
-        """This expert's own speed-up, and why the pair's cannot be met, if so.
+    def _guards(self, expert: str | None) -> dict[str, int]:
+        """The guarded steps of an expert's run; None is a model alone."""
+        return {
+            "dense_first": 0 if expert == LOW else self.dense_first_steps,
+            "dense_last": 0 if expert == HIGH else self.dense_last_steps,
+        }
+
+    def _share(
+        self, runs: tuple[Run, Run] | None, priority: str, cost: Cost
+    ) -> tuple[float, float | None]:
+        """This expert's own speed-up, and what both together reach; None for a model alone.
 
         Each expert sees only its own sigmas. The other's are taken to be spread as evenly, so that
         both find the same split, each on its own.
         """
-        high = self.expert == HIGH
-        partner = other_slice(run, high, self.boundary)
-        if partner is None:
+        if runs is None:
             return self.speedup, None
-        runs = (run, partner) if high else (partner, run)
+        high = self.expert == HIGH
         profiles = (self.profile, self.partner) if high else (self.partner, self.profile)
-        guards = ({"dense_first": self.dense_first_steps}, {"dense_last": self.dense_last_steps})
         most = []
-        for one, profile, guarded in zip(runs, profiles, guards, strict=True):
-            end = solve(one, OUT_OF_REACH, self.priority, profile, **guarded, cost=cost)
+        for one, profile, expert in zip(runs, profiles, (HIGH, LOW), strict=True):
+            guards = self._guards(expert)
+            end = solve(one, OUT_OF_REACH, priority, profile, **guards, cost=cost)
             most.append(1 - 1 / end.reached)
         steps = [one.steps for one in runs]
         shares = [count / sum(steps) for count in steps]
-        saved = split(1 - 1 / self.speedup, shares, most, MIXES[self.priority].experts)
-        reached = 1 / (1 - sum(a * b for a, b in zip(shares, saved, strict=True)))
-        why = None
-        if reached < self.speedup * (1 - TOLERANCE):
-            why = (
-                f"both experts together reach {reached:.2f}x of the {self.speedup:.2f}x: with about "
-                f"{steps[0]} + {steps[1]} steps, of which each expert computes at least one whole"
-            )
-        return 1 / (1 - saved[0 if high else 1]), why
+        saved = split(1 - 1 / self.speedup, shares, most, MIXES[priority].experts)
+        together = 1 / (1 - sum(a * b for a, b in zip(shares, saved, strict=True)))
+        return 1 / (1 - saved[0 if high else 1]), together
+
+    def _both(self, run: Run) -> tuple[Run, Run] | None:
+        """The runs of the high and of the low noise expert; None for a model alone."""
+        if self.expert is None:
+            return None
+        partner = other_slice(run, self.expert == HIGH, self.boundary)
+        if partner is None:
+            return None
+        return (run, partner) if self.expert == HIGH else (partner, run)
+
+    def _why(self, runs: tuple[Run, Run], together: float) -> str:
+        high, low = runs
+        return (
+            f"both experts together reach {together:.2f}x of the {self.speedup:.2f}x: with about "
+            f"{high.steps} + {low.steps} steps, of which each expert computes at least one whole"
+        )
 
 
 def other_slice(run: Run, high: bool, boundary: float = 0.0) -> Run | None:

@@ -11,6 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 DIRECTIONS = ("falling", "constant", "rising")
+# samplers round their sigmas
+SAME_PROGRESS = 1e-3
 
 
 def progress_at(sigma: float, shift: float = 1.0) -> float:

@@ -20,15 +20,13 @@ from .mixes import MIXES, Mix, knobs_at, way
 from .presets import preset_plan
 from .profile import Profile
 from .routers import ProfiledRouter
-from .schedule import progress_at
+from .schedule import SAME_PROGRESS, progress_at
 from .tokens import TokenPlan
 from .width import Width
 
 # relative distance of a cost within which a speed-up counts as met
 TOLERANCE = 0.03
 HALVINGS = 16
-# samplers round their sigmas
-SAME_PROGRESS = 1e-3
 
 
 @dataclass(frozen=True)
@@ -40,6 +38,7 @@ class Run:
         shift: the model's flow shift.
         prompts: 2 with guidance, 1 without.
         anchored_frames: latent frames that are given.
+        starts_given: whether the video's first latent frame is among them.
         width: of a slim model.
     """
 
@@ -49,6 +48,7 @@ class Run:
     shift: float = 1.0
     prompts: int = 2
     anchored_frames: int = 0
+    starts_given: bool = False
     width: Width | None = None
 
     def __post_init__(self):
@@ -74,6 +74,12 @@ class Parts:
     tokens: TokenPlan | None = None
     heads: HeadPlan | None = None
     blocks: BlockPlan | None = None
+
+    def settled(self, run: Run) -> Parts:
+        """The parts as they are in this run."""
+        if self.tokens is None:
+            return self
+        return replace(self, tokens=self.tokens.settled(run.starts_given))
 
 
 # what a run with these parts costs, in any unit
@@ -129,12 +135,14 @@ class Solved:
     Args:
         parts: those that were fixed among them.
         wanted, reached: speed-ups; reached by the cost.
+        priority: name in `MIXES` of the way that was gone.
         why: what is in the way when they are not the same, else None.
     """
 
     parts: Parts
     wanted: float
     reached: float
+    priority: str
     why: str | None = None
 
 
@@ -186,7 +194,7 @@ def solve(
         raise ValueError(f"speedup: expected 1 (off) or more, got {wanted}")
     if priority not in MIXES:
         raise ValueError(f"priority: expected one of {', '.join(MIXES)}, got {priority!r}")
-    fixed = fixed or Parts()
+    fixed = (fixed or Parts()).settled(run)
     mix, dense = MIXES[priority], cost(run, Parts())
     guarded = guarded_steps(run, mix, dense_first, dense_last)
     points = [(1.0, 1.0, 1.0)]
@@ -208,7 +216,7 @@ def solve(
     why = None
     if wanted > 1.0 and abs(reached / wanted - 1) > TOLERANCE:
         why = _why(run, parts, fixed, wanted, reached, profile, guarded, place == len(points) - 1)
-    return Solved(_without_idle(run, parts, fixed), wanted, reached, why)
+    return Solved(_without_idle(run, parts, fixed), wanted, reached, priority, why)
 
 
 def _bisect(cost, place: float, least: float, most: float, goal: float) -> tuple[float, float]:

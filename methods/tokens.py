@@ -8,7 +8,7 @@ state. What to keep is decided once per step and shared by the conditional and u
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -16,7 +16,7 @@ from ..kernels import smooth_select
 from .grid import TokenGrid, other_positions, positions
 from .importance import NEEDS_ATTENTION, NEEDS_BLOCK, Evidence, parts, score
 from .restore import FROM_LAST_STEP, RESTORE
-from .schedule import Schedule
+from .schedule import SAME_PROGRESS, Schedule
 
 DROPPED_KV = ("leave", "keep")
 
@@ -40,6 +40,10 @@ class TokenPlan:
         trim_reselecting: choose before the reselecting block, so that it is trimmed too.
         anchor: never drop tokens of conditioned latent frames (image-to-video, references).
         start, end: progress between which tokens are dropped.
+        spare: progress up to which all tokens are computed, and remembered for the first step that
+            drops some.
+        given: the plan in place of this one where the video's first latent frame is given; None is
+            this one.
         query_ratio: share of the tokens used as queries for "attention" (paper not stated; 1/64).
         min_queries: but at least this many.
         exclude_radius: tube exclusion in rows and columns; None chooses by the grid's size.
@@ -55,9 +59,11 @@ class TokenPlan:
     anchor: bool = True
     start: float = 0.0
     end: float = 1.0
+    spare: float = 0.0
     query_ratio: float = 1 / 64
     min_queries: int = 256
     exclude_radius: int | None = None
+    given: TokenPlan | None = None
 
     def __post_init__(self):
         if self.reselect_every < 1:
@@ -84,15 +90,26 @@ class TokenPlan:
             raise ValueError(
                 f"start and end: expected 0 <= start <= end <= 1, got {self.start} and {self.end}"
             )
+        if not 0.0 <= self.spare <= 1.0:
+            raise ValueError(f"spare: expected 0 to 1, got {self.spare}")
         if not 0.0 < self.query_ratio <= 1.0:
             raise ValueError(
                 f"query_ratio: expected more than 0 and at most 1, got {self.query_ratio}"
             )
 
+    def settled(self, starts_given: bool) -> TokenPlan:
+        """The plan of a run, once it is known whether the first latent frame is given."""
+        chosen = self.given if starts_given and self.given is not None else self
+        return chosen if chosen.given is None else replace(chosen, given=None)
+
     def keep_at(self, progress: float) -> float:
         """Share of each latent frame's tokens that stays at this progress."""
-        inside = self.start <= progress <= self.end
+        inside = self.start <= progress <= self.end and not self.spares(progress)
         return self.schedule.at(progress) if inside else 1.0
+
+    def spares(self, progress: float) -> bool:
+        """Whether a step at this progress computes everything, for later ones to repeat."""
+        return self.start <= progress < self.spare - SAME_PROGRESS
 
     def budget(self, progress: float, grid: TokenGrid) -> int:
         """Tokens per latent frame that stay at this progress: at least one."""

@@ -157,7 +157,9 @@ class WanTrimTokens(io.ComfyNode):
                     tooltip=(
                         "'refresh': each step computes the tokens that change most and those left "
                         "out longest; the others repeat their last update, after a first step that "
-                        "computes all. Kept most of all token plans on our toy bench. "
+                        "computes all. 'auto': refresh with the first quarter of the run whole, or, "
+                        "of a video that begins with a given image, with its end whole. Kept most "
+                        "of all token plans on our toy bench. "
                         "'paper': TAPE exactly as published. 'custom': everything by hand."
                     ),
                 ),

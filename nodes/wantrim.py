@@ -12,7 +12,7 @@ from ..hosts.comfyui.variants import check_variant
 from ..hosts.profiling import ProfileFile
 from ..hosts.session import TrimPlan
 from ..methods.dial import HIGH, LOW, MAX_DENSE_STEPS, MAX_SPEEDUP, Dial
-from ..methods.mixes import PRIORITIES
+from ..methods.mixes import AUTO, PRIORITIES
 from .profile import ProfileSocket
 
 CATEGORY = "model/patch/wan"
@@ -43,10 +43,11 @@ def _dials(pair: bool) -> list:
         io.Combo.Input(
             "priority",
             options=list(PRIORITIES),
-            default="balanced",
+            default=AUTO,
             tooltip=(
                 "What to spare. 'motion': the early steps, which decide it. 'detail': the late "
-                "steps, which draw it. 'balanced': neither."
+                "steps, which draw it. 'balanced': neither. 'auto': detail when the video begins "
+                "with a given image, else motion; balanced where they cannot reach the speedup."
             ),
         ),
         io.Combo.Input(

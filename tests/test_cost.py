@@ -50,6 +50,9 @@ PLANS = [
     {"restore": "last_update", "importance": "rotation", "trim_reselecting": True},
     {"restore": "last_output", "importance": "rotation", "trim_reselecting": True},
     {"start": 0.35, "reselect_every": 5},
+    {"spare": 0.35, "restore": "last_update", "importance": "rotation", "trim_reselecting": True},
+    {"spare": 0.35, "restore": "last_update", "importance": "rotation", "start": 0.1},
+    {"spare": 0.35, "restore": "frame_mean", "importance": "rotation"},
 ]
 
 

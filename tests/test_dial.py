@@ -1,5 +1,8 @@
 """One dial for a model or for the two experts of Wan2.2."""
 
+import re
+from dataclasses import replace
+
 import pytest
 
 from wantrim.benchmarks.depth import shipped_profile
@@ -11,7 +14,7 @@ from wantrim.methods.cost import WanShape
 from wantrim.methods.dial import HIGH, LOW, Dial, other_slice, split
 from wantrim.methods.fingerprint import Fingerprint
 from wantrim.methods.grid import TokenGrid
-from wantrim.methods.mixes import MIXES
+from wantrim.methods.mixes import AUTO, MIXES, PRIORITIES
 from wantrim.methods.presets import preset_plan
 from wantrim.methods.profile import Profile
 from wantrim.methods.schedule import progress_at, sigma_at
@@ -42,7 +45,7 @@ def together(runs, solved) -> float:
 
 
 @pytest.mark.parametrize(("steps", "first"), [(4, 2), (4, 1), (8, 4), (20, 10), (20, 3), (30, 24)])
-@pytest.mark.parametrize("priority", MIXES)
+@pytest.mark.parametrize("priority", PRIORITIES)
 @pytest.mark.parametrize("speedup", [1.1, 1.25, 1.5, 2.0])
 def test_a_pair_meets_its_speedup_or_says_why_not(steps, first, priority, speedup):
     runs = slices(steps, first)
@@ -53,7 +56,8 @@ def test_a_pair_meets_its_speedup_or_says_why_not(steps, first, priority, speedu
     assert len(why) <= 1
     if why:
         assert all(one.why for one in solved) and reached < speedup * (1 - TOLERANCE)
-        assert f"{reached:.1f}" in why.pop()
+        said = float(re.search(r"reach ([\d.]+)x", why.pop())[1])
+        assert said == pytest.approx(reached, rel=0.02)
     else:
         assert reached == pytest.approx(speedup, rel=TOLERANCE)
 
@@ -81,6 +85,45 @@ def test_priorities_split_as_they_say():
     assert saved["balanced"] == pytest.approx(1.0, rel=0.05)
     assert saved["motion"] == pytest.approx(0.7, rel=0.05)
     assert saved["detail"] == pytest.approx(1 / 0.7, rel=0.05)
+
+
+@pytest.mark.parametrize("steps", [4, 8, 20])
+@pytest.mark.parametrize(("starts_given", "name"), [(False, "motion"), (True, "detail")])
+def test_auto_spares_what_the_start_of_the_video_has_not_settled(steps, starts_given, name):
+    run = Run(
+        SHAPE, GRID, tuple(sigmas_for(steps, 5.0).tolist()), 5.0,
+        anchored_frames=int(starts_given), starts_given=starts_given,
+    )  # fmt: skip
+    found = Dial(1.5, AUTO, dense_first_steps=1).solve(run)
+    assert found == Dial(1.5, name, dense_first_steps=1).solve(run)
+    assert found.priority == name and found.why is None
+    # where that reaches too little, what reaches further
+    both = [Dial(4.0, mix, dense_first_steps=1).solve(run) for mix in (name, "balanced")]
+    far = Dial(4.0, AUTO, dense_first_steps=1).solve(run)
+    assert far == max(both, key=lambda one: one.reached) and far.why
+
+
+def test_auto_takes_its_first_choice_where_the_other_reaches_no_further():
+    run = Run(TINY, TINY_GRID, (1.0, 0.0), anchored_frames=5, starts_given=True)
+    found = Dial(2.0, AUTO).solve(run)
+    assert found.priority == "detail" and found.reached == 1.0 and found.why
+
+
+@pytest.mark.parametrize("starts_given", [False, True])
+@pytest.mark.parametrize(("steps", "first"), [(4, 2), (8, 4), (20, 3), (30, 24)])
+@pytest.mark.parametrize("speedup", [1.3, 1.6, 2.2, 3.0])
+def test_both_experts_of_a_pair_take_auto_for_the_same(starts_given, steps, first, speedup):
+    runs = [replace(run, starts_given=starts_given) for run in slices(steps, first)]
+    names = {one.priority for one in solved_pair(runs, speedup=speedup, dense_first_steps=1)}
+    assert len(names) == 1 and names < {"detail" if starts_given else "motion", "balanced"}
+
+
+def test_what_auto_became_is_said():
+    run = slices(20, 10)[0]
+    dial = Dial(1.5)
+    assert dial.describe(dial.solve(run)) == "1.50x, priority auto (motion)"
+    by_hand = Dial(1.5, "motion")
+    assert by_hand.describe(by_hand.solve(run)) == "1.50x, priority motion"
 
 
 def test_guards_are_the_first_steps_of_the_high_and_the_last_of_the_low_expert():
@@ -154,7 +197,7 @@ def test_a_dial_alone_is_the_solver():
         ({"speedup": 0.9}, r"speedup: expected 1 \(off\) to 4, got 0.9"),
         ({"speedup": 4.1}, "got 4.1"),
         ({"speedup": float("nan")}, "got nan"),
-        ({"priority": "speed"}, "priority: expected one of motion, balanced, detail"),
+        ({"priority": "speed"}, "priority: expected one of auto, motion, balanced, detail"),
         ({"dense_first_steps": -1}, "dense_first_steps: expected 0 to 100"),
         ({"dense_last_steps": 101}, "dense_last_steps: expected 0 to 100"),
         ({"boundary": 1.0}, "boundary: expected 0 to less than 1"),
@@ -176,7 +219,7 @@ def test_a_plan_with_a_dial():
     assert TrimPlan(tokens, dial=final).solved() == TrimPlan()
     assert TrimPlan(tokens, dial=off).solved() == TrimPlan(tokens)
     assert TrimPlan(dial=on).solved(Parts(tokens)) == TrimPlan(tokens)
-    assert TrimPlan(dial=on).describe() == "1.50x, priority balanced"
+    assert TrimPlan(dial=on).describe() == "1.50x, priority auto"
     assert TrimPlan(tokens, dial=final).describe() == "final render, nothing trimmed"
     assert "high noise" in Dial(1.5, expert=HIGH).describe()
     with pytest.raises(ValueError, match="plan: expected one that is solved"):

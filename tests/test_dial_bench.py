@@ -9,7 +9,8 @@ from wantrim.benchmarks.cases import Point
 from wantrim.benchmarks.depth import DepthCase
 from wantrim.benchmarks.dial import TARGETS, WITH, WITHOUT, DialBench, DialCase, all_cases
 from wantrim.benchmarks.subjects import toy_subject
-from wantrim.methods.mixes import PRIORITIES
+from wantrim.benchmarks.table import RESULTS, read_rows
+from wantrim.methods.mixes import AUTO, MIXES, candidates
 
 
 def test_every_priority_has_a_row_beside_what_it_is_made_of():
@@ -18,7 +19,7 @@ def test_every_priority_has_a_row_beside_what_it_is_made_of():
     for target in TARGETS:
         mine = [case for case in cases if case.target == target]
         found = {(c.priority, c.setting) for c in mine if isinstance(c, DialCase)}
-        assert found == {(name, setting) for name in PRIORITIES for setting in (WITH, WITHOUT)}
+        assert found == {(name, setting) for name in MIXES for setting in (WITH, WITHOUT)}
         assert {"fewer_steps", "mixed_update_once"} <= {case.method for case in mine}
     assert any(isinstance(case, DepthCase) for case in cases)
 
@@ -31,6 +32,24 @@ def test_a_row_costs_its_share(tmp_path, setting):
     assert row["flops_ratio"] == pytest.approx(0.67, abs=0.03)
     assert row["predicted_ratio"] == pytest.approx(row["flops_ratio"], rel=0.03)
     assert row["knob"] and 10 < row["psnr_db"] < 60
+
+
+@pytest.mark.parametrize("task", ["t2v", "i2v"])
+@pytest.mark.parametrize("steps", ["20", "4"])
+@pytest.mark.parametrize("setting", [WITH, WITHOUT])
+def test_what_auto_prefers_is_nowhere_behind_by_the_rows(task, steps, setting):
+    at = {"task": task, "steps": steps, "setting": setting, "target": "0.67", "prompts": "32"}
+    rows = {
+        row["method"]: row
+        for row in read_rows(RESULTS / "dial.csv")
+        if all(row[name] == value for name, value in at.items())
+    }
+    assert rows.keys() == MIXES.keys()
+
+    mine = rows[candidates(AUTO, task == "i2v")[0]]
+
+    # inside the interval of whichever leads
+    assert all(float(mine["psnr_hi"]) >= float(other["psnr_db"]) for other in rows.values())
 
 
 def test_what_cannot_be_reached_has_no_row(tmp_path):

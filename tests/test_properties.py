@@ -517,7 +517,7 @@ def test_a_split_saves_what_was_asked_or_all_there_is(wanted, high, most, weight
     assert total == pytest.approx(min(wanted, limit), abs=1e-6)
 
 
-@given(st.sampled_from(["refresh", "paper"]), shares, grids, places)
+@given(st.sampled_from(["auto", "refresh", "paper"]), shares, grids, places)
 def test_a_budget_is_never_empty_and_follows_the_ratio(name, keep, grid, progress):
     plan = preset_plan(name, keep)
     budget = plan.budget(progress, grid)

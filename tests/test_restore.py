@@ -87,6 +87,41 @@ def test_every_treatment_changes_only_what_was_dropped_and_is_the_same_again(mod
     assert torch.equal(neutral, dense)
 
 
+@pytest.mark.parametrize("importance", ["rotation", "velocity_change+rotation"])
+@pytest.mark.parametrize("options", PLANS)
+def test_spared_steps_are_whole_and_what_the_next_one_repeats(model, options, importance):
+    trim = plan(spare=0.5, importance=importance, **options)
+    whole = list(denoise(model, words(), SIZE, steps=4, guidance=4.0))
+    with attach(model, trim, cond_or_uncond=BOTH, shift=3.0) as attachment:
+        steps = list(denoise(model, words(), SIZE, steps=4, guidance=4.0))
+        report = attachment.finish()
+    assert all(torch.equal(steps[i], whole[i]) for i in (0, 1))
+    assert not torch.allclose(steps[2], whole[2], atol=1e-3)
+    shares = [step.kept_share for step in report.steps]
+    assert shares[:2] == [1.0, 1.0] and max(shares[2:]) < 1.0
+    assert [step.kept_per_block for step in report.steps] == [
+        step.planned_tokens for step in report.steps
+    ]
+    assert not report.notes
+    # a plan that begins in the second step computes all of that one, and remembers it too
+    later, _ = run(model, plan(start=0.2, importance=importance, **options))
+    if trim.tokens.remembers and trim.tokens.trim_reselecting:
+        assert torch.equal(steps[-1], later)
+
+
+def test_a_run_within_what_is_spared_is_exact(model):
+    out, report = run(model, plan(spare=1.0, **ONCE))
+    assert torch.equal(out, run(model)[0])
+    assert report.kept_share == 1.0 and "no token was left out" in report.notes[0]
+
+
+def test_spared_steps_cost_no_step_more(model):
+    """The first of two steps is all that there is to remember."""
+    for options in ({}, {"spare": 0.2}):
+        _, report = run(model, plan(**ONCE, **options), steps=2)
+        assert [step.kept_share for step in report.steps] == [1.0, 0.5]
+
+
 @pytest.mark.parametrize("options", PLANS)
 @pytest.mark.parametrize("dropped_kv", ["leave", "keep"])
 @torch.no_grad()

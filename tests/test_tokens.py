@@ -121,6 +121,10 @@ def test_budget_never_empties_a_frame_and_respects_the_window():
     assert tight.budget(0.5, grid) == 1
     window = plan(start=0.2, end=0.6)
     assert [window.keep_at(p) < 1 for p in (0.1, 0.2, 0.6, 0.7)] == [False, True, True, False]
+    spared = plan(start=0.2, end=0.8, spare=0.4)
+    places = (0.1, 0.2, 0.3, 0.3996, 0.4, 0.8, 0.9)
+    assert [spared.spares(p) for p in places] == [False, True, True, False, False, False, False]
+    assert [spared.keep_at(p) < 1 for p in places] == [False] * 3 + [True] * 3 + [False]
 
 
 @pytest.mark.parametrize(
@@ -131,6 +135,7 @@ def test_budget_never_empties_a_frame_and_respects_the_window():
         ({"importance": "magic"}, "attention.*'magic'"),
         ({"dropped_kv": "maybe"}, "leave, keep.*'maybe'"),
         ({"start": 0.8, "end": 0.2}, "start <= end.*0.8 and 0.2"),
+        ({"spare": 1.5}, "spare: expected 0 to 1, got 1.5"),
         ({"query_ratio": 0.0}, "query_ratio.*got 0.0"),
     ],
 )

@@ -52,7 +52,7 @@ class Wish:
         report: Report,
     ) -> tuple[TrimPlan, Solved]:
         """The plan for a session; the report takes in what it is and what is in its way."""
-        given = 0 if anchored is None else int(anchored.sum())
+        given = [] if anchored is None else anchored.tolist()
         # a reference in front of the grid costs what a given latent frame does
         before = round(grid.start / grid.per_frame)
         run = Run(
@@ -61,7 +61,8 @@ class Wish:
             tuple(sigmas.tolist()),
             self.shift,
             self.prompts,
-            given + before,
+            sum(given) + before,
+            any(given[:1]),
             self.width,
         )
         name = device_name(context.device)
@@ -85,6 +86,6 @@ def _sentence(wish: TrimPlan, plan: TrimPlan, solved: Solved, measure: str) -> s
     own = "" if wish.dial.expert is None else " of this expert's own steps"
     basis = "by its profile" if wish.dial.profile is not None else "without a profile"
     return (
-        f"{wish.dial.describe()}, {basis}: {plan.describe()}; expected {solved.reached:.2f}x{own} "
+        f"{wish.dial.describe(solved)}, {basis}: {plan.describe()}; expected {solved.reached:.2f}x{own} "
         f"{measure}"
     )

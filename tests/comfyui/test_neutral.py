@@ -40,7 +40,7 @@ def keep_everything(plan, evidence, budget, anchored=None) -> Selection:
     return chosen
 
 
-@pytest.mark.parametrize("name", ["refresh", "paper", "custom"])
+@pytest.mark.parametrize("name", ["auto", "refresh", "paper", "custom"])
 @pytest.mark.parametrize("kind", tiny.KINDS)
 def test_prune_ratio_zero_at_the_node_equals_the_untouched_model(kind, name):
     model, given = tiny.base_model(kind), tiny.case(kind)
@@ -87,7 +87,7 @@ def test_sizes_and_cfg_are_neutral_too(kind, size, cfg):
     assert torch.equal(tiny.sample(patched, given, cfg=cfg), expected)
 
 
-@pytest.mark.parametrize("name", ["refresh", "paper"])
+@pytest.mark.parametrize("name", ["auto", "refresh", "paper"])
 @pytest.mark.parametrize("dropped_kv", ["leave", "keep"])
 def test_one_given_latent_frame_leaves_nothing_to_drop(dropped_kv, name):
     model, given = tiny.base_model("i2v"), tiny.case("i2v", frames=1)

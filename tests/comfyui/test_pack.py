@@ -49,7 +49,7 @@ NODE_IDS = {
 STAGES = (wantrim, tokens, heads, blocks, profile, slim, report, compare)
 NODES = [node for stage in (*STAGES, demo) for node in stage.NODES]
 LANGUAGES = ("zh", "ja")
-ALL = ("refresh", "paper", "custom")
+ALL = ("auto", "refresh", "paper", "custom")
 # lists of files that may be empty, so that there is no default
 FILES = {"slim_model", "router_file"}
 # lists that are ComfyUI's to explain
@@ -169,7 +169,7 @@ def test_defaults_of_the_node():
     # the frontend starts with the first
     assert tuple(option.key for option in inputs["preset"].options) == ALL
     revealed = {option.key: option.inputs for option in inputs["preset"].options}
-    assert revealed["refresh"] == revealed["paper"] == []
+    assert revealed["auto"] == revealed["refresh"] == revealed["paper"] == []
     assert {i.id: i.default for i in revealed["custom"]} == {
         "schedule": "constant",
         "importance": "velocity_change+rotation",

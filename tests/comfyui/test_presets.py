@@ -3,15 +3,20 @@
 import pytest
 import torch
 
-from wantrim.hosts.comfyui.attach import attachment_of
+from wantrim.hosts.comfyui.attach import attach, attachment_of
+from wantrim.hosts.session import TrimPlan
 from wantrim.methods.importance import NEEDS_BLOCK, parts
+from wantrim.methods.presets import AUTO, AUTO_GIVEN, preset_plan
 from wantrim.methods.restore import FROM_LAST_STEP, RESTORE
+from wantrim.methods.schedule import Schedule
+from wantrim.methods.tokens import TokenPlan
 from wantrim.nodes import demo
 from wantrim.nodes.tokens import CUSTOM_INPUTS
+from wantrim.nodes.wantrim import WanTrim
 from wantrim.tests.comfyui import tiny
 from wantrim.tests.comfyui.passes import record
 
-PRESETS = ["refresh", "paper", "custom"]
+PRESETS = ["auto", "refresh", "paper", "custom"]
 IMPORTANCES = next(given.options for given in CUSTOM_INPUTS if given.id == "importance")
 # the paper's values, one by one
 AS_PAPER = {
@@ -148,6 +153,35 @@ def test_refresh_computes_all_in_the_first_step_and_then_trims_every_block():
     assert steps[0].coverage.min() == 1 and steps[1].coverage.min() == 0
 
 
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_auto_spares_the_steps_that_count_for_how_the_video_begins(kind):
+    patched = tiny.at_node(tiny.base_model(kind), "auto")
+    tiny.ksampler(patched, tiny.case(kind), steps=20)
+    report = tiny.report_of(patched)
+    whole = [step.kept_share == 1.0 for step in report.steps]
+    if kind in ("t2v", "fun"):
+        assert whole == [True] * 5 + [False] * 15
+        plan, words = AUTO, "after the first 25% of the run"
+    else:
+        assert whole == [True] + [False] * 18 + [True]
+        plan, words = AUTO_GIVEN, "after a first step"
+    assert words in report.planned and "begins with a given picture" not in report.planned
+    assert "begins with a given picture" in attachment_of(patched).plan.describe()
+    options = {name: value for name, value in plan.items() if name != "schedule"}
+    by_hand = TokenPlan(Schedule(0.7, plan["schedule"]), **options)
+    assert attachment_of(patched).plan.tokens.settled(plan is AUTO_GIVEN) == by_hand
+    out = tiny.ksampler(attach(tiny.base_model(kind), TrimPlan(by_hand)), tiny.case(kind), steps=20)
+    assert torch.equal(tiny.ksampler(patched, tiny.case(kind), steps=20), out)
+
+
+def test_auto_at_the_dial_is_what_the_run_makes_of_it():
+    refined = tiny.at_node(tiny.base_model("i2v"), "auto", prune_ratio=0.1)
+    dialled = WanTrim.execute(refined, 1.2, "auto", "draft", 1, 0).result[0]
+    tiny.ksampler(dialled, tiny.case("i2v"), steps=8)
+    tokens = attachment_of(dialled).solved.parts.tokens
+    assert tokens == preset_plan("auto", 0.9).settled(True)
+
+
 def test_refresh_chooses_once_a_step_for_both_prompts():
     patched = tiny.at_node(tiny.base_model(), "refresh")
     calls = tiny.watch(patched)
@@ -191,7 +225,7 @@ def test_velocity_change_computes_what_moves():
         assert set(rows.tolist()) == {2, 3}
 
 
-@pytest.mark.parametrize("name", ["refresh", "paper"])
+@pytest.mark.parametrize("name", ["auto", "refresh", "paper"])
 def test_given_frames_are_computed_in_every_step(name):
     patched = tiny.at_node(tiny.base_model("i2v"), name)
     tiny.ksampler(patched, tiny.case("i2v"))
@@ -208,7 +242,11 @@ def test_given_frames_can_be_dropped_too():
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("refresh", [1, 1, 1, 0.7, 0.7, 0.7]), ("paper", [1, 1, 0.7083, 0.75, 0.7917, 0.8333])],
+    [
+        ("auto", [1, 1, 1, 0.7, 0.65, 0.6]),
+        ("refresh", [1, 1, 1, 0.7, 0.7, 0.7]),
+        ("paper", [1, 1, 0.7083, 0.75, 0.7917, 0.8333]),
+    ],
 )
 def test_trimming_can_start_later(name, expected):
     """The first trimmed step of refresh still has to see every token once."""

@@ -33,7 +33,7 @@ from wantrim.toy import CHECKPOINT
 
 DEFAULTS = {
     "speedup": 1.5,
-    "priority": "balanced",
+    "priority": "auto",
     "render": DRAFT,
     "dense_first_steps": 1,
     "dense_last_steps": 0,
@@ -106,8 +106,12 @@ def test_it_trims_the_same_way_each_time_and_says_what(kind, caplog):
         out = tiny.ksampler(patched, given, steps=8)
     assert torch.isfinite(out).all() and not torch.allclose(out, dense, atol=1e-3)
     report, solved = tiny.report_of(patched), plan_of(patched)
-    assert tiny.shares(patched)[0] == 1.0 and max(tiny.shares(patched)[1:]) < 0.9
-    assert report.planned.startswith("1.30x, priority balanced, without a profile: ")
+    # a quarter of the run is spared where nothing is given
+    first = 2 if solved.priority == "motion" else 1
+    shares = tiny.shares(patched)
+    assert set(shares[:first]) == {1.0} and max(shares[first:]) < 0.9
+    became = f"auto ({solved.priority})"
+    assert report.planned.startswith(f"1.30x, priority {became}, without a profile: ")
     assert report.planned.endswith(f"expected {solved.reached:.2f}x in FLOPs")
     assert f"WanTrim: {report.planned}" in caplog.messages
     met = abs(solved.reached / 1.3 - 1) < 0.03
@@ -118,8 +122,27 @@ def test_it_trims_the_same_way_each_time_and_says_what(kind, caplog):
     assert torch.equal(tiny.ksampler(dialled(model, speedup=1.3), given, steps=8), out)
 
 
+@pytest.mark.parametrize("kind", [*tiny.KINDS, "ti2v without an image"])
+def test_auto_looks_at_how_the_video_begins(kind):
+    kind, _, without = kind.partition(" ")
+    # large enough for CLIP's tokens to leave something to save
+    case = tiny.case(kind, height=24, width=24)
+    if without:
+        case = tiny.Case(case.positive, case.negative, torch.zeros_like(case.latent))
+    begins_with_a_picture = kind not in ("t2v", "fun") and not without
+    name = "detail" if begins_with_a_picture else "motion"
+    auto, by_hand = (
+        dialled(tiny.base_model(kind), speedup=1.08, priority=p) for p in ("auto", name)
+    )
+    for patched in (auto, by_hand):
+        tiny.ksampler(patched, case, steps=8)
+    assert plan_of(auto).priority == name
+    assert f"priority auto ({name})" in tiny.report_of(auto).planned
+    assert plan_of(auto).parts == plan_of(by_hand).parts
+
+
 def test_the_plan_is_made_for_each_run():
-    patched = dialled(tiny.base_model())
+    patched = dialled(tiny.base_model(), priority="balanced")
     keeps = []
     for steps in (4, 12):
         tiny.ksampler(patched, steps=steps)
@@ -415,7 +438,10 @@ def test_defaults_of_the_nodes():
     [
         ({"speedup": 0.5}, r"WanTrim: speedup: expected 1 \(off\) to 4, got 0.5"),
         ({"speedup": 5.0}, "WanTrim: speedup"),
-        ({"priority": "speed"}, "WanTrim: priority: expected one of motion, balanced, detail"),
+        (
+            {"priority": "speed"},
+            "WanTrim: priority: expected one of auto, motion, balanced, detail",
+        ),
         ({"render": "both"}, "WanTrim: render: expected draft or final"),
         ({"dense_first_steps": -1}, "WanTrim: dense_first_steps: expected 0 to 100"),
         ({"dense_last_steps": 1000}, "WanTrim: dense_last_steps: expected 0 to 100"),

@@ -129,15 +129,15 @@ def open_custom(workflow: dict) -> dict:
 @every
 def test_workflow_begins_with_the_defaults(workflow, name):
     defaults = {
-        "WanTrim": [1.5, "balanced", "draft", 1, 0],
-        "WanTrimPair": [1.5, "balanced", "draft", 1, 0, 0],
-        "WanTrimTokens": [0.3, "refresh", 0, 1],
+        "WanTrim": [1.5, "auto", "draft", 1, 0],
+        "WanTrimPair": [1.5, "auto", "draft", 1, 0, 0],
+        "WanTrimTokens": [0.3, "auto", 0, 1],
         "WanTrimHeads": [0.3, "demote"],
     }
     found = [node for node in workflow["nodes"] if node["type"] in defaults]
     values = [node["widgets_values"] for node in found]
     if name == "wan2.1_t2v_draft_final":
-        rest = ["balanced", "draft", 1, 0], ["balanced", "final", 1, 0]
+        rest = ["auto", "draft", 1, 0], ["auto", "final", 1, 0]
         assert values == [[2.0, *those] for those in rest]
     else:
         assert values == [defaults[node["type"]] for node in found]
