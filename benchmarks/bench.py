@@ -186,7 +186,7 @@ class Bench:
         dense = steps * self.point.prompts * forward_flops(self.shape, self.grid.tokens)
         predicted = plan_flops(
             self.shape,
-            plan,
+            plan.settled(self.anchored > 0),
             self.grid,
             self.point.progress(),
             self.anchored,

@@ -97,6 +97,13 @@ METHODS = {
 }
 # the preset of this name
 REFRESH = "mixed_update_once"
+# the default: refresh, with the steps whole that count for how the video begins
+AUTO = "auto"
+METHODS[AUTO] = METHODS[REFRESH] | {
+    "schedule": "rising",
+    "spare": 0.25,
+    "given": METHODS[REFRESH] | {"schedule": "falling", "end": 0.84},
+}
 # its parts were studied without smoothing
 UNSMOOTHED = METHODS[REFRESH] | {"alpha": 1.0}
 # progress between which tokens are left out. A plan that remembers computes all of its own first
@@ -148,13 +155,19 @@ def setting_of(tokens: Mapping[str, object]) -> str:
         words.append("all blocks trimmed")
     if tokens.get("dropped_kv") == "keep":
         words.append("K/V kept")
+    if "spare" in tokens:
+        words.append(f"whole until {tokens['spare']:g}")
     if "start" in tokens:
         words.append(f"from {tokens['start']:g}")
     if "end" in tokens:
         words.append(f"until {tokens['end']:g}")
     if "query_ratio" in tokens:
         words.append(f"queries 1/{1 / tokens['query_ratio']:.0f}")
-    return ", ".join(words)
+    said = ", ".join(words)
+    if "given" in tokens:
+        said += f"; with a given first frame {tokens['given']['schedule']}"
+        said += f", until {tokens['given']['end']:g}"
+    return said
 
 
 def all_cases() -> list[Case]:
@@ -219,6 +232,8 @@ def tokens_case(group: str, target: float, tokens, method: str | None = None) ->
 def token_plan(tokens: Mapping[str, object], keep_ratio: float, num_blocks: int) -> TokenPlan:
     """The plan for a model of this depth."""
     options = dict(tokens)
+    if "given" in options:
+        options["given"] = token_plan(options["given"], keep_ratio, num_blocks)
     every = max(1, round(options.pop("every") * num_blocks / PAPER_BLOCKS))
     schedule = Schedule(keep_ratio, options.pop("schedule"))
     return TokenPlan(schedule, reselect_every=every, **options)
@@ -232,8 +247,9 @@ def solve_plan(
     found, distance = None, TOLERANCE
     for keep in range(2, 200):
         plan = token_plan(case.tokens, keep / 200, shape.num_blocks)
+        run = plan.settled(anchored_frames > 0)
         total = plan_flops(
-            shape, plan, grid, point.progress(), anchored_frames, prompts=point.prompts
+            shape, run, grid, point.progress(), anchored_frames, prompts=point.prompts
         )
         off = abs(total / dense - case.target)
         if off < distance:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from .calibration import GUIDANCE
-from .cases import METHODS, REFRESH, STUDY_TARGET, Case, Point, tokens_case
+from .cases import AUTO, METHODS, REFRESH, STUDY_TARGET, Case, Point, tokens_case
 from .dial import WITHOUT, DialBench, DialCase
 from .quality import DENSE, parse_args, run_cases, selected
 
@@ -20,7 +20,7 @@ STEPS = 20
 # the bench itself measures at the first
 MORE = GUIDANCE[1:]
 PEERS = ("easycache", "teacache")
-TOKENS = (REFRESH, "random", "tape")
+TOKENS = (AUTO, REFRESH, "random", "tape")
 
 
 def all_cases() -> list[Case]:

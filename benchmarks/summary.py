@@ -1,4 +1,4 @@
-"""The tables of both READMEs: `python -m wantrim.benchmarks.summary` writes them anew."""
+"""The tables of both READMEs and of the templates: `python -m wantrim.benchmarks.summary` writes them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from .cases import FAIR, STUDY_TARGET
+from .headline import TEMPLATES, fill_templates, headline_table, template_table
 from .plots import STUDIES, TASKS, full_rows, guidance_rows
-from .table import RESULTS, read_rows
+from .table import RESULTS, fixed, psnr_of, read_rows, truth_of
 
 READMES = (Path(__file__).parent / "README.md", Path(__file__).parents[1] / "README.md")
 BEGIN, END = "<!-- table {} -->", "<!-- end -->"
@@ -18,21 +19,6 @@ METHODS_HEAD = (
     "| asked | method | FLOPs | time | PSNR (95 %), dB | against fewer steps | SSIM | motion "
     "| colour / shape / direction |\n|---|---|---|---|---|---|---|---|---|"
 )
-HEADLINE_HEAD = (
-    "| sampling | method | FLOPs | PSNR to dense (95 %), dB | motion / dense "
-    "| colour / shape / direction right |\n|---|---|---|---|---|---|"
-)
-# what the first page shows, at the study's share of the FLOPs
-HEADLINE = {
-    "dense": "dense (baseline)",
-    "fewer_steps": "dense, fewer steps",
-    "easycache": "step cache (EasyCache)",
-    "mag_cache": "step cache (MagCache)",
-    "mixed_update_once": "**WanTrim, refresh** (default)",
-    "tape": "WanTrim, paper (TAPE)",
-    "random": "random tokens",
-    "tome": "token merging (ToMe)",
-}
 STUDY_HEAD = (
     "| plan | FLOPs | PSNR (95 %), dB | against refresh | SSIM | motion | shape / direction |"
     "\n|---|---|---|---|---|---|---|"
@@ -61,35 +47,11 @@ def methods_table(rows: Iterable[dict[str, str]], task: str, steps: str) -> str:
     lines = [METHODS_HEAD]
     for r in mine:
         cells = (
-            r["target"], r["method"].replace("_", " "), _fixed(r, "flops_ratio"),
-            _fixed(r, "time_ratio"), _psnr(r), _verdict(r, "vs_steps"), _fixed(r, "ssim"),
-            _fixed(r, "motion_ratio"), _truth(r, "colour_ok", "shape_ok", "direction_ok"),
+            r["target"], r["method"].replace("_", " "), fixed(r, "flops_ratio"),
+            fixed(r, "time_ratio"), psnr_of(r), _verdict(r, "vs_steps"), fixed(r, "ssim"),
+            fixed(r, "motion_ratio"), truth_of(r, "colour_ok", "shape_ok", "direction_ok"),
         )  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def headline_table(rows: Iterable[dict[str, str]], points: Iterable[tuple[str, str]]) -> str:
-    """A few methods at one share of the FLOPs, for the first page."""
-    lines = [HEADLINE_HEAD]
-    for task, steps in points:
-        mine = {
-            r["method"]: r
-            for r in rows
-            if (r["task"], r["steps"]) == (task, steps)
-            and float(r["target"]) in (STUDY_TARGET, 1.0)
-        }
-        sampling = f"{TASKS[task]}, {steps} steps"
-        for method, name in HEADLINE.items():
-            if method in mine:
-                r = mine[method]
-                psnr = "" if method == "dense" else _psnr(r)
-                cells = (
-                    sampling, name, _fixed(r, "flops_ratio"), psnr, _fixed(r, "motion_ratio"),
-                    _truth(r, "colour_ok", "shape_ok", "direction_ok"),
-                )  # fmt: skip
-                lines.append("| " + " | ".join(cells) + " |")
-                sampling = ""
     return "\n".join(lines)
 
 
@@ -112,9 +74,9 @@ def overview_table(rows: Iterable[dict[str, str]], points: Sequence[tuple[str, s
         cells = [name.replace("_", " ")]
         for point in points:
             r = found[name].get(point)
-            cell = f"{float(r['psnr_db']):.1f} dB, {_fixed(r, 'motion_ratio')}" if r else ""
+            cell = f"{float(r['psnr_db']):.1f} dB, {fixed(r, 'motion_ratio')}" if r else ""
             if r and abs(float(r["flops_ratio"]) - STUDY_TARGET) > FAIR:
-                cell += f" (at {_fixed(r, 'flops_ratio')})"
+                cell += f" (at {fixed(r, 'flops_ratio')})"
             cells.append(cell)
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -133,9 +95,9 @@ def study_table(rows: Iterable[dict[str, str]], group: str, task: str, steps: st
     lines = [STUDY_HEAD]
     for r in mine:
         cells = (
-            r["setting"], _fixed(r, "flops_ratio"), _psnr(r), _verdict(r, "vs_refresh"),
-            _fixed(r, "ssim"),
-            _fixed(r, "motion_ratio"), _truth(r, "shape_ok", "direction_ok"),
+            r["setting"], fixed(r, "flops_ratio"), psnr_of(r), _verdict(r, "vs_refresh"),
+            fixed(r, "ssim"),
+            fixed(r, "motion_ratio"), truth_of(r, "shape_ok", "direction_ok"),
         )  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -157,9 +119,9 @@ def parts_table(rows: Iterable[dict[str, str]], group: str, task: str, steps: st
         if compared:
             compared = f"vs {r['against'].replace('_', ' ')}: {compared}"
         cells = (
-            r["target"], name, _fixed(r, "flops_ratio"), _psnr(r), compared,
-            _verdict(r, "vs_steps"), _fixed(r, "motion_ratio"),
-            _truth(r, "colour_ok", "shape_ok", "direction_ok"),
+            r["target"], name, fixed(r, "flops_ratio"), psnr_of(r), compared,
+            _verdict(r, "vs_steps"), fixed(r, "motion_ratio"),
+            truth_of(r, "colour_ok", "shape_ok", "direction_ok"),
         )  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -171,7 +133,7 @@ def speed_table(rows: Sequence[dict[str, str]]) -> str:
     measured = [r for r in rows if r["dense_ms"]]
     for r in measured:
         compiled = "" if r["compiled"] == "no" else f", compiled ({r['compiled']})"
-        speedup = _fixed(r, "speedup")
+        speedup = fixed(r, "speedup")
         if r["speedup_lo"]:
             digits = 3 if r["predicted"] == "1" else 2
             low, mid, high = (
@@ -180,7 +142,7 @@ def speed_table(rows: Sequence[dict[str, str]]) -> str:
             speedup = f"{mid} ({low} to {high})"
         cells = (
             r["device"], f"{r['case']}, {int(r['tokens']):,} tokens", r["plan"] + compiled,
-            speedup, _fixed(r, "predicted"), _fixed(r, "efficiency"), _fixed(r, "extra_states"),
+            speedup, fixed(r, "predicted"), fixed(r, "efficiency"), fixed(r, "extra_states"),
             r["note"],
         )  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
@@ -230,7 +192,7 @@ def sampling_table(rows: Iterable[dict[str, str]]) -> str:
     for r in rows:
         cells = (
             r["grid"], r["queries"], r["exclude_radius"],
-            f"{_fixed(r, 'spearman')} ({_fixed(r, 'spearman_worst')})", _truth(r, "dropped_alike"),
+            f"{fixed(r, 'spearman')} ({fixed(r, 'spearman_worst')})", truth_of(r, "dropped_alike"),
         )  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -300,6 +262,9 @@ def tables(results: Path) -> dict[str, str]:
         for task, steps in points:
             made[f"{group} {task} {steps}"] = study_table(rows, group, task, steps)
     made["headline"] = headline_table(rows, points)
+    made |= {
+        f"template {task} {steps}": template_table(rows, task, steps) for task, steps in points
+    }
     made["overview"] = overview_table(rows, points)
     for name, groups in PARTS.items():
         rows = full_rows(read_rows(results / f"{name}.csv"))
@@ -337,23 +302,8 @@ def _is_method(row: dict[str, str]) -> bool:
     return "methods" in row["group"].split() and row["method"] != "dense"
 
 
-def _fixed(row: dict[str, str], key: str) -> str:
-    return f"{float(row[key]):.2f}" if row[key] else ""
-
-
 def _verdict(row: dict[str, str], name: str) -> str:
     return f"{row[name]} ({float(row[name + '_db']):+.1f})" if row.get(name) else ""
-
-
-def _truth(row: dict[str, str], *keys: str) -> str:
-    # real weights have no truth
-    return " / ".join(f"{float(row[key]):.0%}" if row[key] else "" for key in keys)
-
-
-def _psnr(row: dict[str, str]) -> str:
-    return (
-        f"{float(row['psnr_db']):.1f} ({float(row['psnr_lo']):.1f} to {float(row['psnr_hi']):.1f})"
-    )
 
 
 def main() -> None:
@@ -361,11 +311,11 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     made = tables(args.results)
-    for readme in READMES:
-        text = fill(readme.read_text("utf-8"), made)
-        partial = readme.with_suffix(".partial")
+    filled = {readme: fill(readme.read_text("utf-8"), made) for readme in READMES}
+    for path, text in (filled | fill_templates(TEMPLATES, made)).items():
+        partial = path.with_suffix(".partial")
         partial.write_text(text, "utf-8")
-        partial.replace(readme)
+        partial.replace(path)
 
 
 if __name__ == "__main__":

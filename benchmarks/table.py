@@ -71,6 +71,22 @@ def commit(root: Path = RESULTS.parents[1]) -> str:
     return f"{head}-dirty" if head and changed else head
 
 
+def fixed(row: dict[str, str], key: str) -> str:
+    """A number with two digits; empty where there is none."""
+    return f"{float(row[key]):.2f}" if row[key] else ""
+
+
+def psnr_of(row: dict[str, str]) -> str:
+    """PSNR with its interval."""
+    mean, low, high = (f"{float(row[name]):.1f}" for name in ("psnr_db", "psnr_lo", "psnr_hi"))
+    return f"{mean} ({low} to {high})"
+
+
+def truth_of(row: dict[str, str], *keys: str) -> str:
+    """Shares that are right, in percent; of real weights there are none."""
+    return " / ".join(f"{float(row[key]):.0%}" if row[key] else "" for key in keys)
+
+
 def _key(row: dict[str, str], key: Sequence[str]) -> tuple[str, ...]:
     return tuple(row[name] for name in key)
 

@@ -60,7 +60,7 @@ MIXES: dict[str, Mix] = {
         schedule="falling",
         curve="rising",
         slope=1.75,
-        spared=(0.0, 0.1),
+        spared=(0.0, 0.16),
         experts=(1.0, 0.7),
     ),
 }

@@ -33,7 +33,7 @@ REFRESH = {
 # refresh, when it costs least there: early steps decide what moves where, which a given first frame
 # has settled; then it is what is left out late that stays visible
 AUTO = REFRESH | {"schedule": "rising", "spare": 0.25}
-AUTO_GIVEN = REFRESH | {"schedule": "falling", "end": 0.9}
+AUTO_GIVEN = REFRESH | {"schedule": "falling", "end": 0.84}
 PRESETS: dict[str, Mapping[str, object]] = {"auto": AUTO, "refresh": REFRESH, "paper": PAPER}
 
 

@@ -34,7 +34,7 @@ from wantrim.benchmarks.summary import (
     tables,
 )
 from wantrim.benchmarks.table import COLUMNS, RESULTS, commit, merge_rows, read_rows
-from wantrim.methods.presets import PAPER, REFRESH
+from wantrim.methods.presets import PAPER, REFRESH, preset_plan
 from wantrim.methods.schedule import Schedule
 from wantrim.methods.tokens import TokenPlan
 from wantrim.tests.tiny_pipeline import ASKED, parts, transformer
@@ -84,6 +84,8 @@ def test_the_named_plans_are_the_presets():
     fields = dict(REFRESH)
     refresh = TokenPlan(Schedule(0.6, fields.pop("schedule")), **{**fields, "reselect_every": 40})
     assert token_plan(METHODS["mixed_update_once"], 0.6, 40) == refresh
+    auto = preset_plan("auto", 0.6, reselect_every=40)
+    assert token_plan(METHODS["auto"], 0.6, 40) == auto and auto.given is not None
 
 
 @pytest.mark.parametrize("task", ["t2v", "i2v"])
@@ -98,7 +100,7 @@ def test_plans_are_solved_for_equal_compute(bench, task, point):
     assert len(missing) <= 3
 
 
-@pytest.mark.parametrize("name", ["tape", "rotation_mean", "mixed_update_once"])
+@pytest.mark.parametrize("name", ["tape", "rotation_mean", "mixed_update_once", "auto"])
 @pytest.mark.parametrize("task", ["t2v", "i2v"])
 def test_counted_flops_are_the_cost_models_within_two_percent(bench, name, task):
     it = bench(task, GUIDED if task == "t2v" else FEW)

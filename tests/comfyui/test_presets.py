@@ -163,7 +163,7 @@ def test_auto_spares_the_steps_that_count_for_how_the_video_begins(kind):
         assert whole == [True] * 5 + [False] * 15
         plan, words = AUTO, "after the first 25% of the run"
     else:
-        assert whole == [True] + [False] * 18 + [True]
+        assert whole == [True] + [False] * 16 + [True] * 3
         plan, words = AUTO_GIVEN, "after a first step"
     assert words in report.planned and "begins with a given picture" not in report.planned
     assert "begins with a given picture" in attachment_of(patched).plan.describe()
