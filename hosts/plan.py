@@ -75,8 +75,11 @@ class TrimPlan:
 
 
 def _describe_tokens(t: TokenPlan) -> str:
+    window = (
+        "" if (t.start, t.end) == (0.0, 1.0) else f" from {t.start:.0%} to {t.end:.0%} of the run"
+    )
     text = (
-        f"{1 - t.schedule.keep_ratio:.0%} of the tokens dropped ({t.schedule.direction}, "
+        f"{1 - t.schedule.keep_ratio:.0%} of the tokens dropped{window} ({t.schedule.direction}, "
         f"importance {t.importance}, reselected every {t.reselect_every} blocks"
     )
     if t.trim_reselecting:

@@ -122,6 +122,11 @@ def test_what_auto_became_is_said():
     run = slices(20, 10)[0]
     dial = Dial(1.5)
     assert dial.describe(dial.solve(run)) == "1.50x, priority auto (motion)"
+    whole = replace(run, sigmas=tuple(sigmas_for(20, 8.0).tolist()))
+    parts = dial.solve(whole).parts
+    assert re.search(
+        r"dropped from 1\d% to 100% of the run \(rising", TrimPlan(parts.tokens).describe()
+    )
     by_hand = Dial(1.5, "motion")
     assert by_hand.describe(by_hand.solve(run)) == "1.50x, priority motion"
 

@@ -373,9 +373,9 @@ def test_server_log_is_clean_at_the_end(server):
         # ComfyUI does not check a choice that reveals inputs
         (
             lambda i: i.update({"preset": "falling"}),
-            "preset: expected one of refresh, paper, custom",
+            "preset: expected one of auto, refresh, paper, custom",
         ),
-        (lambda i: i.pop("preset"), "preset: expected one of refresh, paper, custom"),
+        (lambda i: i.pop("preset"), "preset: expected one of auto, refresh, paper, custom"),
         (
             lambda i: i.update({"preset.importance": "attention"}),
             "attention can only be known after the reselecting block; choose another importance or "
