@@ -136,7 +136,10 @@ def test_workflow_begins_with_the_defaults(workflow, name):
     }
     found = [node for node in workflow["nodes"] if node["type"] in defaults]
     values = [node["widgets_values"] for node in found]
-    if name == "wan2.1_t2v_draft_final":
+    if name == "wan2.1_t2v_profile":
+        # where a profile begins to count in text to video
+        assert values == [[2.0, "auto", "draft", 1, 0]]
+    elif name == "wan2.1_t2v_draft_final":
         rest = ["auto", "draft", 1, 0], ["auto", "final", 1, 0]
         assert values == [[2.0, *those] for those in rest]
     else:
