@@ -13,7 +13,6 @@ import torch
 
 from .calibration import GUIDANCE
 from .cases import AUTO, METHODS, REFRESH, STUDY_TARGET, Case, Point, tokens_case
-from .dial import WITHOUT, DialBench, DialCase
 from .quality import DENSE, parse_args, run_cases, selected
 
 STEPS = 20
@@ -24,15 +23,14 @@ TOKENS = (AUTO, REFRESH, "random", "tape")
 
 
 def all_cases() -> list[Case]:
-    """Fewer steps, step caches, token plans, and tokens left out late (the dial's motion)."""
+    """Fewer steps, step caches and token plans."""
     target = STUDY_TARGET
     cases = [Case("guidance", name, "", target) for name in ("fewer_steps", *PEERS)]
-    cases += [tokens_case("guidance", target, METHODS[name], name) for name in TOKENS]
-    return [*cases, DialCase("guidance", "motion", WITHOUT, target, None, "motion")]
+    return cases + [tokens_case("guidance", target, METHODS[name], name) for name in TOKENS]
 
 
 def main() -> None:
-    args = parse_args(__doc__, DialBench, Path("out/guidance"), ("t2v",))
+    args = parse_args(__doc__, work=Path("out/guidance"), tasks=("t2v",))
     if args.weights:
         raise SystemExit("--weights: give wantrim.benchmarks.quality --weights its --guidance")
     torch.set_num_threads(args.threads)

@@ -142,15 +142,13 @@ def guidance_rows(results: Path) -> list[dict[str, str]]:
     rows = full_rows(read_rows(results / "guidance.csv"))
     names = ("method", "setting", "task", "steps", "target")
     wanted = {tuple(r[name] for name in names) for r in rows if r["method"] != "dense"}
-    for table in ("quality", "dial"):
-        others = full_rows(read_rows(results / f"{table}.csv"))
-        known = {tuple(r[name] for name in (*names, "guidance")) for r in rows}
-        rows += [
-            r
-            for r in others
-            if tuple(r[name] for name in names) in wanted
-            and tuple(r[name] for name in (*names, "guidance")) not in known
-        ]
+    known = {tuple(r[name] for name in (*names, "guidance")) for r in rows}
+    rows += [
+        r
+        for r in full_rows(read_rows(results / "quality.csv"))
+        if tuple(r[name] for name in names) in wanted
+        and tuple(r[name] for name in (*names, "guidance")) not in known
+    ]
     return sorted((r for r in rows if r["method"] != "dense"), key=lambda r: float(r["guidance"]))
 
 

@@ -396,16 +396,16 @@ def test_guidance_is_shown_beside_what_the_bench_measured(tmp_path):
         tmp_path / "quality.csv",
         [
             row("tape", 8, 15.0),
+            row("auto", 8, 29.0),
             row("evit", 8, 99.0),
             row("tape", 8, 99.0, target=0.5),
             row("tape", 8, 99.0, steps=4),
             row("tape", 8, 99.0, model="other"),
         ],
     )
-    merge_rows(tmp_path / "dial.csv", [row("motion", 8, 29.0)])
     merge_rows(
         tmp_path / "guidance.csv",
-        [row("tape", 11, 14.0), row("motion", 11, 21.0), row("dense", 11, 100.0)],
+        [row("tape", 11, 14.0), row("auto", 11, 21.0), row("dense", 11, 100.0)],
     )
 
     rows = guidance_rows(tmp_path)
@@ -414,7 +414,7 @@ def test_guidance_is_shown_beside_what_the_bench_measured(tmp_path):
         "| method | guidance 8 | guidance 11 |",
         "|---|---|---|",
         "| tape | 15.0 dB, better (+1.5) | 14.0 dB, better (+1.5) |",
-        "| motion | 29.0 dB, better (+1.5) | 21.0 dB, better (+1.5) |",
+        "| auto | 29.0 dB, better (+1.5) | 21.0 dB, better (+1.5) |",
     ]
     assert tmp_path / "guidance.png" in [path for path in draw(tmp_path) if path.exists()]
 
