@@ -279,7 +279,8 @@ class Session:
             self.report.note(
                 "no token was left out in any step. Reasons can be: a run of one step (the first "
                 "one computes what later ones repeat), reselect_every 1, all steps "
-                "outside start_percent and end_percent, only given latent frames, or a prune ratio "
+                "outside start_percent and end_percent or in what preset auto spares (the first "
+                "quarter of the run), only given latent frames, or a prune ratio "
                 f"too small for {self.report.steps[0].grid.per_frame} tokens in a latent frame"
             )
         return self.report
