@@ -20,6 +20,7 @@ WHOLE = ((FULL,) * HEADS,) * BLOCKS
 PLANS = {
     # dense at first: what a graph of the first step would repeat
     "refresh": TrimPlan(preset_plan("refresh", 0.6)),
+    "auto": TrimPlan(preset_plan("auto", 0.6)),
     "paper": TrimPlan(preset_plan("paper", 0.6, reselect_every=2)),
     "some steps": TrimPlan(preset_plan("refresh", 0.6, start=0.25, end=0.6)),
     "blocks": TrimPlan(blocks=BlockPlan(RandomRouter(), HALF)),

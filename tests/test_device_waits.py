@@ -158,6 +158,7 @@ PLANS = plans(SIZE) | {
         preset_plan("paper", 0.6, reselect_every=2), plans(SIZE)["heads 0.7, others demoted"].heads
     ),
     "frame mean": TrimPlan(preset_plan("refresh", 0.6, restore="frame_mean")),
+    "auto": TrimPlan(preset_plan("auto", 0.7)),
     "computes all": TrimPlan(preset_plan("refresh", 0.7, start=0.9)),
 }
 
