@@ -27,7 +27,7 @@ COLUMNS = (
     "prompts", "seeds", "flops_ratio", "psnr_db", "psnr_lo", "psnr_hi", "ssim", "motion_ratio",
     "shape_ok",
 )  # fmt: skip
-KEY = ("published", "speedup", "steps", "guidance", "prompts", "seeds")
+KEY = ("published", "speedup", "method", "steps", "guidance", "prompts", "seeds")
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,9 @@ PUBLISHED = (
     Published("Astraea", 1.36, "29.2", "arXiv 2506.05096", "auto"),
     Published("Astraea", 1.86, "22.5-25", "arXiv 2506.05096", "auto"),
     Published("Astraea", 2.29, "22.4-24.3", "arXiv 2506.05096", "auto"),
+    Published("Astraea", 1.36, "29.2", "arXiv 2506.05096", "mixed_update_once"),
+    Published("Astraea", 1.86, "22.5-25", "arXiv 2506.05096", "mixed_update_once"),
+    Published("Astraea", 2.29, "22.4-24.3", "arXiv 2506.05096", "mixed_update_once"),
     Published("TAPE", 1.50, "", "arXiv 2605.17837", "tape"),
     Published("TaylorSeer", 1.90, "13.5", "KlingAIResearch/ScalingCache", "taylorseer"),
     Published("fewer steps", 1.36, "", "", "fewer_steps"),

@@ -209,14 +209,19 @@ def calibration_table(rows: Sequence[dict[str, str]]) -> str:
     lines.append("|---" * (4 + len(points)) + "|")
     # the row with the most prompts
     rows = sorted(rows, key=lambda r: int(r["prompts"]))
-    found = {(r["published"], r["speedup"], int(r["steps"]), float(r["guidance"])): r for r in rows}
+    names = ("published", "speedup", "method")
+
+    def of(r: dict[str, str]) -> tuple[str, ...]:
+        return tuple(r[name] for name in names)
+
+    found = {(*of(r), int(r["steps"]), float(r["guidance"])): r for r in rows}
     apart: dict[tuple[int, float], list[float]] = {point: [] for point in points}
-    for name, speedup in dict.fromkeys((r["published"], r["speedup"]) for r in rows):
-        some = next(r for r in rows if (r["published"], r["speedup"]) == (name, speedup))
-        there = some["published_psnr_db"]
-        cells = [name, f"{speedup}x", there, some["method"].replace("_", " ")]
+    for key in dict.fromkeys(of(r) for r in rows):
+        name, speedup, method = key
+        there = next(r for r in rows if of(r) == key)["published_psnr_db"]
+        cells = [name, f"{speedup}x", there, method.replace("_", " ")]
         for point in points:
-            row = found.get((name, speedup, *point))
+            row = found.get((*key, *point))
             if row is None or not row["psnr_db"]:
                 cells.append("not reached" if row else "")
                 continue
