@@ -57,7 +57,11 @@ def template_table(rows: Sequence[dict[str, str]], task: str, steps: str) -> str
 
 
 def fill_templates(folder: Path, made: Mapping[str, str]) -> dict[Path, str]:
-    """The text of every workflow whose note has such a table, with the table made anew."""
+    """The text of every workflow whose note has such a table, with the table made anew.
+
+    Raises:
+        ValueError: a table names a task and steps that there are no rows for.
+    """
     known = {
         table.partition("\n")[0]: table
         for name, table in made.items()
@@ -67,15 +71,15 @@ def fill_templates(folder: Path, made: Mapping[str, str]) -> dict[Path, str]:
     for path in sorted(folder.glob("*.json")):
         text = path.read_text("utf-8")
         if MARK in text:
-            found[path] = IN_NOTE.sub(lambda note: _anew(note[0], known), text)
+            found[path] = IN_NOTE.sub(lambda note, path=path: _anew(note[0], known, path), text)
     return found
 
 
-def _anew(note: str, known: Mapping[str, str]) -> str:
+def _anew(note: str, known: Mapping[str, str], path: Path) -> str:
     # as JSON has it in a string
     head = note.partition("\\n")[0]
     if head not in known:
-        raise ValueError(f"workflow: expected one of {', '.join(known)}; got {head!r}")
+        raise ValueError(f"{path.name}: expected one of {', '.join(known)}; got {head!r}")
     return json.dumps(known[head], ensure_ascii=False)[1:-1]
 
 

@@ -1,4 +1,5 @@
 import csv
+import json
 import subprocess
 
 import numpy as np
@@ -22,6 +23,7 @@ from wantrim.benchmarks.cases import (
     token_plan,
     tokens_case,
 )
+from wantrim.benchmarks.headline import TEMPLATES, fill_templates
 from wantrim.benchmarks.peers import PEERS
 from wantrim.benchmarks.plots import draw, full_rows, guidance_rows
 from wantrim.benchmarks.subjects import toy_subject
@@ -329,6 +331,31 @@ def test_the_readmes_tables_are_those_of_the_rows(readme):
     text = readme.read_text("utf-8")
     assert "<!-- table " in text
     assert fill(text, tables(RESULTS)) == text
+
+
+def test_the_templates_tables_are_those_of_the_rows():
+    filled = fill_templates(TEMPLATES, tables(RESULTS))
+    assert len(filled) == 7
+    for path, text in filled.items():
+        assert text == path.read_text("utf-8"), f"{path.name}: run wantrim.benchmarks.summary"
+
+
+def test_a_templates_table_is_made_anew_and_nothing_else(tmp_path):
+    head = "| on the tiny Wan, text to video, 4 steps | FLOPs |"
+    note = f"before {head}\n|---|---|\n| old | 0.90 |\n\nafter | kept | too"
+    graph = tmp_path / "graph.json"
+    graph.write_text(json.dumps({"note": note, "other": 1}), "utf-8")
+    (tmp_path / "none.json").write_text("{}", "utf-8")
+    table = f'{head}\n|---|---|\n| "new" | 0.67 |'
+
+    filled = fill_templates(tmp_path, {"template t2v 4": table, "other": "no"})
+
+    expected = f"before {table}\n\nafter | kept | too"
+    assert {path.name: json.loads(text) for path, text in filled.items()} == {
+        "graph.json": {"note": expected, "other": 1}
+    }
+    with pytest.raises(ValueError, match="graph.json: expected one of"):
+        fill_templates(tmp_path, {})
 
 
 def test_the_overview_says_where_a_method_met_another_share():
