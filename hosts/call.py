@@ -102,7 +102,7 @@ class ModelCall:
     @property
     def spares_tokens(self) -> bool:
         """Whether all tokens are computed and remembered."""
-        return not self.mixed and self.decision.spared and self.plan.remembers
+        return not self.mixed and self.decision.spared
 
     def heads(self, block_index: int, length: int) -> BlockHeads | None:
         """The block's heads, or None when all of them run as the model has them.
@@ -201,10 +201,13 @@ class ModelCall:
         """
         if self._stretch is None:
             key = (self.identity, block_index)
+            if self.decision.spared:
+                # the last spared step is the one to repeat; two at once would add to the peak
+                self.past.forget(key)
             self._stretch = _Stretch(key, self.past.recall(key, call.hidden))
         stretch, absolute = self._stretch, self.plan.restore == "last_output"
         last = block_index == self.num_blocks - 1 or self.plan.reselects(block_index + 1)
-        if stretch.known is None or self.decision.spared:
+        if stretch.known is None:
             # nothing to fall back on yet
             self._record(None)
             if not (self.first_trimmed or self.decision.spared):

@@ -106,6 +106,10 @@ class Past:
         self._used.add(key)
         self._kept[key] = value
 
+    def forget(self, key: Key) -> None:
+        """Let go of what was remembered under `key`."""
+        self._kept.pop(key, None)
+
     def clear(self) -> None:
         """Let go of everything."""
         self.ages.clear()

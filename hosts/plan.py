@@ -86,7 +86,7 @@ def _describe_tokens(t: TokenPlan) -> str:
         text += ", the choosing block trimmed too"
     if t.restore != "identity":
         text += f", dropped tokens get their {t.restore.replace('_', ' ')}"
-    if t.spare and t.remembers:
+    if t.start < t.spare and t.remembers:
         text += f", after the first {t.spare:.0%} of the run on all tokens"
     elif t.remembers:
         text += ", after a first step on all tokens"

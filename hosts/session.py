@@ -94,12 +94,16 @@ class Session:
         self.report = report
         self._told = told
         self.decision: Decision | None = None
+        # False where a first latent frame that is given may be a reference instead of a start
+        self.tells_start = True
         # one for every part of the video that is sampled apart
         self.pasts: dict[Hashable, Past] = {}
         # sigma of the first step that leaves tokens out
         self.first_trimmed: float | None = None
         # of whole sequences, by grid and length
         self.layouts: dict[tuple[TokenGrid, int], Layout] = {}
+        # whether any call so far had prompts of different areas
+        self._mixed = False
         self._began = 0.0
         self._started = time.perf_counter()
         self.take(plan)
@@ -185,6 +189,7 @@ class Session:
         if seen is None:
             seen = self.look(torch.tensor(sigma), latent, cond_or_uncond)
         chunks, mixed = latent.chunk(len(cond_or_uncond)), seen.mixed
+        self._mixed |= mixed
         if mixed and self.plan.trims_tokens:
             self.report.note(
                 "prompts of different areas of the picture came in one model call: all tokens were "
@@ -212,6 +217,7 @@ class Session:
             latent = latent.detach().clone()
             trimmed = budget < grid.per_frame
             spared = self.plan.trims_tokens and self.plan.tokens.spares(progress)
+            spared = spared and self.plan.tokens.remembers
             if trimmed and self.first_trimmed is None:
                 self.first_trimmed = sigma
             past = self._past(window, last and last.sigma, sigma)
@@ -237,7 +243,7 @@ class Session:
         """Choose between the plans for a first latent frame that is given and for one that is not."""
         tokens = self.plan.tokens
         if tokens is not None and tokens.given is not None:
-            starts_given = seen.anchored is not None and seen.anchored[0]
+            starts_given = self.tells_start and seen.anchored is not None and seen.anchored[0]
             self.take(replace(self.plan, tokens=tokens.settled(starts_given)))
             self.report.planned = self.plan.describe()
 
@@ -280,7 +286,7 @@ class Session:
                 "no token was left out in any step. Reasons can be: a run of one step (the first "
                 "one computes what later ones repeat), reselect_every 1, all steps "
                 "outside start_percent and end_percent or in what preset auto spares (the first "
-                "quarter of the run), only given latent frames, or a prune ratio "
+                "quarter of the run, or the end where the first frame is given), only given latent frames, or a prune ratio "
                 f"too small for {self.report.steps[0].grid.per_frame} tokens in a latent frame"
             )
         return self.report
@@ -309,6 +315,7 @@ class Session:
         heads = self.heads_at(step.progress) is not None
         trims = heads or self.decision.budget < step.grid.per_frame
         trims |= self.decision.blocks is not None and not self.decision.blocks.idle
+        trims |= self.decision.spared and not self._mixed
         step.record(self.decision.ran, nothing_ran=trims and not self.decision.ran)
         if step.kept_share == 0:
             self.report.note("the model's blocks did not run in some steps: another node's cache")

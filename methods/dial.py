@@ -81,7 +81,9 @@ class Dial:
     def solve(self, run: Run, fixed: Parts | None = None, cost: Cost = flops_cost) -> Solved:
         """The plan for a run, with the parts that others decided."""
         runs, tried = self._both(run), []
-        for priority in candidates(self.priority, run.starts_given):
+        names = candidates(self.priority, run.starts_given)
+        # what a pair reaches is a guess of each expert; both must take the same
+        for priority in names[:1] if runs is not None else names:
             wanted, together = self._share(runs, priority, cost)
             options = self._guards(self.expert) | {"fixed": fixed, "cost": cost}
             solved = solve(run, wanted, priority, self.profile, **options)

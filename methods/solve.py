@@ -164,6 +164,13 @@ def guarded_steps(run: Run, mix: Mix, first: int, last: int) -> tuple[int, int]:
     begin, end = mix.spared[0] - SAME_PROGRESS, mix.spared[1] + SAME_PROGRESS
     early = sum(at < begin for at in run.progress)
     late = sum(at > 1 - end for at in run.progress) if mix.spared[1] else 0
+    # no more than with even steps, or schedulers that crowd them there would leave few to trim
+    span = abs(progress_at(run.sigmas[-1], run.shift) - run.progress[0])
+    whole = run.steps / max(span, SAME_PROGRESS)
+    early, late = (
+        min(steps, math.ceil(share * whole - SAME_PROGRESS))
+        for steps, share in zip((early, late), mix.spared, strict=True)
+    )
     return max(first, early), max(last, late)
 
 

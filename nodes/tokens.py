@@ -144,7 +144,8 @@ class WanTrimTokens(io.ComfyNode):
                     step=0.01,
                     display_mode=io.NumberDisplay.slider,
                     tooltip=(
-                        "Mean share of the tokens left out. 0 is off and bit-exact. The paper uses "
+                        "Mean share of the tokens left out, in the steps that leave any out. 0 is "
+                        "off and bit-exact. The paper uses "
                         "0.20 (mild), 0.30 and 0.40 (strong)."
                     ),
                 ),
@@ -159,7 +160,7 @@ class WanTrimTokens(io.ComfyNode):
                         "out longest; the others repeat their last update, after a first step that "
                         "computes all. 'auto': refresh with the first quarter of the run whole, or, "
                         "of a video that begins with a given image, with its end whole. Kept most "
-                        "of all token plans on our toy bench. "
+                        "of all token plans on our toy bench with 20 steps. "
                         "'paper': TAPE exactly as published. 'custom': everything by hand."
                     ),
                 ),

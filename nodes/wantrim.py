@@ -47,7 +47,12 @@ def _dials(pair: bool) -> list:
             tooltip=(
                 "What to spare. 'motion': the early steps, which decide it. 'detail': the late "
                 "steps, which draw it. 'balanced': neither. 'auto': detail when the video begins "
-                "with a given image, else motion; balanced where they cannot reach the speedup."
+                "with a given image, else motion"
+                + (
+                    ". Both experts take the same."
+                    if pair
+                    else "; balanced where they cannot reach the speedup."
+                )
             ),
         ),
         io.Combo.Input(

@@ -1,5 +1,6 @@
 """One dial for a model or for the two experts of Wan2.2."""
 
+import math
 import re
 from dataclasses import replace
 
@@ -116,6 +117,28 @@ def test_both_experts_of_a_pair_take_auto_for_the_same(starts_given, steps, firs
     runs = [replace(run, starts_given=starts_given) for run in slices(steps, first)]
     names = {one.priority for one in solved_pair(runs, speedup=speedup, dense_first_steps=1)}
     assert len(names) == 1 and names < {"detail" if starts_given else "motion", "balanced"}
+
+
+@pytest.mark.parametrize("starts_given", [False, True])
+@pytest.mark.parametrize(("steps", "first"), [(4, 2), (10, 5), (20, 7), (20, 10)])
+@pytest.mark.parametrize("speedup", [1.5, 2.0, 2.25])
+def test_both_experts_take_auto_for_the_same_where_steps_crowd(steps, first, speedup, starts_given):
+    """As scheduler beta has them: each expert guesses the other's steps, and not well."""
+    places = [0.5 - 0.5 * math.cos(math.pi * i / steps) for i in range(steps + 1)]
+    sigmas = tuple(sigma_at(place, 8.0) for place in places)
+    runs = [
+        Run(SHAPE, GRID, part, 8.0, starts_given=starts_given)
+        for part in (sigmas[: first + 1], sigmas[first:])
+    ]
+    names = {one.priority for one in solved_pair(runs, speedup=speedup, dense_first_steps=1)}
+    assert names == {"detail" if starts_given else "motion"}
+
+
+def test_crowded_steps_are_not_all_spared():
+    """Two of four steps of scheduler beta lie in the first quarter, and one of them is trimmed."""
+    sigmas = tuple(sigma_at(place, 8.0) for place in (0, 0.176, 0.5, 0.824, 1.0))
+    alone = Run(SHAPE, GRID, sigmas, 8.0)
+    assert whole_steps(alone, Dial(1.5, "motion").solve(alone).parts) == [True] + [False] * 3
 
 
 def test_what_auto_became_is_said():

@@ -109,6 +109,38 @@ def test_spared_steps_are_whole_and_what_the_next_one_repeats(model, options, im
         assert torch.equal(steps[-1], later)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("spare", [0.0, 0.5])
+def test_steps_that_another_cache_answers_did_no_work(spare):
+    session = Session(plan(**ONCE, spare=spare), Report())
+    grid = TokenGrid(3, 4, 3)
+    for number in range(4):
+        sigma = 1 - number / 4
+        latent = torch.full((1, 16, *SIZE), sigma)
+        session.begin(
+            latent=latent, sigma=sigma, progress=1 - sigma, cond_or_uncond=(COND,), grid=grid,
+            num_blocks=2,
+        )  # fmt: skip
+    assert [step.kept_share for step in session.finish(True).steps] == [0.0] * 4
+
+
+@torch.no_grad()
+def test_spared_steps_hold_one_update_at_a_time():
+    session, grid = Session(plan(**ONCE, spare=0.5), Report()), TokenGrid(3, 4, 3)
+    for number in range(3):
+        sigma = 1 - number / 8
+        call = session.begin(
+            latent=torch.full((1, 16, *SIZE), sigma), sigma=sigma, progress=1 - sigma,
+            cond_or_uncond=(COND,), grid=grid, num_blocks=2,
+        )  # fmt: skip
+        hidden = torch.zeros(1, grid.tokens, 4)
+        hidden = call.block(0, AddBlock(hidden, number))
+        # of the step before nothing is left while this one is on its way
+        assert not session.decision.past._kept
+        call.block(1, AddBlock(hidden, number))
+        assert len(session.decision.past._kept) == 1
+
+
 def test_a_run_within_what_is_spared_is_exact(model):
     out, report = run(model, plan(spare=1.0, **ONCE))
     assert torch.equal(out, run(model)[0])

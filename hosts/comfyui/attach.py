@@ -29,7 +29,7 @@ from .dense_step import Unmeasurable, call_sizes
 from .dial import Wish
 from .live import Live, running_node
 from .shape import clip_tokens, device_name, wan_shape
-from .variants import anchored_frames, token_grid, why_not_now, why_not_patched
+from .variants import anchored_frames, tells_start, token_grid, why_not_now, why_not_patched
 
 log = logging.getLogger(__name__)
 
@@ -349,6 +349,7 @@ def _trimmed_options(
     roles = options.get("cond_or_uncond", [COND])
     levels = options.get("sigmas", timestep)
     anchored = anchored_frames(dm, x, timestep, grid, extra)
+    run.session.tells_start = tells_start(dm)
     seen = run.session.look(levels, noise, roles, anchored)
     sigma = seen.largest if "sigmas" in options else seen.largest / 1000
     call = run.session.begin(

@@ -15,6 +15,7 @@ from ..report import Report
 from ..session import TrimPlan
 from .shape import clip_tokens, device_name, full_shape
 from .slim import slim_header
+from .variants import tells_start
 
 
 @dataclass
@@ -62,7 +63,7 @@ class Wish:
             self.shift,
             self.prompts,
             sum(given) + before,
-            any(given[:1]),
+            any(given[:1]) and tells_start(dm),
             self.width,
         )
         name = device_name(context.device)

@@ -104,6 +104,11 @@ def token_grid(dm, x: torch.Tensor, time_dim_concat: torch.Tensor | None, extra:
     return TokenGrid(-(-frames // patch_t), -(-height // patch_h), -(-width // patch_w), start)
 
 
+def tells_start(dm) -> bool:
+    """Whether a first latent frame that is given is the video's start; VACE puts references there."""
+    return type(dm).__name__ != "VaceWanModel"
+
+
 def anchored_frames(
     dm, x: torch.Tensor, timestep: torch.Tensor, grid: TokenGrid, extra: dict
 ) -> torch.Tensor:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from comfy_extras import nodes_wan
 from wantrim.hosts.comfyui.attach import attach, attachment_of
 from wantrim.hosts.session import TrimPlan
 from wantrim.methods.importance import NEEDS_BLOCK, parts
@@ -159,7 +160,7 @@ def test_auto_spares_the_steps_that_count_for_how_the_video_begins(kind):
     tiny.ksampler(patched, tiny.case(kind), steps=20)
     report = tiny.report_of(patched)
     whole = [step.kept_share == 1.0 for step in report.steps]
-    if kind in ("t2v", "fun"):
+    if kind in ("t2v", "fun", "vace"):
         assert whole == [True] * 5 + [False] * 15
         plan, words = AUTO, "after the first 25% of the run"
     else:
@@ -172,6 +173,24 @@ def test_auto_spares_the_steps_that_count_for_how_the_video_begins(kind):
     assert attachment_of(patched).plan.tokens.settled(plan is AUTO_GIVEN) == by_hand
     out = tiny.ksampler(attach(tiny.base_model(kind), TrimPlan(by_hand)), tiny.case(kind), steps=20)
     assert torch.equal(tiny.ksampler(patched, tiny.case(kind), steps=20), out)
+
+
+def test_a_reference_in_vace_is_no_start():
+    """VACE puts it where the first latent frame is, and says that it is given."""
+    size = (tiny.WIDTH * 8, tiny.HEIGHT * 8, 4 * (tiny.FRAMES - 1) + 1, 1)
+    prompts = tiny.text(1, 7), tiny.text(2, 7)
+    reference = tiny.picture(3, tiny.HEIGHT * 8, tiny.WIDTH * 8)
+    made = nodes_wan.WanVaceToVideo.execute(
+        *prompts, tiny.StubVAE(), *size, strength=1.0, reference_image=reference
+    ).result
+    case = tiny.Case(made[0], made[1], made[2]["samples"])
+    tokens = tiny.at_node(tiny.base_model("vace"), "auto")
+    dial = WanTrim.execute(tiny.base_model("vace"), 1.1, "auto", "draft", 1, 0).result[0]
+    for patched in (tokens, dial):
+        tiny.ksampler(patched, case, steps=20)
+    assert "after the first 25% of the run" in tiny.report_of(tokens).planned
+    assert "priority auto (motion)" in tiny.report_of(dial).planned
+    assert all((tiny.report_of(m).coverage()[0] == 1).all() for m in (tokens, dial))
 
 
 def test_auto_at_the_dial_is_what_the_run_makes_of_it():

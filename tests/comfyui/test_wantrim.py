@@ -106,10 +106,11 @@ def test_it_trims_the_same_way_each_time_and_says_what(kind, caplog):
         out = tiny.ksampler(patched, given, steps=8)
     assert torch.isfinite(out).all() and not torch.allclose(out, dense, atol=1e-3)
     report, solved = tiny.report_of(patched), plan_of(patched)
-    # a quarter of the run is spared where nothing is given
+    # a quarter of the run is spared at its beginning where nothing is given, else its end
     first = 2 if solved.priority == "motion" else 1
+    last = 7 if solved.priority == "detail" else 8
     shares = tiny.shares(patched)
-    assert set(shares[:first]) == {1.0} and max(shares[first:]) < 0.9
+    assert {*shares[:first], *shares[last:]} == {1.0} and max(shares[first:last]) < 0.9
     became = f"auto ({solved.priority})"
     assert report.planned.startswith(f"1.30x, priority {became}, without a profile: ")
     assert report.planned.endswith(f"expected {solved.reached:.2f}x in FLOPs")
@@ -129,7 +130,7 @@ def test_auto_looks_at_how_the_video_begins(kind):
     case = tiny.case(kind, height=24, width=24)
     if without:
         case = tiny.Case(case.positive, case.negative, torch.zeros_like(case.latent))
-    begins_with_a_picture = kind not in ("t2v", "fun") and not without
+    begins_with_a_picture = kind not in ("t2v", "fun", "vace") and not without
     name = "detail" if begins_with_a_picture else "motion"
     auto, by_hand = (
         dialled(tiny.base_model(kind), speedup=1.08, priority=p) for p in ("auto", name)
