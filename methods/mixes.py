@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .presets import AUTO as AUTO_PRESET
+from .presets import AUTO_GIVEN
+
 
 @dataclass(frozen=True)
 class Mix:
@@ -38,13 +41,13 @@ class Mix:
 # last, and to 0.75 of the attention: half of it cost the toy as much quality as half of all compute
 # does elsewhere.
 MIXES: dict[str, Mix] = {
-    # early steps decide the motion: spared by every knob
+    # early steps decide the motion: spared by every knob, as far as the preset auto spares them
     "motion": Mix(
         path=((1, 1, 1), (1, 0.6, 1), (0.435, 0.6, 1), (0.435, 0.35, 0.75)),
         schedule="rising",
         curve="falling",
         slope=1.75,
-        spared=(0.25, 0.0),
+        spared=(AUTO_PRESET["spare"], 0.0),
         experts=(0.7, 1.0),
     ),
     "balanced": Mix(
@@ -61,7 +64,7 @@ MIXES: dict[str, Mix] = {
         schedule="falling",
         curve="rising",
         slope=1.75,
-        spared=(0.0, 0.16),
+        spared=(0.0, 1.0 - AUTO_GIVEN["end"]),
         experts=(1.0, 0.7),
     ),
 }
