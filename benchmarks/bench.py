@@ -40,6 +40,9 @@ class Bench:
         made_of: stands for the model, the prompts and the size in the names of what is kept.
     """
 
+    # a study of its own may begin later, on videos that nothing was chosen on
+    first_prompt = 0
+
     def __init__(
         self,
         subject: Subject,
@@ -55,7 +58,8 @@ class Bench:
         self.model, self.guidance = subject.model, point.guidance
         # further columns of the case that runs
         self.facts: dict[str, float] = {}
-        self.items = subject.items(task, prompts, seeds)
+        everything = subject.items(task, self.first_prompt + prompts, seeds)
+        self.items = [item for item in everything if item.prompt_index >= self.first_prompt]
         self.prompts, self.seeds = prompts, seeds
         self.name = (
             f"{task}_{point.steps}_{point.guidance:g}_{point.shift:g}_{prompts}x{seeds}_{made_of}"
@@ -223,7 +227,8 @@ class Bench:
         # a quick look may tune roughly, or tuning would be most of its time
         count = max(1, min(TUNE_ON, self.prompts // 8))
         try:
-            return self.subject.items(self.task, self.prompts + count, 1)[-count:]
+            seen = self.first_prompt + self.prompts
+            return self.subject.items(self.task, seen + count, 1)[-count:]
         except ValueError:
             return self.items[:count]
 

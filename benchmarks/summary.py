@@ -27,6 +27,10 @@ PARTS_HEAD = (
     "| asked | plan | FLOPs | PSNR (95 %), dB | compared | against fewer steps | motion "
     "| colour / shape / direction |\n|---|---|---|---|---|---|---|---|"
 )
+CONFIRM_HEAD = (
+    "| sampling | method | PSNR (95 %) on the bench, dB | on other prompts | against fewer steps "
+    "| against refresh | motion | shape / direction |\n|---|---|---|---|---|---|---|---|"
+)
 SPEED_HEAD = (
     "| device | model | plan | speed-up (95 %) | predicted | efficiency | extra memory | note |"
     "\n|---|---|---|---|---|---|---|---|"
@@ -256,6 +260,35 @@ def guidance_table(rows: Sequence[dict[str, str]]) -> str:
     return "\n".join(lines)
 
 
+def confirm_table(
+    others: Sequence[dict[str, str]],
+    bench: Iterable[dict[str, str]],
+    points: Sequence[tuple[str, str]],
+) -> str:
+    """What the bench says, and what the same plans keep on prompts that nothing was chosen on.
+
+    Verdicts, motion and truth are those of the other prompts.
+    """
+    names = ("method", "setting", "task", "steps", "target")
+    seen = {tuple(r[name] for name in names): r for r in bench}
+    lines = [CONFIRM_HEAD]
+    for task, steps in points:
+        mine = [
+            r for r in others if (r["task"], r["steps"]) == (task, steps) and r["method"] != "dense"
+        ]
+        sampling = f"{TASKS[task]}, {steps} steps"
+        for r in sorted(mine, key=lambda r: -float(r["psnr_db"])):
+            same = seen.get(tuple(r[name] for name in names))
+            cells = (
+                sampling, r["method"].replace("_", " "), psnr_of(same) if same else "", psnr_of(r),
+                _verdict(r, "vs_steps"), _verdict(r, "vs_refresh"), fixed(r, "motion_ratio"),
+                truth_of(r, "shape_ok", "direction_ok"),
+            )  # fmt: skip
+            lines.append("| " + " | ".join(cells) + " |")
+            sampling = ""
+    return "\n".join(lines)
+
+
 def tables(results: Path) -> dict[str, str]:
     """Every table by its name in the README."""
     rows = full_rows(read_rows(results / "quality.csv"))
@@ -271,6 +304,8 @@ def tables(results: Path) -> dict[str, str]:
         f"template {task} {steps}": template_table(rows, task, steps) for task, steps in points
     }
     made["overview"] = overview_table(rows, points)
+    others = full_rows(read_rows(results / "confirm.csv"))
+    made["confirm"] = confirm_table(others, rows, points)
     for name, groups in PARTS.items():
         rows = full_rows(read_rows(results / f"{name}.csv"))
         for task, steps in sorted({(r["task"], r["steps"]) for r in rows}):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from wantrim.benchmarks import quality
+from wantrim.benchmarks import confirm, quality
 from wantrim.benchmarks.bench import Bench
 from wantrim.benchmarks.cases import (
     METHODS,
@@ -30,6 +30,7 @@ from wantrim.benchmarks.subjects import toy_subject
 from wantrim.benchmarks.summary import (
     READMES,
     calibration_table,
+    confirm_table,
     fill,
     guidance_table,
     overview_table,
@@ -444,6 +445,41 @@ def test_guidance_is_shown_beside_what_the_bench_measured(tmp_path):
         "| auto | 29.0 dB, better (+1.5) | 21.0 dB, better (+1.5) |",
     ]
     assert tmp_path / "guidance.png" in [path for path in draw(tmp_path) if path.exists()]
+
+
+def test_the_verdict_is_confirmed_on_other_videos(toy, tmp_path):
+    known = {case.key for case in all_cases() if case.target == 0.67}
+    asked = confirm.all_cases()
+    assert {case.key for case in asked} <= known
+    assert {"auto", "mixed_update_once", "fewer_steps"} <= {case.method for case in asked}
+
+    for task in ("t2v", "i2v"):
+        mine = Bench(toy, task, POINTS[0], 32, 2, tmp_path)
+        others = confirm.OtherPrompts(toy, task, POINTS[0], 32, 2, tmp_path)
+        tuned_on = {item.prompt for item in mine._items_to_tune_on()}
+        assert len({item.prompt for item in others.items}) == 32 and len(others.items) == 64
+        used = tuned_on | {item.prompt for item in mine.items}
+        assert not used.intersection(item.prompt for item in others.items)
+        further = {item.prompt for item in others._items_to_tune_on()}
+        assert not further.intersection(used | {item.prompt for item in others.items})
+
+
+def test_what_is_confirmed_stands_beside_what_the_bench_says():
+    def row(method, psnr, **more):
+        return {
+            "method": method, "setting": "", "task": "t2v", "steps": "4", "target": "0.67",
+            "psnr_db": psnr, "psnr_lo": psnr - 1, "psnr_hi": psnr + 1, "motion_ratio": 1,
+            "shape_ok": 0.5, "direction_ok": 1, "vs_steps": "tie", "vs_steps_db": 0.25,
+        } | more  # fmt: skip
+
+    others = [row("dense", 100), row("tape", 20), row("auto", 30), row("auto", 9, task="i2v")]
+    bench = [row("auto", 31), row("auto", 99, target="0.5"), row("evit", 50)]
+
+    assert confirm_table(others, bench, [("t2v", "4")]).splitlines()[2:] == [
+        "| text to video, 4 steps | auto | 31.0 (30.0 to 32.0) | 30.0 (29.0 to 31.0) "
+        "| tie (+0.2) |  | 1.00 | 50% / 100% |",
+        "|  | tape |  | 20.0 (19.0 to 21.0) | tie (+0.2) |  | 1.00 | 50% / 100% |",
+    ]
 
 
 def test_a_table_without_rows_is_refused():
