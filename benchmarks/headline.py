@@ -8,8 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from .cases import STUDY_TARGET
-from .plots import TASKS
-from .table import fixed, psnr_of, truth_of
+from .table import TASKS, fixed, psnr_of, truth_of
 
 TEMPLATES = Path(__file__).parents[1] / "workflows"
 HEADLINE_HEAD = (

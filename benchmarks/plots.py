@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 
-from .cases import METHODS, STUDY_TARGET
+from .cases import AUTO, METHODS, STUDY_TARGET
+from .headline import HEADLINE
 from .peers import PEERS
-from .table import RESULTS, read_rows
+from .table import RESULTS, TASKS, read_rows
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
-TASKS = {"t2v": "text to video", "i2v": "image to video"}
 STUDIES = ("ablation", "importance", "restore", "schedule", "window", "reselection", "queries")
 DPI = 110
 
@@ -38,27 +38,36 @@ def _videos(row: dict[str, str]) -> int:
     return int(row["prompts"]) * int(row["seeds"])
 
 
-def plot_methods(rows: Sequence[dict[str, str]], path: Path) -> None:
-    """PSNR against share of FLOPs for every method; one panel per task and number of steps."""
+def plot_methods(
+    rows: Sequence[dict[str, str]],
+    path: Path,
+    names: Mapping[str, str],
+    looks: Mapping[str, dict[str, object]],
+) -> None:
+    """PSNR against share of FLOPs; one panel per task and number of steps.
+
+    Args:
+        names: method -> what the legend says.
+        looks: method -> line and marker.
+    """
+    rows = [row for row in rows if row["method"] in names]
     points = sorted({(int(row["steps"]), row["task"]) for row in rows}, key=lambda p: (p[0], p[1]))
     steps = sorted({p[0] for p in points})
     tasks = [task for task in ("t2v", "i2v") if any(p[1] == task for p in points)]
-    names = ["fewer_steps", *METHODS, *PEERS]
-    looks = _looks()
     size = (5.4 * len(steps) + 2.2, 3.7 * len(tasks))
     figure, axes = plt.subplots(
         len(tasks), len(steps), figsize=size, squeeze=False, constrained_layout=True
     )
     for line, task in zip(axes, tasks, strict=True):
         for axis, count in zip(line, steps, strict=True):
-            for name in names:
+            for name, label in names.items():
                 mine = [
                     r
                     for r in rows
                     if (r["method"], r["task"], int(r["steps"])) == (name, task, count)
                 ]
                 if mine:
-                    _line(axis, mine, name, looks[name])
+                    _line(axis, mine, label, looks[name])
             if (count, task) not in points:
                 axis.set_visible(False)
                 continue
@@ -92,7 +101,7 @@ def _looks() -> dict[str, dict[str, object]]:
     return looks
 
 
-def _line(axis, rows: list[dict[str, str]], name: str, look: dict[str, object]) -> None:
+def _line(axis, rows: list[dict[str, str]], label: str, look: dict[str, object]) -> None:
     # two targets can lead to the same levels of a step cache
     levels = {row["flops_ratio"]: row for row in rows}
     rows = sorted(levels.values(), key=lambda row: float(row["flops_ratio"]))
@@ -100,7 +109,6 @@ def _line(axis, rows: list[dict[str, str]], name: str, look: dict[str, object]) 
         np.array([float(row[key]) for row in rows])
         for key in ("flops_ratio", "psnr_db", "psnr_lo", "psnr_hi")
     )
-    label = name.replace("_", " ")
     axis.errorbar(x, y, (y - low, high - y), label=label, capsize=2, ms=5, **look)
 
 
@@ -113,7 +121,7 @@ def plot_study(rows: Sequence[dict[str, str]], group: str, path: Path) -> None:
     if not mine:
         return
     first = {r["setting"]: float(r["psnr_db"]) for r in reversed(mine) if _panel(r) == panels[0]}
-    names = sorted({r["setting"] for r in mine}, key=lambda name: first.get(name, 0.0))
+    names = sorted({r["setting"] for r in mine}, key=lambda name: (first.get(name, 0.0), name))
     # a panel of a few plans says nothing
     panels = [p for p in panels if sum(_panel(r) == p for r in mine) >= len(names) / 2]
     size = (4.2 * len(panels) + 4.5, 0.27 * len(names) + 1.4)
@@ -209,9 +217,12 @@ def _save(figure, path: Path) -> None:
 def draw(results: Path) -> list[Path]:
     """All pictures of a results folder."""
     rows = full_rows(read_rows(results / "quality.csv"))
-    methods = [r for r in rows if r["method"] in ("fewer_steps", *METHODS, *PEERS)]
-    paths = [results / "quality.png"]
-    plot_methods(methods, paths[0])
+    paths, looks = [results / "quality.png", results / "headline.png"], _looks()
+    every = {name: name.replace("_", " ") for name in ("fewer_steps", *METHODS, *PEERS)}
+    plot_methods(rows, paths[0], every, looks)
+    looks[AUTO] = looks[AUTO] | {"color": "tab:red", "lw": 3.0}
+    first_page = {name: label.replace("*", "") for name, label in HEADLINE.items()}
+    plot_methods(rows, paths[1], {n: first_page[n] for n in every if n in first_page}, looks)
     for group in STUDIES:
         paths.append(results / f"study_{group}.png")
         plot_study(rows, group, paths[-1])

@@ -10,8 +10,8 @@ import numpy as np
 
 from .cases import FAIR, STUDY_TARGET
 from .headline import TEMPLATES, fill_templates, headline_table, template_table
-from .plots import STUDIES, TASKS, full_rows, guidance_rows
-from .table import RESULTS, fixed, psnr_of, read_rows, truth_of
+from .plots import STUDIES, full_rows, guidance_rows
+from .table import RESULTS, TASKS, fixed, psnr_of, read_rows, truth_of
 
 READMES = (Path(__file__).parent / "README.md", Path(__file__).parents[1] / "README.md")
 BEGIN, END = "<!-- table {} -->", "<!-- end -->"

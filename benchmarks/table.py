@@ -9,6 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
+TASKS = {"t2v": "text to video", "i2v": "image to video"}
 # a row of the same values here is the same measurement
 KEY = (
     "method",

@@ -310,7 +310,8 @@ def test_plots_show_every_method_that_has_a_row(tmp_path):
     kept = full_rows([{k: str(v) for k, v in row.items()} for row in (small, large)])
     assert [row["prompts"] for row in kept] == ["32"]
     paths = [path for path in draw(tmp_path) if path.exists()]
-    assert [path.name for path in paths] == ["quality.png", "study_importance.png"]
+    names = ["quality.png", "headline.png", "study_importance.png"]
+    assert [path.name for path in paths] == names
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
 
 
