@@ -12,7 +12,7 @@ import numpy as np
 from .cases import AUTO, METHODS, STUDY_TARGET
 from .headline import HEADLINE
 from .peers import PEERS
-from .table import RESULTS, TASKS, read_rows
+from .table import PLAN, RESULTS, TASKS, read_rows
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
@@ -148,14 +148,13 @@ def plot_study(rows: Sequence[dict[str, str]], group: str, path: Path) -> None:
 def guidance_rows(results: Path) -> list[dict[str, str]]:
     """The rows of guidance.csv, and what the same plans keep with the guidance of the bench."""
     rows = full_rows(read_rows(results / "guidance.csv"))
-    names = ("method", "setting", "task", "steps", "target")
-    wanted = {tuple(r[name] for name in names) for r in rows if r["method"] != "dense"}
-    known = {tuple(r[name] for name in (*names, "guidance")) for r in rows}
+    wanted = {tuple(r[name] for name in PLAN) for r in rows if r["method"] != "dense"}
+    known = {tuple(r[name] for name in (*PLAN, "guidance")) for r in rows}
     rows += [
         r
         for r in full_rows(read_rows(results / "quality.csv"))
-        if tuple(r[name] for name in names) in wanted
-        and tuple(r[name] for name in (*names, "guidance")) not in known
+        if tuple(r[name] for name in PLAN) in wanted
+        and tuple(r[name] for name in (*PLAN, "guidance")) not in known
     ]
     return sorted((r for r in rows if r["method"] != "dense"), key=lambda r: float(r["guidance"]))
 
@@ -221,8 +220,8 @@ def draw(results: Path) -> list[Path]:
     every = {name: name.replace("_", " ") for name in ("fewer_steps", *METHODS, *PEERS)}
     plot_methods(rows, paths[0], every, looks)
     looks[AUTO] = looks[AUTO] | {"color": "tab:red", "lw": 3.0}
-    first_page = {name: label.replace("*", "") for name, label in HEADLINE.items()}
-    plot_methods(rows, paths[1], {n: first_page[n] for n in every if n in first_page}, looks)
+    first_page = {n: label.replace("*", "") for n, label in HEADLINE.items() if n in every}
+    plot_methods(rows, paths[1], first_page, looks)
     for group in STUDIES:
         paths.append(results / f"study_{group}.png")
         plot_study(rows, group, paths[-1])

@@ -11,7 +11,7 @@ import numpy as np
 from .cases import FAIR, STUDY_TARGET
 from .headline import TEMPLATES, fill_templates, headline_table, template_table
 from .plots import STUDIES, full_rows, guidance_rows
-from .table import RESULTS, TASKS, fixed, psnr_of, read_rows, truth_of
+from .table import PLAN, RESULTS, TASKS, fixed, psnr_of, read_rows, truth_of
 
 READMES = (Path(__file__).parent / "README.md", Path(__file__).parents[1] / "README.md")
 BEGIN, END = "<!-- table {} -->", "<!-- end -->"
@@ -269,8 +269,7 @@ def confirm_table(
 
     Verdicts, motion and truth are those of the other prompts.
     """
-    names = ("method", "setting", "task", "steps", "target")
-    seen = {tuple(r[name] for name in names): r for r in bench}
+    seen = {tuple(r[name] for name in PLAN): r for r in bench}
     lines = [CONFIRM_HEAD]
     for task, steps in points:
         mine = [
@@ -278,7 +277,7 @@ def confirm_table(
         ]
         sampling = f"{TASKS[task]}, {steps} steps"
         for r in sorted(mine, key=lambda r: -float(r["psnr_db"])):
-            same = seen.get(tuple(r[name] for name in names))
+            same = seen.get(tuple(r[name] for name in PLAN))
             cells = (
                 sampling, r["method"].replace("_", " "), psnr_of(same) if same else "", psnr_of(r),
                 _verdict(r, "vs_steps"), _verdict(r, "vs_refresh"), fixed(r, "motion_ratio"),

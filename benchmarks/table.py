@@ -10,6 +10,8 @@ from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
 TASKS = {"t2v": "text to video", "i2v": "image to video"}
+# a row of the same values here is the same plan, on whatever videos and with whatever guidance
+PLAN = ("method", "setting", "task", "steps", "target")
 # a row of the same values here is the same measurement
 KEY = (
     "method",
