@@ -10,8 +10,8 @@ import logging
 import sys
 from pathlib import Path
 
-from .hosts.profiling import open_profile
-from .hosts.slim_export import RULES, slim_checkpoint
+from .profiles.recorder import open_profile
+from .slim.export import RULES, slim_checkpoint
 
 log = logging.getLogger(__name__)
 

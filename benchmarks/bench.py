@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
+from ..engine.engine import COND, UNCOND
+from ..engine.plan import TrimPlan
 from ..hosts.diffusers.attach import attach
 from ..hosts.diffusers.sample import sample
 from ..hosts.diffusers.shape import wan_shape
-from ..hosts.session import COND, UNCOND, TrimPlan
 from ..methods.cost import forward_flops, plan_flops
 from ..methods.grid import TokenGrid
 from .cases import Case, Point, solve_plan

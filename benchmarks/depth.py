@@ -15,9 +15,10 @@ from pathlib import Path
 
 import torch
 
+from ..engine.engine import COND, UNCOND
+from ..engine.plan import TrimPlan
 from ..hosts.diffusers.attach import attach
 from ..hosts.diffusers.sample import sigmas_for
-from ..hosts.session import COND, UNCOND, TrimPlan
 from ..methods.cost import forward_flops, outside_flops
 from ..methods.depth import SHAPES, SKIPPED, BlockBudget, BlockPlan, blocks_per_step
 from ..methods.profile import Profile, load_profile, sigma_bin

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import torch
 
+from ..engine.engine import COND, UNCOND
+from ..engine.plan import TrimPlan
 from ..hosts.diffusers.attach import attach
 from ..hosts.diffusers.sample import sigmas_for
-from ..hosts.session import COND, UNCOND, TrimPlan
 from ..methods.mixes import MIXES
-from ..methods.solve import TOLERANCE, Run, solve
+from ..solve.dial import TOLERANCE, Run, solve
 from .cases import METHODS, REFRESH, Case, tokens_case
 from .depth import DepthBench, depth_case, shipped_profile
 from .quality import DENSE, parse_args, run_cases, selected

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from ..hosts.session import TrimPlan
+from ..engine.plan import TrimPlan
 from .speed_gpu import ask_for_gpu, gpu_rows, rows_to_fill
 from .speed_models import Runner, build, sharing
 from .speed_plans import ATTACHED, Size, plans, steady_work

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from ..hosts.session import TrimPlan
+from ..engine.plan import TrimPlan
 from .speed_plans import SIGMAS, TEXT_TOKENS, Size, plans
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -11,12 +11,12 @@ from tempfile import TemporaryDirectory
 import torch
 
 from .. import kernels
-from ..hosts.session import TrimPlan
+from ..engine.plan import TrimPlan
 from ..kernels import reference
 from ..methods.cost import Work
-from ..methods.floor import Rates, device_rates
 from ..methods.importance import Evidence, attention_received, sample_queries
 from ..methods.tokens import select_tokens
+from ..solve.floor import Rates, device_rates
 from .speed_comfyui import time_in_comfyui
 from .speed_models import Runner, build
 from .speed_plans import Size, plans, steady_work

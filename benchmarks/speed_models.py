@@ -6,9 +6,9 @@ import copy
 
 import torch
 
+from ..engine.plan import TrimPlan
 from ..hosts.diffusers.attach import Attachment, attach
 from ..hosts.diffusers.weights import new_transformer
-from ..hosts.session import TrimPlan
 from .speed_plans import SIGMAS, TEXT_TOKENS, Size
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..hosts.session import TrimPlan
+from ..engine.plan import TrimPlan
 from ..methods.cost import WanShape
 from ..methods.depth import BlockBudget, BlockPlan
-from ..methods.floor import run_work
 from ..methods.grid import TokenGrid
 from ..methods.heads import FRAME, FULL, OFF, HeadPlan
 from ..methods.presets import preset_plan
 from ..methods.routers import RandomRouter
+from ..solve.floor import run_work
 
 TEXT_TOKENS = 512
 # share of the tokens, the heads and the blocks that the plans keep

@@ -14,15 +14,16 @@ from pathlib import Path
 
 import torch
 
+from ..engine.engine import COND, UNCOND
+from ..engine.plan import TrimPlan
 from ..hosts.diffusers.attach import attach
 from ..hosts.diffusers.sample import sigmas_for
 from ..hosts.diffusers.slim import load_slim
-from ..hosts.session import COND, UNCOND, TrimPlan
-from ..hosts.slim_file import read_header
 from ..methods.cost import forward_flops, outside_flops
 from ..methods.depth import BlockBudget, BlockPlan
 from ..methods.presets import preset_plan
 from ..methods.routers import FixedRouter, ProfiledRouter, RandomRouter, Router, load_router
+from ..slim.file import read_header
 from .bench import Bench
 from .cases import Case
 from .depth import least_blocks, shipped_profile

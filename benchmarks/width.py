@@ -15,18 +15,19 @@ from pathlib import Path
 
 import torch
 
+from ..engine.engine import COND, UNCOND
+from ..engine.plan import TrimPlan
 from ..hosts.diffusers.attach import attach
 from ..hosts.diffusers.profiling import profile_run
 from ..hosts.diffusers.slim import load_slim
-from ..hosts.session import COND, UNCOND, TrimPlan
-from ..hosts.slim_export import export_slim
-from ..hosts.slim_source import open_source
 from ..methods.budget import attention_share, solve_heads, solve_width, width_share
 from ..methods.calibration import load_calibration
 from ..methods.cost import forward_flops
 from ..methods.heads import HeadPlan
 from ..methods.profile import Profile, load_profile
 from ..methods.width import Width, ffn_count, kept_count, pare_heads, pare_width
+from ..slim.export import export_slim
+from ..slim.source import open_source
 from ..toy import CHECKPOINT
 from .bench import Bench
 from .cases import TOLERANCE, Case

@@ -11,7 +11,7 @@ import matplotlib
 import numpy as np
 from PIL import Image
 
-from ..hosts.report_picture import draw_report
+from ..report.picture import draw_report
 from .run import Result, Run
 
 matplotlib.use("Agg")

@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..engine.engine import COND, UNCOND
 from ..hosts.diffusers.profiling import profile_run
 from ..hosts.diffusers.sample import sample
 from ..hosts.diffusers.weights import load_original
-from ..hosts.profile_picture import draw_profile, summary
-from ..hosts.session import COND, UNCOND
 from ..methods.profile import Profile
+from ..profiles.picture import draw_profile, summary
 from ..toy import CHECKPOINT, PROFILE
 from ..toy.text import encode_prompt
 from ..toy.vae import ToyVAE, image_condition

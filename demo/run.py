@@ -13,11 +13,11 @@ from rich.progress import Progress
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..engine.engine import COND, UNCOND
+from ..engine.plan import TrimPlan
 from ..hosts.diffusers.attach import attach
 from ..hosts.diffusers.sample import denoise, sample
 from ..hosts.diffusers.weights import load_original
-from ..hosts.report import Report
-from ..hosts.session import COND, UNCOND, TrimPlan
 from ..methods.presets import preset_plan
 from ..methods.video_metrics import flicker, motion, psnr
 from ..toy import CHECKPOINT
@@ -52,7 +52,7 @@ class Run:
     shape_ok: float = 0.0
     direction_ok: float = 0.0
     videos: np.ndarray = field(default=None, repr=False)
-    report: Report | None = field(default=None, repr=False)
+    report: Record | None = field(default=None, repr=False)
 
     def row(self) -> dict:
         """The figures without the videos, for report.json."""

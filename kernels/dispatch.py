@@ -64,24 +64,6 @@ def smooth_select(
     return _choose("smooth_select", backend, scores, scores.shape[-1])(scores, keep, alpha)
 
 
-def rms_rope(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    q_weight: torch.Tensor,
-    k_weight: torch.Tensor,
-    rotary: torch.Tensor,
-    heads: int,
-    *,
-    position: torch.Tensor | None = None,
-    kept: torch.Tensor | None = None,
-    eps: float = 1e-6,
-    backend: str = "auto",
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`reference.rms_rope`."""
-    run = _choose("rms_rope", backend, q, q.shape[-1] // heads)
-    return run(q, k, q_weight, k_weight, rotary, heads, position=position, kept=kept, eps=eps)
-
-
 def why_not(name: str, tensor: torch.Tensor, size: int) -> str | None:
     """Why Triton's kernel `name` cannot take this tensor, or None.
 
@@ -105,7 +87,7 @@ def why_not(name: str, tensor: torch.Tensor, size: int) -> str | None:
         return f"{tensor.dtype} is none of bfloat16, float16, float32"
     elif size > MOST_HEAD_DIM or size % 2:
         return f"heads of {size} channels are not even, or more than {MOST_HEAD_DIM}"
-    elif name != "rms_rope" and config_of(arch, tensor.dtype) is None:
+    elif config_of(arch, tensor.dtype) is None:
         return f"no tiles are known for {tensor.dtype} on this GPU ({arch})"
     return _check(name, tensor, size)
 
@@ -155,12 +137,10 @@ def _architecture(device: torch.device) -> int | str | None:
 def _kernel(name: str, tensor: torch.Tensor) -> Callable:
     """Triton's function of this name, with its tiles."""
     # Triton has no wheels for Windows and macOS, and takes a while to import
-    from . import attention, rope, select
+    from . import attention, select
 
     if name == "smooth_select":
         return select.smooth_select
-    if name == "rms_rope":
-        return rope.rms_rope
     arch = _architecture(tensor.device)
     config: Config = INTERPRETED if arch is None else config_of(arch, tensor.dtype)
     run = getattr(attention, name)
@@ -196,14 +176,6 @@ def _small(name: str, device: torch.device, dtype: torch.dtype, size: int):
         # few levels, so that there are ties
         scores = draw(2, 3, min(size, 517)).mul(4).round()
         return (scores, max(1, scores.shape[-1] // 3), 0.5), {}
-    if name == "rms_rope":
-        angle = draw(40, size // 2).float()
-        turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], -1)
-        position = torch.arange(0, 38, 2, device=device).repeat(2, 1)
-        kept = torch.tensor([0, 2], device=device)
-        arguments = draw(2, 19, 3 * size), draw(2, 19, 3 * size), draw(3 * size), draw(3 * size)
-        turn = turn.view(40, size // 2, 2, 2)
-        return (*arguments, turn, 3), {"position": position, "kept": kept}
     grid = (3, 7, 11)
     tokens = math.prod(grid)
     index = torch.arange(0, tokens, 3, device=device)

@@ -173,40 +173,24 @@ def pattern_groups(
     return found
 
 
-def rms_rope(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    q_weight: torch.Tensor,
-    k_weight: torch.Tensor,
-    rotary: torch.Tensor,
-    heads: int,
-    *,
-    position: torch.Tensor | None = None,
-    kept: torch.Tensor | None = None,
-    eps: float = 1e-6,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Wan's norm of q and k over all heads, then RoPE at the tokens' own positions.
-
-    Args:
-        q, k: [b, s, heads * d], d even.
-        q_weight, k_weight: [heads * d].
-        rotary: fp32 [positions, d / 2, 2, 2], a rotation for each pair of channels.
-        position: int64 [b, s], each token's place in `rotary`; None is 0..s.
-        kept: int64 [m], the heads to return; the norm is still over all of them.
+def pack_rows(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows [..., d] in `bits` bits a number, with a scale of their own; d even.
 
     Returns:
-        q and k [b, s, heads or m, d] in their own dtype, rounded once.
+        codes uint8 [..., d * bits / 8] and scales fp16 [...].
     """
-    turn = rotary[: q.shape[1]][None] if position is None else rotary[position]
+    most = 2 ** (bits - 1) - 1
+    wide = x.float()
+    scale = (wide.abs().amax(-1) / most).clamp(min=1e-7).half()
+    codes = (wide / scale.float()[..., None]).round_().clamp_(-most, most) + (most + 1)
+    codes = codes.to(torch.uint8)
+    if bits == 4:
+        codes = codes[..., 0::2] | codes[..., 1::2] << 4
+    return codes, scale
 
-    def one(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        wide = x.float()
-        wide = wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt() * weight.float()
-        # [b, s, n, d / 2, 2]
-        pairs = wide.view(*x.shape[:2], heads, -1, 2)
-        if kept is not None:
-            pairs = pairs[:, :, kept]
-        turned = (turn[:, :, None] * pairs[..., None, :]).sum(-1)
-        return turned.flatten(-2).to(x.dtype)
 
-    return one(q, q_weight), one(k, k_weight)
+def unpack_rows(codes: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
+    """Inverse of `pack_rows`, fp16 [..., d]."""
+    if bits == 4:
+        codes = torch.stack([codes & 15, codes >> 4], -1).flatten(-2)
+    return (codes.half() - 2 ** (bits - 1)) * scale[..., None]

@@ -11,7 +11,6 @@ from .routers import Router
 from .schedule import progress_at
 
 SHAPES = ("falling", "constant", "rising")
-SKIPPED = ("identity", "reuse")
 # of 40 blocks, in the paper: 20 and 35
 K_MIN, K_MAX = 0.5, 0.875
 
@@ -68,37 +67,23 @@ def choose_blocks(logits: torch.Tensor, count: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """Which blocks to skip, and what stands in for them. Plain data, independent of a run.
+    """Which blocks to skip; a skipped block is the identity (eq. 12). Independent of a run.
 
     Args:
         router: says which blocks matter; see routers.py.
-        skipped: a skipped block is the "identity" (eq. 12, paper), or gives again what it gave in
-            an earlier step, "reuse" (ours).
         start, end: progress between which blocks are skipped.
-        memory: hidden states that "reuse" may hold for each prompt.
-        max_age: steps in a row that "reuse" skips a block before it is due to run again, within
-            the budget; what is longest due runs first. 0 is any number of steps.
     """
 
     router: Router
     budget: BlockBudget = BlockBudget()
-    skipped: str = "identity"
     start: float = 0.0
     end: float = 1.0
-    memory: int = 8
-    max_age: int = 1
 
     def __post_init__(self):
-        if self.skipped not in SKIPPED:
-            raise ValueError(f"skipped: expected one of {', '.join(SKIPPED)}, got {self.skipped!r}")
         if not 0.0 <= self.start <= self.end <= 1.0:
             raise ValueError(
                 f"start and end: expected 0 <= start <= end <= 1, got {self.start} and {self.end}"
             )
-        if self.memory < 1:
-            raise ValueError(f"memory: expected at least 1 hidden state, got {self.memory}")
-        if self.max_age < 0:
-            raise ValueError(f"max_age: expected 0 or more steps, got {self.max_age}")
 
     @property
     def neutral(self) -> bool:
@@ -115,9 +100,4 @@ def blocks_per_step(
     plan: BlockPlan, sigmas: Sequence[float], shift: float, num_blocks: int
 ) -> list[int]:
     """How many blocks will run at each step of a sampler's sigmas (without the last, 0)."""
-    counts = [plan.count(s, progress_at(s, shift), num_blocks) for s in sigmas]
-    # the first step that skips computes what later ones use again
-    first = next((i for i, count in enumerate(counts) if count < num_blocks), None)
-    if plan.skipped == "reuse" and first is not None:
-        counts[first] = num_blocks
-    return counts
+    return [plan.count(s, progress_at(s, shift), num_blocks) for s in sigmas]

@@ -7,7 +7,6 @@ what each block adds at each timestep; the profiled router reads that off a prof
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -23,8 +22,6 @@ from .schedule import millionths
 KIND = Kind("router", "Choose a file that WanTrim's training wrote.")
 # of content that a trained router may look at
 KINDS = ("clip", "latent", "none")
-# weight of a new observation against the earlier ones
-FRESH = 0.5
 
 
 @dataclass
@@ -43,20 +40,8 @@ class Content:
 class RouterRun(Protocol):
     """A router during one sampling run."""
 
-    # whether `observe` wants to be told
-    watches: bool
-
     def logits(self, sigma: float, content: Content) -> torch.Tensor:
         """One logit per block [l]; the highest run."""
-
-    def observe(self, sigma: float, block_index: int, size: torch.Tensor) -> None:
-        """Take in how much a block that ran added, relative to its input (a scalar tensor)."""
-
-    def unread(self) -> list[torch.Tensor]:
-        """What was observed and not read since: reading it waits for the device."""
-
-    def read(self, values: Sequence[float]) -> None:
-        """The values of what was unread, in that order."""
 
 
 class Router(Protocol):
@@ -64,7 +49,6 @@ class Router(Protocol):
 
     name: str
     skips_nothing: bool
-    follows_budget: bool
 
     def count(self, num_blocks: int, budget: int) -> int:
         """Blocks that run where the budget asks for `budget`."""
@@ -75,7 +59,7 @@ class Router(Protocol):
 class _Budgeted:
     """A router that follows the budget."""
 
-    skips_nothing, follows_budget = False, True
+    skips_nothing = False
 
     def count(self, num_blocks: int, budget: int) -> int:
         return budget
@@ -91,7 +75,6 @@ class FixedRouter:
 
     skipped: tuple[int, ...]
     name = "fixed"
-    follows_budget = False
 
     @property
     def skips_nothing(self) -> bool:
@@ -113,22 +96,11 @@ class FixedRouter:
 
 
 class _Constant:
-    watches = False
-
     def __init__(self, logits: torch.Tensor):
         self._logits = logits
 
     def logits(self, sigma: float, content: Content) -> torch.Tensor:
         return self._logits
-
-    def observe(self, sigma: float, block_index: int, size: torch.Tensor) -> None:
-        """Nothing changes its mind."""
-
-    def unread(self) -> list[torch.Tensor]:
-        return []
-
-    def read(self, values: Sequence[float]) -> None:
-        """Nothing was unread."""
 
 
 @dataclass(frozen=True)
@@ -193,48 +165,6 @@ class _Profiled(_Constant):
 
     def logits(self, sigma: float, content: Content) -> torch.Tensor:
         return self._sizes[sigma_bin(sigma)]
-
-
-class OnlineRouter(ProfiledRouter):
-    """The profiled router, corrected by what this run's own blocks added when they last ran."""
-
-    name = "online"
-
-    def run(self, num_blocks: int) -> RouterRun:
-        super().run(num_blocks)
-        return _Online(self.sizes)
-
-
-class _Online(_Profiled):
-    watches = True
-
-    def __init__(self, sizes: torch.Tensor):
-        super().__init__(sizes)
-        self._factor = torch.ones(sizes.shape[1])
-        self._seen: dict[int, tuple[float, torch.Tensor | float]] = {}
-
-    def logits(self, sigma: float, content: Content) -> torch.Tensor:
-        if self._seen:
-            blocks = sorted(self._seen)
-            now = torch.tensor([float(self._seen[i][1]) for i in blocks])
-            told = torch.stack([self._sizes[sigma_bin(self._seen[i][0]), i] for i in blocks])
-            factor = now / told.clamp(min=1e-12)
-            self._factor[blocks] += FRESH * (factor - self._factor[blocks])
-            self._seen.clear()
-        return super().logits(sigma, content) * self._factor
-
-    def observe(self, sigma: float, block_index: int, size: torch.Tensor) -> None:
-        self._seen[block_index] = (sigma, size)
-
-    def _waiting(self) -> list[int]:
-        return [i for i, (_, size) in self._seen.items() if isinstance(size, torch.Tensor)]
-
-    def unread(self) -> list[torch.Tensor]:
-        return [self._seen[i][1] for i in self._waiting()]
-
-    def read(self, values: Sequence[float]) -> None:
-        for index, value in zip(self._waiting(), values, strict=True):
-            self._seen[index] = (self._seen[index][0], value)
 
 
 def latent_statistics(latent: torch.Tensor) -> torch.Tensor:

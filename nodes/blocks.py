@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import statistics
-from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -13,35 +12,29 @@ import folder_paths
 from comfy_api.latest import io
 from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 
-from ..hosts.comfyui.attach import attach, attachment_of
+from ..hosts.comfyui.attach import attach_part
 from ..hosts.comfyui.profiling import check_profile, model_fingerprint
 from ..hosts.comfyui.variants import SKIP_BLOCKS, check_variant
-from ..hosts.profiling import ProfileFile
-from ..hosts.session import TrimPlan
-from ..methods.depth import SHAPES, SKIPPED, BlockBudget, BlockPlan, blocks_per_step
+from ..methods.depth import SHAPES, BlockBudget, BlockPlan, blocks_per_step
 from ..methods.routers import (
     FixedRouter,
-    OnlineRouter,
     ProfiledRouter,
     Router,
     TrainedRouter,
     load_router,
 )
+from ..profiles.recorder import ProfileFile
 from .files import find_file, list_files
 from .profile import ProfileSocket
 
 NAME = "WanTrim Blocks"
 FOLDER = "wantrim_routers"
-ROUTERS = ("profiled", "online", "fixed", "trained")
+ROUTERS = ("profiled", "fixed", "trained")
 # words of the plan -> words of the node, where they differ
 WORDS = {
-    "max_age": "repeat_at_most",
     "shape": "curve",
-    "skipped:": "skipped_blocks_give:",
     "start and end": "start_percent and end_percent",
 }
-# of 81 frames at 832x480, for the memory that the node states
-USUAL_TOKENS = 32_760
 
 folder_paths.add_model_folder_path(
     FOLDER, str(Path(folder_paths.models_dir) / "wantrim" / "routers")
@@ -57,8 +50,8 @@ class WanTrimBlocks(io.ComfyNode):
             category="model/patch/wan",
             description=(
                 "Makes each sampling step of a Wan model cheaper by running only a part of its "
-                "blocks (PARE's depth, arXiv 2605.27336, and beyond). No training; works with LoRAs, "
-                "WanTrim Tokens and WanTrim Heads. Place it after the LoRA and before "
+                "blocks (PARE's depth, arXiv 2605.27336). Made for students that were trained for "
+                "it: a model as it is loses much. Works with LoRAs, WanTrim Tokens and Heads. Place it after the LoRA and before "
                 "ModelSamplingSD3, one per expert on Wan2.2. The video will change; k_min and k_max "
                 "1 change nothing at all."
             ),
@@ -70,21 +63,19 @@ class WanTrimBlocks(io.ComfyNode):
                 ProfileSocket.Input(
                     "profile",
                     optional=True,
-                    tooltip="From WanTrim Load Profile; 'profiled' and 'online' need it.",
+                    tooltip="From WanTrim Load Profile; 'profiled' needs it.",
                 ),
                 io.DynamicCombo.Input(
                     "router",
                     options=[
                         io.DynamicCombo.Option("profiled", []),
-                        io.DynamicCombo.Option("online", []),
                         io.DynamicCombo.Option("fixed", [_BLOCKS_INPUT]),
                         io.DynamicCombo.Option("trained", [_file_input()]),
                     ],
                     tooltip=(
                         "Who says which blocks matter. 'profiled': what each block added at this "
-                        "noise level when the profile was recorded. 'online': the same, corrected by "
-                        "what the blocks add in this very run. 'fixed': your own list, whatever k_min "
-                        "and k_max say. 'trained': a router file, the paper's way."
+                        "noise level when the profile was recorded. 'fixed': your own list, whatever "
+                        "k_min and k_max say. 'trained': a router file, the paper's way."
                     ),
                 ),
                 _share("k_min", 0.5, "where fewest blocks run. Paper: 0.5 (20 of 40)"),
@@ -97,16 +88,6 @@ class WanTrimBlocks(io.ComfyNode):
                         "How the number of blocks moves with the noise. 'falling': most at high "
                         "noise, fewest at the end (paper). 'rising': the other way round. 'constant': "
                         "the mean of k_min and k_max in every step."
-                    ),
-                ),
-                io.Combo.Input(
-                    "skipped_blocks_give",
-                    options=list(SKIPPED),
-                    default="reuse",
-                    tooltip=(
-                        "'identity': nothing (paper, whose model is trained again for it). 'reuse': "
-                        "what they gave in an earlier step; kept far more on our toy bench, needs "
-                        "memory, and its first step runs every block."
                     ),
                 ),
                 io.Int.Input(
@@ -134,28 +115,6 @@ class WanTrimBlocks(io.ComfyNode):
                         "the model's own."
                     ),
                 ),
-                io.Int.Input(
-                    "repeat_at_most",
-                    default=1,
-                    min=0,
-                    max=1000,
-                    advanced=True,
-                    tooltip=(
-                        "With 'reuse': steps in a row that a block may repeat itself before it is due "
-                        "to run again, as far as k_min and k_max allow. 0 is any number."
-                    ),
-                ),
-                io.Int.Input(
-                    "memory",
-                    default=8,
-                    min=1,
-                    max=64,
-                    advanced=True,
-                    tooltip=(
-                        "With 'reuse': hidden states that may be kept for each prompt. The text says "
-                        "how much that is."
-                    ),
-                ),
                 _percent("start_percent", 0.0, "starts"),
                 _percent("end_percent", 1.0, "ends"),
             ],
@@ -181,12 +140,9 @@ class WanTrimBlocks(io.ComfyNode):
         k_min: float,
         k_max: float,
         curve: str,
-        skipped_blocks_give: str,
         steps: int,
         scheduler: str,
         shift: float,
-        repeat_at_most: int,
-        memory: int,
         start_percent: float,
         end_percent: float,
         router: dict | str | None = None,
@@ -201,18 +157,13 @@ class WanTrimBlocks(io.ComfyNode):
             plan = BlockPlan(
                 chosen,
                 BlockBudget(k_min, k_max, curve),
-                skipped=skipped_blocks_give,
                 start=start_percent,
                 end=end_percent,
-                memory=memory,
-                max_age=repeat_at_most,
             )
             text = _text(model, plan, steps, scheduler, shift)
         except ValueError as error:
             raise ValueError(f"{NAME}: {_shown(str(error))}") from error
-        present = attachment_of(model)
-        whole = replace(present.plan if present else TrimPlan(), blocks=plan)
-        return io.NodeOutput(attach(model, whole), text, ui={"text": (text,)})
+        return io.NodeOutput(attach_part(model, blocks=plan), text, ui={"text": (text,)})
 
 
 def parse_blocks(text: str, num_blocks: int) -> tuple[int, ...]:
@@ -262,7 +213,7 @@ def _router(model, choice: dict | str | None, profile: ProfileFile | None) -> Ro
             "input 'profile', or choose 'fixed'"
         )
     check_profile(model, profile.profile, NAME)
-    return (OnlineRouter if name == "online" else ProfiledRouter)(profile.profile)
+    return ProfiledRouter(profile.profile)
 
 
 def _trained(model, filename: str) -> TrainedRouter:
@@ -315,13 +266,6 @@ def _text(model, plan: BlockPlan, steps: int, scheduler: str, shift: float) -> s
         " ".join(map(str, counts)),
         f"Mean {mean:.1f}: {mean / num_blocks:.0%} of the blocks.",
     ]
-    if plan.skipped == "reuse":
-        size = 2 * USUAL_TOKENS * network.dim * plan.memory / 1e9
-        lines += [
-            "The first step runs every block, in each KSampler and each expert anew.",
-            f"Memory: at most {plan.memory} hidden states for every prompt; {size:.2g} GB at 832x480 "
-            "with 81 frames in half precision.",
-        ]
     return "\n".join(lines)
 
 

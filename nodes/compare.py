@@ -9,8 +9,8 @@ import torch
 
 from comfy_api.latest import io, ui
 
-from ..hosts.compare import compare, draw_difference, side_by_side
 from ..methods.video_metrics import SSIM_WINDOW
+from ..report.compare import compare, draw_difference, side_by_side
 
 NAME = "WanTrim Compare"
 

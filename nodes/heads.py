@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from comfy_api.latest import io
 
-from ..hosts.comfyui.attach import attach, attachment_of
+from ..hosts.comfyui.attach import attach_part
 from ..hosts.comfyui.profiling import check_profile
 from ..hosts.comfyui.slim import refuse_slim
 from ..hosts.comfyui.variants import check_variant
-from ..hosts.profiling import ProfileFile
-from ..hosts.session import TrimPlan
 from ..methods.budget import attention_share, solve_heads
 from ..methods.grid import TokenGrid
 from ..methods.heads import OFF, PATTERNS, HeadPlan
 from ..methods.profile import Profile
 from ..methods.width import pare_heads
+from ..profiles.recorder import ProfileFile
 from .profile import ProfileSocket
 
 NAME = "WanTrim Heads"
@@ -102,9 +99,7 @@ class WanTrimHeads(io.ComfyNode):
             heads = plan_heads(profile.profile, *size, prune_ratio, method)
         except ValueError as error:
             raise ValueError(f"{NAME}: {error}") from error
-        present = attachment_of(model)
-        plan = replace(present.plan if present else TrimPlan(), heads=heads)
-        return io.NodeOutput(attach(model, plan), _text(heads, *size))
+        return io.NodeOutput(attach_part(model, heads=heads), _text(heads, *size))
 
 
 def plan_heads(

@@ -14,8 +14,10 @@ from comfy_api.latest import io, ui
 from ..hosts.comfyui.profiling import attach_profile, profile_of
 from ..hosts.comfyui.slim import refuse_slim
 from ..hosts.comfyui.variants import check_variant
-from ..hosts.profile_picture import draw_profile, summary
-from ..hosts.profiling import (
+from ..methods.calibration import CALIBRATE
+from ..methods.profile import load_profile
+from ..profiles.picture import draw_profile, summary
+from ..profiles.recorder import (
     CALIBRATION_ENDING,
     NotFinite,
     ProfileFile,
@@ -23,8 +25,6 @@ from ..hosts.profiling import (
     open_profile,
     save_profile,
 )
-from ..methods.calibration import CALIBRATE
-from ..methods.profile import load_profile
 from ..toy import PROFILE
 from .files import SUFFIX, find_file, plain_name
 

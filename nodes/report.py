@@ -11,11 +11,12 @@ import torch
 import comfy.model_management
 from comfy_api.latest import io, ui
 
+from ..engine.record import Record
 from ..hosts.comfyui.attach import Attachment, attachment_of
 from ..hosts.comfyui.dense_step import time_dense_step
-from ..hosts.outcome import reports_json
-from ..hosts.report import Report
-from ..hosts.report_picture import draw_report
+from ..report.figures import reports_json
+from ..report.picture import draw_report
+from ..report.words import record_text
 
 NAME = "WanTrim Report"
 
@@ -88,19 +89,19 @@ class WanTrimReport(io.ComfyNode):
                 # a bypassed node must not cost the artist a finished run
                 reports.append(_nothing_on(label, type(patched.model.diffusion_model).__name__))
                 continue
-            if attachment.report is None:
+            if attachment.record is None:
                 raise ValueError(
                     f"{NAME}: the model at '{label}' was not sampled yet. Connect 'images' to the "
                     "VAE Decode of the sampler that uses this model."
                 )
             expert = {"model": "high noise", "model_low_noise": "low noise"}[label]
-            report = attachment.report
+            report = attachment.record
             if measure_dense_step and report.steps:
                 report = _with_dense_step(patched, attachment)
             reports.append(
                 replace(report, model=f"{report.model}, {expert} expert") if pair else report
             )
-        text = "\n\n".join(report.text() for report in reports)
+        text = "\n\n".join(record_text(report) for report in reports)
         video = images.cpu().float().numpy()
         pages = [draw_report(report, video) for report in reports]
         width = max(page.width for page in pages)
@@ -115,8 +116,8 @@ class WanTrimReport(io.ComfyNode):
         return io.NodeOutput(text, picture, figures, ui=shown)
 
 
-def _nothing_on(label: str, model: str) -> Report:
-    report = Report(model, planned="no WanTrim node on this model", finished=True)
+def _nothing_on(label: str, model: str) -> Record:
+    report = Record(model, planned="no WanTrim node on this model", finished=True)
     report.note(
         f"the input '{label}' has no WanTrim plan on it, so nothing was trimmed or timed; connect "
         "the output of WanTrim Tokens, or of a node behind it, and take off its bypass"
@@ -124,9 +125,9 @@ def _nothing_on(label: str, model: str) -> Report:
     return report
 
 
-def _with_dense_step(model, attachment: Attachment) -> Report:
+def _with_dense_step(model, attachment: Attachment) -> Record:
     """The report with the seconds of a dense step, or with the reason why there are none."""
-    report = replace(attachment.report, notes=[*attachment.report.notes])
+    report = replace(attachment.record, notes=[*attachment.record.notes])
     reason = attachment.unmeasurable
     if reason is None and len(attachment.calls) != report.steps[0].calls:
         reason = "another node made or answered calls of the first step"

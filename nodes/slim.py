@@ -10,7 +10,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..hosts.comfyui.slim import DTYPES, load_slim
-from ..hosts.slim_export import RULES, TICKS, slim_checkpoint
+from ..slim.export import RULES, TICKS, slim_checkpoint
 from ..toy import CHECKPOINT
 from .files import SUFFIX, find_file, list_files, plain_name
 from .profile import DEMO, ProfileSocket

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from comfy_api.latest import io
 
-from ..hosts.comfyui.attach import attach, attachment_of
-from ..hosts.comfyui.profiling import check_profile
+from ..hosts.comfyui.attach import attach_dial
+from ..hosts.comfyui.dial import PLACES
 from ..hosts.comfyui.variants import check_variant
-from ..hosts.profiling import ProfileFile
-from ..hosts.session import TrimPlan
-from ..methods.dial import HIGH, LOW, MAX_DENSE_STEPS, MAX_SPEEDUP, Dial
-from ..methods.mixes import AUTO, PRIORITIES
-from .profile import ProfileSocket
+from ..solve.dial import HIGH, LOW, MAX_DENSE_STEPS, MAX_SPEEDUP, Dial
 
 CATEGORY = "model/patch/wan"
 NAME, PAIR = "WanTrim", "WanTrim Pair"
@@ -41,21 +35,6 @@ def _dials(pair: bool) -> list:
             ),
         ),
         io.Combo.Input(
-            "priority",
-            options=list(PRIORITIES),
-            default=AUTO,
-            tooltip=(
-                "What to spare. 'motion': the early steps, which decide it. 'detail': the late "
-                "steps, which draw it. 'balanced': neither. 'auto': detail when the video begins "
-                "with a given image, else motion"
-                + (
-                    ". Both experts take the same."
-                    if pair
-                    else "; balanced where they cannot reach the speedup."
-                )
-            ),
-        ),
-        io.Combo.Input(
             "render",
             options=[DRAFT, FINAL],
             default=DRAFT,
@@ -71,8 +50,8 @@ def _dials(pair: bool) -> list:
             max=MAX_DENSE_STEPS,
             advanced=True,
             tooltip=(
-                f"Steps at the beginning of {first} model's sampling that compute everything. Later "
-                "steps repeat parts of the last of them, so that 0 is hardly less than 1."
+                f"Steps at the beginning of {first} model's sampling that compute everything. The "
+                "first one does in any case."
             ),
         ),
         io.Int.Input(
@@ -82,6 +61,17 @@ def _dials(pair: bool) -> list:
             max=MAX_DENSE_STEPS,
             advanced=True,
             tooltip=f"Steps at the end of {last} model's sampling that compute everything.",
+        ),
+        io.Combo.Input(
+            "context",
+            options=list(PLACES),
+            default=PLACES[0],
+            advanced=True,
+            tooltip=(
+                "Where the keys and values of left out tokens are remembered, so that the others "
+                "still see them. 'auto': on the GPU where there is room, else in RAM. 'off': steps "
+                "are whole or repeated."
+            ),
         ),
     ]
 
@@ -94,11 +84,11 @@ class WanTrim(io.ComfyNode):
             display_name=NAME,
             category=CATEGORY,
             description=(
-                "Makes the sampling of a Wan model cheaper by the factor that you ask for. What is "
-                "trimmed is solved when sampling begins, for your model, size and steps: tokens, "
-                "and with a profile blocks and attention heads too. No training; stacks with 4-step "
-                "LoRAs. Place it after the LoRA and before ModelSamplingSD3. The video will change; "
-                "speedup 1 changes nothing at all."
+                "Makes the sampling of a Wan model cheaper by the factor that you ask for. When "
+                "sampling begins it is solved what each step is worth: everything, the part of the "
+                "picture that still changes, or nothing, repeating its velocity. No training; "
+                "stacks with 4-step LoRAs. Place it after the LoRA and before ModelSamplingSD3. The "
+                "video will change; speedup 1 changes nothing at all."
             ),
             search_aliases=[
                 "wan speed",
@@ -112,14 +102,6 @@ class WanTrim(io.ComfyNode):
             not_idempotent=True,
             inputs=[
                 io.Model.Input("model", tooltip="A Wan 2.1 or 2.2 model, after its LoRAs."),
-                ProfileSocket.Input(
-                    "profile",
-                    optional=True,
-                    tooltip=(
-                        "From WanTrim Load Profile, of this very model: then blocks and attention "
-                        "heads are trimmed too. Without one only tokens are."
-                    ),
-                ),
                 *_dials(pair=False),
             ],
             outputs=[io.Model.Output(tooltip="The model with the wish on it.")],
@@ -130,23 +112,15 @@ class WanTrim(io.ComfyNode):
         cls,
         model,
         speedup: float,
-        priority: str,
         render: str,
         dense_first_steps: int,
         dense_last_steps: int,
-        profile: ProfileFile | None = None,
+        context: str = PLACES[0],
     ) -> io.NodeOutput:
         check_variant(model, NAME)
-        dial = _dial(
-            NAME,
-            render,
-            speedup=speedup,
-            priority=priority,
-            dense_first_steps=dense_first_steps,
-            dense_last_steps=dense_last_steps,
-            profile=_profile(model, profile, NAME),
-        )
-        return io.NodeOutput(_with_dial(model, dial))
+        steps = {"dense_first_steps": dense_first_steps, "dense_last_steps": dense_last_steps}
+        dial = _dial(NAME, render, context, speedup=speedup, **steps)
+        return io.NodeOutput(attach_dial(model, dial, context))
 
 
 class WanTrimPair(io.ComfyNode):
@@ -169,16 +143,6 @@ class WanTrimPair(io.ComfyNode):
                     "model_high_noise", tooltip="The high noise expert, after its LoRAs."
                 ),
                 io.Model.Input("model_low_noise", tooltip="The low noise expert, after its LoRAs."),
-                ProfileSocket.Input(
-                    "profile_high_noise",
-                    optional=True,
-                    tooltip="From WanTrim Load Profile, of the high noise expert.",
-                ),
-                ProfileSocket.Input(
-                    "profile_low_noise",
-                    optional=True,
-                    tooltip="From WanTrim Load Profile, of the low noise expert.",
-                ),
                 *_dials(pair=True),
                 io.Float.Input(
                     "boundary",
@@ -215,13 +179,11 @@ class WanTrimPair(io.ComfyNode):
         model_high_noise,
         model_low_noise,
         speedup: float,
-        priority: str,
         render: str,
         dense_first_steps: int,
         dense_last_steps: int,
         boundary: float,
-        profile_high_noise: ProfileFile | None = None,
-        profile_low_noise: ProfileFile | None = None,
+        context: str = PLACES[0],
     ) -> io.NodeOutput:
         models = (model_high_noise, model_low_noise)
         for model in models:
@@ -231,44 +193,31 @@ class WanTrimPair(io.ComfyNode):
                 f"{PAIR}: 'model_high_noise' and 'model_low_noise' are the same model. Connect the "
                 "two experts of Wan 2.2, or use WanTrim for a single model."
             )
-        given = (profile_high_noise, profile_low_noise)
-        profiles = [_profile(model, file, PAIR) for model, file in zip(models, given, strict=True)]
         options = {
             "speedup": speedup,
-            "priority": priority,
             "dense_first_steps": dense_first_steps,
             "dense_last_steps": dense_last_steps,
             "boundary": boundary,
         }
-        high, low = profiles
-        dials = (
-            _dial(PAIR, render, **options, expert=HIGH, profile=high, partner=low),
-            _dial(PAIR, render, **options, expert=LOW, profile=low, partner=high),
+        dials = [_dial(PAIR, render, context, **options, expert=expert) for expert in (HIGH, LOW)]
+        return io.NodeOutput(
+            *(attach_dial(model, dial, context) for model, dial in zip(models, dials, strict=True))
         )
-        return io.NodeOutput(*map(_with_dial, models, dials))
 
 
-def _profile(model, file: ProfileFile | None, node: str):
-    if file is None:
-        return None
-    check_profile(model, file.profile, node)
-    return file.profile
-
-
-def _dial(node: str, render: str, **options) -> Dial:
+def _dial(node: str, render: str, context: str, **options) -> Dial:
     # a linked value passes by what ComfyUI checks
-    if render not in (DRAFT, FINAL):
-        raise ValueError(f"{node}: render: expected {DRAFT} or {FINAL}, got {render!r:.60}")
+    for name, value, known in (("render", render, (DRAFT, FINAL)), ("context", context, PLACES)):
+        if value not in known:
+            expected = " or ".join(known)
+            raise ValueError(f"{node}: {name}: expected {expected}, got {value!r:.60}")
+    if options["speedup"] > MAX_SPEEDUP:
+        speedup = options["speedup"]
+        raise ValueError(f"{node}: speedup: expected 1 (off) to {MAX_SPEEDUP:g}, got {speedup}")
     try:
         return Dial(final=render == FINAL, **options)
     except ValueError as error:
         raise ValueError(f"{node}: {error}") from error
-
-
-def _with_dial(model, dial: Dial):
-    """The parts that expert nodes put on the model stay, and win."""
-    present = attachment_of(model)
-    return attach(model, replace(present.plan if present else TrimPlan(), dial=dial))
 
 
 NODES = [WanTrim, WanTrimPair]

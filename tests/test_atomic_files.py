@@ -12,12 +12,12 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from wantrim.hosts import slim_file
-from wantrim.hosts.profiling import NotFinite, Recorder, open_profile, save_profile
-from wantrim.hosts.slim_file import Entry, write_tensors
 from wantrim.methods import artifact
 from wantrim.methods.artifact import replacing
 from wantrim.methods.calibration import Calibration, load_calibration
+from wantrim.profiles.recorder import NotFinite, Recorder, open_profile, save_profile
+from wantrim.slim import file as slim_file
+from wantrim.slim.file import Entry, write_tensors
 from wantrim.tests.test_fuzz_files import MODEL, write_calibration, write_profile, write_router
 
 try:

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from wantrim.hosts.compiled import outside_graphs
+from wantrim.engine.compiled import outside_graphs
+from wantrim.engine.plan import TrimPlan
 from wantrim.hosts.diffusers.attach import attach
 from wantrim.hosts.diffusers.weights import new_transformer
-from wantrim.hosts.session import TrimPlan
 from wantrim.methods.depth import BlockBudget, BlockPlan
 from wantrim.methods.heads import FRAME, FULL, OFF, HeadPlan
 from wantrim.methods.presets import preset_plan

@@ -3,11 +3,12 @@ import torch
 from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
 
 from wantrim.benchmarks.flops import count_flops
+from wantrim.engine.engine import COND, UNCOND
+from wantrim.engine.plan import TrimPlan
 from wantrim.hosts.diffusers.attach import attach
 from wantrim.hosts.diffusers.sample import sample
 from wantrim.hosts.diffusers.shape import wan_shape
 from wantrim.hosts.diffusers.weights import load_original, new_transformer
-from wantrim.hosts.session import COND, UNCOND, TrimPlan
 from wantrim.methods.cost import (
     WanShape,
     block_flops,

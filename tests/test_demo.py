@@ -8,7 +8,7 @@ from PIL import Image
 
 from wantrim.demo.page import write_page
 from wantrim.demo.run import Contestant, Job, run_demo, token_plan
-from wantrim.hosts.report import Report, Step
+from wantrim.engine.record import Record, Step
 from wantrim.hosts.report_picture import draw_report, overlay
 from wantrim.methods.grid import TokenGrid
 from wantrim.methods.tokens import Selection

@@ -9,9 +9,10 @@ from torch.utils._pytree import tree_leaves
 from wantrim.benchmarks.speed_models import Runner, build
 from wantrim.benchmarks.speed_plans import Size, plans
 from wantrim.benchmarks.speed_probes import peak_bytes
+from wantrim.engine.engine import COND, UNCOND
+from wantrim.engine.plan import TrimPlan
 from wantrim.hosts.diffusers.attach import attach
 from wantrim.hosts.diffusers.weights import new_transformer
-from wantrim.hosts.session import COND, UNCOND, TrimPlan
 from wantrim.methods.depth import BlockBudget, BlockPlan
 from wantrim.methods.fingerprint import Fingerprint
 from wantrim.methods.presets import preset_plan

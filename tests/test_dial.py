@@ -7,19 +7,29 @@ from dataclasses import replace
 import pytest
 
 from wantrim.benchmarks.depth import shipped_profile
+from wantrim.engine.plan import TrimPlan
 from wantrim.hosts.diffusers.attach import attach
 from wantrim.hosts.diffusers.sample import sigmas_for
 from wantrim.hosts.diffusers.weights import load_original
-from wantrim.hosts.session import TrimPlan
 from wantrim.methods.cost import WanShape
-from wantrim.methods.dial import HIGH, LOW, Dial, other_slice, split
 from wantrim.methods.fingerprint import Fingerprint
 from wantrim.methods.grid import TokenGrid
 from wantrim.methods.mixes import AUTO, MIXES, PRIORITIES
 from wantrim.methods.presets import preset_plan
 from wantrim.methods.profile import Profile
 from wantrim.methods.schedule import progress_at, sigma_at
-from wantrim.methods.solve import TOLERANCE, Parts, Run, solve, whole_steps
+from wantrim.solve.dial import (
+    HIGH,
+    LOW,
+    TOLERANCE,
+    Dial,
+    Parts,
+    Run,
+    other_slice,
+    solve,
+    split,
+    whole_steps,
+)
 from wantrim.toy import CHECKPOINT
 
 SHAPE, GRID = WanShape(5120, 13824, 40), TokenGrid(21, 30, 52)

@@ -4,10 +4,11 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
 
+from wantrim.engine.engine import COND, UNCOND
+from wantrim.engine.plan import TrimPlan
 from wantrim.hosts.diffusers.attach import attach
 from wantrim.hosts.diffusers.sample import sample, sigmas_for
 from wantrim.hosts.diffusers.weights import new_transformer
-from wantrim.hosts.session import COND, UNCOND, TrimPlan
 from wantrim.methods.importance import IMPORTANCE
 from wantrim.methods.schedule import Schedule
 from wantrim.methods.tokens import TokenPlan

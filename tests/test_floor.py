@@ -7,14 +7,22 @@ import pytest
 import torch
 
 from wantrim.benchmarks.flops import count_flops
+from wantrim.engine.engine import COND, UNCOND
+from wantrim.engine.plan import TrimPlan
 from wantrim.hosts.diffusers.attach import attach
 from wantrim.hosts.diffusers.sample import sample, sigmas_for
 from wantrim.hosts.diffusers.shape import wan_shape
 from wantrim.hosts.diffusers.weights import load_original, new_transformer
-from wantrim.hosts.session import COND, UNCOND, TrimPlan
 from wantrim.methods.cost import Work, block_work, forward_flops
 from wantrim.methods.depth import BlockBudget, BlockPlan, blocks_per_step
-from wantrim.methods.floor import (
+from wantrim.methods.grid import TokenGrid
+from wantrim.methods.heads import FRAME, FULL, OFF, HeadPlan
+from wantrim.methods.presets import preset_plan
+from wantrim.methods.routers import FixedRouter, RandomRouter
+from wantrim.methods.schedule import Schedule
+from wantrim.methods.tokens import TokenPlan
+from wantrim.methods.width import Width
+from wantrim.solve.floor import (
     DEVICES,
     WAN,
     Rates,
@@ -23,13 +31,6 @@ from wantrim.methods.floor import (
     run_work,
     video_grid,
 )
-from wantrim.methods.grid import TokenGrid
-from wantrim.methods.heads import FRAME, FULL, OFF, HeadPlan
-from wantrim.methods.presets import preset_plan
-from wantrim.methods.routers import FixedRouter, RandomRouter
-from wantrim.methods.schedule import Schedule
-from wantrim.methods.tokens import TokenPlan
-from wantrim.methods.width import Width
 from wantrim.toy import CHECKPOINT
 
 SIZE, GRID = (5, 12, 12), TokenGrid(5, 6, 6)

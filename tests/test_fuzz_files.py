@@ -14,11 +14,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from wantrim.hosts.diffusers.weights import load_original, save_original
-from wantrim.hosts.profile_picture import summary
-from wantrim.hosts.profiling import open_profile
-from wantrim.hosts.slim_export import export_slim
-from wantrim.hosts.slim_file import list_entries, read_header, read_tensor
-from wantrim.hosts.slim_source import open_source
 from wantrim.methods.calibration import Calibration, load_calibration
 from wantrim.methods.fingerprint import Fingerprint
 from wantrim.methods.profile import Profile
@@ -30,6 +25,11 @@ from wantrim.methods.routers import (
     load_router,
     save_router,
 )
+from wantrim.profiles.picture import summary
+from wantrim.profiles.recorder import open_profile
+from wantrim.slim.export import export_slim
+from wantrim.slim.file import list_entries, read_header, read_tensor
+from wantrim.slim.source import open_source
 from wantrim.tests.test_slim import SMALL_WIDTH, small
 
 MODEL = Fingerprint(48, 80, 3, 4, 16, 16, (0.5, -0.25))

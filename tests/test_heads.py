@@ -5,10 +5,11 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
+from wantrim.engine.engine import COND, UNCOND
+from wantrim.engine.plan import TrimPlan
 from wantrim.hosts.diffusers.attach import attach
 from wantrim.hosts.diffusers.sample import sample
 from wantrim.hosts.diffusers.weights import load_original, new_transformer
-from wantrim.hosts.session import COND, UNCOND, TrimPlan
 from wantrim.methods.heads import FULL, OFF, TILES, HeadPlan
 from wantrim.methods.presets import preset_plan
 from wantrim.methods.schedule import Schedule

@@ -1,4 +1,7 @@
-"""The import arrow: kernels <- methods <- hosts <- nodes, read from the syntax tree."""
+"""The import arrow, and no circle between two files, read from the syntax tree.
+
+kernels <- methods <- engine <- solve, profiles, slim, report <- hosts <- nodes
+"""
 
 import ast
 import shutil
@@ -12,16 +15,20 @@ PACK = "wantrim"
 ENTRY = "__init__"
 ABOVE = ".."
 # the folders that each may import from; "__init__" is the root __init__.py
+BELOW = {"kernels", "methods", "engine", "solve", "profiles", "slim", "report", "toy"}
+FEATURES = {"solve", "profiles", "slim", "report"}
 ARROW = {
     "toy": set(),
     "kernels": set(),
     "methods": {"kernels"},
-    "hosts": {"kernels", "methods", "toy"},
-    "nodes": {"kernels", "methods", "hosts", "toy"},
-    ENTRY: {"kernels", "methods", "hosts", "nodes", "toy"},
-    "demo": {"kernels", "methods", "hosts", "toy"},
-    "training": {"kernels", "methods", "hosts", "toy"},
-    "benchmarks": {"kernels", "methods", "hosts", "toy"},
+    "engine": {"kernels", "methods"},
+    **{name: {"kernels", "methods", "engine", *FEATURES} for name in sorted(FEATURES)},
+    "hosts": BELOW,
+    "nodes": {*BELOW, "hosts"},
+    ENTRY: {*BELOW, "hosts", "nodes"},
+    "demo": {*BELOW, "hosts"},
+    "training": {*BELOW, "hosts"},
+    "benchmarks": {*BELOW, "hosts"},
 }
 # what every ComfyUI has; all but torch are in requirements.txt (PIL below is ComfyUI's too)
 EVERYWHERE = {"torch", "numpy", "safetensors", "einops"}
@@ -46,7 +53,7 @@ PLACES = {
     "matplotlib": OFFLINE,
     "av": OFFLINE,
     "rich": OFFLINE,
-    "PIL": ("hosts/", "nodes/", *OFFLINE),
+    "PIL": ("report/", "profiles/", "hosts/", "nodes/", *OFFLINE),
     "skimage": ("benchmarks/",),
     "vbench": ("benchmarks/",),
 }
@@ -123,6 +130,55 @@ def absolute_imports_of_ours(root: Path) -> list[str]:
 
 def test_arrow(root):
     assert not complaints(root)
+
+
+def circles(root: Path) -> list[tuple[str, ...]]:
+    """Files of ours that import each other, directly or on a way around."""
+    names = {file: ".".join([PACK, *file.with_suffix("").parts]) for file in source_files(root)}
+    modules = {name.removesuffix(".__init__"): name for name in names.values()}
+    graph = {}
+    for file, name in names.items():
+        found = set()
+        for _, module in imports(root, file):
+            # "package.module.name" or "package.module"
+            target = modules.get(module) or modules.get(module.rpartition(".")[0])
+            found |= {target} - {None, name}
+        graph[name] = found
+    return [tuple(one) for one in strongly_connected(graph) if len(one) > 1]
+
+
+def strongly_connected(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Groups of nodes that reach each other."""
+
+    def reach(start: str) -> set[str]:
+        seen, todo = set(), [start]
+        while todo:
+            for after in graph[todo.pop()] - seen:
+                seen.add(after)
+                todo.append(after)
+        return seen
+
+    reached = {name: reach(name) for name in graph}
+    groups, done = [], set()
+    for name in graph:
+        if name not in done:
+            group = [other for other in graph if other in reached[name] and name in reached[other]]
+            groups.append(sorted({name, *group}))
+            done |= {name, *group}
+    return groups
+
+
+def test_no_circles(root):
+    assert not circles(root)
+
+
+def test_a_circle_is_found(tmp_path):
+    (tmp_path / "engine").mkdir()
+    (tmp_path / "engine/a.py").write_text("from .b import x\n")
+    (tmp_path / "engine/b.py").write_text("from .c import x\n")
+    (tmp_path / "engine/c.py").write_text("from typing import TYPE_CHECKING\nfrom . import a\n")
+    (tmp_path / "engine/d.py").write_text("from .a import x\n")
+    assert circles(tmp_path) == [("wantrim.engine.a", "wantrim.engine.b", "wantrim.engine.c")]
 
 
 def test_imports_of_ours_are_relative(root):

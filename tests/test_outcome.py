@@ -4,12 +4,12 @@ import json
 
 import pytest
 
-from wantrim.hosts.outcome import _works, measured_speed, report_json, step_work
-from wantrim.hosts.report import Report, Step
+from wantrim.engine.record import Record, Step
 from wantrim.methods.cost import WanShape, block_flops, outside_flops
-from wantrim.methods.floor import device_rates
 from wantrim.methods.grid import TokenGrid
 from wantrim.methods.heads import FRAME, FULL, OFF, HeadPlan
+from wantrim.report.figures import _works, measured_speed, report_json, step_work
+from wantrim.solve.floor import device_rates
 
 GRID = TokenGrid(2, 3, 4)
 SHAPE = WanShape(64, 128, 4, text_tokens=8, text_dim=16, head_dim=16)

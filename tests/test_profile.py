@@ -8,20 +8,21 @@ import torch
 from diffusers import WanTransformer3DModel
 
 from wantrim.demo import profile as demo
-from wantrim.hosts import recording
+from wantrim.engine.engine import COND, UNCOND
+from wantrim.engine.plan import TrimPlan
 from wantrim.hosts.diffusers.attach import attach
 from wantrim.hosts.diffusers.blocks import watch_blocks
 from wantrim.hosts.diffusers.profiling import model_fingerprint, profile_run
 from wantrim.hosts.diffusers.sample import sample
 from wantrim.hosts.diffusers.weights import load_original
-from wantrim.hosts.profile_picture import draw_profile, summary
-from wantrim.hosts.session import COND, UNCOND, TrimPlan
 from wantrim.kernels.reference import frame_mass
 from wantrim.methods.calibration import Calibration, calibration_bytes
 from wantrim.methods.fingerprint import Fingerprint
 from wantrim.methods.heads import CHEAP
 from wantrim.methods.presets import preset_plan
 from wantrim.methods.profile import Profile, load_profile, of_weights
+from wantrim.profiles import recording
+from wantrim.profiles.picture import draw_profile, summary
 from wantrim.toy import CHECKPOINT
 
 BOTH = (COND, UNCOND)

@@ -13,7 +13,6 @@ from wantrim.methods.attend import Layout, pattern_pairs
 from wantrim.methods.budget import attention_share, solve_heads, solve_width, width_share
 from wantrim.methods.cost import WanShape, plan_work, planned_tokens
 from wantrim.methods.depth import SHAPES, BlockBudget, BlockPlan, blocks_per_step, choose_blocks
-from wantrim.methods.dial import HIGH, LOW, Dial, split
 from wantrim.methods.fingerprint import Fingerprint
 from wantrim.methods.grid import TokenGrid, gather_tokens, other_positions, scatter_tokens
 from wantrim.methods.heads import CHEAP, FULL, OFF
@@ -25,9 +24,20 @@ from wantrim.methods.profile import BINS, Profile, sigma_bin
 from wantrim.methods.restore import frame_of, frame_weights, nearest_kept
 from wantrim.methods.routers import RandomRouter
 from wantrim.methods.schedule import DIRECTIONS, Schedule, progress_at, sigma_at
-from wantrim.methods.solve import TOLERANCE, Parts, Run, flops_cost, solve, whole_steps
 from wantrim.methods.tokens import TokenPlan, select_tokens
 from wantrim.methods.width import ffn_count, ffn_multiple, kept_count, pare_width
+from wantrim.solve.dial import (
+    HIGH,
+    LOW,
+    TOLERANCE,
+    Dial,
+    Parts,
+    Run,
+    flops_cost,
+    solve,
+    split,
+    whole_steps,
+)
 from wantrim.tests.hypotheses import few
 
 shares = st.floats(0.01, 1.0)

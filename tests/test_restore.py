@@ -1,12 +1,13 @@
 import pytest
 import torch
 
+from wantrim.engine.engine import COND, UNCOND, Engine
+from wantrim.engine.plan import TrimPlan
+from wantrim.engine.record import Record
 from wantrim.hosts.diffusers.attach import attach
 from wantrim.hosts.diffusers.sample import denoise, sample
 from wantrim.hosts.diffusers.weights import new_transformer
 from wantrim.hosts.past import Past
-from wantrim.hosts.report import Report
-from wantrim.hosts.session import COND, UNCOND, Session, TrimPlan
 from wantrim.methods.grid import TokenGrid, gather_tokens
 from wantrim.methods.importance import Evidence, rotation
 from wantrim.methods.restore import RESTORE, frame_weights, nearest_kept

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 
+from wantrim.engine.engine import COND, UNCOND, Engine
+from wantrim.engine.plan import TrimPlan
+from wantrim.engine.record import Record
 from wantrim.hosts.diffusers.attach import attach
 from wantrim.hosts.diffusers.sample import sample, sigmas_for
 from wantrim.hosts.diffusers.weights import new_transformer
 from wantrim.hosts.past import Past
-from wantrim.hosts.report import Report
 from wantrim.hosts.report_picture import KEPT, _heat
-from wantrim.hosts.session import COND, UNCOND, Session, TrimPlan
 from wantrim.hosts.skipping import Skips
 from wantrim.methods.depth import BlockBudget, BlockPlan, blocks_per_step, choose_blocks
 from wantrim.methods.fingerprint import Fingerprint

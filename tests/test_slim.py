@@ -12,17 +12,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from wantrim.__main__ import main
-from wantrim.hosts import slim_file
 from wantrim.hosts.diffusers.profiling import profile_run
 from wantrim.hosts.diffusers.sample import denoise
 from wantrim.hosts.diffusers.slim import load_slim
 from wantrim.hosts.diffusers.weights import load_original, new_transformer, save_original
-from wantrim.hosts.profiling import open_profile, save_profile
-from wantrim.hosts.slim_export import copy_slim, export_slim, slim_checkpoint
-from wantrim.hosts.slim_file import PREFIX, read_header
-from wantrim.hosts.slim_source import open_source
 from wantrim.methods.calibration import load_calibration
-from wantrim.methods.slim import (
+from wantrim.methods.width import Width
+from wantrim.profiles.recorder import open_profile, save_profile
+from wantrim.slim import file as slim_file
+from wantrim.slim.cut import (
     check_width,
     expand_heads,
     find_cut,
@@ -31,7 +29,9 @@ from wantrim.methods.slim import (
     take,
     whole_width,
 )
-from wantrim.methods.width import Width
+from wantrim.slim.export import copy_slim, export_slim, slim_checkpoint
+from wantrim.slim.file import PREFIX, read_header
+from wantrim.slim.source import open_source
 from wantrim.toy import CHECKPOINT
 from wantrim.toy.text import encode_prompt
 
@@ -722,9 +722,9 @@ LARGE = """
 import json, resource, sys
 from pathlib import Path
 import torch
-from wantrim.hosts.slim_export import export_slim
-from wantrim.hosts.slim_file import PREFIX
-from wantrim.hosts.slim_source import open_source
+from wantrim.slim.export import export_slim
+from wantrim.slim.file import PREFIX
+from wantrim.slim.source import open_source
 from wantrim.methods.width import Width
 
 folder, blocks, heads, channels = Path(sys.argv[1]), *map(int, sys.argv[2:])

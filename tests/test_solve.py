@@ -8,20 +8,20 @@ import torch
 
 from wantrim.benchmarks.depth import shipped_profile
 from wantrim.benchmarks.flops import count_flops
+from wantrim.engine.engine import COND, UNCOND
+from wantrim.engine.plan import TrimPlan
 from wantrim.hosts.diffusers.attach import attach
 from wantrim.hosts.diffusers.sample import sample, sigmas_for
 from wantrim.hosts.diffusers.shape import wan_shape
 from wantrim.hosts.diffusers.weights import load_original
-from wantrim.hosts.session import COND, UNCOND, TrimPlan
 from wantrim.methods.cost import WanShape, planned_tokens
 from wantrim.methods.depth import BlockBudget, BlockPlan, blocks_per_step
-from wantrim.methods.floor import Rates
 from wantrim.methods.grid import TokenGrid
 from wantrim.methods.heads import HeadPlan
 from wantrim.methods.mixes import MIXES, knobs_at, way
 from wantrim.methods.presets import preset_plan
 from wantrim.methods.routers import RandomRouter
-from wantrim.methods.solve import (
+from wantrim.solve.dial import (
     TOLERANCE,
     Parts,
     Run,
@@ -31,6 +31,7 @@ from wantrim.methods.solve import (
     solve,
     whole_steps,
 )
+from wantrim.solve.floor import Rates
 from wantrim.toy import CHECKPOINT
 
 GRID_480P = TokenGrid(21, 30, 52)

@@ -12,7 +12,7 @@ from wantrim.benchmarks.speed_plans import ATTACHED, Size, plans, steady_work
 from wantrim.benchmarks.speed_probes import interval, overhead, peak_bytes, take_turns
 from wantrim.benchmarks.summary import speed_table
 from wantrim.benchmarks.table import read_rows
-from wantrim.hosts.session import TrimPlan
+from wantrim.engine.plan import TrimPlan
 from wantrim.kernels import reference
 
 SMALL = Size("small", 48, 4, 64, 8, (3, 8, 8))

@@ -23,7 +23,7 @@ from wantrim.benchmarks.students import (
 from wantrim.benchmarks.subjects import toy_subject
 from wantrim.benchmarks.table import read_rows
 from wantrim.hosts.diffusers.slim import load_slim
-from wantrim.hosts.slim_file import read_header
+from wantrim.slim.file import read_header
 from wantrim.training.gate import new_router
 from wantrim.training.models import open_origin, write_student
 from wantrim.training.recipe import load_recipe

@@ -7,15 +7,15 @@ import pytest
 import torch
 from torch import nn
 
+from wantrim.engine.plan import TrimPlan
 from wantrim.hosts.diffusers.attach import attach
 from wantrim.hosts.diffusers.profiling import model_fingerprint
 from wantrim.hosts.diffusers.sample import sample, sigmas_for
 from wantrim.hosts.diffusers.slim import load_slim
-from wantrim.hosts.plan import TrimPlan
-from wantrim.hosts.slim_file import read_header
 from wantrim.methods.depth import BlockBudget, BlockPlan
 from wantrim.methods.presets import preset_plan
 from wantrim.methods.routers import FixedRouter, TrainedRouter, load_router
+from wantrim.slim.file import read_header
 from wantrim.tests.small_wan import RECIPE, make_origin, write_recipe
 from wantrim.toy.text import TEXT_DIM
 from wantrim.training.changes import change

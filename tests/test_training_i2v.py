@@ -7,12 +7,12 @@ import torch
 from diffusers import WanTransformer3DModel
 from safetensors.torch import save_file
 
+from wantrim.engine.plan import TrimPlan
 from wantrim.hosts.diffusers.attach import attach
 from wantrim.hosts.diffusers.checkpoints import load_checkpoint
 from wantrim.hosts.diffusers.profiling import profile_run
 from wantrim.hosts.diffusers.slim import load_slim
 from wantrim.hosts.diffusers.weights import to_original_keys
-from wantrim.hosts.plan import TrimPlan
 from wantrim.methods.depth import BlockBudget, BlockPlan
 from wantrim.methods.routers import load_router
 from wantrim.training.parallel import world

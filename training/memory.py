@@ -16,10 +16,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from ..hosts.slim_file import list_entries
-from ..hosts.slim_source import open_source
 from ..methods.cost import WanShape, block_flops, block_parameters, outside_flops
 from ..methods.width import ffn_count, kept_count
+from ..slim.file import list_entries
+from ..slim.source import open_source
 from ..toy import CHECKPOINT
 from ..toy.text import TEXT_DIM, TEXT_TOKENS
 from .objectives import SUBSTEPS

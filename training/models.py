@@ -10,14 +10,14 @@ from diffusers import WanTransformer3DModel
 
 from ..hosts.diffusers.checkpoints import load_checkpoint
 from ..hosts.diffusers.slim import load_slim, save_slim
-from ..hosts.slim_export import check_profile, export_slim, package_version
-from ..hosts.slim_file import SlimHeader, read_header
-from ..hosts.slim_source import Source, open_source
 from ..methods.budget import solve_width
 from ..methods.fingerprint import sample_modulation
 from ..methods.profile import Profile, load_profile
 from ..methods.routers import RouterMLP, TrainedRouter, save_router
 from ..methods.width import Width, channels, ffn_count, ffn_scores, pare_heads
+from ..slim.export import check_profile, export_slim, package_version
+from ..slim.file import SlimHeader, read_header
+from ..slim.source import Source, open_source
 from ..toy import CHECKPOINT, PROFILE
 from .recipe import TINY, Recipe, Stage
 

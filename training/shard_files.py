@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from ..hosts.slim_file import list_entries, read_tensor
 from ..methods.artifact import replacing
+from ..slim.file import list_entries, read_tensor
 
 log = logging.getLogger(__name__)
 

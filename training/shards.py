@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..hosts.slim_file import Entry, list_entries, read_tensor
+from ..slim.file import Entry, list_entries, read_tensor
 from .shard_files import FLOATS, PROMPTS, check_shards, read_index
 
 log = logging.getLogger(__name__)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from ..engine.plan import TrimPlan
 from ..hosts.diffusers.attach import attach
-from ..hosts.plan import TrimPlan
 from ..methods.presets import preset_plan
 from .draws import shifted
 from .recipe import Stage, Tokens

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..hosts.slim_file import SlimHeader
 from ..methods.depth import BlockBudget
 from ..methods.routers import RouterMLP, load_router
+from ..slim.file import SlimHeader
 from .average import Average
 from .checkpoints import State, whole_state
 from .draws import Draws

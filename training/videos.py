@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from ..engine.engine import COND, UNCOND
+from ..engine.plan import TrimPlan
 from ..hosts.diffusers.attach import attach
 from ..hosts.diffusers.sample import sample, sigmas_for
-from ..hosts.plan import TrimPlan
-from ..hosts.session import COND, UNCOND
 from ..methods.depth import BlockPlan
 from ..methods.fingerprint import Fingerprint
 from ..methods.routers import TrainedRouter

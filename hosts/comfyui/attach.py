@@ -1,8 +1,8 @@
 """Put a plan on a ComfyUI MODEL, and take it off.
 
 The plan travels in `transformer_options`; two keyed wrappers read it. OUTER_SAMPLE makes the
-session of a run and drops it afterwards; DIFFUSION_MODEL asks the session what this call keeps and
-replaces the blocks in its own copy of the options. Two more live only in a run's copy of the
+engine of a run and drops it afterwards; DIFFUSION_MODEL asks it what this call does and replaces
+the blocks in its own copy of the options. Two more live only in a run's copy of the
 options and see to it that the conditional prompt decides. Nothing of the model is touched or held.
 """
 
@@ -18,18 +18,26 @@ import comfy.model_management
 import comfy.model_patcher
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 
+from ...engine.call import Call
+from ...engine.compiled import CAN_PAUSE, is_compiled, paused
+from ...engine.engine import COND, Engine, check_latent
+from ...engine.plan import TrimPlan
+from ...engine.record import Record
 from ...methods.routers import TrainedRouter
 from ...methods.schedule import progress_at
-from ...methods.solve import Solved
-from ..compiled import CAN_PAUSE, is_compiled, paused
-from ..report import Report
-from ..session import COND, Session, TrimPlan, check_latent
+from ...solve.dial import Dial, Solved
 from .blocks import replace_blocks
 from .dense_step import Unmeasurable, call_sizes
 from .dial import Wish
 from .live import Live, running_node
 from .shape import clip_tokens, device_name, wan_shape
-from .variants import anchored_frames, tells_start, token_grid, why_not_now, why_not_patched
+from .variants import (
+    anchored_frames,
+    sees_between_blocks,
+    token_grid,
+    why_not_now,
+    why_not_patched,
+)
 
 log = logging.getLogger(__name__)
 
@@ -49,17 +57,40 @@ class Attachment:
     """A plan as it sits on a MODEL, with what came of it in the last run that used it.
 
     Args:
+        dial: decides the shares when a run begins, or None.
+        place: where keys and values of left out tokens may be kept.
         nodes: ids of the nodes that made the plan, where a node did.
     """
 
-    def __init__(self, plan: TrimPlan, nodes: tuple[str, ...] = ()):
-        self.plan, self.nodes = plan, nodes
-        self.report: Report | None = None
+    def __init__(
+        self,
+        plan: TrimPlan,
+        dial: Dial | None = None,
+        place: str = "auto",
+        nodes: tuple[str, ...] = (),
+    ):
+        self.plan, self.dial, self.place, self.nodes = plan, dial, place, nodes
+        self.record: Record | None = None
         # sizes of the first step's model calls in that run, or why they are not known
         self.calls: list[dict] = []
         self.unmeasurable: str | None = None
         # what the dial decided, if there is one
         self.solved: Solved | None = None
+
+    @property
+    def neutral(self) -> bool:
+        """Whether the model runs as if nothing sat on it."""
+        if self.dial is not None and self.dial.final:
+            return True
+        return self.plan.neutral and (self.dial is None or self.dial.off)
+
+    def describe(self) -> str:
+        if self.dial is not None and self.dial.final:
+            return "final render, nothing trimmed"
+        parts = [] if self.dial is None or self.dial.off else [self.dial.describe()]
+        if not parts or not self.plan.neutral:
+            parts.append(self.plan.describe())
+        return "; ".join(parts)
 
     def __deepcopy__(self, memo) -> Attachment:
         # older hosts deep-copy model_options with every clone; the report must stay reachable
@@ -71,17 +102,22 @@ def attachment_of(model) -> Attachment | None:
     return model.model_options["transformer_options"].get(KEY)
 
 
-def attach(model, plan: TrimPlan):
-    """A clone of a MODEL with `plan` on it; an earlier plan on it is replaced."""
+def attach(model, plan: TrimPlan, dial: Dial | None = None, place: str = "auto"):
+    """A clone of a MODEL with `plan` and `dial` on it; what was there before is replaced."""
     patched = detach(model)
     present, node = attachment_of(model), running_node()
     nodes = [] if present is None else [one for one in present.nodes if one != node]
     nodes += [] if node is None else [node]
-    patched.model_options["transformer_options"][KEY] = Attachment(plan, tuple(nodes))
+    attachment = Attachment(plan, dial, place, tuple(nodes))
+    patched.model_options["transformer_options"][KEY] = attachment
     patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _outer_sample)
-    if not plan.neutral:
+    if not attachment.neutral:
         patched.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, _diffusion_model)
-    if not plan.final and plan.trims_blocks and isinstance(plan.blocks.router, TrainedRouter):
+    if (
+        not attachment.neutral
+        and plan.trims_blocks
+        and isinstance(plan.blocks.router, TrainedRouter)
+    ):
         # the host moves its weights with the model's
         carried = comfy.model_patcher.ModelPatcher(
             plan.blocks.router.mlp,
@@ -90,6 +126,20 @@ def attach(model, plan: TrimPlan):
         )
         patched.set_additional_models(KEY, [carried])
     return patched
+
+
+def attach_part(model, **parts):
+    """A clone of a MODEL with parts of its plan replaced, by their names in `TrimPlan`."""
+    present = attachment_of(model)
+    if present is None:
+        return attach(model, TrimPlan(**parts))
+    return attach(model, replace(present.plan, **parts), present.dial, present.place)
+
+
+def attach_dial(model, dial: Dial, place: str):
+    """A clone of a MODEL with a dial; the parts that other nodes put on it stay."""
+    present = attachment_of(model)
+    return attach(model, TrimPlan() if present is None else present.plan, dial, place)
 
 
 def detach(model):
@@ -103,10 +153,10 @@ def detach(model):
 
 
 class _Run:
-    """The session of one sampling run and the model's way from sigma to progress."""
+    """The engine of one sampling run and the model's way from sigma to progress."""
 
-    def __init__(self, session: Session, shift: float):
-        self.session, self.shift = session, shift
+    def __init__(self, engine: Engine, shift: float):
+        self.engine, self.shift = engine, shift
         # why this run computes everything
         self.dense: str | None = None
         # why this run looks into no block
@@ -116,9 +166,6 @@ class _Run:
         self.awaits_cond = False
         # of the call that runs, before the host rounds it to the model's dtype
         self.latent: torch.Tensor | None = None
-        # the sampler's, and their values: reading them waits for the device
-        self._sigmas: torch.Tensor | None = None
-        self._values: list[float] = []
         # a dial's, until the first model call
         self.wish: Wish | None = None
         self.solved: Solved | None = None
@@ -126,15 +173,9 @@ class _Run:
         self.calls: list[dict] = []
         self.unmeasurable: str | None = None
 
-    @property
-    def looks_inside(self) -> bool:
-        """Whether the plan wants more of a block than to leave it out."""
-        plan = self.session.plan
-        return plan.trims_tokens or plan.trims_heads
-
     def note_call(self, arguments: dict) -> None:
         """Keep the sizes of a model call that was made, if it is of the first step."""
-        if len(self.session.report.steps) != 1 or self.unmeasurable is not None:
+        if len(self.engine.record.steps) != 1 or self.unmeasurable is not None:
             return
         try:
             self.calls.append(call_sizes(arguments))
@@ -144,36 +185,31 @@ class _Run:
     def __deepcopy__(self, memo) -> _Run:
         return self
 
-    def upcoming(self, options: dict, sigma: float) -> tuple[float, float] | None:
-        """The next step's sigma and progress; samplers that choose their own sigmas have none."""
-        sigmas = options.get("sample_sigmas")
-        if sigmas is None:
-            return None
-        if sigmas is not self._sigmas:
-            self._sigmas, self._values = sigmas, sigmas.tolist()
-        later = [s for s in self._values if 0 < s < sigma - 1e-4]
-        return (max(later), progress_at(max(later), self.shift)) if later else None
-
 
 def _outer_sample(executor, *args, **kwargs):
     guider = executor.class_obj
     original = guider.model_options
     options = comfy.model_patcher.create_model_options_clone(original)
     attachment: Attachment = options["transformer_options"][KEY]
-    report = Report(type(guider.model_patcher.model.diffusion_model).__name__)
-    report.planned = attachment.plan.describe()
-    # noise, latent, sampler, sigmas
-    live = Live(report, attachment.nodes, args[3].tolist())
-    attachment.solved = None
+    record = Record(type(guider.model_patcher.model.diffusion_model).__name__)
     sampling = guider.model_patcher.get_model_object("model_sampling")
     shift = getattr(sampling, "shift", None)
+    # noise, latent, sampler, sigmas
+    sigmas = args[3] if len(args) > 3 else kwargs["sigmas"]
+    live = Live(record, attachment.nodes, sigmas.tolist())
+    attachment.solved = None
+    neutral = attachment.neutral
+    run = _Run(Engine(TrimPlan() if neutral else attachment.plan, record, live.step), shift or 1.0)
+    record.planned = attachment.describe()
     if shift is None:
-        report.note("this model's sampling has no flow shift: the schedule follows sigma itself")
-    run = _Run(Session(attachment.plan.solved(), report, live.step), shift or 1.0)
-    if attachment.plan.solves:
-        run.wish = Wish.of(attachment.plan, guider, run.shift)
+        record.note("this model's sampling has no flow shift: the schedule follows sigma itself")
+    if not neutral and attachment.dial is not None and not attachment.dial.off:
+        sampler = args[2] if len(args) > 2 else kwargs.get("sampler")
+        run.wish = Wish.of(
+            attachment.dial, attachment.plan, attachment.place, guider, sampler, run.shift
+        )
     options["transformer_options"][SESSION_KEY] = run
-    if not attachment.plan.neutral:
+    if not neutral:
         # last, so that what other packs do per batch of prompts is done once
         for kind, wrapper in (
             (WrappersMP.CALC_COND_BATCH, _calc_cond_batch),
@@ -181,12 +217,12 @@ def _outer_sample(executor, *args, **kwargs):
         ):
             add_wrapper_with_key(kind, KEY, wrapper, options, is_model_options=True)
         if set(guider.conds) - {"positive", "negative"}:
-            report.note(
+            record.note(
                 "this guider orders its prompts in its own way; the first of them decided which "
                 "tokens stay"
             )
         run.patched = why_not_patched(guider.model_patcher)
-    attachment.report, attachment.calls = report, run.calls
+    attachment.record, attachment.calls = record, run.calls
     guider.model_options = options
     completed = False
     try:
@@ -196,15 +232,15 @@ def _outer_sample(executor, *args, **kwargs):
     finally:
         guider.model_options = original
         attachment.solved = run.solved
-        run.session.finish(completed)
+        run.engine.finish(completed)
         attachment.unmeasurable = run.unmeasurable
         live.end()
-        if report.steps:
+        if record.steps:
             log.info(
                 "WanTrim: %d steps, %.0f%% of the token work done, %d remarks",
-                len(report.steps),
-                100 * report.kept_share,
-                len(report.notes),
+                len(record.steps),
+                100 * record.kept_share,
+                len(record.notes),
             )
 
 
@@ -220,7 +256,7 @@ def _calc_cond_batch(executor, model, conds, x_in, timestep, model_options):
             "several GPUs share a step and would choose tokens and blocks apart: all were computed"
         )
         # now, because a compiled model may not come by again
-        run.session.report.note(run.dense)
+        run.engine.record.note(run.dense)
     if (
         run is None
         or run.dense
@@ -279,10 +315,10 @@ def _must_pause(run: _Run, dm) -> bool:
     """
     if run.dense is not None:
         return False
-    inside = run.wish is not None or run.looks_inside
+    inside = run.wish is not None or run.engine.plan.looks_inside
     if not is_compiled(dm) and not (inside and any(map(is_compiled, dm.blocks))):
         return False
-    run.session.report.note(NOT_COMPILED if CAN_PAUSE else CANNOT_PAUSE)
+    run.engine.record.note(NOT_COMPILED if CAN_PAUSE else CANNOT_PAUSE)
     return True
 
 
@@ -299,48 +335,37 @@ def _diffusion_model(
 ):
     options = transformer_options or {}
     run: _Run | None = options.get(SESSION_KEY)
+    dm, call = executor.class_obj, None
     if run is not None:
-        options = _trimmed_options(
-            executor.class_obj,
-            run,
-            x,
-            timestep,
-            context,
-            clip_fea,
-            time_dim_concat,
-            options,
-            kwargs,
-        )
+        given = (x, timestep, context, clip_fea, time_dim_concat, options, kwargs)
+        call = _begin(dm, run, *given)
+    if call is not None and call.repeats:
+        return call.repeated()
+    if call is not None and call.touches_blocks:
+        options = replace_blocks(options, call, len(dm.blocks))
     # positional, because other packs' wrappers read the options as the last argument
-    return executor(x, timestep, context, clip_fea, time_dim_concat, options, **kwargs)
+    out = executor(x, timestep, context, clip_fea, time_dim_concat, options, **kwargs)
+    return out if call is None else call.output(out)
 
 
-def _trimmed_options(
+def _begin(
     dm, run: _Run, x, timestep, context, clip_fea, time_dim_concat, options: dict, extra: dict
-) -> dict:
-    report = run.session.report
+) -> Call | None:
+    """The engine's call for a call of the model; None where the model runs without us."""
+    engine, record = run.engine, run.engine.record
     check_latent(x)
     grid = token_grid(dm, x, time_dim_concat, extra)
     anchored = anchored_frames(dm, x, timestep, grid, extra)
-    if run.wish is not None and run.dense is None:
-        seen = (context, clip_fea, grid, anchored, options["sample_sigmas"])
-        plan, run.solved = run.wish.solve(dm, *seen, report)
-        run.session.take(plan)
-        run.wish = None
-        log.info("WanTrim: %s", report.planned)
-    # skipped blocks are no matter to those who look into a block
-    reason = run.dense
-    if reason is None and run.looks_inside:
-        reason = run.patched or why_not_now(options)
-    if reason is not None:
-        report.note(reason)
-        plan = run.session.plan
-        if run.dense or not plan.trims_blocks or run.session.decision is not None:
-            return options
-        run.session.take(replace(plan, tokens=None, heads=None))
-    if report.shape is None:
-        report.shape = wan_shape(dm, context.shape[1], clip_tokens(dm, clip_fea))
-        report.device = device_name(context.device)
+    if run.dense is not None:
+        record.note(run.dense)
+        return None
+    if run.wish is not None:
+        seen = (context, clip_fea, grid, anchored, options.get("sample_sigmas"))
+        run.solved, run.wish = run.wish.solve(dm, *seen, engine), None
+        log.info("WanTrim: %s", record.planned)
+    if record.shape is None:
+        record.shape = wan_shape(dm, context.shape[1], clip_tokens(dm, clip_fea))
+        record.device = device_name(context.device)
     # without the image channels, which only one of the two prompts may have
     noise = x[:, : dm.out_dim]
     if run.latent is not None and run.latent.shape == noise.shape:
@@ -348,11 +373,11 @@ def _trimmed_options(
         noise = run.latent
     roles = options.get("cond_or_uncond", [COND])
     levels = options.get("sigmas", timestep)
-    anchored = anchored_frames(dm, x, timestep, grid, extra)
-    run.session.tells_start = tells_start(dm)
-    seen = run.session.look(levels, noise, roles, anchored)
+    window = _window(options)
+    prompts = tuple(options.get("uuids", ()))
+    seen = engine.look(levels, noise, roles, anchored, window, prompts)
     sigma = seen.largest if "sigmas" in options else seen.largest / 1000
-    call = run.session.begin(
+    return engine.begin(
         seen=seen,
         latent=noise,
         sigma=sigma,
@@ -360,21 +385,15 @@ def _trimmed_options(
         cond_or_uncond=roles,
         grid=grid,
         num_blocks=len(dm.blocks),
-        window=_part(options),
-        patch_frames=dm.patch_size[0],
-        prompts=tuple(options.get("uuids", ())),
+        window=window,
+        prompts=prompts,
         clip=None if clip_fea is None else clip_fea[:, 0],
-        upcoming=run.upcoming(options, sigma),
+        inside=run.patched or why_not_now(options),
+        alone=not sees_between_blocks(dm, options),
     )
-    return replace_blocks(options, call) if call.trims else options
 
 
-def _part(options: dict) -> tuple:
-    """Latent frames of the context window that is being sampled, and the prompts it is sampled for.
-
-    A prompt can have an area of its own, so that its tokens are not those of the others.
-    """
+def _window(options: dict) -> tuple | None:
+    """Latent frames of the context window that is being sampled, or None."""
     window = options.get("context_window")
-    frames = None if window is None else tuple(window.index_list)
-    # an unconditional prompt made for such an area shares its number
-    return frames, *(tuple(options.get(key, ())) for key in ("uuids", "cond_or_uncond"))
+    return None if window is None else tuple(window.index_list)

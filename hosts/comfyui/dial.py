@@ -3,44 +3,102 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from ...methods.floor import device_rates
+import comfy.model_management
+
+from ...engine.engine import Engine
+from ...engine.memory import Room, context_bytes
+from ...engine.plan import TrimPlan
 from ...methods.grid import TokenGrid
-from ...methods.solve import Run, Solved, floor_cost, flops_cost
 from ...methods.width import Width
-from ..report import Report
-from ..session import TrimPlan
+from ...solve.dial import Dial, Run, Solved, flops
+from ...solve.floor import device_rates
 from .shape import clip_tokens, device_name, full_shape
 from .slim import slim_header
 from .variants import tells_start
 
+# stock samplers that call the model twice for most of their steps
+TWO_CALLS = (
+    "sample_heun",
+    "sample_heunpp2",
+    "sample_dpm_2",
+    "sample_dpm_2_ancestral",
+    "sample_dpmpp_2s_ancestral",
+    "sample_dpmpp_2s_ancestral_cfg_pp",
+    "sample_dpmpp_sde",
+    "sample_dpmpp_sde_gpu",
+    "sample_exp_heun_2_x0",
+    "sample_exp_heun_2_x0_sde",
+    "sample_seeds_2",
+)
+
+
+# where keys and values of left out tokens may be kept, in an artist's words
+PLACES = ("auto", "gpu", "cpu", "off")
+# share of the free memory that they may take: the model's own needs come and go
+SPARE = 0.7
+
+
+def find_room(place: str, device: torch.device, needed: Callable[[int], int]) -> Room | None:
+    """Where keys and values fit, the nearest first; None is nowhere.
+
+    Args:
+        place: name in `PLACES`.
+        needed: bytes by bits of a number.
+    """
+    if place == "off":
+        return None
+    free = comfy.model_management.get_free_memory(device) * SPARE
+    if place != "cpu":
+        for bits in (8, 4):
+            if needed(bits) <= free:
+                return Room(None, bits)
+    ram = torch.device("cpu")
+    if device.type == "cpu" or place == "gpu":
+        return None
+    free = comfy.model_management.get_free_memory(ram) * SPARE
+    return next((Room(ram, bits) for bits in (8, 4) if needed(bits) <= free), None)
+
 
 @dataclass
 class Wish:
-    """A plan with a dial that waits for the first model call.
+    """A dial that waits for the first model call.
 
     Args:
+        plan: what other nodes decided.
+        place: where keys and values may be kept, name in `PLACES`.
         prompts: 2 with guidance, 1 without.
+        twice: the sampler calls the model twice for each step but the last.
         width: of a slim model.
     """
 
+    dial: Dial
     plan: TrimPlan
+    place: str
     shift: float
     prompts: int
+    twice: bool = False
     width: Width | None = None
 
     @classmethod
-    def of(cls, plan: TrimPlan, guider, shift: float) -> Wish:
+    def of(cls, dial: Dial, plan: TrimPlan, place: str, guider, sampler, shift: float) -> Wish:
         """What a guider tells about the run before it begins."""
-        prompts = sum(bool(conds) for conds in guider.conds.values())
+        conds = getattr(guider, "conds", None) or {}
+        prompts = sum(bool(one) for one in conds.values())
         skips_negative = not guider.model_options.get("disable_cfg1_optimization", False)
-        if skips_negative and math.isclose(getattr(guider, "cfg", 0.0), 1.0):
+        cfg = getattr(guider, "cfg", 0.0)
+        # some packs give a list of numbers, one for each step
+        if skips_negative and isinstance(cfg, int | float) and math.isclose(cfg, 1.0):
             prompts = 1
+        function = getattr(sampler, "sampler_function", None)
+        twice = getattr(function, "__name__", "") in TWO_CALLS
         header = slim_header(guider.model_patcher)
-        return cls(plan, shift, max(1, prompts), None if header is None else header.width)
+        width = None if header is None else header.width
+        return cls(dial, plan, place, shift, max(1, prompts), twice, width)
 
     def solve(
         self,
@@ -49,44 +107,74 @@ class Wish:
         clip_fea: torch.Tensor | None,
         grid: TokenGrid,
         anchored: torch.Tensor | None,
-        sigmas: torch.Tensor,
-        report: Report,
-    ) -> tuple[TrimPlan, Solved]:
-        """The plan for a session; the report takes in what it is and what is in its way."""
-        given = [] if anchored is None else anchored.tolist()
-        # a reference in front of the grid costs what a given latent frame does
-        before = round(grid.start / grid.per_frame)
+        sigmas: torch.Tensor | None,
+        engine: Engine,
+    ) -> Solved | None:
+        """Give an engine its plan; its record takes in what is in the way."""
+        record = engine.record
+        if sigmas is None or len(sigmas) < 2:
+            record.note(
+                "the sampler did not say which steps it will do, so the speed-up could not be "
+                "solved: nothing was left out"
+            )
+            return None
+        given = () if anchored is None else tuple(anchored.tolist())
+        announced = tuple(sigmas.tolist())
+        # the second call of a step is at the sigma of the next one
+        calls = (1, *(2,) * (len(announced) - 2)) if self.twice else None
+        shape = full_shape(dm, context.shape[1], clip_tokens(dm, clip_fea))
+        rows = len(context) if self.prompts == 1 else 2 * max(1, len(context) // 2)
+        sizes = (
+            shape.num_blocks,
+            grid.start + grid.tokens,
+            shape.dim // shape.head_dim,
+            shape.head_dim,
+        )
+
+        def needed(bits: int) -> int:
+            return rows * context_bytes(*sizes, bits)
+
+        room = find_room(self.place, context.device, needed)
         run = Run(
-            full_shape(dm, context.shape[1], clip_tokens(dm, clip_fea)),
-            TokenGrid(grid.frames + before, grid.height, grid.width),
-            tuple(sigmas.tolist()),
+            shape,
+            grid,
+            announced,
             self.shift,
             self.prompts,
-            sum(given) + before,
+            given if any(given) else None,
             any(given[:1]) and tells_start(dm),
             self.width,
+            calls,
+            partial=room is not None,
         )
         name = device_name(context.device)
         rates = device_rates(name)
-        cost = flops_cost if rates is None else floor_cost(rates)
-        solved = self.plan.dial.solve(run, self.plan.parts, cost)
-        plan = self.plan.solved(solved.parts)
+        cost = flops if rates is None else rates.seconds
+        solved = self.dial.solve(run, self.plan, cost)
         measure = "in FLOPs" if rates is None else f"by the rates of {name}"
-        report.planned = _sentence(self.plan, plan, solved, measure)
+        own = "" if self.dial.expert is None else " of this expert's own steps"
+        engine.take(solved.plan)
+        record.planned = (
+            f"{self.dial.describe()}: {solved.plan.describe()}; expected {solved.reached:.2f}x{own} "
+            f"{measure}"
+        )
         if solved.why is not None:
-            report.note(
-                f"{solved.wanted:.2f}x was asked for and {solved.reached:.2f}x is expected: "
+            record.note(
+                f"{solved.wanted:.2f}x was asked for and {solved.reached:.2f}x is expected{own}: "
                 f"{solved.why}"
             )
         if type(dm).__name__ == "VaceWanModel":
-            report.note("VACE's control branch runs in full, and what is expected leaves it out")
-        return plan, solved
-
-
-def _sentence(wish: TrimPlan, plan: TrimPlan, solved: Solved, measure: str) -> str:
-    own = "" if wish.dial.expert is None else " of this expert's own steps"
-    basis = "by its profile" if wish.dial.profile is not None else "without a profile"
-    return (
-        f"{wish.dial.describe(solved)}, {basis}: {plan.describe()}; expected {solved.reached:.2f}x{own} "
-        f"{measure}"
-    )
+            record.note("VACE's control branch runs in full, and what is expected leaves it out")
+        if solved.plan.shares.partial:
+            engine.memory.room = room
+            where = "in RAM" if (room.device or context.device).type == "cpu" else "on the GPU"
+            record.context = (
+                f"keys and values of left out tokens, {needed(room.bits) / 1e9:.2g} GB {where} "
+                f"({room.bits} bit)"
+            )
+        elif room is None and self.place != "off":
+            record.note(
+                f"{needed(4) / 1e9:.2g} GB for the keys and values of left out tokens were not "
+                "free: every step is whole or repeated"
+            )
+        return solved

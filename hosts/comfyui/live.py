@@ -10,8 +10,8 @@ import uuid
 
 from comfy_execution.utils import get_executing_context
 
-from ..outcome import step_work
-from ..report import Report, Step
+from ...engine.record import Record, Step
+from ...report.figures import step_work
 
 EVENT = "wantrim.step"
 # schedulers and samplers round a sigma on its way
@@ -32,8 +32,8 @@ class Live:
         sigmas: of the sampler's schedule, the last one being where it ends.
     """
 
-    def __init__(self, report: Report, nodes: tuple[str, ...], sigmas: list[float]):
-        self.report, self.nodes = report, nodes
+    def __init__(self, record: Record, nodes: tuple[str, ...], sigmas: list[float]):
+        self.record, self.nodes = record, nodes
         self._starts = sigmas[:-1]
         context = get_executing_context()
         self._about = {
@@ -51,9 +51,9 @@ class Live:
         self._send(
             step=max(started, 1),
             # percent per block: 0 did not run, 100 ran on everything
-            kept=[_percent(kept, step.grid.tokens) for kept in step.kept_per_block],
-            patterned=sorted(step.patterned),
-            work=step_work(self.report, step),
+            kept=[_percent(kept, step.grid.tokens) for kept in step.tokens_per_block],
+            patterned=step.patterned,
+            work=step_work(self.record, step),
             tokens=step.kept_share,
             whole=step.whole,
             seconds=round(step.seconds, 4),
@@ -61,8 +61,8 @@ class Live:
 
     def end(self) -> None:
         """The run is over."""
-        done = self.report.finished
-        self._send(done=True, finished=done, remarks=len(self.report.notes))
+        done = self.record.finished
+        self._send(done=True, finished=done, remarks=len(self.record.notes))
 
     def _page(self):
         """The server, when it has a page to tell."""

@@ -15,13 +15,13 @@ import torch
 import comfy.model_patcher
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 
+from ...engine.compiled import paused
+from ...engine.engine import COND, check_latent
 from ...methods.calibration import calibration_bytes
 from ...methods.fingerprint import Fingerprint, sample_modulation
 from ...methods.profile import Profile
-from ..compiled import paused
-from ..profiling import Projections, Recorder
-from ..recording import BlockRecord, BlockWatch, CallRecord
-from ..session import COND, check_latent
+from ...profiles.recorder import Projections, Recorder
+from ...profiles.recording import BlockRecord, BlockWatch, CallRecord
 from .attach import attachment_of
 from .blocks import OVERRIDE
 from .variants import token_grid

@@ -19,8 +19,8 @@ import comfy.utils
 from comfy.patcher_extension import CallbacksMP
 from comfy.weight_adapter import LoRAAdapter, WeightAdapterBase
 
-from ...methods.slim import Cut, find_cut, take
-from ..slim_file import PREFIX, SlimHeader, read_header
+from ...slim.cut import Cut, find_cut, take
+from ...slim.file import PREFIX, SlimHeader, read_header
 
 KEY = "wantrim_slim"
 MODEL_PREFIX = "diffusion_model."

@@ -17,8 +17,8 @@ import comfy.sd
 from comfy.ldm.wan.model import WanModel
 from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 
+from ...engine.plan import TrimPlan
 from ...methods.cost import WanShape
-from ..session import TrimPlan
 from .attach import attach
 
 

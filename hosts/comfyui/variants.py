@@ -87,6 +87,18 @@ def why_not_patched(model) -> str | None:
     return None
 
 
+# classes whose forward does something to the hidden state between two blocks
+BETWEEN = ("VaceWanModel", "WanModel_S2V", "AnimateWanModel", "WanDancerModel")
+
+
+def sees_between_blocks(dm, transformer_options: dict) -> bool:
+    """Whether anybody but us may look at the hidden state between two blocks."""
+    replaced = transformer_options.get("patches_replace", {}).get("dit", {})
+    others = any(key[0] == "double_block" for key in replaced)
+    patched = transformer_options.get("patches", {}).get("double_block")
+    return bool(others or patched or type(dm).__name__ in BETWEEN)
+
+
 def token_grid(dm, x: torch.Tensor, time_dim_concat: torch.Tensor | None, extra: dict) -> TokenGrid:
     """The video's tokens in the block's sequence, before the model pads and patchifies x.
 

@@ -7,14 +7,17 @@ from collections.abc import Sequence
 import torch
 from diffusers import WanTransformer3DModel
 from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch.distributed.fsdp import FSDPModule
 
+from ...engine.attention import check_heads
+from ...engine.call import Call
+from ...engine.compiled import outside_graphs
+from ...engine.engine import COND, Engine, check_latent
+from ...engine.plan import TrimPlan
+from ...engine.record import Record
 from ...methods.grid import TokenGrid
 from ...methods.schedule import progress_at
-from ..compiled import outside_graphs
-from ..heads import check_heads
-from ..report import Report
-from ..session import COND, ModelCall, Session, TrimPlan, check_latent
 from .blocks import Block
 from .shape import wan_shape
 
@@ -24,42 +27,34 @@ HOOK = "wantrim"
 class Attachment:
     """A plan on a model. Use as a context manager, or call `detach` when done."""
 
-    def __init__(
-        self, model: WanTransformer3DModel, plan: TrimPlan, cond_or_uncond, shift: float, sigmas
-    ):
+    def __init__(self, model: WanTransformer3DModel, plan: TrimPlan, cond_or_uncond, shift: float):
         self.model, self.plan, self.shift = model, plan, shift
-        self.sigmas = tuple(float(sigma) for sigma in sigmas)
         self.cond_or_uncond = tuple(cond_or_uncond)
-        self.call: ModelCall | None = None
+        self.call: Call | None = None
         self.new_run()
 
-    def new_run(self) -> Report:
-        """Start a sampling run; returns the report that the run will fill."""
-        report = Report(type(self.model).__name__, planned=self.plan.describe())
-        self.session = Session(self.plan, report)
-        return report
+    def new_run(self) -> Record:
+        """Start a sampling run; returns the record that the run will fill."""
+        record = Record(type(self.model).__name__)
+        self.engine = Engine(self.plan, record)
+        return record
 
-    def finish(self) -> Report:
-        """Close the run and return its report; a call that follows belongs to a new run."""
-        report = self.session.finish(True)
+    def finish(self) -> Record:
+        """Close the run and return its record; a call that follows belongs to a new run."""
+        record = self.engine.finish(True)
         self.new_run()
-        return report
+        return record
 
     def detach(self) -> None:
         for module in (self.model, *self.model.blocks):
             if hasattr(module, "_diffusers_hook"):
                 module._diffusers_hook.remove_hook(HOOK, recurse=False)
 
-    def upcoming(self, sigma: float) -> tuple[float, float] | None:
-        """The next step's sigma and progress, or None."""
-        later = [s for s in self.sigmas if s < sigma - 1e-4]
-        return (max(later), progress_at(max(later), self.shift)) if later else None
-
     def __enter__(self) -> Attachment:
         return self
 
     def __exit__(self, kind, *exception) -> None:
-        self.session.finish(kind is None)
+        self.engine.finish(kind is None)
         self.detach()
 
 
@@ -69,7 +64,6 @@ def attach(
     *,
     cond_or_uncond: Sequence[int] = (COND,),
     shift: float = 1.0,
-    sigmas: Sequence[float] = (),
 ) -> Attachment:
     """Put `plan` on a transformer, alone or inside a pipeline. An earlier plan is taken off first.
 
@@ -77,17 +71,10 @@ def attach(
         cond_or_uncond: COND or UNCOND for each chunk of a batch, in order; one chunk when the two
             come in separate calls, as in WanPipeline.
         shift: the scheduler's flow shift, to place a sigma in the run.
-        sigmas: of the steps to come; skipped blocks that repeat their last update need them.
 
     Raises:
-        ValueError: the model is not a WanTransformer3DModel, or has other heads than the plan, or
-            the plan has a dial.
+        ValueError: the model is not a WanTransformer3DModel, or has other heads than the plan.
     """
-    if plan.dial is not None:
-        raise ValueError(
-            "plan: expected one that is solved, got one with a dial; call its solve() for your run "
-            "and hand the parts to TrimPlan"
-        )
     if not _is_plain(model):
         raise ValueError(
             f"model: expected diffusers' WanTransformer3DModel, got {type(model).__name__}: "
@@ -95,7 +82,7 @@ def attach(
         )
     if plan.trims_heads:
         check_heads(plan.heads, len(model.blocks), model.config.num_attention_heads)
-    attachment = Attachment(model, plan, cond_or_uncond, shift, sigmas)
+    attachment = Attachment(model, plan, cond_or_uncond, shift)
     attachment.detach()
     if not plan.neutral:
         HookRegistry.check_if_exists_or_initialize(model).register_hook(
@@ -125,9 +112,9 @@ class _ModelHook(ModelHook):
         a = self.attachment
         check_latent(hidden_states)
         images = args[1] if len(args) > 1 else kwargs.get("encoder_hidden_states_image")
-        if a.session.report.shape is None:
+        if a.engine.record.shape is None:
             text = args[0] if args else kwargs["encoder_hidden_states"]
-            a.session.report.shape = wan_shape(
+            a.engine.record.shape = wan_shape(
                 module, text.shape[1], 0 if images is None else images.shape[1]
             )
         grid = _grid(module, hidden_states)
@@ -135,9 +122,9 @@ class _ModelHook(ModelHook):
         latent = hidden_states[:, : module.config.out_channels]
         anchored = _anchored(module, hidden_states, timestep, grid)
         # per-token timesteps (TI2V) are 0 where the latent is given
-        seen = a.session.look(timestep, latent, a.cond_or_uncond, anchored)
+        seen = a.engine.look(timestep, latent, a.cond_or_uncond, anchored)
         sigma = seen.largest / 1000
-        call = a.session.begin(
+        call = a.engine.begin(
             seen=seen,
             latent=latent,
             sigma=sigma,
@@ -145,16 +132,37 @@ class _ModelHook(ModelHook):
             cond_or_uncond=a.cond_or_uncond,
             grid=grid,
             num_blocks=len(module.blocks),
-            patch_frames=module.config.patch_size[0],
             # of CLIP's tokens the first is the class
             clip=None if images is None else images[:, 0],
-            upcoming=a.upcoming(sigma),
+            alone=not any(map(_shared, module.blocks)),
         )
-        a.call = call if call.trims else None
+        if call.repeats:
+            return _in_their_form(call.repeated(), args, kwargs)
+        a.call = call if call.touches_blocks else None
         try:
-            return self.fn_ref.original_forward(hidden_states, timestep, *args, **kwargs)
+            out = self.fn_ref.original_forward(hidden_states, timestep, *args, **kwargs)
         finally:
             a.call = None
+        if isinstance(out, tuple):
+            return (call.output(out[0]), *out[1:])
+        out.sample = call.output(out.sample)
+        return out
+
+
+def _shared(block: torch.nn.Module) -> bool:
+    """Whether somebody else sees what comes out of a block."""
+    hooks = getattr(block, "_diffusers_hook", None)
+    others = hooks is not None and set(hooks.hooks) - {HOOK}
+    return bool(others or block._forward_hooks)
+
+
+def _in_their_form(velocity: torch.Tensor, args: tuple, kwargs: dict):
+    """A model's output as the caller asked for it."""
+    names = ("encoder_hidden_states", "encoder_hidden_states_image", "return_dict")
+    asked = {**dict(zip(names, args, strict=False)), **kwargs}
+    if asked.get("return_dict", True):
+        return Transformer2DModelOutput(sample=velocity)
+    return (velocity,)
 
 
 @outside_graphs
@@ -168,8 +176,7 @@ class _BlockHook(ModelHook):
         call = self.attachment.call
         if call is None:
             return forward(hidden_states, encoder_hidden_states, temb, rotary_emb)
-        heads = call.heads(self.index, hidden_states.shape[1])
-        block = Block(forward, hidden_states, encoder_hidden_states, temb, rotary_emb, heads)
+        block = Block(forward, hidden_states, encoder_hidden_states, temb, rotary_emb)
         return call.block(self.index, block)
 
 

@@ -10,60 +10,35 @@ from diffusers import WanTransformer3DModel
 from diffusers.hooks import HookRegistry, ModelHook
 from torch.overrides import TorchFunctionMode
 
-from ..compiled import gather_tokens, outside_graphs
-from ..heads import BlockHeads
+from ...engine.attention import Attend
+from ...engine.call import Places
+from ...engine.compiled import outside_graphs
 
 
 @outside_graphs
 class Block:
-    """A WanTransformerBlock's original forward with its inputs, as the session runs it."""
+    """A WanTransformerBlock's original forward with its inputs, as the engine runs it."""
 
-    def __init__(self, forward, hidden, text, temb, rotary, heads: BlockHeads | None = None):
+    def __init__(self, forward, hidden, text, temb, rotary):
         self.forward, self.hidden, self.text = forward, hidden, text
-        self.temb, self.rotary, self.heads = temb, rotary, heads
+        self.temb, self.rotary = temb, rotary
 
-    def run(self) -> torch.Tensor:
-        return self._on_all(self._tap())
-
-    def run_watched(self, look) -> torch.Tensor:
-        tap = self._tap(look=look)
-        out = self._on_all(tap)
-        tap.require_seen()
+    def run(self, hidden, places: Places | None = None, attend: Attend | None = None):
+        temb, rotary = self.temb, self.rotary
+        if places is not None:
+            # per-token modulation [b, s, 6, c] only for TI2V
+            temb = places.take(temb) if temb.ndim == 4 else temb
+            rotary = tuple(places.take(part) for part in rotary)
+        if attend is None:
+            return self.forward(hidden, self.text, temb, rotary)
+        tap = AttentionTap(attend)
+        out = _tapped(tap, self.forward, hidden, self.text, temb, rotary)
+        if not attend.seen:
+            raise RuntimeError(
+                "WanTrim saw no scaled_dot_product_attention in this block's self-attention; set "
+                "the transformer's attention backend to 'native'"
+            )
         return out
-
-    def run_subset(self, index, others):
-        extra = None
-        if others is not None:
-            probe = AttentionTap(stop=True)
-            try:
-                self._on(probe, others)
-            except _Stopped:
-                extra = (probe.k, probe.v)
-            probe.require_seen()
-        return self._on(self._tap(index, others, extra=extra), index)
-
-    def _tap(self, index=None, others=None, **options) -> AttentionTap | None:
-        if self.heads is not None:
-            options["heads"] = self.heads
-            options["layout"] = self.heads.layout(index, others)
-        wanted = any(option is not None for option in options.values())
-        return AttentionTap(**options) if wanted else None
-
-    def _on_all(self, tap: AttentionTap | None) -> torch.Tensor:
-        if tap is None:
-            return self.forward(self.hidden, self.text, self.temb, self.rotary)
-        return _tapped(tap, self.forward, self.hidden, self.text, self.temb, self.rotary)
-
-    def _on(self, tap: AttentionTap | None, index: torch.Tensor) -> torch.Tensor:
-        # per-token modulation [b, s, 6, c] only for TI2V
-        temb = gather_tokens(self.temb, index) if self.temb.ndim == 4 else self.temb
-        rotary = tuple(gather_tokens(part, index) for part in self.rotary)
-        # what is gathered has no other name, so that the block lets go of it when it may
-        if tap is None:
-            return self.forward(gather_tokens(self.hidden, index), self.text, temb, rotary)
-        return _tapped(
-            tap, self.forward, gather_tokens(self.hidden, index), self.text, temb, rotary
-        )
 
 
 @torch.compiler.disable
@@ -73,36 +48,12 @@ def _tapped(tap: AttentionTap, forward, hidden, text, temb, rotary) -> torch.Ten
         return forward(hidden, text, temb, rotary)
 
 
-class _Stopped(Exception):
-    """The probe has what it wanted."""
-
-
 class AttentionTap(TorchFunctionMode):
-    """Sees a block's attention calls; self-attention is the first, with as many keys as queries.
+    """Hands a block's attention calls, q, k, v [b, n, s, d] there, to the engine."""
 
-    q, k, v are [b, n, s, d] there.
-
-    Args:
-        look: called with self-attention's q and k [b, s, n, d].
-        extra: keys and values to append to the call's own.
-        stop: leave the block by `_Stopped` before the attention is computed.
-        heads: what each head computes; needs self-attention's layout.
-    """
-
-    def __init__(self, look=None, extra=None, stop: bool = False, heads=None, layout=None):
+    def __init__(self, attend: Attend):
         super().__init__()
-        self.look, self.extra, self.stop = look, extra, stop
-        self.heads, self.layout = heads, layout
-        self.seen = False
-        # of the call that `stop` left
-        self.k = self.v = None
-
-    def require_seen(self) -> None:
-        if not self.seen:
-            raise RuntimeError(
-                "WanTrim saw no scaled_dot_product_attention in this block's self-attention; set "
-                "the transformer's attention backend to 'native'"
-            )
+        self.attend = attend
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -110,32 +61,13 @@ class AttentionTap(TorchFunctionMode):
             return func(*args, **kwargs)
         names = ("query", "key", "value")
         bound = {**dict(zip(names, args, strict=False)), **kwargs}
-        q, k, v = (bound[name] for name in names)
-        layout = None
-        if not self.seen and q.shape[2] == k.shape[2]:
-            self.seen, layout = True, self.layout
-            if self.look is not None:
-                self.look(q.transpose(1, 2), k.transpose(1, 2))
-            if self.stop:
-                self.k, self.v = k, v
-                raise _Stopped
-            if self.extra is not None:
-                k = torch.cat([k, self.extra[0]], 2)
-                v = torch.cat([v, self.extra[1]], 2)
-        rest, options = args[3:], _without(bound, names)
-        if self.heads is None:
-            return func(q, k, v, *rest, **options)
+        rest, options = args[3:], {name: bound[name] for name in bound if name not in names}
 
         def attention(q, k, v):
-            parts = (t.transpose(1, 2) for t in (q, k, v))
-            return func(*parts, *rest, **options).transpose(1, 2)
+            return func(*(t.transpose(1, 2) for t in (q, k, v)), *rest, **options).transpose(1, 2)
 
-        parts = (t.transpose(1, 2) for t in (q, k, v))
-        return self.heads.attend(*parts, attention, layout).transpose(1, 2)
-
-
-def _without(kwargs: dict, names) -> dict:
-    return {key: value for key, value in kwargs.items() if key not in names}
+        parts = (bound[name].transpose(1, 2) for name in names)
+        return self.attend(*parts, attention).transpose(1, 2)
 
 
 WATCH = "wantrim_watch"
@@ -168,6 +100,6 @@ class _WatchHook(ModelHook):
         forward = self.fn_ref.original_forward
         block = Block(forward, hidden_states, encoder_hidden_states, temb, rotary_emb)
         attention = []
-        out = block.run_watched(lambda q, k: attention.extend((q, k)))
+        out = block.run(hidden_states, None, Attend(lambda q, k, v: attention.extend((q, k))))
         other = self.seen(self.index, block, *attention)
         return out if other is None else other

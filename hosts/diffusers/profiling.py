@@ -9,11 +9,11 @@ import torch
 from diffusers import WanTransformer3DModel
 from diffusers.hooks import HookRegistry, ModelHook
 
+from ...engine.engine import COND
 from ...methods.fingerprint import Fingerprint, sample_modulation
 from ...methods.grid import TokenGrid
-from ..profiling import Projections, Recorder
-from ..recording import BlockRecord, BlockWatch, CallRecord
-from ..session import COND
+from ...profiles.recorder import Projections, Recorder
+from ...profiles.recording import BlockRecord, BlockWatch, CallRecord
 
 HOOK = "wantrim_profile"
 

@@ -8,8 +8,8 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import nn
 
-from ...methods.slim import whole_width
-from ..slim_file import (
+from ...slim.cut import whole_width
+from ...slim.file import (
     DTYPES,
     PREFIX,
     Entry,

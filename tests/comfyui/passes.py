@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from wantrim.engine.call import Call
 from wantrim.hosts.comfyui import blocks
-from wantrim.hosts.session import ModelCall
 from wantrim.tests.comfyui import tiny
 
 

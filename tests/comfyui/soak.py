@@ -29,8 +29,8 @@ from comfyui_version import __version__ as comfyui_version  # noqa: E402
 
 from comfy.model_management import InterruptProcessingException  # noqa: E402
 from wantrim.benchmarks.table import RESULTS, commit, merge_rows  # noqa: E402
+from wantrim.engine.engine import TrimPlan  # noqa: E402
 from wantrim.hosts.comfyui.attach import attach  # noqa: E402
-from wantrim.hosts.session import TrimPlan  # noqa: E402
 from wantrim.tests.comfyui import test_accidents, tiny  # noqa: E402
 
 COLUMNS = (

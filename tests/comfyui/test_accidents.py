@@ -10,6 +10,7 @@ import torch
 import comfy.model_management
 from comfy.model_management import InterruptProcessingException
 from comfy_extras.nodes_model_advanced import ModelSamplingSD3
+from wantrim.engine.plan import TrimPlan
 from wantrim.hosts import session as host_session
 from wantrim.hosts.comfyui import attach as host
 from wantrim.hosts.comfyui import blocks as host_blocks
@@ -17,7 +18,6 @@ from wantrim.hosts.comfyui.attach import attach
 from wantrim.hosts.comfyui.blocks import OVERRIDE
 from wantrim.hosts.comfyui.profiling import model_fingerprint
 from wantrim.hosts.past import Past
-from wantrim.hosts.session import TrimPlan
 from wantrim.methods.depth import BlockBudget, BlockPlan
 from wantrim.methods.routers import RandomRouter, RouterMLP, TrainedRouter
 from wantrim.tests.comfyui import test_blocks, test_heads, test_wantrim, tiny

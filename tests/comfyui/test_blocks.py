@@ -16,12 +16,11 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_context_windows import ContextWindowsManualNode
 from comfy_extras.nodes_model_advanced import ModelSamplingSD3
+from wantrim.engine.plan import TrimPlan
 from wantrim.hosts.comfyui.attach import KEY, SESSION_KEY, attach, attachment_of, detach
 from wantrim.hosts.comfyui.profiling import model_fingerprint
 from wantrim.hosts.comfyui.variants import SKIPPABLE, SUPPORTED
 from wantrim.hosts.past import Past
-from wantrim.hosts.profiling import ProfileFile
-from wantrim.hosts.session import TrimPlan
 from wantrim.methods.depth import BlockBudget, BlockPlan, choose_blocks
 from wantrim.methods.heads import HeadPlan
 from wantrim.methods.profile import Profile
@@ -35,6 +34,7 @@ from wantrim.methods.routers import (
     save_router,
 )
 from wantrim.nodes.blocks import FOLDER, ROUTERS, WanTrimBlocks, parse_blocks
+from wantrim.profiles.recorder import ProfileFile
 from wantrim.tests.comfyui import tiny
 from wantrim.tests.comfyui.matrix import KINDS
 from wantrim.tests.comfyui.neighbours import easycache, slg

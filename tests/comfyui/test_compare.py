@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
-from wantrim.hosts.compare import GAP
 from wantrim.nodes.compare import WanTrimCompare
+from wantrim.report.compare import GAP
 
 FRAMES, HEIGHT, WIDTH = 9, 32, 48
 

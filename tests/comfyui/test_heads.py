@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from comfy.patcher_extension import WrappersMP
+from wantrim.engine.plan import TrimPlan
 from wantrim.hosts.comfyui.attach import attach, attachment_of, detach
 from wantrim.hosts.comfyui.blocks import OVERRIDE
-from wantrim.hosts.session import TrimPlan
 from wantrim.methods.heads import FULL, OFF, HeadPlan
 from wantrim.nodes.tokens import WanTrimTokens
 from wantrim.tests.comfyui import tiny

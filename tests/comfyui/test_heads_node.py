@@ -7,15 +7,15 @@ import torch
 
 from wantrim.hosts.comfyui.attach import attachment_of
 from wantrim.hosts.comfyui.slim import load_slim
-from wantrim.hosts.profiling import ProfileFile
-from wantrim.hosts.slim_export import export_slim
-from wantrim.hosts.slim_source import open_source
 from wantrim.methods.heads import FULL, OFF
-from wantrim.methods.slim import whole_width
 from wantrim.nodes import demo
 from wantrim.nodes.heads import METHODS, WanTrimHeads
 from wantrim.nodes.profile import DEMO, WanTrimLoadProfile, WanTrimProfile
 from wantrim.nodes.tokens import WanTrimTokens
+from wantrim.profiles.recorder import ProfileFile
+from wantrim.slim.cut import whole_width
+from wantrim.slim.export import export_slim
+from wantrim.slim.source import open_source
 from wantrim.tests.comfyui import tiny
 from wantrim.toy import CHECKPOINT
 

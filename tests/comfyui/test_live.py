@@ -12,13 +12,13 @@ import torch
 
 from comfy.model_management import InterruptProcessingException
 from comfy_execution.utils import CurrentNodeContext
+from wantrim.engine.plan import TrimPlan
 from wantrim.hosts.comfyui.attach import attach, attachment_of
 from wantrim.hosts.comfyui.live import EVENT
-from wantrim.hosts.outcome import step_work
-from wantrim.hosts.session import TrimPlan
 from wantrim.nodes.blocks import WanTrimBlocks
 from wantrim.nodes.heads import WanTrimHeads
 from wantrim.nodes.tokens import WanTrimTokens
+from wantrim.report.figures import step_work
 from wantrim.tests.comfyui import server, tiny
 from wantrim.tests.comfyui.test_heads import heads
 

@@ -6,8 +6,8 @@ from functools import cache
 import pytest
 import torch
 
+from wantrim.engine.plan import TrimPlan
 from wantrim.hosts.comfyui.attach import attach, attachment_of
-from wantrim.hosts.session import TrimPlan
 from wantrim.methods.depth import BlockPlan
 from wantrim.methods.heads import FULL, HeadPlan
 from wantrim.methods.presets import preset_plan

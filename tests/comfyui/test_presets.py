@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from comfy_extras import nodes_wan
+from wantrim.engine.plan import TrimPlan
 from wantrim.hosts.comfyui.attach import attach, attachment_of
-from wantrim.hosts.session import TrimPlan
 from wantrim.methods.importance import NEEDS_BLOCK, parts
 from wantrim.methods.presets import AUTO, AUTO_GIVEN, preset_plan
 from wantrim.methods.restore import FROM_LAST_STEP, RESTORE

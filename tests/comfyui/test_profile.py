@@ -14,6 +14,7 @@ from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_context_windows import ContextWindowsManualNode
 from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
+from wantrim.engine.plan import TrimPlan
 from wantrim.hosts.comfyui.attach import attach
 from wantrim.hosts.comfyui.profiling import (
     KEY,
@@ -23,8 +24,6 @@ from wantrim.hosts.comfyui.profiling import (
     detach_profile,
     profile_of,
 )
-from wantrim.hosts.profiling import ProfileFile, calibration_path
-from wantrim.hosts.session import TrimPlan
 from wantrim.methods.calibration import load_calibration
 from wantrim.methods.grid import TokenGrid
 from wantrim.methods.heads import FRAME, OFF, HeadPlan
@@ -40,6 +39,7 @@ from wantrim.nodes.profile import (
     WanTrimSaveProfile,
     saved_profiles,
 )
+from wantrim.profiles.recorder import ProfileFile, calibration_path
 from wantrim.tests.comfyui import neighbours, tiny
 from wantrim.toy.world import held_out_scenes
 

@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from wantrim.engine.plan import TrimPlan
 from wantrim.hosts.comfyui.attach import attach, attachment_of
 from wantrim.hosts.comfyui.dense_step import Unmeasurable, call_sizes
-from wantrim.hosts.session import TrimPlan
 from wantrim.methods.depth import BlockBudget, BlockPlan
 from wantrim.methods.heads import PATTERNS
 from wantrim.methods.routers import FixedRouter

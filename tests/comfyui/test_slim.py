@@ -16,15 +16,15 @@ import folder_paths
 import nodes as comfy_nodes
 from comfy_extras.nodes_lora_debug import LoraLoaderBypassModelOnly
 from wantrim.hosts.comfyui.slim import load_slim, operations, slim_header
-from wantrim.hosts.profiling import ProfileFile
-from wantrim.hosts.slim_export import export_slim
-from wantrim.hosts.slim_file import PREFIX, read_header
-from wantrim.hosts.slim_source import open_source
 from wantrim.methods.profile import Profile
-from wantrim.methods.slim import find_cut, whole_width
 from wantrim.methods.width import Width
 from wantrim.nodes.profile import DEMO
 from wantrim.nodes.slim import FOLDER, WanTrimLoadSlim, WanTrimSlim
+from wantrim.profiles.recorder import ProfileFile
+from wantrim.slim.cut import find_cut, whole_width
+from wantrim.slim.export import export_slim
+from wantrim.slim.file import PREFIX, read_header
+from wantrim.slim.source import open_source
 from wantrim.tests.comfyui import tiny
 from wantrim.toy import CHECKPOINT
 

@@ -5,12 +5,12 @@ import torch
 from safetensors.torch import load_file
 
 from wantrim.hosts.comfyui.attach import attachment_of
-from wantrim.hosts.slim_file import read_header
 from wantrim.methods.routers import load_router
 from wantrim.nodes.blocks import WanTrimBlocks
 from wantrim.nodes.demo import WanTrimDemoModel, WanTrimDemoPrompt
 from wantrim.nodes.files import DEMO_FILES, DEMO_STUDENT, find_file, list_files
 from wantrim.nodes.slim import WanTrimLoadSlim
+from wantrim.slim.file import read_header
 from wantrim.tests.comfyui import tiny
 from wantrim.tests.comfyui.test_blocks import DEFAULTS, blocks_run
 

@@ -9,8 +9,8 @@ import torch
 
 import comfy.model_management
 from comfy.patcher_extension import WrappersMP
+from wantrim.engine.plan import TrimPlan
 from wantrim.hosts.comfyui.attach import KEY, SESSION_KEY, attach, attachment_of, detach
-from wantrim.hosts.session import TrimPlan
 from wantrim.tests.comfyui import tiny
 
 KINDS = WrappersMP.OUTER_SAMPLE, WrappersMP.DIFFUSION_MODEL

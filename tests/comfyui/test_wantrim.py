@@ -14,16 +14,16 @@ from comfy_extras.nodes_context_windows import ContextWindowsManualNode
 from wantrim.benchmarks.flops import count_flops
 from wantrim.hosts.comfyui.attach import KEY, attachment_of, detach
 from wantrim.hosts.comfyui.slim import load_slim
-from wantrim.hosts.profiling import ProfileFile
-from wantrim.hosts.slim_export import export_slim
-from wantrim.hosts.slim_source import open_source
 from wantrim.methods.mixes import MIXES
 from wantrim.methods.presets import preset_plan
-from wantrim.methods.slim import whole_width
 from wantrim.nodes import demo
 from wantrim.nodes.heads import WanTrimHeads
 from wantrim.nodes.profile import DEMO, WanTrimLoadProfile
 from wantrim.nodes.wantrim import DRAFT, FINAL, WanTrim, WanTrimPair
+from wantrim.profiles.recorder import ProfileFile
+from wantrim.slim.cut import whole_width
+from wantrim.slim.export import export_slim
+from wantrim.slim.source import open_source
 from wantrim.tests.comfyui import test_blocks, tiny
 from wantrim.tests.comfyui.neighbours import easycache, lora, shifted, slg
 from wantrim.tests.comfyui.test_chaining import ORDERS

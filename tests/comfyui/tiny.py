@@ -13,15 +13,16 @@ from comfyui_version import __version__ as comfyui_version
 
 import comfy.ops
 import comfy.sample
+import comfy.samplers
 import comfy.sd
 import nodes as comfy_nodes
 from comfy.ldm.wan.model import CameraWanModel, VaceWanModel, WanModel
 from comfy.patcher_extension import WrappersMP
 from comfy_extras import nodes_wan
+from wantrim.engine.plan import TrimPlan
 from wantrim.hosts.comfyui.attach import SESSION_KEY, attach, attachment_of
-from wantrim.hosts.session import TrimPlan
-from wantrim.methods.presets import preset_plan
 from wantrim.methods.schedule import Schedule
+from wantrim.methods.shares import Shares
 from wantrim.methods.tokens import TokenPlan
 from wantrim.nodes.tokens import CUSTOM, CUSTOM_INPUTS, WanTrimTokens
 
@@ -107,19 +108,32 @@ def trimmed(model, keep: float = 0.7, **options):
     return attach(model, TrimPlan(token_plan(keep, **options)))
 
 
-def preset(model, name: str = "refresh", keep: float = 0.7, **fields):
-    """A clone of `model` with a preset's plan on it; `fields` of the plan may differ."""
-    return attach(model, TrimPlan(preset_plan(name, keep, **fields)))
+def shared(model, *values: float, sigmas=None, context: bool = True, **parts):
+    """A clone of `model` whose steps compute these shares of their tokens.
+
+    Args:
+        sigmas: of the steps; None are those of `simple` at the model's own shift.
+        parts: further parts of the plan.
+    """
+    if sigmas is None:
+        sigmas = simple_sigmas(model, len(values))
+    return attach(model, TrimPlan(shares=Shares(tuple(sigmas), values, context), **parts))
 
 
-def choice(name: str = "refresh", **inputs) -> dict:
+def simple_sigmas(model, steps: int) -> tuple[float, ...]:
+    """Sigmas of the scheduler 'simple', without the last, 0."""
+    sampling = model.get_model_object("model_sampling")
+    return tuple(comfy.samplers.calculate_sigmas(sampling, "simple", steps).tolist()[:-1])
+
+
+def choice(name: str = "paper", **inputs) -> dict:
     """The node's input 'preset' as ComfyUI hands it over; inputs not given have their default."""
     if name != CUSTOM:
         return {"preset": name}
     return {"preset": name, **{given.id: given.default for given in CUSTOM_INPUTS}, **inputs}
 
 
-def at_node(model, name: str = "refresh", *, prune_ratio=0.3, start=0.0, end=1.0, **inputs):
+def at_node(model, name: str = "paper", *, prune_ratio=0.3, start=0.0, end=1.0, **inputs):
     """What WanTrim Tokens makes of `model` with a preset (inputs: those under "custom")."""
     return WanTrimTokens.execute(
         model=model,
@@ -131,7 +145,7 @@ def at_node(model, name: str = "refresh", *, prune_ratio=0.3, start=0.0, end=1.0
 
 
 def report_of(model):
-    return attachment_of(model).report
+    return attachment_of(model).record
 
 
 def shares(model) -> list[float]:
@@ -285,7 +299,7 @@ def ksampler_advanced(model, latent, first: int, last: int, *, steps=4, cfg=5.0,
 
 @dataclass
 class Call:
-    """One model call as the session saw it."""
+    """One model call as the engine saw it."""
 
     sigma: float
     cond_or_uncond: list[int]
@@ -306,7 +320,7 @@ def watch(model) -> list[Call]:
         out = executor(x, *args, **kwargs)
         options = args[-1]
         run = options[SESSION_KEY]
-        decision = run.session.decision
+        decision = run.engine.now
         if not any(decision is known for known in decisions):
             decisions.append(decision)
         number = next(i for i, known in enumerate(decisions) if known is decision)
@@ -318,7 +332,7 @@ def watch(model) -> list[Call]:
                 list(options["cond_or_uncond"]),
                 x.shape[2],
                 number,
-                decision.budget,
+                decision.program.budget,
                 kept,
                 length,
             )

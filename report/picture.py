@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from .outcome import measured_speed, step_work
-from .report import Report
+from ..engine.record import Record
+from .figures import measured_speed, step_work
 
 WIDTH = 960
 MARGIN = 16
@@ -46,17 +46,17 @@ def overlay(video: np.ndarray, coverage: np.ndarray, shown: Sequence[int]) -> np
     return video[list(shown)] * (1 - veil) + LEFT_OUT * veil
 
 
-def draw_report(report: Report, video: np.ndarray | None = None) -> Image.Image:
+def draw_report(record: Record, video: np.ndarray | None = None) -> Image.Image:
     """The report as a picture; `video` [frames, h, w, 3] in 0..1 gets the overlay."""
-    rows = [_title(report)]
-    coverage = report.coverage()
+    rows = [_title(record)]
+    coverage = record.coverage()
     if video is not None and coverage is not None and len(video):
         rows.append(_strip(video, coverage.numpy()))
-    if report.steps:
-        rows.append(_work_bars(report))
-        rows.append(_time_bars(report))
-        rows.append(_heat(report))
-    rows.append(_notes(report))
+    if record.steps:
+        rows.append(_work_bars(record))
+        rows.append(_time_bars(record))
+        rows.append(_heat(record))
+    rows.append(_notes(record))
     page = Image.new("RGB", (WIDTH, sum(row.height for row in rows) + MARGIN), BACKGROUND)
     top = 0
     for row in rows:
@@ -74,18 +74,18 @@ def font_of(size: int):
     return ImageFont.load_default(size)
 
 
-def _title(report: Report) -> Image.Image:
+def _title(record: Record) -> Image.Image:
     image, draw = canvas(72)
-    draw.text((MARGIN, 12), f"WanTrim on {report.model}", INK, font_of(22))
-    steps = f"{len(report.steps)} steps, " if report.steps else ""
+    draw.text((MARGIN, 12), f"WanTrim on {record.model}", INK, font_of(22))
+    steps = f"{len(record.steps)} steps, " if record.steps else ""
     font = font_of(16)
-    share = report.attention_share
+    share = record.attention_share
     left = "" if share is None else f"self-attention left {share:.0%}   "
-    speed = measured_speed(report)
+    speed = measured_speed(record)
     # a reference that warmed up is no headline
     known = speed is not None and not speed.warming_up
     faster = f"trimmed steps {speed.measured:.2f} x as fast   " if known else ""
-    line = f"{steps}{report.seconds:.1f} s   {faster}{left}{report.planned}"
+    line = f"{steps}{record.seconds:.1f} s   {faster}{left}{record.planned}"
     # the report's text has the whole of it
     while draw.textlength(line, font) > WIDTH - 2 * MARGIN:
         line = line.removesuffix(" ...").rpartition(" ")[0] + " ..."
@@ -116,17 +116,17 @@ def _strip(video: np.ndarray, coverage: np.ndarray) -> Image.Image:
     return image
 
 
-def _work_bars(report: Report) -> Image.Image:
-    work = [step_work(report, step) for step in report.steps]
+def _work_bars(record: Record) -> Image.Image:
+    work = [step_work(record, step) for step in record.steps]
     title = "work done per step, of an untouched model's FLOPs"
     if None in work:
-        work, title = [step.kept_share for step in report.steps], "token work done per step"
+        work, title = [step.kept_share for step in record.steps], "token work done per step"
     spread = f"{min(work):.0%} to {max(work):.0%}"
     return _bars(f"{title}: {spread}", work, KEPT, [f"{value:.0%}" for value in work])
 
 
-def _time_bars(report: Report) -> Image.Image:
-    times, speed = [step.seconds for step in report.steps], measured_speed(report)
+def _time_bars(record: Record) -> Image.Image:
+    times, speed = [step.seconds for step in record.steps], measured_speed(record)
     title = f"seconds per step: {min(times):.2f} to {max(times):.2f} s"
     whole = None if speed is None else speed.whole
     if speed is not None:
@@ -153,11 +153,11 @@ def _bars(title: str, values: list[float], colour, labels: list[str], line=None)
     return image
 
 
-def _heat(report: Report) -> Image.Image:
-    blocks = report.steps[0].num_blocks
+def _heat(record: Record) -> Image.Image:
+    blocks = record.steps[0].num_blocks
     shares = [
-        [kept / step.grid.tokens for kept in step.kept_per_block]
-        for step in report.steps
+        [kept / step.grid.tokens for kept in step.tokens_per_block]
+        for step in record.steps
         if step.num_blocks == blocks
     ]
     cells = HEAT_LOW + np.array(shares, np.float32).T[..., None] * (np.array(KEPT) - HEAT_LOW)
@@ -174,8 +174,8 @@ def _heat(report: Report) -> Image.Image:
     return image
 
 
-def _notes(report: Report) -> Image.Image:
-    notes = report.notes or ["nothing: everything ran as planned"]
+def _notes(record: Record) -> Image.Image:
+    notes = record.notes or ["nothing: everything ran as planned"]
     lines = []
     for note in notes:
         words, line = note.split(), "-"

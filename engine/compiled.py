@@ -13,12 +13,7 @@ from typing import TypeVar
 
 import torch
 
-from ..methods import grid
-
 Class = TypeVar("Class", bound=type)
-
-gather_tokens = torch.compiler.disable(grid.gather_tokens)
-scatter_tokens = torch.compiler.disable(grid.scatter_tokens)
 
 
 def outside_graphs(cls: Class) -> Class:

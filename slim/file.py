@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 
 from ..methods.artifact import replacing
 from ..methods.fingerprint import Fingerprint
-from ..methods.slim import SHARES, check_width, find_cut
 from ..methods.width import Width
+from .cut import SHARES, check_width, find_cut
 
 FORMAT = "wantrim_slim/1"
 KEY = "wantrim_slim"

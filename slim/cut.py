@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .fingerprint import Fingerprint
-from .width import Width
+from ..methods.fingerprint import Fingerprint
+from ..methods.width import Width
 
 ROWS = {
     "self_attn": ("q", "k", "v", "norm_q", "norm_k"),

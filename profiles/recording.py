@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch.overrides import TorchFunctionMode
 
 from ..kernels import frame_mass
+from ..methods.calibration import Calibration
+from ..methods.fingerprint import Fingerprint
 from ..methods.grid import TokenGrid
 from ..methods.heads import TILES
 from ..methods.importance import sample_queries
 from ..methods.profile import timestep_weight
-
-if TYPE_CHECKING:
-    from .profiling import Recorder
 
 # tokens that everything but the attention mass is measured on, and those of the calibration
 SAMPLED, CALIBRATED = 2048, 1024
@@ -22,6 +21,20 @@ SAMPLED, CALIBRATED = 2048, 1024
 QUERY_RATIO, MIN_QUERIES = 1 / 256, 64
 # norms over all heads in the order in which a block calls them
 NORMS = ("q_share", "k_share", "cross_q_share", "cross_k_share", "k_img_share")
+
+
+class Takes(Protocol):
+    """Who a call is recorded for."""
+
+    model: Fingerprint
+    image: bool
+    calibration: Calibration
+
+    def note(self, text: str) -> None:
+        """Say once what was not recorded and why."""
+
+    def take(self, call: CallRecord) -> None:
+        """Add a call in which all blocks were seen."""
 
 
 class CallRecord:
@@ -32,7 +45,7 @@ class CallRecord:
     """
 
     def __init__(
-        self, recorder: Recorder, sigma: float, grid: TokenGrid, rows: list[slice], samples: int
+        self, recorder: Takes, sigma: float, grid: TokenGrid, rows: list[slice], samples: int
     ):
         self.recorder, self.sigma, self.grid = recorder, sigma, grid
         self.rows, self.samples = rows, samples

@@ -5,67 +5,50 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
-from ..methods.cost import Work, block_works, outside_flops
-from ..methods.floor import device_rates
+from ..engine.plan import TrimPlan
+from ..engine.program import ALL, SKIP, Row
+from ..engine.record import Record, Step
+from ..engine.work import program_work
+from ..methods.cost import Work
 from ..methods.heads import FULL, PATTERNS, HeadPlan
+from ..solve.floor import device_rates
 
-if TYPE_CHECKING:
-    from .report import Report, Step
-
-FORMAT = 1
+FORMAT = 2
 
 
-def step_work(report: Report, step: Step) -> float | None:
+def step_work(record: Record, step: Step) -> float | None:
     """FLOPs of a step over those of an untouched model's step, or None when its sizes are unknown.
 
     Counts matrix products and attention by methods/cost.py; control branches are not in it.
     """
-    works = _works(report, step)
+    works = _works(record, step)
     return None if works is None else works[0].flops / works[1].flops
 
 
-def step_floor(report: Report, step: Step) -> float | None:
+def step_floor(record: Record, step: Step) -> float | None:
     """As `step_work`, in the least time that the device takes where its rates are known."""
-    works, rates = _works(report, step), device_rates(report.device)
+    works, rates = _works(record, step), device_rates(record.device)
     if works is None or rates is None:
-        return step_work(report, step)
+        return step_work(record, step)
     return rates.seconds(works[0]) / rates.seconds(works[1])
 
 
-def _works(report: Report, step: Step) -> tuple[Work, Work] | None:
+def _works(record: Record, step: Step) -> tuple[Work, Work] | None:
     """Work of a step, and of an untouched model's."""
-    if report.shape is None:
+    if record.shape is None or record.plan is None:
         return None
-    ran = [index for index, kept in enumerate(step.kept_per_block) if kept]
-    heads = None
-    if step.patterned:
-        plan = report.heads
-
-        def rows(kind: tuple) -> tuple:
-            whole = (FULL,) * len(kind[0])
-            return tuple(kind[i] if i in step.patterned else whole for i in ran)
-
-        heads = HeadPlan(rows(plan.self_attention), rows(plan.cross_attention))
-    tokens = step.grid.tokens
-    done = block_works(
-        replace(report.shape, num_blocks=len(ran)),
-        tokens,
-        [step.kept_per_block[index] for index in ran],
-        report.keeps_kv,
-        grid=step.grid,
-        anchored_frames=step.anchored_frames,
-        heads=heads,
-    )
-    outside = Work(outside_flops(report.shape, tokens))
-    return sum(done, outside), sum(block_works(report.shape, tokens), outside)
+    whole = [Row(ALL, step.grid.tokens)] * step.num_blocks
+    dense = program_work(record.shape, step.program, TrimPlan(), rows=whole)
+    if step.answered:
+        return Work(), dense
+    return program_work(record.shape, step.program, record.plan, rows=step.rows), dense
 
 
-def mean_work(report: Report) -> float | None:
+def mean_work(record: Record) -> float | None:
     """`step_work` over all steps, or None."""
-    work = [step_work(report, step) for step in report.steps]
+    work = [step_work(record, step) for step in record.steps]
     return statistics.fmean(work) if work and None not in work else None
 
 
@@ -97,31 +80,31 @@ class Speed:
         return self.whole_steps == (1,)
 
 
-def measured_speed(report: Report) -> Speed | None:
+def measured_speed(record: Record) -> Speed | None:
     """Compared are steps of one grid and as many model calls; None without both kinds of step."""
-    trimmed = [step for step in report.steps if not step.whole and step.kept_share > 0]
+    trimmed = [step for step in record.steps if not step.whole and step.kept_share > 0]
     if not trimmed:
         return None
     (grid, calls), _ = Counter((s.grid, s.calls) for s in trimmed).most_common(1)[0]
-    alike = [s for s in report.steps if (s.grid, s.calls) == (grid, calls)]
+    alike = [s for s in record.steps if (s.grid, s.calls) == (grid, calls)]
     whole = [s for s in alike if s.whole]
     trimmed = [s for s in alike if not s.whole and s.kept_share > 0]
     # without a clock that moved there is nothing to compare
     if not all(s.seconds > 0 for s in alike):
         return None
     # the first step warms up: of several whole steps it is not the measure
-    later = [s for s in whole if s is not report.steps[0]] or whole
-    if report.dense_seconds is not None and alike[0] is report.steps[0]:
-        later, reference = [], report.dense_seconds
+    later = [s for s in whole if s is not record.steps[0]] or whole
+    if record.dense_seconds is not None and alike[0] is record.steps[0]:
+        later, reference = [], record.dense_seconds
     elif not whole:
         return None
     else:
         reference = statistics.median(s.seconds for s in later)
     counted = [*later, *trimmed]
-    work = [step_floor(report, s) for s in counted]
+    work = [step_floor(record, s) for s in counted]
     known = all(share is not None for share in work)
     return Speed(
-        tuple(i + 1 for i, s in enumerate(report.steps) if any(s is one for one in later)),
+        tuple(i + 1 for i, s in enumerate(record.steps) if any(s is one for one in later)),
         reference,
         statistics.median(s.seconds for s in trimmed),
         len(counted) * reference / sum(s.seconds for s in counted),
@@ -130,25 +113,25 @@ def measured_speed(report: Report) -> Speed | None:
     )
 
 
-def why_no_speed(report: Report) -> str:
+def why_no_speed(record: Record) -> str:
     """Why `measured_speed` is None, and what to do."""
-    if all(step.whole for step in report.steps):
+    if all(step.whole for step in record.steps):
         return "nothing was left out in any step, so there is nothing to compare"
     return (
         "no step of this run that can be compared was whole, so there is no measured reference and "
         "no speed-up is claimed; run it once at prune ratio 0 and compare the seconds, or turn "
-        "measure_dense_step on at WanTrim Report"
+        "measure_dense_step on at WanTrim Record"
     )
 
 
-def speed_lines(report: Report) -> list[str]:
+def speed_lines(record: Record) -> list[str]:
     """Measured and expected speed in an artist's words."""
-    speed = measured_speed(report)
+    speed = measured_speed(record)
     if speed is None:
-        lines = [f"Measured speed-up: none: {why_no_speed(report)}."]
-        expected = _expected(report)
+        lines = [f"Measured speed-up: none: {why_no_speed(record)}."]
+        expected = _expected(record)
         if expected is not None:
-            lines.append(f"Expected from {_by(report)} over these steps: {expected:.2f} x.")
+            lines.append(f"Expected from {_by(record)} over these steps: {expected:.2f} x.")
         return lines
     lines = [
         f"Measured: a trimmed step {speed.trimmed:.2f} s, a whole one {speed.whole:.2f} s "
@@ -156,7 +139,7 @@ def speed_lines(report: Report) -> list[str]:
     ]
     if speed.expected is not None:
         lines.append(
-            f"Expected from {_by(report)}: a trimmed step {speed.expected:.2f} x; all steps "
+            f"Expected from {_by(record)}: a trimmed step {speed.expected:.2f} x; all steps "
             f"{speed.expected_run:.2f} x."
         )
     if speed.warming_up:
@@ -175,14 +158,14 @@ def _which(speed: Speed) -> str:
     return f"{'step' if len(speed.whole_steps) == 1 else 'steps'} {numbers} of this run"
 
 
-def reports_json(reports: Sequence[Report]) -> dict:
+def reports_json(reports: Sequence[Record]) -> dict:
     """Several reports as one, and the version of their form."""
-    return {"format": FORMAT, "reports": [report_json(report) for report in reports]}
+    return {"format": FORMAT, "reports": [report_json(record) for record in reports]}
 
 
-def report_json(report: Report) -> dict:
-    """All that the report knows, as plain data for JSON."""
-    speed = measured_speed(report) if report.steps else None
+def report_json(record: Record) -> dict:
+    """All that the record knows, as plain data for JSON."""
+    speed = measured_speed(record) if record.steps else None
     whole = None
     if speed is not None:
         whole = {
@@ -192,47 +175,54 @@ def report_json(report: Report) -> dict:
             "warming_up": speed.warming_up,
         }
     return {
-        "model": report.model,
-        "plan": report.planned,
-        "finished": report.finished,
-        "seconds": report.seconds,
-        "attention_share": report.attention_share,
-        "token_work": report.kept_share if report.steps else None,
-        "flops_share": mean_work(report),
+        "model": record.model,
+        "plan": record.planned,
+        "finished": record.finished,
+        "seconds": record.seconds,
+        "attention_share": record.attention_share,
+        "token_work": record.kept_share if record.steps else None,
+        "flops_share": mean_work(record),
         "reference": whole,
-        "no_reference": why_no_speed(report) if report.steps and speed is None else None,
+        "no_reference": why_no_speed(record) if record.steps and speed is None else None,
         "measured": speed
         and {"trimmed_step_seconds": speed.trimmed, "step": speed.measured, "run": speed.run},
         "expected": {
-            "by": _by(report),
+            "by": _by(record),
             "step": speed and speed.expected,
-            "run": speed.expected_run if speed else _expected(report),
+            "run": speed.expected_run if speed else _expected(record),
         },
-        "steps": [_step_json(report, step) for step in report.steps],
-        "did_not_happen": list(report.notes),
+        "steps": [_step_json(record, step) for step in record.steps],
+        "did_not_happen": list(record.notes),
     }
 
 
-def _step_json(report: Report, step: Step) -> dict:
-    planned: dict = {"blocks": step.planned_blocks, "tokens_per_block": step.planned_tokens}
-    done: dict = {"blocks": step.blocks_run, "tokens_per_block": step.kept_per_block}
-    if report.heads is not None:
-        blocks = range(step.num_blocks)
-        planned["heads"] = _heads(report.heads, blocks, blocks)
-        ran = [index for index, kept in enumerate(step.kept_per_block) if kept]
-        done["heads"] = _heads(report.heads, ran, step.patterned)
+def _step_json(record: Record, step: Step) -> dict:
+    planned, done = (_rows_json(record, rows) for rows in (step.program.rows, step.rows))
     return {
         "sigma": step.sigma,
         "progress": step.progress,
         "tokens": step.grid.tokens,
         "grid": [step.grid.frames, step.grid.height, step.grid.width],
+        "share": step.program.share,
         "planned": planned,
         "executed": done,
         "token_work": step.kept_share,
-        "flops_share": step_work(report, step),
+        "flops_share": step_work(record, step),
         "calls": step.calls,
         "seconds": step.seconds,
     }
+
+
+def _rows_json(record: Record, rows: Sequence[Row]) -> dict:
+    found: dict = {
+        "blocks": sum(row.run != SKIP for row in rows),
+        "tokens_per_block": [row.tokens for row in rows],
+    }
+    if record.plan is not None and record.plan.trims_heads:
+        ran = [index for index, row in enumerate(rows) if row.run != SKIP]
+        patterned = [index for index in ran if rows[index].heads]
+        found["heads"] = _heads(record.plan.heads, ran, patterned)
+    return found
 
 
 def _heads(plan: HeadPlan, ran: Sequence[int], patterned) -> dict[str, int]:
@@ -243,11 +233,11 @@ def _heads(plan: HeadPlan, ran: Sequence[int], patterned) -> dict[str, int]:
     return {name: names[name] for name in PATTERNS if names[name]}
 
 
-def _expected(report: Report) -> float | None:
-    floors = [step_floor(report, step) for step in report.steps]
+def _expected(record: Record) -> float | None:
+    floors = [step_floor(record, step) for step in record.steps]
     return 1 / statistics.fmean(floors) if floors and None not in floors else None
 
 
-def _by(report: Report) -> str:
+def _by(record: Record) -> str:
     """What the cost model goes by on this device."""
-    return "FLOPs" if device_rates(report.device) is None else f"the rates of {report.device}"
+    return "FLOPs" if device_rates(record.device) is None else f"the rates of {record.device}"

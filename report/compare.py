@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from ..methods.video_metrics import calm_places, flicker, motion, motion_ratio, psnr, ssim
-from .report_picture import FAINT, INK, MARGIN, WIDTH, canvas, font_of
+from .picture import FAINT, INK, MARGIN, WIDTH, canvas, font_of
 
 # pixel columns between the two videos
 GAP = 4

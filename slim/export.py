@@ -14,9 +14,9 @@ from ..methods.budget import solve_width
 from ..methods.calibration import load_calibration
 from ..methods.fingerprint import Fingerprint
 from ..methods.profile import Profile
-from ..methods.slim import SHARES, Cut, check_width, find_cut, norm_scale, refit, take
 from ..methods.width import Width, pare_width
-from .slim_file import (
+from .cut import SHARES, Cut, check_width, find_cut, norm_scale, refit, take
+from .file import (
     DTYPES,
     PREFIX,
     Entry,
@@ -27,7 +27,7 @@ from .slim_file import (
     read_tensor,
     write_tensors,
 )
-from .slim_source import Source, open_source
+from .source import Source, open_source
 
 log = logging.getLogger(__name__)
 

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import torch
 
+from ..engine.engine import COND
 from ..methods.artifact import replacing
 from ..methods.calibration import Calibration, load_calibration
 from ..methods.fingerprint import Fingerprint
 from ..methods.grid import TokenGrid
 from ..methods.profile import PER_BIN, Profile, load_profile, sigma_bin
 from .recording import CallRecord
-from .session import COND
 
 # rows of the identity that a linear layer gets at once
 CHUNK_ROWS = 4096

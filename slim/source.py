@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from ..methods.fingerprint import Fingerprint, sample_modulation
-from ..methods.slim import find_cut
-from .slim_file import Entry, is_slim, list_entries, read_tensor, transformer_config
+from .cut import find_cut
+from .file import Entry, is_slim, list_entries, read_tensor, transformer_config
 
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
 MARK = "head.modulation"

@@ -8,16 +8,10 @@ third longer; what a plan gains is nearer to the truth than either time.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .cost import WanShape, Work, plan_work
-from .depth import BlockPlan, blocks_per_step
-from .grid import TokenGrid
-from .heads import HeadPlan
-from .schedule import progress_at
-from .tokens import TokenPlan
-from .width import Width
+from ..methods.cost import WanShape, Work
+from ..methods.grid import TokenGrid
 
 # the sizes that Wan comes in; each expert of Wan 2.2's A14B has those of 14B
 WAN = {
@@ -102,52 +96,3 @@ def device_rates(device: str, attention: str = "flash") -> Rates | None:
         if re.search(rf"{pattern}$", device.strip()):
             return kernels.get(attention)
     return None
-
-
-def run_work(
-    shape: WanShape,
-    grid: TokenGrid,
-    sigmas: Sequence[float],
-    *,
-    shift: float = 1.0,
-    tokens: TokenPlan | None = None,
-    heads: HeadPlan | None = None,
-    blocks: BlockPlan | None = None,
-    width: Width | None = None,
-    anchored_frames: int = 0,
-    prompts: int = 2,
-) -> Work:
-    """The transformer's work in a sampling run under a plan; without one, dense.
-
-    Args:
-        sigmas: of the steps, without the last, 0.
-        shift: the model's flow shift, to place a sigma in the run.
-        tokens, heads, blocks: the plan's parts; None leaves that part alone.
-        width: of a slim model; `heads` are then those that it keeps.
-        anchored_frames: latent frames that are given and keep all their tokens.
-        prompts: 2 with guidance, 1 without.
-    """
-    progress = [progress_at(sigma, shift) for sigma in sigmas]
-    runs = None if blocks is None else blocks_per_step(blocks, sigmas, shift, shape.num_blocks)
-    return plan_work(
-        shape, tokens, grid, progress, anchored_frames, prompts,
-        heads=heads, width=width, blocks_run=runs,
-    )  # fmt: skip
-
-
-def run_seconds(
-    shape: WanShape,
-    grid: TokenGrid,
-    sigmas: Sequence[float],
-    rates: Rates,
-    *,
-    itemsize: int = 2,
-    **plan,
-) -> float:
-    """Floor of the transformer's seconds in a sampling run.
-
-    Args:
-        itemsize: bytes of a number of the hidden state.
-        plan: as for `run_work`.
-    """
-    return rates.seconds(run_work(shape, grid, sigmas, **plan), itemsize)

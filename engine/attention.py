@@ -1,0 +1,80 @@
+"""One block's attention calls in one model call, the same for every host.
+
+A host hands over each call as q, k, v [b, s, n, d] with its own attention function; a block's first
+call is self-attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from ..methods.attend import Attention, HeadGroups, Layout
+from ..methods.heads import HeadPlan
+
+# self- and cross-attention heads of a block
+Pair = tuple[HeadGroups, HeadGroups]
+
+
+class Attend:
+    """What the engine wants of one run of a block.
+
+    Args:
+        look: told self-attention's q, k and v [b, s, n, d].
+        extra: gives keys and values [b, m, n, d] that self-attention sees behind its own.
+        heads: what each head computes; needs self-attention's layout.
+
+    Attributes:
+        seen: whether self-attention came by.
+    """
+
+    def __init__(
+        self,
+        look: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None] | None = None,
+        extra: Callable[[], tuple[torch.Tensor, torch.Tensor]] | None = None,
+        heads: Pair | None = None,
+        layout: Layout | None = None,
+    ):
+        self._look, self._extra, self._heads, self._layout = look, extra, heads, layout
+        self.seen = False
+
+    def __call__(self, q, k, v, attention: Attention) -> torch.Tensor:
+        """One attention call of the block; the result is [b, s, n, d]."""
+        # another node may put more attention calls in front, on keys of another length
+        own = not self.seen and q.shape[1] == k.shape[1]
+        if own:
+            self.seen = True
+            if self._look is not None:
+                self._look(q, k, v)
+            if self._extra is not None:
+                keys, values = self._extra()
+                k = torch.cat([k, keys.to(k)], 1)
+                v = torch.cat([v, values.to(v)], 1)
+        if self._heads is None:
+            return attention(q, k, v)
+        heads = self._heads[0] if own else self._heads[1]
+        return heads.attend(q, k, v, attention, self._layout if own else None)
+
+
+def head_groups(plan: HeadPlan) -> list[Pair | None]:
+    """Self- and cross-attention heads per block; None where a block is left alone."""
+    pairs = zip(plan.self_attention, plan.cross_attention, strict=True)
+    return [
+        (HeadGroups(own), HeadGroups(cross)) if plan.changes(index) else None
+        for index, (own, cross) in enumerate(pairs)
+    ]
+
+
+def check_heads(plan: HeadPlan, num_blocks: int, num_heads: int) -> None:
+    """Refuse a plan made for a model of another size.
+
+    Raises:
+        ValueError: says what came and what was expected.
+    """
+    came = (plan.num_blocks, len(plan.self_attention[0]) if plan.num_blocks else 0)
+    if came != (num_blocks, num_heads):
+        raise ValueError(
+            f"heads: expected a plan for {num_blocks} blocks of {num_heads} heads, got one for "
+            f"{came[0]} blocks of {came[1]} heads: the profile is of another model"
+        )

@@ -1,0 +1,378 @@
+"""One pass through the model's blocks, each by its row of the step's program."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import torch
+
+from ..methods.attend import Layout
+from ..methods.grid import TokenGrid, gather_tokens, scatter_tokens
+from ..methods.importance import attention_received
+from ..methods.shares import latent_mask
+from ..methods.tokens import Selection, select_tokens
+from .attention import Attend, Pair
+from .compiled import outside_graphs
+from .memory import Memory, Part, change_between
+from .plan import TrimPlan
+from .program import ALL, KEPT, READ, SKIP, UPDATE, WRITE, Program, Row
+from .record import Record, Step
+
+OUT_OF_MEMORY = (
+    "there was not enough memory for the keys and values of left out tokens: steps are whole or "
+    "repeated from there on"
+)
+
+
+@dataclass
+class Shared:
+    """What all model calls of a run share.
+
+    Args:
+        layouts: of whole sequences, by grid and length.
+    """
+
+    plan: TrimPlan
+    record: Record
+    memory: Memory = field(default_factory=Memory)
+    heads: list[Pair | None] | None = None
+    layouts: dict[tuple[TokenGrid, int], Layout] = field(default_factory=dict)
+
+
+class HostBlock(Protocol):
+    """The host's own block with its inputs, ready to run."""
+
+    # [b, s, c], of all tokens or of those that the engine keeps
+    hidden: torch.Tensor
+
+    def run(
+        self, hidden: torch.Tensor, places: Places | None, attend: Attend | None
+    ) -> torch.Tensor:
+        """The block on `hidden` [b, n, c]: all tokens, or those at `places`.
+
+        Args:
+            attend: takes over the block's attention calls; None leaves them alone.
+        """
+
+
+@outside_graphs
+class Places:
+    """Where the kept tokens of a choice lie, and what was gathered for them: once, not per block.
+
+    Attributes:
+        index: int64 [b, kept] positions for every row of the batch, and of the others [b, dropped].
+    """
+
+    def __init__(self, selection: Selection, chunks: int):
+        self.selection = selection
+        self.index = selection.index.repeat(chunks, 1)
+        self.dropped = selection.dropped.repeat(chunks, 1)
+        self._taken: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._layout: Layout | None = None
+
+    def take(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Rows of a tensor [b or 1, s, ...] that is the same in every block."""
+        return self.once(tensor, lambda t: gather_tokens(t, self.index))
+
+    def once(self, tensor: torch.Tensor, make: Callable) -> torch.Tensor:
+        """make(tensor), for the same tensor only once."""
+        known = self._taken.get(id(tensor))
+        if known is None:
+            # the tensor is held, so that its id stays its own
+            known = self._taken[id(tensor)] = (tensor, make(tensor))
+        return known[1]
+
+    def layout(self, make: Callable[[], Layout]) -> Layout:
+        """The layout of these tokens, made once."""
+        if self._layout is None:
+            self._layout = make()
+        return self._layout
+
+
+@dataclass
+class StepState:
+    """One step: made by the first call that sees it, shared by the others."""
+
+    sigma: float
+    latent: torch.Tensor
+    program: Program
+    step: Step
+    part: Part
+    window: Hashable
+    anchored: Sequence[bool] | None
+    selections: dict[int, Selection] = field(default_factory=dict)
+    # calls of each prompt so far: the same one again is another pass (skip layer guidance)
+    passes: Counter = field(default_factory=Counter)
+    rows: list[Row] = field(default_factory=list)
+    choices: list[Selection | None] = field(default_factory=list)
+
+
+@outside_graphs
+class Call:
+    """One pass through the model's blocks, in order, by the step's program.
+
+    Attributes:
+        program: the step's, or one that computes everything where this call's prompts need it.
+    """
+
+    def __init__(
+        self,
+        shared: Shared,
+        state: StepState,
+        grid: TokenGrid,
+        chunks,
+        keys,
+        decider: int,
+        alone: bool,
+    ):
+        self.plan, self.heads, self.layouts = shared.plan, shared.heads, shared.layouts
+        self.memory, self.record = shared.memory, shared.record
+        self.state, self.part, self.program = state, state.part, state.program
+        self.grid, self.chunks, self.keys, self.decider = grid, chunks, keys, decider
+        self.num_blocks, self.alone = len(state.program.rows), alone
+        # the other calls of a step do the same work
+        self.first = state.step.calls == 1
+        self.rows = self._own_rows()
+        self._places: dict[int, Places] = {}
+        self.current: Selection | None = None
+        # the full sequence while only kept tokens go from block to block
+        self._full: torch.Tensor | None = None
+        # tokens of the whole sequence
+        self._length = 0
+        # the host's, for blocks that are handed none
+        self.options: dict = {}
+
+    def _own_rows(self) -> tuple[Row, ...]:
+        """The program's rows; all whole where a prompt of this call has nothing to repeat."""
+        program = self.program
+        if program.share == 1.0:
+            return program.rows
+        ready = self.part.known(self.keys)
+        if program.partial:
+            ready = ready and self.part.has_context(self.keys, self.num_blocks)
+        if ready:
+            return program.rows
+        self.record.note(
+            "a prompt came that had nothing to repeat yet: it was computed in full beside the others"
+        )
+        return (Row(ALL, self.grid.tokens),) * self.num_blocks
+
+    @property
+    def repeats(self) -> bool:
+        """Whether the host need not run the model: `repeated` has the answer."""
+        return all(row.run == SKIP for row in self.rows)
+
+    @property
+    def touches_blocks(self) -> bool:
+        """False when this call's blocks run as they are: then the host's model runs untouched."""
+        return any(row.run != ALL or row.choose or row.heads or row.context for row in self.rows)
+
+    def repeated(self) -> torch.Tensor:
+        """The velocities of a step that computes nothing [b, c, f, h, w]."""
+        sigma = self.state.sigma
+        pairs = zip(self.keys, self.chunks, strict=True)
+        return torch.cat([self.part.repeat(key, sigma, latent) for key, latent in pairs])
+
+    @torch.no_grad()
+    def output(self, velocity: torch.Tensor) -> torch.Tensor:
+        """What the model gave [b, c, f, h, w], with the velocity of what was left out repeated."""
+        if not self.program.remembers:
+            return velocity
+        if velocity.shape != torch.cat(self.chunks).shape:
+            self.record.note(
+                "the model gave a video of another size than it was given: nothing is repeated"
+            )
+            return velocity
+        kept = mask = None
+        if self.current is not None and any(row.run == KEPT for row in self.rows):
+            kept = self._kept(self.current)
+            mask = latent_mask(kept, self.grid, velocity.shape[2:])
+        parts = velocity.chunk(len(self.keys))
+        if self.first:
+            known = self.part.prompts.get(self.keys[self.decider])
+            change = None
+            if known is not None and known.velocity is not None:
+                change = change_between(parts[self.decider], known.velocity, self.grid)
+            self.part.saw(change, kept)
+        sigma, latents = self.state.sigma, self.chunks
+        return torch.cat(
+            [
+                self.part.remember(key, one, sigma, latent, mask)
+                for key, one, latent in zip(self.keys, parts, latents, strict=True)
+            ]
+        )
+
+    def _kept(self, selection: Selection) -> torch.Tensor:
+        kept = torch.ones(
+            len(selection.index), selection.length, dtype=torch.bool, device=selection.index.device
+        )
+        return self.grid.cut(kept.scatter_(1, selection.dropped, False))
+
+    def block(self, index: int, host: HostBlock) -> torch.Tensor:
+        """Run one block by its row.
+
+        The result is the full sequence [b, s, c], or, while nobody else looks at it, the kept
+        tokens alone [b, kept, c] until the next block that needs all.
+        """
+        row, hidden = self.rows[index], host.hidden
+        if self._full is None:
+            self._length = hidden.shape[1]
+        last = index == self.num_blocks - 1
+        if row.run == SKIP:
+            self._ran(row)
+            return self._whole(hidden) if last else hidden
+        if row.run == ALL:
+            hidden = self._whole(hidden)
+            seen: dict[str, torch.Tensor] = {}
+            attend = self._attend(index, row, None, seen)
+            out = host.run(hidden, None, attend)
+            if row.choose:
+                self._choose_by_attention(index, seen)
+            self._ran(row, attend)
+            return out
+        if self.program.partial and self.current is None:
+            self.current = self._choose_by_change()
+        if self.current is None or not self.current.dropped.numel():
+            out = host.run(hidden, None, self._attend(index, row, None, {}))
+            self._ran(Row(ALL, self.grid.tokens, heads=row.heads))
+            return out
+        places = self._at(self.current)
+        short = self._full is not None
+        kept = hidden if short else gather_tokens(hidden, places.index)
+        attend = self._attend(index, row, places, {})
+        if self.alone and not short:
+            self._full = hidden
+        out = host.run(kept, places, attend)
+        self._ran(row, attend)
+        if self.alone and not last:
+            return out
+        if self.alone:
+            return self._whole(out)
+        return scatter_tokens(hidden, places.index, out)
+
+    def _whole(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The full sequence, when only kept tokens came."""
+        full, self._full = self._full, None
+        if full is None:
+            return hidden
+        return scatter_tokens(full, self._at(self.current).index, hidden)
+
+    def _at(self, selection: Selection) -> Places:
+        known = self._places.get(id(selection))
+        if known is None:
+            # holds the selection, so that its id stays its own
+            known = self._places[id(selection)] = Places(selection, len(self.keys))
+        return known
+
+    def _ran(self, row: Row, attend: Attend | None = None) -> None:
+        if not self.first:
+            return
+        if (row.heads or row.context) and (attend is None or not attend.seen):
+            row = replace(row, heads=False, context="")
+        self.state.rows.append(row)
+        self.state.choices.append(self.current if row.run == KEPT else None)
+
+    def _attend(self, index: int, row: Row, places: Places | None, seen: dict) -> Attend | None:
+        """What the block's attention is to do and to show; `seen` takes in what it shows."""
+        if not (row.heads or row.context or row.choose):
+            return None
+        look, extra = self._look(index, row, places, seen), None
+        if row.context in (READ, UPDATE) and places is not None:
+
+            def extra():
+                return self.part.read(self.keys, index, places.dropped)
+
+        if not row.heads:
+            return Attend(look, extra)
+        return Attend(look, extra, self.heads[index], self._layout(places, extra is not None))
+
+    def _look(self, index: int, row: Row, places: Places | None, seen: dict):
+        def score(q, k, v) -> None:
+            # scored at once: held through the FFN, q and k would add to the peak of memory
+            plan = self.plan.tokens
+            seen["received"] = attention_received(
+                self.grid, self._own(q), self._own(k),
+                plan.query_ratio, plan.exclude_radius, plan.min_queries,
+            )  # fmt: skip
+
+        def keep(q, k, v) -> None:
+            try:
+                self.part.write(self.keys, index, k, v, None if places is None else places.index)
+            except torch.OutOfMemoryError:
+                self.memory.lose_context()
+                self.record.note(OUT_OF_MEMORY)
+
+        wanted = [score] if row.choose and index not in self.state.selections else []
+        if row.context in (WRITE, UPDATE) and not self.memory.lost:
+            wanted.append(keep)
+        if not wanted:
+            return None
+
+        # a choice has no gradient
+        @torch.no_grad()
+        def look(q, k, v) -> None:
+            for one in wanted:
+                one(q, k, v)
+
+        return look
+
+    @torch.compiler.disable
+    def _layout(self, places: Places | None, behind: bool) -> Layout:
+        """Where the tokens of a run of a block lie in the video.
+
+        Args:
+            behind: the dropped tokens are keys and values behind the kept ones.
+        """
+        key = (self.grid, self._length)
+        if places is None:
+            return self.layouts.setdefault(key, Layout(*key))
+        others = places.dropped if behind else None
+        per_frame = places.selection.per_frame
+        return places.layout(lambda: Layout(*key, places.index, per_frame, others))
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def _choose_by_attention(self, index: int, seen: dict) -> None:
+        """TAPE's choice, for the blocks behind this one."""
+        known = self.state.selections.get(index)
+        if known is None and not seen:
+            self.record.note(
+                f"block {index} ran no self-attention (another node replaced it), so tokens were "
+                "not chosen anew there"
+            )
+            return
+        if known is None:
+            plan, program = self.plan.tokens, self.program
+            anchored = self.state.anchored if plan.anchor else None
+            known = self.state.selections[index] = select_tokens(
+                seen["received"], self.grid, self._length, program.budget,
+                alpha=plan.alpha, anchored=anchored,
+            )  # fmt: skip
+        self.current = self._fitting(known)
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def _choose_by_change(self) -> Selection | None:
+        """Where leaving a token out once more would cost most."""
+        known = self.state.selections.get(0)
+        if known is None:
+            worth = self.part.worth(self.grid)
+            if worth is None:
+                return None
+            known = self.state.selections[0] = select_tokens(
+                worth, self.grid, self._length, self.program.budget
+            )
+        return self._fitting(known)
+
+    def _fitting(self, known: Selection) -> Selection:
+        """A choice made by another call of this step, in this call's layout."""
+        if known.length != self._length:
+            # only one of the prompts has a reference
+            return known.moved(self.state.program.grid, self.grid, self._length)
+        return known
+
+    def _own(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows.chunk(len(self.keys))[self.decider]

@@ -1,0 +1,284 @@
+"""Runs the program of each step on the host's own blocks. Knows no host.
+
+A host tells what a model call looks like (`Engine.begin`), hands over each block (`HostBlock`) and
+what the model gave (`Call.output`). What a block does was decided before: the engine obeys.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from ..methods.budget import attention_share
+from ..methods.depth import choose_blocks
+from ..methods.grid import TokenGrid
+from ..methods.routers import Content
+from .attention import head_groups
+from .call import Call, Shared, StepState
+from .memory import STRAYED, Memory
+from .plan import TrimPlan
+from .program import Facts, compile
+from .record import Record, Step
+
+COND, UNCOND = 0, 1
+
+
+def check_latent(latent: torch.Tensor) -> None:
+    """Refuse an empty latent [b, c, f, h, w].
+
+    Raises:
+        ValueError: says what came and where to look.
+    """
+    if latent.numel() == 0:
+        raise ValueError(
+            f"WanTrim got an empty latent of shape {list(latent.shape)}; expected at least one "
+            "latent frame. Check width, height, length and batch size of the latent node."
+        )
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a model call has to know of its inputs, in one wait for the device.
+
+    Args:
+        largest: of the noise levels.
+        mixed: chunks of the batch have different latents.
+        again: the latent is that of the step before.
+        strayed: share of the path since the last step that no guidance explains.
+        anchored: per latent frame, whether it is given; None when none is.
+    """
+
+    largest: float
+    mixed: bool
+    again: bool
+    strayed: float
+    anchored: tuple[bool, ...] | None
+
+
+class Engine:
+    """State of one sampling run. Make a new one for every run.
+
+    Args:
+        record: filled as the run goes on.
+        told: called with every step that is done.
+    """
+
+    def __init__(self, plan: TrimPlan, record: Record, told: Callable[[Step], None] | None = None):
+        self.record, self._told = record, told
+        self.now: StepState | None = None
+        self._shared = Shared(plan, record)
+        self._began = 0.0
+        self._started = time.perf_counter()
+        self.take(plan)
+
+    def take(self, plan: TrimPlan) -> None:
+        """Go by this plan; later only when it cannot be made before the first model call."""
+        self.plan, self._router = plan, None
+        self._shared.plan = plan
+        self._shared.heads = head_groups(plan.heads) if plan.trims_heads else None
+        self.record.plan, self.record.planned = plan, plan.describe()
+
+    @property
+    def memory(self) -> Memory:
+        return self._shared.memory
+
+    def look(
+        self,
+        levels: torch.Tensor,
+        latent: torch.Tensor,
+        cond_or_uncond: Sequence[int],
+        anchored: torch.Tensor | None = None,
+        window: Hashable = None,
+        prompts: Sequence[Hashable] = (),
+    ) -> Seen:
+        """Read what `begin` decides by; the clock of a step is honest because of this wait.
+
+        Args:
+            levels: noise levels, of any shape.
+            latent, cond_or_uncond, window, prompts: as for `begin`.
+            anchored: bool [f], latent frames that are given.
+        """
+        if len(latent) % len(cond_or_uncond):
+            raise ValueError(
+                f"cond_or_uncond: expected one entry per chunk of the batch, got "
+                f"{len(cond_or_uncond)} for a batch of {len(latent)}"
+            )
+        chunks, decider = latent.chunk(len(cond_or_uncond)), _decider(cond_or_uncond)
+        own, last = chunks[decider], self.now
+        asked = [levels.max()]
+        asked += [(chunks[0] == chunk).all() for chunk in chunks[1:]]
+        alike = last is not None and _alike(last.latent, own)
+        asked.append((last.latent == own).all() if alike else levels.new_zeros(()))
+        part = self.memory.parts.get((window, _names(prompts, chunks)[decider]))
+        strayed = None
+        if part is not None and part.fits(own) and self.plan.trims_shares:
+            strayed = part.strayed(levels.max().float(), own)
+        asked.append(levels.new_zeros(()) if strayed is None else strayed)
+        told = torch.stack([value.to(latent.device).float() for value in asked])
+        if anchored is not None:
+            told = torch.cat([told, anchored.to(told)])
+        largest, *rest = told.tolist()
+        count = len(chunks) - 1
+        given = tuple(value > 0 for value in rest[count + 2 :])
+        return Seen(
+            largest,
+            not all(rest[:count]),
+            bool(rest[count]),
+            rest[count + 1],
+            given if any(given) else None,
+        )
+
+    def begin(
+        self,
+        *,
+        latent: torch.Tensor,
+        sigma: float,
+        progress: float,
+        cond_or_uncond: Sequence[int],
+        grid: TokenGrid,
+        num_blocks: int,
+        window: Hashable = None,
+        prompts: Sequence[Hashable] = (),
+        clip: torch.Tensor | None = None,
+        inside: str | None = None,
+        alone: bool = True,
+        seen: Seen | None = None,
+    ) -> Call:
+        """Start a model call.
+
+        Calls with the same sigma and latent belong to one step, however the host splits them.
+
+        Args:
+            latent: the model's input, chunks of the same samples in the order of `cond_or_uncond`.
+            cond_or_uncond: COND or UNCOND per chunk of the batch.
+            window: which part of the video this is, when the host samples it in parts.
+            prompts: names of the chunks' prompts, when the host has some.
+            clip: class embedding of a given image [b, c], chunks like those of `latent`.
+            inside: why no block may be looked into, or None.
+            alone: nobody else touches the hidden state between the blocks.
+            seen: what `look` saw of this call; None to look now, with no latent frame given.
+        """
+        if seen is None:
+            level = torch.tensor(sigma)
+            seen = self.look(level, latent, cond_or_uncond, None, window, prompts)
+        chunks, decider = latent.chunk(len(cond_or_uncond)), _decider(cond_or_uncond)
+        names = _names(prompts, chunks)
+        own, last = chunks[decider], self.now
+        if not (seen.again and last.sigma == sigma and last.window == window):
+            now = time.perf_counter()
+            self._close_step(now)
+            self._began = now
+            # a prompt can have an area of its own, whose unconditional prompt shares its name
+            where = (window, names[decider])
+            part = self.memory.part(where, last and last.sigma, sigma)
+            if not part.fits(own):
+                part.clear()
+            part.noisy |= seen.strayed > STRAYED
+            keys = [(*pair, 1) for pair in zip(names, cond_or_uncond, strict=True)]
+            clip = None if clip is None else clip.chunk(len(chunks))[decider]
+            facts = Facts(
+                sigma, progress, grid, num_blocks, seen.anchored, inside, seen.mixed,
+                known=part.known(keys), seen=part.seen,
+                context=not self.memory.lost,
+                skipped=self._skipped(sigma, progress, Content(own, clip), num_blocks),
+            )  # fmt: skip
+            program = compile(self.plan, facts)
+            if program.partial and not part.has_context(keys, num_blocks):
+                program = compile(self.plan, replace(facts, context=False))
+            step = Step(sigma, progress, program)
+            self.record.steps.append(step)
+            for remark in program.remarks:
+                self.record.note(remark)
+            if self.plan.trims_heads and self.record.attention_share is None:
+                share = attention_share(self.plan.heads, grid, text_tokens=0)
+                self.record.attention_share = share
+            part.begin(sigma, own.detach().clone())
+            if program.repeats:
+                part.skipped()
+            if COND not in cond_or_uncond and not program.whole:
+                self.record.note(
+                    "the unconditional prompt came first in a step and decided which tokens stay"
+                )
+            kept = part.point[1]
+            self.now = StepState(sigma, kept, program, step, part, window, seen.anchored)
+        state = self.now
+        state.step.calls += 1
+        keys = []
+        for pair in zip(names, cond_or_uncond, strict=True):
+            state.passes[pair] += 1
+            keys.append((*pair, state.passes[pair]))
+        return Call(self._shared, state, grid, chunks, keys, decider, alone)
+
+    def _skipped(self, sigma, progress, content: Content, num_blocks: int) -> frozenset[int]:
+        """Blocks that the router leaves out of a step."""
+        if not self.plan.trims_blocks:
+            return frozenset()
+        count = self.plan.blocks.count(sigma, progress, num_blocks)
+        if count >= num_blocks:
+            return frozenset()
+        if self._router is None:
+            self._router = self.plan.blocks.router.run(num_blocks)
+        runs = choose_blocks(self._router.logits(sigma, content), count)
+        return frozenset(range(num_blocks)) - frozenset(runs)
+
+    def finish(self, completed: bool) -> Record:
+        """Close the run and drop everything that it held."""
+        now = time.perf_counter()
+        self._close_step(now)
+        for step in self.record.steps:
+            step.settle()
+        self.memory.clear()
+        self._shared.layouts.clear()
+        self.record.seconds = now - self._started
+        self.record.finished = completed
+        self._compare()
+        return self.record
+
+    def _compare(self) -> None:
+        """Say where the record is not what the programs say, and where a plan did nothing."""
+        steps, note = self.record.steps, self.record.note
+        if any(step.answered for step in steps):
+            note("the model's blocks did not run in some steps: another node's cache")
+        if any(not step.answered and not step.as_planned for step in steps):
+            note(
+                "some blocks did not run as planned: another node ran them its own way, or replaced "
+                "their attention"
+            )
+        if not steps or self.plan.neutral or any(not step.program.whole for step in steps):
+            return
+        if any(step.program.remarks for step in steps):
+            return
+        if self.plan.trims_tokens:
+            note(
+                "no token was left out in any step. Reasons can be: reselect_every 1, all steps "
+                "outside start_percent and end_percent, or a prune ratio too small for "
+                f"{steps[0].grid.per_frame} tokens in a latent frame"
+            )
+        else:
+            note("nothing was left out: all steps lie outside of what the plan trims")
+
+    def _close_step(self, now: float) -> None:
+        state, self.now = self.now, None
+        if state is None:
+            return
+        state.step.seconds = now - self._began
+        state.step.close(state.rows, state.choices)
+        if self._told is not None:
+            self._told(state.step)
+
+
+def _decider(cond_or_uncond: Sequence[int]) -> int:
+    """Which chunk of a batch decides: hosts put the first conditional prompt last."""
+    cond = [i for i, role in enumerate(cond_or_uncond) if role == COND]
+    return cond[-1] if cond else len(cond_or_uncond) - 1
+
+
+def _names(prompts: Sequence[Hashable], chunks: Sequence) -> list[Hashable]:
+    return list(prompts) if len(prompts) == len(chunks) else [None] * len(chunks)
+
+
+def _alike(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and a.device == b.device

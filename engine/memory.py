@@ -1,0 +1,273 @@
+"""What a sampling run remembers of its earlier steps, by part of the video and by prompt.
+
+By prompt and never by how the host happened to batch: batched to split in mid-run changes nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+
+import torch
+
+from ..kernels import pack_rows, unpack_rows
+from ..methods.grid import TokenGrid, gather_tokens
+from ..methods.shares import expected_error, token_change
+from .compiled import outside_graphs
+
+log = logging.getLogger(__name__)
+
+# share of a path's square that guidance and multi-step samplers do not explain: above it there was
+# noise added
+STRAYED = 0.5
+
+# codes and scales of keys, then of values
+Packed = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Room:
+    """Where keys and values are kept.
+
+    Args:
+        device: None is where they are computed.
+        bits: of a number, 8 or 4; a row of a head has a scale of its own.
+    """
+
+    device: torch.device | None = None
+    bits: int = 8
+
+
+def context_bytes(blocks: int, tokens: int, heads: int, head_dim: int, bits: int) -> int:
+    """Bytes of the context of one prompt row."""
+    row = head_dim * bits // 8 + torch.float16.itemsize
+    return 2 * blocks * tokens * heads * row
+
+
+@dataclass
+class Prompt:
+    """What one prompt got last.
+
+    Args:
+        velocity: [b, c, f, h, w], each token's when it was last computed.
+        clean: the video that it pointed at [b, c, f, h, w].
+        context: keys and values of every block, of all tokens.
+    """
+
+    velocity: torch.Tensor | None = None
+    clean: torch.Tensor | None = None
+    context: dict[int, Packed] = field(default_factory=dict)
+
+
+@outside_graphs
+class Part:
+    """A part of the video that is sampled apart: all of it, or a context window.
+
+    Attributes:
+        sigma: of the last step that used it.
+        seen: steps that computed something.
+        change: squared change of each token's velocity when last seen [b, tokens], or None.
+        age: steps in a row that each token was left out [b, tokens], or None.
+        noisy: whether the sampler adds noise between steps.
+    """
+
+    def __init__(self, room: Room):
+        self.room = room
+        self.prompts: dict[Hashable, Prompt] = {}
+        self.sigma: float | None = None
+        self.seen = 0
+        self.change: torch.Tensor | None = None
+        self.age: torch.Tensor | None = None
+        self.noisy = False
+        self._point: tuple[float, torch.Tensor] | None = None
+        # prompts of the last step: the one that decided, then another of the same latent
+        self._last: list[Hashable] = []
+
+    def fits(self, latent: torch.Tensor) -> bool:
+        """Whether what is remembered is of a latent like this one [b, c, f, h, w]."""
+        last = self._point
+        return last is None or (last[1].shape == latent.shape and last[1].device == latent.device)
+
+    def strayed(self, sigma: float, latent: torch.Tensor) -> torch.Tensor | None:
+        """Share of the squared path since the last step that no guidance explains, or None.
+
+        Between two steps a sampler goes along v_uncond + g * (v_cond - v_uncond) for some g, or
+        adds noise.
+        """
+        if self._point is None or not self._last or self._point[0] == sigma:
+            return None
+        known = [self.prompts.get(key) for key in self._last[:2]]
+        if any(prompt is None or prompt.velocity is None for prompt in known):
+            return None
+        first = known[0].velocity.float()
+        path = (latent.float() - self._point[1].float()) / (sigma - self._point[0])
+        rest = path - first
+        if len(known) > 1:
+            along = first - known[1].velocity.float()
+            rest = rest - along * (rest * along).sum() / along.square().sum().clamp(min=1e-12)
+        return rest.square().sum() / path.square().sum().clamp(min=1e-12)
+
+    def begin(self, sigma: float, latent: torch.Tensor) -> None:
+        """A step begins at this sigma with this latent [b, c, f, h, w]."""
+        self.sigma, self._point, self._last = sigma, (sigma, latent), []
+
+    @property
+    def point(self) -> tuple[float, torch.Tensor] | None:
+        """Sigma and latent of the last step."""
+        return self._point
+
+    def known(self, keys) -> bool:
+        """Whether every prompt has a velocity to repeat."""
+        return all(key in self.prompts and self.prompts[key].velocity is not None for key in keys)
+
+    def has_context(self, keys, blocks: int) -> bool:
+        """Whether every prompt has keys and values of every block."""
+        return all(key in self.prompts and len(self.prompts[key].context) == blocks for key in keys)
+
+    def repeat(self, key: Hashable, sigma: float, latent: torch.Tensor) -> torch.Tensor:
+        """The velocity of a prompt that is not computed at this sigma, for this latent.
+
+        Where the sampler adds noise the velocity points at another noise every time; there the
+        video that it pointed at is repeated, which is the same thing on a straight path.
+        """
+        prompt = self.prompts[key]
+        self._last.append(key)
+        if not self.noisy:
+            return prompt.velocity
+        away = (latent.float() - prompt.clean.float()) / max(sigma, 1e-6)
+        return away.to(prompt.velocity.dtype)
+
+    def remember(
+        self,
+        key: Hashable,
+        velocity: torch.Tensor,
+        sigma: float,
+        latent: torch.Tensor,
+        mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Take in what a prompt got; returns it with the repeated velocity where it is not computed.
+
+        Args:
+            velocity, latent: [b, c, f, h, w].
+            mask: bool [b, 1, f, h, w], where it was computed; None is everywhere.
+        """
+        prompt = self.prompts.setdefault(key, Prompt())
+        if mask is not None:
+            velocity = torch.where(mask, velocity, self.repeat(key, sigma, latent))
+        else:
+            self._last.append(key)
+            # the host may go on in place
+            velocity = velocity.clone()
+        clean = latent.to(velocity) - sigma * velocity
+        if mask is not None:
+            clean = torch.where(mask, clean, prompt.clean)
+        prompt.velocity, prompt.clean = velocity, clean
+        return velocity
+
+    def saw(self, change: torch.Tensor | None, kept: torch.Tensor | None) -> None:
+        """Take in how the deciding prompt's velocity changed.
+
+        Args:
+            change: squared change of each token [b, tokens]; None while there is nothing to compare.
+            kept: bool [b, tokens], the tokens that were computed; None is all.
+        """
+        self.seen += 1
+        if change is None:
+            return
+        if kept is None or self.change is None or self.change.shape != change.shape:
+            self.change, self.age = change, torch.zeros_like(change)
+        else:
+            self.change = torch.where(kept, change, self.change)
+            self.age = torch.where(kept, 0.0, self.age + 1)
+
+    def skipped(self) -> None:
+        """A step repeated everything."""
+        if self.age is not None:
+            self.age = self.age + 1
+
+    def worth(self, grid: TokenGrid) -> torch.Tensor | None:
+        """What computing each token is expected to save [b, tokens], or None."""
+        if self.change is None or self.change.shape[1] != grid.tokens:
+            return None
+        return expected_error(self.change, self.age)
+
+    def write(self, keys, block: int, k, v, index: torch.Tensor | None) -> None:
+        """Remember keys and values [b, s, n, d] of the rows of `keys`, or of some tokens anew.
+
+        Args:
+            index: int64 [b, s], the tokens' positions; None is all.
+        """
+        for key, own_k, own_v, at in zip(
+            keys, k.chunk(len(keys)), v.chunk(len(keys)), _chunks(index, len(keys)), strict=True
+        ):
+            packed = (*pack_rows(own_k, self.room.bits), *pack_rows(own_v, self.room.bits))
+            if self.room.device is not None:
+                packed = tuple(t.to(self.room.device) for t in packed)
+                at = None if at is None else at.to(self.room.device)
+            held = self.prompts.setdefault(key, Prompt()).context
+            if at is None:
+                held[block] = packed
+                continue
+            for into, new in zip(held[block], packed, strict=True):
+                places = at.view(*at.shape, *[1] * (new.ndim - 2)).expand_as(new)
+                into.scatter_(1, places, new)
+
+    def read(self, keys, block: int, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Remembered keys and values [b, m, n, d] of tokens `index` [b, m]."""
+        parts, bits = [], self.room.bits
+        for key, at in zip(keys, _chunks(index, len(keys)), strict=True):
+            held = self.prompts[key].context[block]
+            there = at.to(held[0].device)
+            some = [gather_tokens(t, there).to(at.device) for t in held]
+            parts.append((unpack_rows(*some[:2], bits), unpack_rows(*some[2:], bits)))
+        return torch.cat([k for k, _ in parts]), torch.cat([v for _, v in parts])
+
+    def forget_context(self) -> None:
+        """Let go of all keys and values."""
+        for prompt in self.prompts.values():
+            prompt.context.clear()
+
+    def clear(self) -> None:
+        """Let go of everything."""
+        self.prompts.clear()
+        self.change = self.age = self._point = None
+        self._last, self.seen = [], 0
+
+
+def _chunks(index: torch.Tensor | None, count: int):
+    return [None] * count if index is None else index.chunk(count)
+
+
+class Memory:
+    """All parts of a run's video."""
+
+    def __init__(self):
+        self.parts: dict[Hashable, Part] = {}
+        self.room = Room()
+        # there was no room for keys and values
+        self.lost = False
+
+    def part(self, window: Hashable, last: float | None, sigma: float) -> Part:
+        """The part of a window; parts that this step and the last one left alone go."""
+        if last != sigma:
+            recent = {last, sigma}
+            for key in [k for k, part in self.parts.items() if part.sigma not in recent]:
+                self.parts.pop(key).clear()
+        return self.parts.setdefault(window, Part(self.room))
+
+    def lose_context(self) -> None:
+        """Do without keys and values from here on."""
+        self.lost = True
+        for part in self.parts.values():
+            part.forget_context()
+
+    def clear(self) -> None:
+        for part in self.parts.values():
+            part.clear()
+        self.parts.clear()
+
+
+def change_between(new: torch.Tensor, old: torch.Tensor, grid: TokenGrid) -> torch.Tensor:
+    """Squared change of a velocity at each token [b, tokens]."""
+    return token_change(new.float() - old.float(), grid)

@@ -1,0 +1,253 @@
+"""A step is a table: what every block does in it, made before the first block runs.
+
+`compile` is the one place that decides. The engine obeys the table, the cost model sums it, the
+record holds the same rows as they happened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from ..methods.grid import TokenGrid
+from ..methods.schedule import progress_at
+from .plan import TrimPlan
+
+# what a block runs on
+ALL, KEPT, SKIP = "all", "kept", "skip"
+# keys and values of all tokens: remembered, attended to, or both
+WRITE, READ, UPDATE = "write", "read", "update"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One block in one step.
+
+    Args:
+        run: ALL tokens, the KEPT ones, or SKIP: the block is the identity.
+        tokens: of the grid that it computes, for each sample.
+        choose: tokens are chosen by what this block shows, for the blocks behind it.
+        heads: its heads run in their patterns.
+        context: what is done with remembered keys and values; "" is nothing.
+    """
+
+    run: str = ALL
+    tokens: int = 0
+    choose: bool = False
+    heads: bool = False
+    context: str = ""
+
+
+@dataclass(frozen=True)
+class Program:
+    """What one step does.
+
+    Args:
+        budget: tokens that stay of a latent frame that is not anchored.
+        share: of the tokens that the step was to compute; 0 repeats the velocity.
+        anchored: latent frames that keep all their tokens.
+        remembers: what the model gives is needed by a later step.
+        remarks: what was planned otherwise, and why.
+    """
+
+    rows: tuple[Row, ...]
+    grid: TokenGrid
+    budget: int
+    share: float = 1.0
+    anchored: int = 0
+    remembers: bool = False
+    remarks: tuple[str, ...] = ()
+
+    @property
+    def repeats(self) -> bool:
+        """Whether the velocity is repeated without running the model."""
+        return self.share == 0.0
+
+    @property
+    def partial(self) -> bool:
+        """Whether tokens are chosen before the first block, by how their velocity changed."""
+        return 0.0 < self.share < 1.0
+
+    @property
+    def whole(self) -> bool:
+        """Whether every block computes everything."""
+        return all(row.run == ALL and not row.heads for row in self.rows)
+
+    @property
+    def untouched(self) -> bool:
+        """Whether the host's model may run without us: neutral is every row is all."""
+        return self.whole and not any(row.choose or row.context for row in self.rows)
+
+    @property
+    def work(self) -> float:
+        """Share of block x token work."""
+        return sum(row.tokens for row in self.rows) / (self.grid.tokens * len(self.rows))
+
+    @property
+    def blocks_run(self) -> int:
+        return sum(row.run != SKIP for row in self.rows)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known when a step begins.
+
+    Args:
+        anchored: per latent frame, whether it is given; None when none is.
+        inside: why no block may be looked into, or None.
+        mixed: prompts of different areas came in one call.
+        known: the velocity of every prompt of the call is remembered.
+        seen: steps that computed something so far; how tokens change is known from the second.
+        context: keys and values of all tokens are remembered, or could be.
+        skipped: blocks that the router leaves out; None is not known yet, only how many.
+    """
+
+    sigma: float
+    progress: float
+    grid: TokenGrid
+    num_blocks: int
+    anchored: Sequence[bool] | None = None
+    inside: str | None = None
+    mixed: bool = False
+    known: bool = False
+    seen: int = 0
+    context: bool = True
+    skipped: frozenset[int] | None = frozenset()
+
+
+MIXED = "prompts of different areas of the picture came in one model call: all tokens were computed there"
+ALL_GIVEN = "every latent frame is given and anchored: all tokens were computed"
+NOT_REMEMBERED = (
+    "after the first steps nothing was remembered for a part of the video (context windows that "
+    "move, or prompts that came anew): all its tokens were computed"
+)
+NO_CONTEXT = (
+    "the keys and values of left out tokens were not remembered: steps that were to compute a part "
+    "of the tokens computed all of them"
+)
+
+
+def compile(plan: TrimPlan, facts: Facts) -> Program:
+    """The program of a step."""
+    grid, remarks = facts.grid, []
+    share = _share(plan, facts, remarks)
+    skipped = frozenset() if share == 0.0 else _skipped(plan, facts)
+    budget, anchored = grid.per_frame, 0
+    if 0.0 < share < 1.0:
+        budget = max(1, round(share * grid.per_frame))
+    elif share == 1.0 and plan.trims_tokens:
+        budget = plan.tokens.budget(facts.progress, grid)
+        if budget < grid.per_frame and (facts.inside or facts.mixed):
+            remarks.append(facts.inside or MIXED)
+            budget = grid.per_frame
+        if budget < grid.per_frame and plan.tokens.anchor and facts.anchored is not None:
+            anchored = sum(facts.anchored)
+            if anchored == grid.frames:
+                remarks.append(ALL_GIVEN)
+                budget, anchored = grid.per_frame, 0
+    heads = plan.trims_heads and plan.heads.trims_at(facts.progress)
+    if heads and facts.inside:
+        remarks.append(facts.inside)
+        heads = False
+    kept = anchored * grid.per_frame + (grid.frames - anchored) * budget
+    if share == 0.0:
+        rows = [Row(SKIP)] * facts.num_blocks
+    elif budget == grid.per_frame:
+        rows = [Row(ALL, grid.tokens)] * facts.num_blocks
+    elif 0.0 < share < 1.0:
+        rows = [Row(KEPT, kept)] * facts.num_blocks
+    else:
+        rows = _reselecting(plan.tokens, facts, skipped, kept)
+    context = _context(plan, facts, share)
+    rows = [
+        Row(SKIP)
+        if index in skipped or row.run == SKIP
+        else replace(row, heads=heads and plan.heads.changes(index), context=context)
+        for index, row in enumerate(rows)
+    ]
+    remembers = plan.shares is not None and not plan.shares.neutral
+    return Program(tuple(rows), grid, budget, share, anchored, remembers, tuple(remarks))
+
+
+def _share(plan: TrimPlan, facts: Facts, remarks: list[str]) -> float:
+    if plan.shares is None:
+        return 1.0
+    share = plan.shares.at(facts.sigma)
+    if share == 1.0:
+        return share
+    if not facts.known:
+        if facts.seen:
+            remarks.append(NOT_REMEMBERED)
+        return 1.0
+    if share > 0.0:
+        why = facts.inside or (MIXED if facts.mixed else None)
+        if why is None and not (facts.context and plan.may_be_partial):
+            why = NO_CONTEXT
+        if why is not None:
+            remarks.append(why)
+        if why is not None or facts.seen < 2:
+            return 1.0
+    return share
+
+
+def _context(plan: TrimPlan, facts: Facts, share: float) -> str:
+    if plan.shares is None or not facts.context or facts.inside or facts.mixed or share == 0.0:
+        return ""
+    needed = plan.may_be_partial and plan.shares.needs_context(facts.sigma)
+    if share < 1.0:
+        return UPDATE if needed else READ
+    return WRITE if needed else ""
+
+
+def _skipped(plan: TrimPlan, facts: Facts) -> frozenset[int]:
+    if not plan.trims_blocks:
+        return frozenset()
+    if facts.skipped is not None:
+        return facts.skipped
+    # which ones is not known: evenly spread, but never the first and the last
+    count = plan.blocks.count(facts.sigma, facts.progress, facts.num_blocks)
+    left, inner = facts.num_blocks - count, facts.num_blocks - 2
+    return frozenset(1 + (2 * i + 1) * inner // (2 * left) for i in range(left))
+
+
+def _reselecting(tokens, facts: Facts, skipped: frozenset[int], kept: int) -> list[Row]:
+    """TAPE's rows (arXiv 2605.17837): choosing blocks run on all tokens, the others on the kept."""
+    rows, chosen, grid = [], False, facts.grid
+    for index in range(facts.num_blocks):
+        due = tokens.reselects(index)
+        if index in skipped:
+            # nothing to choose by; the next block that runs does
+            chosen = chosen and not due
+            rows.append(Row(SKIP))
+        elif due or not chosen:
+            last = index == facts.num_blocks - 1
+            chosen = not (last or tokens.reselects(index + 1))
+            rows.append(Row(ALL, grid.tokens, choose=chosen))
+        else:
+            rows.append(Row(KEPT, kept))
+    return rows
+
+
+def expected_programs(
+    plan: TrimPlan,
+    sigmas: Sequence[float],
+    shift: float,
+    grid: TokenGrid,
+    num_blocks: int,
+    anchored: Sequence[bool] | None = None,
+) -> list[Program]:
+    """The programs of a run in which nothing comes in the way.
+
+    Args:
+        sigmas: of the steps, without the last, 0.
+        shift: the model's flow shift.
+    """
+    programs, seen = [], 0
+    for sigma in sigmas:
+        facts = Facts(
+            sigma, progress_at(sigma, shift), grid, num_blocks, anchored,
+            known=seen > 0, seen=seen, skipped=None,
+        )  # fmt: skip
+        programs.append(compile(plan, facts))
+        seen += not programs[-1].repeats
+    return programs

@@ -1,0 +1,151 @@
+"""What really happened in a sampling run: the rows of its steps' programs, as they ran."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass, field
+
+import torch
+
+from ..methods.cost import WanShape
+from ..methods.grid import TokenGrid
+from ..methods.tokens import Selection
+from .plan import TrimPlan
+from .program import SKIP, Program, Row
+
+
+@dataclass
+class Step:
+    """One denoising step (or one model call of a sampler that makes several).
+
+    Args:
+        program: what was planned.
+        rows: what each block did; known when the step is over.
+        answered: another node answered the step, and no block ran.
+        coverage: share of the blocks that computed each token [f, h, w], first sample of the batch;
+            known when the run is over.
+    """
+
+    sigma: float
+    progress: float
+    program: Program
+    calls: int = 0
+    seconds: float = 0.0
+    rows: list[Row] = field(default_factory=list)
+    answered: bool = False
+    coverage: torch.Tensor | None = None
+    # dropped positions of each choice, and how many blocks went by it
+    _dropped: list[tuple[torch.Tensor, int]] = field(default_factory=list, repr=False)
+
+    @property
+    def grid(self) -> TokenGrid:
+        return self.program.grid
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.program.rows)
+
+    def close(self, rows: list[Row], choices: list[Selection | None]) -> None:
+        """Take in what each block of the step's first call did, and the choice that it went by."""
+        planned = self.program.rows
+        if self.program.repeats or self.program.untouched:
+            rows = list(planned)
+        self.answered = not rows
+        self.rows = rows or [Row(SKIP)] * len(planned)
+        counted: dict[int, list] = {}
+        for selection in choices:
+            if selection is not None:
+                # most blocks share a choice
+                counted.setdefault(id(selection), [selection, 0])[1] += 1
+        # reading them waits for the device; positions fit in half the memory until then
+        self._dropped = [
+            (selection.dropped[0].to(torch.int32), blocks) for selection, blocks in counted.values()
+        ]
+
+    def settle(self) -> None:
+        """Work out the coverage when the run is over."""
+        grid, ran = self.grid, sum(row.run != SKIP for row in self.rows)
+        coverage = torch.full((grid.tokens,), ran / max(len(self.rows), 1))
+        for dropped, blocks in self._dropped:
+            inside = dropped.cpu().long() - grid.start
+            coverage[inside] -= blocks / len(self.rows)
+        self._dropped = []
+        self.coverage = coverage.view(grid.frames, grid.height, grid.width)
+
+    @property
+    def keep_ratio(self) -> float:
+        """Share of a latent frame's tokens that was to be computed."""
+        return 0.0 if self.program.repeats else self.program.budget / self.grid.per_frame
+
+    @property
+    def tokens_per_block(self) -> list[int]:
+        """Tokens of the grid that each block computed."""
+        return [row.tokens for row in self.rows]
+
+    @property
+    def patterned(self) -> list[int]:
+        """Blocks whose heads ran in their patterns."""
+        return [index for index, row in enumerate(self.rows) if row.heads]
+
+    @property
+    def blocks_run(self) -> int:
+        return sum(row.run != SKIP for row in self.rows)
+
+    @property
+    def whole(self) -> bool:
+        """Whether the step did all that an untouched model does."""
+        return self.kept_share == 1.0 and not self.patterned
+
+    @property
+    def kept_share(self) -> float:
+        """Share of block x token work that was done."""
+        return sum(self.tokens_per_block) / (self.grid.tokens * self.num_blocks)
+
+    @property
+    def as_planned(self) -> bool:
+        """Whether every block did what the step's program says."""
+        return list(self.program.rows) == self.rows
+
+
+@dataclass
+class Record:
+    """A run: its steps in order, and everything that did not happen with its reason.
+
+    Args:
+        plan: None while it is not known; `planned` is what it is in words.
+        seconds: of the whole run, also when nothing was trimmed.
+        attention_share: of the self-attention's query-key pairs, what the heads' patterns leave;
+            None without a plan.
+        context: where keys and values of left out tokens were remembered, in words.
+        shape: of the model, for the cost model; None when the host cannot tell it.
+        device: torch's name for it; empty for one without.
+        dense_seconds: of a whole step of the first step's size, when one was timed apart.
+    """
+
+    model: str = ""
+    steps: list[Step] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    plan: TrimPlan | None = None
+    planned: str = ""
+    finished: bool = False
+    seconds: float = 0.0
+    attention_share: float | None = None
+    context: str | None = None
+    shape: WanShape | None = None
+    device: str = ""
+    dense_seconds: float | None = None
+
+    def note(self, text: str) -> None:
+        """Say once what did not happen and why."""
+        if text not in self.notes:
+            self.notes.append(text)
+
+    @property
+    def kept_share(self) -> float:
+        return statistics.fmean(s.kept_share for s in self.steps) if self.steps else 1.0
+
+    def coverage(self) -> torch.Tensor | None:
+        """Mean over the steps of the share of blocks that computed each token [f, h, w]."""
+        maps = [s.coverage for s in self.steps if s.coverage is not None]
+        same = [m for m in maps if m.shape == maps[0].shape]
+        return torch.stack(same).mean(0) if same else None

@@ -1,0 +1,105 @@
+"""Which share of a step's tokens is computed: all, a part of them, or none (ours).
+
+A step of share 0 repeats the velocity that each prompt got last; one between 0 and 1 computes the
+tokens that are worth it and repeats the velocity of the others. What tokens attend to stays whole:
+keys and values of the tokens that are left out are remembered by block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .grid import TokenGrid
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Share of the tokens that each step of a run computes, as a function of sigma.
+
+    Args:
+        sigmas: of the steps that the sampler announces, falling, without the last, 0.
+        shares: one for each of them, 0 to 1.
+        context: whether keys and values of left out tokens may be remembered; without it a step is
+            whole or repeated.
+
+    Raises:
+        ValueError: not one share for each sigma, or not a share.
+    """
+
+    sigmas: tuple[float, ...]
+    shares: tuple[float, ...]
+    context: bool = True
+
+    def __post_init__(self):
+        if len(self.sigmas) != len(self.shares) or not self.shares:
+            raise ValueError(
+                f"shares: expected one for each of {len(self.sigmas)} sigmas, got {len(self.shares)}"
+            )
+        if not all(0.0 <= share <= 1.0 for share in self.shares):
+            raise ValueError(f"shares: expected 0 to 1, got {self.shares}")
+
+    @property
+    def neutral(self) -> bool:
+        return all(share == 1.0 for share in self.shares)
+
+    @property
+    def partial(self) -> bool:
+        """Whether any step computes a part of its tokens."""
+        return self.context and any(0.0 < share < 1.0 for share in self.shares)
+
+    def place(self, sigma: float) -> int:
+        """Index of the announced step that a sigma belongs to: the nearest one."""
+        return min(range(len(self.sigmas)), key=lambda i: abs(self.sigmas[i] - sigma))
+
+    def at(self, sigma: float) -> float:
+        share = self.shares[self.place(sigma)]
+        return share if self.context or share == 0.0 else 1.0
+
+    def needs_context(self, sigma: float) -> bool:
+        """Whether a later step computes a part of its tokens before one computes all."""
+        later = (self.at(self.sigmas[i]) for i in range(self.place(sigma) + 1, len(self.sigmas)))
+        following = next((share for share in later if share > 0.0), 1.0)
+        return following < 1.0
+
+
+def token_change(difference: torch.Tensor, grid: TokenGrid) -> torch.Tensor:
+    """Mean square of a latent's difference [b, c, f, h, w] at each token, fp32 [b, tokens].
+
+    Latent frames and rows that the patch embedding pads count as part of the last token; tokens
+    behind the video (references) never change.
+    """
+    square = difference.float().square().mean(1)
+    frames = min(square.shape[1], grid.frames)
+    size = (frames, grid.height, grid.width)
+    tokens = torch.nn.functional.adaptive_avg_pool3d(square, size).flatten(1)
+    return torch.nn.functional.pad(tokens, (0, grid.tokens - tokens.shape[1]))
+
+
+def expected_error(change: torch.Tensor, age: torch.Tensor) -> torch.Tensor:
+    """What leaving a token out once more is expected to cost [b, tokens].
+
+    A velocity that changes evenly is off by the steps that it was repeated.
+
+    Args:
+        change: squared change of each token's velocity when it was last seen.
+        age: steps in a row that it was left out.
+    """
+    return change * (1.0 + age).square()
+
+
+def latent_mask(kept: torch.Tensor, grid: TokenGrid, latent: Sequence[int]) -> torch.Tensor:
+    """Where a latent of size (f, h, w) was computed: bool [b, 1, f, h, w].
+
+    Args:
+        kept: bool [b, tokens] of the grid.
+    """
+    mask = kept.view(-1, grid.frames, grid.height, grid.width)
+    for axis, (size, tokens) in enumerate(
+        zip(latent, (grid.frames, grid.height, grid.width), strict=True), 1
+    ):
+        patch = -(-size // tokens)
+        mask = mask.repeat_interleave(patch, axis).narrow(axis, 0, size)
+    return mask[:, None]

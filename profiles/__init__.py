@@ -1,0 +1,1 @@
+"""What was measured about a model: recording it, its file, its picture."""

@@ -1,0 +1,1 @@
+"""What ran, in words, figures and a picture."""

@@ -1,0 +1,1 @@
+"""A slim checkpoint: what is cut, its file, writing one."""

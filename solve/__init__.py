@@ -1,0 +1,1 @@
+"""A wanted speed-up, solved for a run."""

@@ -1,0 +1,46 @@
+"""What repeating a step's velocity costs: the curves that the solver goes by (ours).
+
+All are functions of sigma, so that one recording serves every number of steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Curves:
+    """How a model's velocity changes on the way, and what an error is worth there.
+
+    Args:
+        sigmas: falling, at which `travel` and `amplified` are known; linear between.
+        travel: root mean square change of the velocity along the way from the first sigma, so that
+            repeating it from a to b is off by travel(b) - travel(a).
+        amplified: by how much an error of the velocity grows until the video is done, relative.
+        shares: rising from 0 to 1, at which `left` is known.
+        left: share of a repeated step's squared error that is left when this share of the tokens
+            is computed, those that are expected to be off most.
+        stale: share of the squared error that computed tokens get from remembered keys and values.
+    """
+
+    sigmas: tuple[float, ...]
+    travel: tuple[float, ...]
+    amplified: tuple[float, ...]
+    shares: tuple[float, ...]
+    left: tuple[float, ...]
+    stale: float
+
+    def travel_at(self, sigma: Sequence[float]) -> np.ndarray:
+        return np.interp(sigma, self.sigmas[::-1], self.travel[::-1])
+
+    def amplified_at(self, sigma: Sequence[float]) -> np.ndarray:
+        return np.exp(np.interp(sigma, self.sigmas[::-1], np.log(self.amplified)[::-1]))
+
+    def left_at(self, share: float) -> float:
+        """Share of the squared error that is left at a share of the tokens."""
+        if share == 0.0:
+            return 1.0
+        return float(np.interp(share, self.shares, self.left)) + self.stale

@@ -1,0 +1,274 @@
+"""One dial for a model, or one for the two experts of Wan2.2: a wish, solved when a run begins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from ..engine.plan import TrimPlan
+from ..engine.program import Program, expected_programs
+from ..engine.work import program_work
+from ..methods.cost import WanShape, Work
+from ..methods.grid import TokenGrid
+from ..methods.schedule import progress_at, sigma_at
+from ..methods.shares import Shares
+from ..methods.width import Width
+from .curves import Curves
+from .priors import IMAGE_TO_VIDEO, TEXT_TO_VIDEO
+from .solver import Task, fill, solve_shares
+
+MAX_SPEEDUP = 4.0
+MAX_DENSE_STEPS = 100
+HIGH, LOW = "high", "low"
+# relative distance of a cost within which a speed-up counts as met
+TOLERANCE = 0.03
+
+# what a work costs, in any unit
+Cost = Callable[[Work], float]
+
+
+def flops(work: Work) -> float:
+    return work.flops
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is known of a sampling run when it begins.
+
+    Args:
+        sigmas: the sampler's, the last included: one more than there are steps.
+        shift: the model's flow shift.
+        prompts: 2 with guidance, 1 without.
+        anchored: per latent frame, whether it is given; None when none is.
+        starts_given: whether the video's first latent frame is among them.
+        width: of a slim model.
+        calls: model calls of each step; None is one each.
+        partial: whether the model may be looked into and there is room for the context.
+    """
+
+    shape: WanShape
+    grid: TokenGrid
+    sigmas: tuple[float, ...]
+    shift: float = 1.0
+    prompts: int = 2
+    anchored: tuple[bool, ...] | None = None
+    starts_given: bool = False
+    width: Width | None = None
+    calls: tuple[int, ...] | None = None
+    partial: bool = True
+
+    def __post_init__(self):
+        if len(self.sigmas) < 2:
+            raise ValueError(
+                f"sigmas: expected those of one step at least, got {len(self.sigmas)} of them"
+            )
+
+    @property
+    def steps(self) -> int:
+        return len(self.sigmas) - 1
+
+    def programs(self, plan: TrimPlan) -> list[Program]:
+        sizes = (self.grid, self.shape.num_blocks, self.anchored)
+        return expected_programs(plan, self.sigmas[:-1], self.shift, *sizes)
+
+    def speedup(self, plan: TrimPlan, cost: Cost = flops) -> float:
+        """Cost of the untouched run over that of a plan."""
+        calls = self.calls or (1,) * self.steps
+        options = {"width": self.width}
+
+        def total(plan: TrimPlan) -> float:
+            works = [
+                program_work(self.shape, program, plan, self.prompts, **options) * count
+                for program, count in zip(self.programs(plan), calls, strict=True)
+            ]
+            return cost(sum(works, Work()))
+
+        return total(TrimPlan()) / total(plan)
+
+
+@dataclass(frozen=True)
+class Solved:
+    """A plan for a run, and what it is expected to give.
+
+    Args:
+        wanted, reached: speed-ups of this model's run; reached by the cost.
+        why: what is in the way when they are not the same, else None.
+    """
+
+    plan: TrimPlan
+    wanted: float
+    reached: float
+    why: str | None = None
+
+
+@dataclass(frozen=True)
+class Dial:
+    """What an artist wants.
+
+    Args:
+        speedup: of the whole run, 1 (off) to 4.
+        dense_first_steps, dense_last_steps: steps that compute everything, of this model's run, or
+            of both experts' together.
+        final: nothing is trimmed, by this dial or by anything else.
+        expert: HIGH or LOW noise expert of a pair that shares the speed-up; None is a model alone.
+        boundary: sigma at which the pair changes experts; 0 takes it from the sampler's steps.
+        start, end: progress between which steps are trimmed.
+
+    Raises:
+        ValueError: says what was expected.
+    """
+
+    speedup: float = 1.5
+    dense_first_steps: int = 0
+    dense_last_steps: int = 0
+    final: bool = False
+    expert: str | None = None
+    boundary: float = 0.0
+    start: float = 0.0
+    end: float = 1.0
+
+    def __post_init__(self):
+        if not self.speedup >= 1.0:
+            raise ValueError(f"speedup: expected 1 (off) or more, got {self.speedup}")
+        for name in ("dense_first_steps", "dense_last_steps"):
+            if not 0 <= getattr(self, name) <= MAX_DENSE_STEPS:
+                raise ValueError(
+                    f"{name}: expected 0 to {MAX_DENSE_STEPS}, got {getattr(self, name)}"
+                )
+        if not 0.0 <= self.boundary < 1.0:
+            raise ValueError(f"boundary: expected 0 to less than 1, got {self.boundary}")
+
+    @property
+    def off(self) -> bool:
+        return self.speedup == 1.0
+
+    def describe(self) -> str:
+        pair = "" if self.expert is None else f" of both experts, here the {self.expert} noise one"
+        return f"{self.speedup:.2f}x{pair}"
+
+    def solve(self, run: Run, plan: TrimPlan | None = None, cost: Cost = flops) -> Solved:
+        """The plan for a run, with the parts that others decided."""
+        plan = replace(plan or TrimPlan(), shares=None)
+        other = None if self.expert is None else other_slice(run, self.expert, self.boundary)
+        high = run if self.expert == HIGH else other
+        before = other.steps if other is not None and high is other else 0
+        sigmas = run.sigmas
+        if other is not None:
+            sigmas = (*other.sigmas[:-1], *sigmas) if before else (*sigmas[:-1], *other.sigmas)
+        steps = len(sigmas) - 1
+        calls = run.calls or (1,) * run.steps
+        calls = (max(calls),) * before + calls + (max(calls),) * (steps - before - run.steps)
+        fresh = frozenset({0} if other is None else {0, high.steps})
+        task = Task(
+            sigmas, calls, self._whole(sigmas, run.shift, fresh), fresh,
+            partial=run.partial and plan.may_be_partial,
+        )  # fmt: skip
+        shares = self._shares(task, run, plan, cost)
+        own = shares[before : before + run.steps]
+        solved = replace(plan, shares=Shares(run.sigmas[:-1], own, task.partial))
+        reached = run.speedup(solved, cost)
+        together = task_speedup(task, shares, run, plan, cost)
+        why = None
+        if abs(together / self.speedup - 1) > TOLERANCE:
+            why = self._why(task, plan, together)
+        return Solved(solved, self.speedup, reached if other is None else reached, why)
+
+    def _whole(self, sigmas, shift: float, fresh: frozenset[int]) -> frozenset[int]:
+        steps = len(sigmas) - 1
+        places = [progress_at(sigma, shift) for sigma in sigmas[:-1]]
+        outside = {i for i, at in enumerate(places) if not self.start <= at <= self.end}
+        first, last = range(self.dense_first_steps), range(steps - self.dense_last_steps, steps)
+        return frozenset({*fresh, *first, *last, *outside}.intersection(range(steps)))
+
+    def _shares(self, task: Task, run: Run, plan: TrimPlan, cost: Cost) -> tuple[float, ...]:
+        price = _price(run, plan, cost)
+        dense = sum(task.calls) * _price(run, TrimPlan(), cost)(1.0)
+        # in whole calls of the plan that others made
+        whole = price(1.0)
+        budget = dense / self.speedup / whole
+        if budget >= sum(task.calls):
+            return (1.0,) * task.steps
+        curves = curves_of(run)
+        shares = solve_shares(task, curves, budget, lambda share: price(share) / whole)
+        return fill(shares, task.calls, budget, lambda share: price(share) / whole)
+
+    def _why(self, task: Task, plan: TrimPlan, together: float) -> str:
+        """What is in the way, in an artist's words."""
+        said = []
+        parts = (
+            ("Tokens", plan.trims_tokens),
+            ("Heads", plan.trims_heads),
+            ("Blocks", plan.trims_blocks),
+        )
+        theirs = [name for name, is_there in parts if is_there]
+        if theirs:
+            nodes = " and ".join(f"WanTrim {name}" for name in theirs)
+            said.append(
+                f"what {nodes} {'decide' if len(theirs) > 1 else 'decides'} is taken as it is"
+            )
+        if together < self.speedup:
+            count = len(task.whole)
+            said.append(
+                f"{count} of {task.steps} steps compute everything (the first of each expert, and "
+                "those asked for)"
+                if len(task.fresh) > 1
+                else f"{count} of {task.steps} steps compute everything (the first, and those asked for)"
+            )
+        elif not task.partial:
+            said.append("steps are whole or repeated, and the next number of them is further away")
+        return "; ".join(said) or "steps are so few that the next plan is further away"
+
+
+def curves_of(run: Run) -> Curves:
+    """The curves to solve a run by."""
+    return IMAGE_TO_VIDEO if run.starts_given else TEXT_TO_VIDEO
+
+
+def _price(run: Run, plan: TrimPlan, cost: Cost) -> Callable[[float], float]:
+    """Cost of a model call at a share, context included."""
+    sigmas, known = (0.9, 0.8, 0.7), {}
+
+    def price(share: float) -> float:
+        if share not in known:
+            shares = None if share == 1.0 else Shares(sigmas, (1.0, 1.0, share))
+            last = expected_programs(
+                replace(plan, shares=shares), sigmas, run.shift, run.grid, run.shape.num_blocks,
+                run.anchored,
+            )[-1]  # fmt: skip
+            work = program_work(run.shape, last, plan, run.prompts, width=run.width)
+            known[share] = cost(work)
+        return known[share]
+
+    return price
+
+
+def task_speedup(
+    task: Task, shares: Sequence[float], run: Run, plan: TrimPlan, cost: Cost
+) -> float:
+    """What shares of all steps of a task come to, both experts together."""
+    price, dense = _price(run, plan, cost), _price(run, TrimPlan(), cost)(1.0)
+    spent = sum(price(share) * count for share, count in zip(shares, task.calls, strict=True))
+    return sum(task.calls) * dense / spent
+
+
+def other_slice(run: Run, expert: str, boundary: float = 0.0) -> Run | None:
+    """The run of the pair's other expert, as far as this one's sigmas tell; None when it has none.
+
+    Each expert sees only its own sigmas. The other's are taken to be spread as evenly, so that both
+    find the same plan, each on its own.
+
+    Args:
+        expert: which one `run` is of.
+        boundary: sigma at which the experts change; 0 is where this run ends or begins.
+    """
+    high = expert == HIGH
+    at = boundary or run.sigmas[-1 if high else 0]
+    done = progress_at(at, run.shift)
+    own, other = (done, 1 - done) if high else (1 - done, done)
+    if min(own, other) < 1e-6:
+        return None
+    count = max(1, round(run.steps * other / own))
+    begins, ends = (done, 1.0) if high else (0.0, done)
+    places = [begins + (ends - begins) * i / count for i in range(count + 1)]
+    sigmas = tuple(sigma_at(place, run.shift) for place in places)
+    return replace(run, sigmas=sigmas, calls=None)

@@ -1,0 +1,172 @@
+"""From a wanted cost to a share for every step: a dynamic program over the steps that are whole.
+
+Between two whole steps the velocity is repeated, or a part of the tokens is computed. The error of
+such a stretch comes from the curves (curves.py), its cost from the cost model; both add up over
+stretches, so that the best choice within a budget is found exactly, up to the grid of shares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
+
+import numpy as np
+
+from .curves import Curves
+
+# shares that a step may have besides all and none
+GRID = (0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.67, 0.8)
+# stretches up to this long may have another share in each of their steps
+FREE = 2
+# steps in a row that are not whole
+LONGEST = 8
+# parts of a whole step in which costs are counted
+UNITS = 50
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the solver has to decide.
+
+    Args:
+        sigmas: of the steps, falling, and the last one, where the run ends.
+        calls: model calls of each step.
+        whole: steps that compute everything: the first, those asked for, each expert's first.
+        fresh: steps from which on nothing is known of the steps before: each expert's first.
+        partial: whether a step may compute a part of its tokens.
+    """
+
+    sigmas: tuple[float, ...]
+    calls: tuple[int, ...]
+    whole: frozenset[int]
+    fresh: frozenset[int] = frozenset({0})
+    partial: bool = True
+
+    @property
+    def steps(self) -> int:
+        return len(self.calls)
+
+
+def solve_shares(
+    task: Task, curves: Curves, budget: float, cost: Callable[[float], float]
+) -> tuple[float, ...]:
+    """The share of every step with the least expected error whose cost is within `budget`.
+
+    Args:
+        budget: in whole model calls.
+        cost: of a model call at a share, relative to a whole one.
+
+    Returns:
+        The cheapest plan where nothing fits.
+    """
+    price = lru_cache(maxsize=None)(cost)
+    room = int(np.floor(budget * UNITS + 1e-6))
+    # least error with so many units spent, when step i is whole and everything before is decided
+    best = np.full((task.steps + 1, room + 1), np.inf)
+    came: list[list] = [[None] * (room + 1) for _ in range(task.steps + 1)]
+    first = round(task.calls[0] * UNITS)
+    if first > room:
+        return _cheapest(task)
+    best[0, first] = 0.0
+    for start in range(task.steps):
+        if not np.isfinite(best[start]).any():
+            continue
+        for end in range(start + 1, min(task.steps, start + 1 + LONGEST) + 1):
+            if end <= task.steps and any(step in task.whole for step in range(start + 1, end)):
+                break
+            whole = round(task.calls[end] * UNITS) if end < task.steps else 0
+            for shares, error in _stretches(task, curves, start, end):
+                spent = whole + sum(
+                    _units(task.calls[start + 1 + i] * price(share))
+                    for i, share in enumerate(shares)
+                )
+                if spent > room:
+                    continue
+                now = best[start, : room + 1 - spent] + error
+                into = best[end, spent:]
+                for at in np.flatnonzero(now < into - 1e-15):
+                    into[at] = now[at]
+                    came[end][spent + at] = (start, at, shares)
+    end = task.steps
+    if not np.isfinite(best[end]).any():
+        return _cheapest(task)
+    at, found = int(best[end].argmin()), []
+    while end > 0:
+        start, before, shares = came[end][at]
+        found[:0] = [1.0, *shares]
+        end, at = start, before
+    return tuple(found)
+
+
+def _units(cost: float) -> int:
+    return int(np.ceil(cost * UNITS - 1e-6))
+
+
+def _cheapest(task: Task) -> tuple[float, ...]:
+    return tuple(1.0 if step in task.whole else 0.0 for step in range(task.steps))
+
+
+def _stretches(task: Task, curves: Curves, start: int, end: int):
+    """Ways through the steps between two whole ones: their shares and expected squared error."""
+    steps = range(start + 1, end)
+    # how tokens change is known from two velocities
+    known = start not in task.fresh
+    grid = (0.0, *GRID) if task.partial and known else (0.0,)
+    if not len(steps):
+        return [((), 0.0)]
+    if len(steps) <= FREE:
+        ways = list(product(grid, repeat=len(steps)))
+    else:
+        ways = [(share,) * len(steps) for share in grid]
+    return [(way, stretch_error(task, curves, start, way)) for way in ways]
+
+
+def stretch_error(task: Task, curves: Curves, start: int, shares: Sequence[float]) -> float:
+    """Expected squared error of the steps behind a whole one.
+
+    Tokens that a partial step computes are off by what happened since then, the others since the
+    whole step.
+    """
+    travel, amplified = _travel(task, curves)
+    error, last, hot = 0.0, start, 0.0
+    for step, share in enumerate(shares, start + 1):
+        length = task.sigmas[step] - task.sigmas[step + 1]
+        weight = (amplified[step] * length) ** 2 * task.calls[step]
+        far, near = (travel[step] - travel[start]) ** 2, (travel[step] - travel[last]) ** 2
+        if share > 0.0:
+            error += weight * far * curves.left_at(share)
+            last, hot = step, 1.0 - min(1.0, curves.left_at(share))
+        else:
+            error += weight * (hot * near + (1.0 - hot) * far)
+    return error
+
+
+@lru_cache(maxsize=8)
+def _travel(task: Task, curves: Curves) -> tuple[np.ndarray, np.ndarray]:
+    at = task.sigmas[:-1]
+    return curves.travel_at(at), curves.amplified_at(at)
+
+
+def fill(
+    shares: Sequence[float], calls: Sequence[int], budget: float, cost: Callable[[float], float]
+) -> tuple[float, ...]:
+    """Partial steps, all by the same factor, a little larger or smaller, so that the budget is met.
+
+    The solver counts in units and on a grid; what is left over is spent here.
+    """
+
+    def at(factor: float) -> tuple[float, ...]:
+        return tuple(s if s in (0.0, 1.0) else min(0.95, max(0.02, s * factor)) for s in shares)
+
+    def spent(factor: float) -> float:
+        return sum(m * cost(share) for share, m in zip(at(factor), calls, strict=True))
+
+    if not any(0.0 < share < 1.0 for share in shares):
+        return tuple(shares)
+    low, high = 0.2, 5.0
+    for _ in range(30):
+        middle = (low * high) ** 0.5
+        low, high = (middle, high) if spent(middle) <= budget else (low, middle)
+    return at(low)
