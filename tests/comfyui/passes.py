@@ -1,81 +1,116 @@
-"""Every hidden state of a trimmed run, as the session's blocks take and give it."""
+"""Every model call of a run: what it was asked, what each block computed, and what the host got."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from weakref import WeakSet
 
 import torch
 
-from wantrim.engine.call import Call
+from comfy.patcher_extension import WrappersMP
 from wantrim.hosts.comfyui import blocks
-from wantrim.tests.comfyui import tiny
 
 
 @dataclass
 class Pass:
-    """One model call: hidden states [b, s, c] around each block, and what the call kept."""
+    """One model call.
 
-    call: ModelCall
-    # its prompts, as the blocks see them
-    text: torch.Tensor
+    Args:
+        roles: 0 is positive, 1 negative, of each chunk of the batch.
+        prompts: the host's names of the chunks' prompts.
+        latent, velocity: [b, c, f, h, w], what the host gave and got.
+        tokens: that each block computed, of those that ran.
+        before, after: hidden states [b, s, c] around the blocks that WanTrim ran.
+        dropped: bool [b, s], what no block behind the choice computed.
+    """
+
+    sigma: float
+    roles: list[int]
+    prompts: list
+    latent: torch.Tensor
+    velocity: torch.Tensor | None = None
+    tokens: dict[int, int] = field(default_factory=dict)
     before: dict[int, torch.Tensor] = field(default_factory=dict)
     after: dict[int, torch.Tensor] = field(default_factory=dict)
-    # [b, s], the tokens that no block of the call should compute
     dropped: torch.Tensor | None = None
 
     @property
-    def own(self) -> torch.Tensor:
-        """What all blocks together did to each token, without what came in between them."""
-        return sum(self.after[block] - self.before[block] for block in self.before)
-
-    @property
-    def between(self) -> torch.Tensor:
-        """What the host added between the blocks."""
-        pairs = range(1, len(self.before))
-        return sum(self.before[block] - self.after[block - 1] for block in pairs)
+    def each(self) -> dict:
+        """The velocity of each prompt, by its role and name; the last chunk of two alike."""
+        parts = self.velocity.chunk(len(self.roles))
+        return dict(zip(zip(self.roles, self.prompts, strict=True), parts, strict=True))
 
 
-def record(monkeypatch) -> list[Pass]:
-    """Notes every trimmed model call from now on, in order."""
+# the calls that run now, the innermost last
+_running: list[Pass] = []
+_hooked: WeakSet = WeakSet()
+
+
+def observed(model) -> tuple[object, list[Pass]]:
+    """A clone of a MODEL whose calls are noted, in front of all that is put on it later."""
+    network = model.model.diffusion_model
+    if network not in _hooked:
+        _hooked.add(network)
+        for index, block in enumerate(network.blocks):
+            block.ffn.register_forward_pre_hook(lambda m, args, i=index: _computed(i, args[0]))
     passes: list[Pass] = []
+
+    def note(executor, x, *args, **kwargs):
+        options = args[-1]
+        sigma, roles = float(options["sigmas"].max()), list(options["cond_or_uncond"])
+        latent = x[:, : network.out_dim].clone()
+        passes.append(Pass(sigma, roles, list(options["uuids"]), latent))
+        _running.append(passes[-1])
+        try:
+            out = executor(x, *args, **kwargs)
+        finally:
+            _running.pop()
+        passes[-1].velocity = out.clone()
+        return out
+
+    clone = model.clone()
+    clone.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "observed", note)
+    return clone, passes
+
+
+def _computed(index: int, hidden: torch.Tensor) -> None:
+    if _running:
+        _running[-1].tokens[index] = hidden.shape[1]
+
+
+def look_inside(monkeypatch) -> None:
+    """Notes in observed calls the hidden states too, where WanTrim runs the blocks."""
     run = blocks.BlockReplacement.__call__
 
     def noted(self, args, extra):
-        if not passes or passes[-1].call is not self.call:
-            passes.append(Pass(self.call, args["txt"]))
-        seen = passes[-1]
+        seen = _running[-1]
         seen.before[self.index] = args["img"].clone()
         out = run(self, args, extra)
         seen.after[self.index] = out["img"].clone()
-        if self.call.current is not None:
-            length = args["img"].shape[1]
-            lost = torch.zeros(len(args["img"]), length, dtype=torch.bool)
-            seen.dropped = lost.scatter_(1, self.call.current.dropped_rows(self.call.chunks), True)
+        current = self.call.current
+        if current is not None:
+            lost = torch.zeros(len(current.index), current.length, dtype=torch.bool)
+            lost.scatter_(1, current.dropped, True)
+            seen.dropped = lost.repeat(len(self.call.keys), 1)
         return out
 
     monkeypatch.setattr(blocks.BlockReplacement, "__call__", noted)
-    return passes
 
 
-def check_updates(passes: list[Pass], per_step: int, atol: float = 1e-4) -> None:
-    """Each dropped token must get its own last update, the computed ones new updates.
+def full_length(model):
+    """A clone of a MODEL with a patch behind the blocks that does nothing but look."""
+    clone = model.clone()
+    clone.set_model_double_block_patch(lambda args: args)
+    return clone
+
+
+def lost_places(seen: Pass, start: int = 0) -> torch.Tensor:
+    """Where a call computed nothing, bool [b, 1, f, h, w] of the latent.
 
     Args:
-        per_step: model calls of a step; each has a memory of its own.
+        start: tokens in front of the video.
     """
-    assert len(passes) % per_step == 0 and len(passes) >= 3 * per_step
-    known: dict[int, torch.Tensor] = {}
-    for number, seen in enumerate(passes):
-        assert sorted(seen.before) == list(range(tiny.LAYERS))
-        own, part = seen.own, number % per_step
-        if part in known:
-            # a quarter of the tokens at least, or the rest says little
-            assert seen.dropped.float().mean() > 0.15
-            assert torch.allclose(own[seen.dropped], known[part][seen.dropped], atol=atol)
-            moved = (own - known[part])[~seen.dropped].abs().amax(-1)
-            assert moved.median() > 100 * atol
-            # nothing happens to a dropped token until the last block
-            for block in range(tiny.LAYERS - 1):
-                same = seen.after[block][seen.dropped] == seen.before[block][seen.dropped]
-                assert same.all()
-        known[part] = own
+    frames, height, width = seen.latent.shape[2:]
+    video = seen.dropped[:, start : start + frames * height * width // 4]
+    places = video.view(-1, frames, height // 2, width // 2)
+    return places.repeat_interleave(2, 2).repeat_interleave(2, 3)[:, None]
