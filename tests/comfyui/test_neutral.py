@@ -4,15 +4,22 @@ import pytest
 import torch
 
 import comfy.sd
-from wantrim.hosts import call
-from wantrim.methods.restore import RESTORE
+from wantrim.engine import call
 from wantrim.methods.tokens import Selection
+from wantrim.report.words import record_text
 from wantrim.tests.comfyui import tiny
 
 PLANS = {
     "dropping starts where it ends": {"start": 0.37, "end": 0.37},
     "every block chooses anew": {"reselect_every": 1},
     "a budget that rounds to all tokens": {"keep": 0.99, "direction": "constant"},
+}
+# what a plan of shares, which is not neutral, does at 3 steps that it leaves whole
+SHARES = {
+    "the first step is whole whatever is planned": {"values": (0.4, 1, 1)},
+    "a partial step that never comes": {"values": (1, 1, 1, 0.4), "sigmas": (1, 0.94, 0.8, 0.01)},
+    "a share that rounds to all tokens": {"values": (1, 1, 0.98)},
+    "a part of the tokens without room for the others": {"values": (1, 1, 0.4), "context": False},
 }
 SIZES = {
     "odd height and width": {"height": 9, "width": 7},
@@ -31,16 +38,15 @@ class NotEmpty(torch.Tensor):
         return 1
 
 
-def keep_everything(plan, evidence, budget, anchored=None) -> Selection:
-    """A choice of all tokens that still goes through gathering, restoring and scattering."""
-    batch, length = evidence.before.shape[:2]
-    whole = torch.arange(length).expand(batch, -1).contiguous()
-    chosen = Selection(whole, length, (evidence.grid.per_frame,) * evidence.grid.frames)
+def keep_everything(scores, grid, length, budget, *, alpha=1.0, anchored=None) -> Selection:
+    """A choice of all tokens that still goes through gathering and scattering."""
+    whole = torch.arange(length).expand(len(scores), -1).contiguous()
+    chosen = Selection(whole, length, (grid.per_frame,) * grid.frames)
     chosen.dropped = chosen.dropped.as_subclass(NotEmpty)
     return chosen
 
 
-@pytest.mark.parametrize("name", ["auto", "refresh", "paper", "custom"])
+@pytest.mark.parametrize("name", ["auto", "paper", "custom"])
 @pytest.mark.parametrize("kind", tiny.KINDS)
 def test_prune_ratio_zero_at_the_node_equals_the_untouched_model(kind, name):
     model, given = tiny.base_model(kind), tiny.case(kind)
@@ -58,6 +64,25 @@ def test_plan_without_effect_equals_the_untouched_model(kind, plan):
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
+def test_shares_of_one_are_no_plan(kind):
+    model, given = tiny.base_model(kind), tiny.case(kind)
+    patched = tiny.shared(model, 1, 1, 1)
+    assert torch.equal(tiny.sample(patched, given), tiny.sample(model, given))
+    assert tiny.report_of(patched).planned == "nothing trimmed"
+
+
+@pytest.mark.parametrize("plan", SHARES.values(), ids=SHARES)
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_shares_without_effect_equal_the_untouched_model(kind, plan):
+    """Remembering keys, values and velocities changes nothing."""
+    model, given = tiny.base_model(kind), tiny.case(kind)
+    options = {name: value for name, value in plan.items() if name != "values"}
+    patched = tiny.shared(model, *plan["values"], **options)
+    assert torch.equal(tiny.sample(patched, given), tiny.sample(model, given))
+    assert tiny.report_of(patched).kept_share == 1.0 and not tiny.report_of(patched).plan.neutral
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
 def test_gathering_and_scattering_all_tokens_equals_the_untouched_model(kind, monkeypatch):
     monkeypatch.setattr(call, "select_tokens", keep_everything)
     model, given = tiny.base_model(kind), tiny.case(kind)
@@ -67,14 +92,14 @@ def test_gathering_and_scattering_all_tokens_equals_the_untouched_model(kind, mo
     assert calls and all(set(call.kept) == {0, 3} for call in calls)
 
 
-@pytest.mark.parametrize("restore", RESTORE)
-@pytest.mark.parametrize("kind", ["t2v", "vace", "fun"])
-def test_restoring_no_token_equals_the_untouched_model(kind, restore, monkeypatch):
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_a_part_that_is_all_tokens_equals_the_untouched_model(kind, monkeypatch):
     monkeypatch.setattr(call, "select_tokens", keep_everything)
     model, given = tiny.base_model(kind), tiny.case(kind)
-    patched = tiny.preset(model, restore=restore)
-    assert torch.equal(tiny.ksampler(patched, given), tiny.ksampler(model, given))
-    assert len(tiny.report_of(patched).steps) == 4
+    patched = tiny.shared(model, 1, 1, 0.4, 0.4)
+    calls = tiny.watch(patched)
+    assert torch.equal(tiny.sample(patched, given, steps=4), tiny.sample(model, given, steps=4))
+    assert [set(call.kept) for call in calls] == [set(), set(), {0}, {0}]
 
 
 @pytest.mark.parametrize("cfg", [1.0, 5.0])
@@ -85,13 +110,13 @@ def test_sizes_and_cfg_are_neutral_too(kind, size, cfg):
     patched = tiny.trimmed(model, reselect_every=1)
     expected = tiny.sample(model, given, cfg=cfg)
     assert torch.equal(tiny.sample(patched, given, cfg=cfg), expected)
+    remembers = tiny.shared(model, 1, 1, 0.98)
+    assert torch.equal(tiny.sample(remembers, given, cfg=cfg), expected)
 
 
-@pytest.mark.parametrize("name", ["auto", "refresh", "paper"])
-@pytest.mark.parametrize("dropped_kv", ["leave", "keep"])
-def test_one_given_latent_frame_leaves_nothing_to_drop(dropped_kv, name):
+def test_one_given_latent_frame_leaves_nothing_to_drop():
     model, given = tiny.base_model("i2v"), tiny.case("i2v", frames=1)
-    patched = tiny.preset(model, name, dropped_kv=dropped_kv)
+    patched = tiny.trimmed(model)
     assert torch.equal(tiny.sample(patched, given), tiny.sample(model, given))
     assert any("given" in note for note in tiny.report_of(patched).notes)
 
@@ -103,16 +128,17 @@ def test_other_weight_types_are_neutral_and_can_be_trimmed(dtype, monkeypatch):
     assert model.model.get_dtype() == dtype
     given = tiny.case("ti2v")
     expected = tiny.sample(model, given)
-    for dropped_kv in ("leave", "keep"):
-        out = tiny.sample(tiny.trimmed(model, dropped_kv=dropped_kv), given)
-        assert torch.isfinite(out).all() and not torch.equal(out, expected)
-    refreshed = tiny.preset(model)
-    out = tiny.sample(refreshed, given)
+    out = tiny.sample(tiny.trimmed(model), given)
     assert torch.isfinite(out).all() and not torch.equal(out, expected)
-    assert tiny.shares(refreshed) == pytest.approx([1, 0.8, 0.8])
+    whole = tiny.sample(model, given, steps=4)
+    partial = tiny.shared(model, 1, 1, 0.4, 0)
+    out = tiny.sample(partial, given, steps=4)
+    assert torch.isfinite(out).all() and not torch.equal(out, whole)
+    assert tiny.shares(partial) == pytest.approx([1, 1, 0.4, 0])
     monkeypatch.setattr(call, "select_tokens", keep_everything)
     assert torch.equal(tiny.sample(tiny.trimmed(model), given), expected)
-    assert torch.equal(tiny.sample(tiny.preset(model), given), expected)
+    all_kept = tiny.shared(model, 1, 1, 0.4, 0.4)
+    assert torch.equal(tiny.sample(all_kept, given, steps=4), whole)
 
 
 def test_several_prompts_with_areas_and_ranges_are_neutral():
@@ -124,11 +150,14 @@ def test_several_prompts_with_areas_and_ranges_are_neutral():
     early[1].update(start_percent=0.0, end_percent=0.3)
     given.positive = [left, right, early]
     expected = tiny.sample(tiny.base_model(), given)
-    neutral = tiny.trimmed(tiny.base_model(), reselect_every=1)
-    assert torch.equal(tiny.sample(neutral, given), expected)
-    patched = tiny.trimmed(tiny.base_model())
-    out = tiny.sample(patched, given)
-    assert torch.isfinite(out).all() and not torch.equal(out, expected)
+    for neutral in (
+        tiny.trimmed(tiny.base_model(), reselect_every=1),
+        tiny.shared(tiny.base_model(), 1, 1, 0.98),
+    ):
+        assert torch.equal(tiny.sample(neutral, given), expected)
+    for patched in (tiny.trimmed(tiny.base_model()), tiny.shared(tiny.base_model(), 1, 1, 0)):
+        out = tiny.sample(patched, given)
+        assert torch.isfinite(out).all() and not torch.equal(out, expected)
 
 
 def test_report_of_a_neutral_run_says_that_it_ran():
@@ -136,5 +165,5 @@ def test_report_of_a_neutral_run_says_that_it_ran():
     tiny.sample(patched)
     report = tiny.report_of(patched)
     assert report.finished
-    assert "no sampling run seen" not in report.text()
-    assert "nothing trimmed" in report.text()
+    assert "no sampling run seen" not in record_text(report)
+    assert "nothing trimmed" in record_text(report)
