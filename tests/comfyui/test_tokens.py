@@ -1,29 +1,56 @@
 """What a block computes for the kept tokens, against the host's block on all of them.
 
-Two identities hold for any block, whatever its weights: with the dropped keys and values kept, a
-kept token comes out as from the full block; without them, as from the full block with the dropped
-keys masked. They fail when rotary tables, modulation, reference tokens or rows of the batch are
-gathered wrongly.
+Two identities hold for any block, whatever its weights: with the keys and values of the others given
+to it, a kept token comes out as from the full block; without them, as from the full block with the
+dropped keys masked. They fail when rotary tables, modulation, reference tokens or rows of the batch
+are gathered wrongly.
 """
 
 import pytest
 import torch
 
+from wantrim.engine.attention import Attend
+from wantrim.engine.call import Places
 from wantrim.hosts.comfyui.blocks import OVERRIDE, _Block
+from wantrim.methods.tokens import Selection
 from wantrim.tests.comfyui import tiny
 
 BLOCK = 2
+# kept of each latent frame's 20 or 25 tokens; the host's own spreading fits the first
+COUNTS = {"groups of two": (8, 14, 18), "no common group": (7, 13, 18)}
 
 
-def some_tokens(batch: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Kept and dropped positions; each latent frame keeps another number of tokens."""
+def some_tokens(batch: int, length: int, counts=COUNTS["groups of two"]) -> Places:
+    """Each latent frame keeps another number of tokens, each sample others; all behind them."""
     generator = torch.Generator().manual_seed(4)
-    kept, dropped = [], []
+    per_frame = length // len(counts)
+    rows = []
     for _ in range(batch):
-        order = torch.randperm(length, generator=generator)
-        kept.append(order[: length * 2 // 3].sort().values)
-        dropped.append(order[length * 2 // 3 :].sort().values)
-    return torch.stack(kept), torch.stack(dropped)
+        kept = []
+        for frame, count in enumerate(counts):
+            order = torch.randperm(per_frame, generator=generator)[:count].sort().values
+            kept.append(order + frame * per_frame)
+        kept.append(torch.arange(len(counts) * per_frame, length))
+        rows.append(torch.cat(kept))
+    return Places(Selection(torch.stack(rows), length, counts), 1)
+
+
+def run(args, extra, places: Places, attend: Attend | None = None) -> torch.Tensor:
+    """The block on the kept tokens, as the engine runs it."""
+    block = _Block(args, extra, None, args["transformer_options"])
+    return block.run(rows(args["img"], places.index), places, attend)
+
+
+def keys_of_the_others(args, extra, places: Places) -> Attend:
+    """Gives the block the full block's own keys and values of what it is not given."""
+    seen = []
+
+    def look(q, k, v):
+        seen.extend((rows(k, places.dropped), rows(v, places.dropped)))
+
+    whole = _Block(args, extra, None, args["transformer_options"])
+    whole.run(args["img"], None, Attend(look))
+    return Attend(extra=lambda: tuple(seen))
 
 
 def mask_keys(dropped: torch.Tensor):
@@ -58,44 +85,44 @@ def compare_in_a_block(model, given, compare) -> None:
     assert len(seen) == 1
 
 
+@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("kind", tiny.KINDS)
-def test_kept_tokens_with_all_keys_come_out_as_from_the_full_block(kind, batch):
+def test_kept_tokens_with_all_keys_come_out_as_from_the_full_block(kind, batch, counts):
     def compare(args, extra):
         hidden = args["img"]
-        kept, dropped = some_tokens(*hidden.shape[:2])
+        places = some_tokens(*hidden.shape[:2], counts)
         full = extra["original_block"](args)["img"]
-        some = _Block(args, extra, None).run_subset(kept, dropped)
-        assert torch.allclose(some, rows(full, kept), atol=1e-4)
-        leave = _Block(args, extra, None).run_subset(kept, None)
-        assert not torch.allclose(leave, some, atol=1e-2)
+        some = run(args, extra, places, keys_of_the_others(args, extra, places))
+        assert torch.allclose(some, rows(full, places.index), atol=1e-4)
+        assert not torch.allclose(run(args, extra, places), some, atol=1e-2)
 
     compare_in_a_block(tiny.base_model(kind), tiny.case(kind, batch=batch), compare)
 
 
+@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("kind", tiny.KINDS)
-def test_kept_tokens_alone_come_out_as_with_the_others_masked(kind, batch):
+def test_kept_tokens_alone_come_out_as_with_the_others_masked(kind, batch, counts):
     def compare(args, extra):
-        hidden = args["img"]
-        kept, dropped = some_tokens(*hidden.shape[:2])
-        options = {**args["transformer_options"], OVERRIDE: mask_keys(dropped)}
+        places = some_tokens(*args["img"].shape[:2], counts)
+        options = {**args["transformer_options"], OVERRIDE: mask_keys(places.dropped)}
         masked = extra["original_block"]({**args, "transformer_options": options})["img"]
-        some = _Block(args, extra, None).run_subset(kept, None)
-        assert torch.allclose(some, rows(masked, kept), atol=1e-4)
+        some = run(args, extra, places)
+        assert torch.allclose(some, rows(masked, places.index), atol=1e-4)
 
     compare_in_a_block(tiny.base_model(kind), tiny.case(kind, batch=batch), compare)
 
 
-def test_modulation_per_latent_frame_goes_with_its_tokens():
+@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
+def test_modulation_per_latent_frame_goes_with_its_tokens(counts):
     def compare(args, extra):
         vec, hidden = args["vec"], args["img"]
         assert vec.shape[1] == tiny.FRAMES
         # the given frame is at another timestep
         assert (vec[:, 0] - vec[:, 1]).abs().max() > 0.1
-        kept, _ = some_tokens(*hidden.shape[:2])
+        kept = some_tokens(*hidden.shape[:2], counts).index
         frame = kept // tiny.PER_FRAME
-        assert len({int((frame[0] == f).sum()) for f in range(tiny.FRAMES)}) > 1
         by_hand = {
             **args,
             "img": rows(hidden, kept),
@@ -103,10 +130,12 @@ def test_modulation_per_latent_frame_goes_with_its_tokens():
             "vec": rows(vec, frame),
         }
         expected = extra["original_block"](by_hand)["img"]
-        some = _Block(args, extra, None).run_subset(kept, None)
+        some = run(args, extra, some_tokens(*hidden.shape[:2], counts))
         assert torch.allclose(some, expected, atol=1e-5)
-        by_position = extra["original_block"]({**by_hand, "vec": vec})["img"]
-        assert not torch.allclose(by_position, expected, atol=1e-2)
+        # the host would spread the rows evenly
+        evenly = torch.arange(kept.shape[1]) * tiny.FRAMES // kept.shape[1]
+        spread = extra["original_block"]({**by_hand, "vec": vec[:, evenly]})["img"]
+        assert not torch.allclose(spread, expected, atol=1e-2)
 
     compare_in_a_block(tiny.base_model("ti2v"), tiny.case("ti2v"), compare)
 
@@ -118,32 +147,26 @@ def test_modulation_that_does_not_divide_the_tokens_is_spread_as_the_host_does(h
         hidden = torch.cat([args["img"], args["img"][:, :1]], 1)
         pe = torch.cat([args["pe"], args["pe"][:, :1]], 1)
         args = {**args, "img": hidden, "pe": pe}
-        kept, dropped = some_tokens(*hidden.shape[:2])
+        places = some_tokens(*hidden.shape[:2])
         full = extra["original_block"](args)["img"]
-        some = _Block(args, extra, None).run_subset(kept, dropped)
-        assert torch.allclose(some, rows(full, kept), atol=1e-4)
+        some = run(args, extra, places, keys_of_the_others(args, extra, places))
+        assert torch.allclose(some, rows(full, places.index), atol=1e-4)
 
     compare_in_a_block(tiny.base_model("ti2v"), tiny.case("ti2v", height=height), compare)
 
 
-@pytest.mark.parametrize("kind", ["t2v", "i2v", "i2v_clip", "ti2v", "vace"])
-def test_keeping_keys_and_values_gives_another_result(kind):
-    model, given = tiny.base_model(kind), tiny.case(kind)
-    dense = tiny.sample(model, given, steps=1)
-    outs = {}
-    for dropped_kv in ("leave", "keep"):
-        patched = tiny.trimmed(model, dropped_kv=dropped_kv, reselect_every=6)
-        outs[dropped_kv] = tiny.sample(patched, given, steps=1)
-        assert not tiny.report_of(patched).notes
-    assert not torch.allclose(outs["leave"], outs["keep"], atol=1e-3)
-    assert torch.isfinite(outs["keep"]).all()
-    assert not torch.allclose(outs["keep"], dense, atol=1e-3)
+def test_what_is_the_same_in_every_block_is_gathered_once():
+    taken = []
+    places = some_tokens(2, 60)
+    tables = torch.randn(1, 60, 5), torch.randn(1, 60, 5)
 
+    def make(tensor):
+        taken.append(1)
+        return tensor * 2
 
-@pytest.mark.parametrize("importance", ["attention", "update_norm", "hidden_norm", "random"])
-@pytest.mark.parametrize("kind", ["i2v", "ti2v"])
-def test_keeping_keys_and_values_runs_with_every_importance(kind, importance):
-    patched = tiny.trimmed(tiny.base_model(kind), dropped_kv="keep", importance=importance)
-    out = tiny.sample(patched, tiny.case(kind))
-    assert torch.isfinite(out).all()
-    assert tiny.report_of(patched).kept_share < 0.9
+    for _ in range(3):
+        assert torch.equal(places.once(tables[0], make), tables[0] * 2)
+        assert places.take(tables[1]) is places.take(tables[1])
+    assert taken == [1]
+    expected = rows(tables[1].expand(2, -1, -1), places.index)
+    assert torch.equal(places.take(tables[1]), expected)
