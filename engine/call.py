@@ -106,8 +106,11 @@ class StepState:
     selections: dict[int, Selection] = field(default_factory=dict)
     # calls of each prompt so far: the same one again is another pass (skip layer guidance)
     passes: Counter = field(default_factory=Counter)
-    rows: list[Row] = field(default_factory=list)
+    # by block
+    rows: dict[int, Row] = field(default_factory=dict)
     choices: list[Selection | None] = field(default_factory=list)
+    # whether the first call came to the model, or another node answered it; None is not known
+    reached: bool | None = None
 
 
 @outside_graphs
@@ -187,7 +190,9 @@ class Call:
             )
             return velocity
         kept = mask = None
-        if self.current is not None and any(row.run == KEPT for row in self.rows):
+        # tokens that TAPE drops have a velocity of their own
+        partial = self.program.partial and any(row.run == KEPT for row in self.rows)
+        if partial and self.current is not None:
             kept = self._kept(self.current)
             mask = latent_mask(kept, self.grid, velocity.shape[2:])
         parts = velocity.chunk(len(self.keys))
@@ -222,7 +227,7 @@ class Call:
             self._length = hidden.shape[1]
         last = index == self.num_blocks - 1
         if row.run == SKIP:
-            self._ran(row)
+            self._ran(index, row)
             return self._whole(hidden) if last else hidden
         if row.run == ALL:
             hidden = self._whole(hidden)
@@ -231,13 +236,13 @@ class Call:
             out = host.run(hidden, None, attend)
             if row.choose:
                 self._choose_by_attention(index, seen)
-            self._ran(row, attend)
+            self._ran(index, row, attend)
             return out
         if self.program.partial and self.current is None:
             self.current = self._choose_by_change()
         if self.current is None or not self.current.dropped.numel():
             out = host.run(hidden, None, self._attend(index, row, None, {}))
-            self._ran(Row(ALL, self.grid.tokens, heads=row.heads))
+            self._ran(index, Row(ALL, self.grid.tokens, heads=row.heads))
             return out
         places = self._at(self.current)
         short = self._full is not None
@@ -246,7 +251,7 @@ class Call:
         if self.alone and not short:
             self._full = hidden
         out = host.run(kept, places, attend)
-        self._ran(row, attend)
+        self._ran(index, row, attend)
         if self.alone and not last:
             return out
         if self.alone:
@@ -267,12 +272,12 @@ class Call:
             known = self._places[id(selection)] = Places(selection, len(self.keys))
         return known
 
-    def _ran(self, row: Row, attend: Attend | None = None) -> None:
+    def _ran(self, index: int, row: Row, attend: Attend | None = None) -> None:
         if not self.first:
             return
         if (row.heads or row.context) and (attend is None or not attend.seen):
             row = replace(row, heads=False, context="")
-        self.state.rows.append(row)
+        self.state.rows[index] = row
         self.state.choices.append(self.current if row.run == KEPT else None)
 
     def _attend(self, index: int, row: Row, places: Places | None, seen: dict) -> Attend | None:
@@ -302,7 +307,8 @@ class Call:
             try:
                 self.part.write(self.keys, index, k, v, None if places is None else places.index)
             except torch.OutOfMemoryError:
-                self.memory.lose_context()
+                # a step that reads them goes on with what there is
+                self.memory.lose_context(held=self.program.partial)
                 self.record.note(OUT_OF_MEMORY)
 
         wanted = [score] if row.choose and index not in self.state.selections else []

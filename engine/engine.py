@@ -6,6 +6,7 @@ what the model gave (`Call.output`). What a block does was decided before: the e
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from .attention import head_groups
 from .call import Call, Shared, StepState
 from .memory import STRAYED, Memory
 from .plan import TrimPlan
-from .program import Facts, compile
+from .program import ALL, SKIP, Facts, Row, compile
 from .record import Record, Step
 
 COND, UNCOND = 0, 1
@@ -44,7 +45,7 @@ class Seen:
     """What a model call has to know of its inputs, in one wait for the device.
 
     Args:
-        largest: of the noise levels.
+        largest: of the sigmas.
         mixed: chunks of the batch have different latents.
         again: the latent is that of the step before.
         strayed: share of the path since the last step that no guidance explains.
@@ -71,6 +72,8 @@ class Engine:
         self.now: StepState | None = None
         self._shared = Shared(plan, record)
         self._began = 0.0
+        # whether a block ever ran through us
+        self._asked = False
         self._started = time.perf_counter()
         self.take(plan)
 
@@ -97,7 +100,7 @@ class Engine:
         """Read what `begin` decides by; the clock of a step is honest because of this wait.
 
         Args:
-            levels: noise levels, of any shape.
+            levels: sigmas, of any shape.
             latent, cond_or_uncond, window, prompts: as for `begin`.
             anchored: bool [f], latent frames that are given.
         """
@@ -195,6 +198,8 @@ class Engine:
             if self.plan.trims_heads and self.record.attention_share is None:
                 share = attention_share(self.plan.heads, grid, text_tokens=0)
                 self.record.attention_share = share
+            if self.memory.lost or not self._needs_context(program, sigma):
+                part.forget_context()
             part.begin(sigma, own.detach().clone())
             if program.repeats:
                 part.skipped()
@@ -212,6 +217,12 @@ class Engine:
             keys.append((*pair, state.passes[pair]))
         return Call(self._shared, state, grid, chunks, keys, decider, alone)
 
+    def _needs_context(self, program: Program, sigma: float) -> bool:
+        """Whether this step or a later one reads keys and values that are there."""
+        shares = self.plan.shares
+        later = shares is not None and shares.needs_context(sigma)
+        return later or any(row.context for row in program.rows)
+
     def _skipped(self, sigma, progress, content: Content, num_blocks: int) -> frozenset[int]:
         """Blocks that the router leaves out of a step."""
         if not self.plan.trims_blocks:
@@ -227,26 +238,42 @@ class Engine:
     def finish(self, completed: bool) -> Record:
         """Close the run and drop everything that it held."""
         now = time.perf_counter()
-        self._close_step(now)
+        self._close_step(now, completed)
         for step in self.record.steps:
             step.settle()
         self.memory.clear()
         self._shared.layouts.clear()
         self.record.seconds = now - self._started
         self.record.finished = completed
-        self._compare()
+        self._compare(completed)
         return self.record
 
-    def _compare(self) -> None:
+    def _compare(self, completed: bool) -> None:
         """Say where the record is not what the programs say, and where a plan did nothing."""
         steps, note = self.record.steps, self.record.note
-        if any(step.answered for step in steps):
+        # a step that was cancelled is no deviation
+        done = steps if completed else steps[:-1]
+        if any(step.answered for step in done):
             note("the model's blocks did not run in some steps: another node's cache")
-        if any(not step.answered and not step.as_planned for step in steps):
+        if any(step.ignored for step in steps):
+            note(
+                "the model ran without asking what its blocks should do: another node put a forward "
+                "of its own in its place, and nothing was trimmed there"
+            )
+        if any(not (step.answered or step.ignored or step.as_planned) for step in done):
             note(
                 "some blocks did not run as planned: another node ran them its own way, or replaced "
                 "their attention"
             )
+        if completed and steps and self.plan.trims_shares:
+            announced = set(filter(math.isfinite, self.plan.shares.sigmas))
+            came = {self.plan.shares.place(step.sigma) for step in steps}
+            missing = len(announced) - len(came)
+            if missing > 0:
+                note(
+                    f"{missing} of {len(announced)} steps that the sampler announced never came to "
+                    "the model: another node's cache, or a sampler that goes its own way"
+                )
         if not steps or self.plan.neutral or any(not step.program.whole for step in steps):
             return
         if any(step.program.remarks for step in steps):
@@ -260,12 +287,22 @@ class Engine:
         else:
             note("nothing was left out: all steps lie outside of what the plan trims")
 
-    def _close_step(self, now: float) -> None:
+    def _close_step(self, now: float, whole: bool = True) -> None:
+        """Close the step; one that was not cancelled is known to have run whole."""
         state, self.now = self.now, None
         if state is None:
             return
         state.step.seconds = now - self._began
-        state.step.close(state.rows, state.choices)
+        rows, planned = [], state.program.rows
+        self._asked |= bool(state.rows)
+        # a cache does not answer before anything ran
+        passed_by = state.step.watched and state.reached and not self._asked
+        if state.rows or (whole and passed_by):
+            # of blocks that never asked it cannot be said that they saved anything
+            other = Row(ALL, state.program.grid.tokens) if whole else Row(SKIP)
+            rows = [state.rows.get(index, other) for index in range(len(planned))]
+        ignored = whole and bool(rows) and len(state.rows) < len(planned)
+        state.step.close(rows, state.choices, state.reached, ignored)
         if self._told is not None:
             self._told(state.step)
 

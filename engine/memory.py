@@ -256,10 +256,14 @@ class Memory:
                 self.parts.pop(key).clear()
         return self.parts.setdefault(window, Part(self.room))
 
-    def lose_context(self) -> None:
-        """Do without keys and values from here on."""
+    def lose_context(self, held: bool = False) -> None:
+        """Do without keys and values from here on.
+
+        Args:
+            held: those that are there are still read in this step.
+        """
         self.lost = True
-        for part in self.parts.values():
+        for part in () if held else self.parts.values():
             part.forget_context()
 
     def clear(self) -> None:

@@ -22,6 +22,7 @@ class Step:
         program: what was planned.
         rows: what each block did; known when the step is over.
         answered: another node answered the step, and no block ran.
+        ignored: blocks ran that never asked what they should do.
         coverage: share of the blocks that computed each token [f, h, w], first sample of the batch;
             known when the run is over.
     """
@@ -33,6 +34,7 @@ class Step:
     seconds: float = 0.0
     rows: list[Row] = field(default_factory=list)
     answered: bool = False
+    ignored: bool = False
     coverage: torch.Tensor | None = None
     # dropped positions of each choice, and how many blocks went by it
     _dropped: list[tuple[torch.Tensor, int]] = field(default_factory=list, repr=False)
@@ -45,12 +47,35 @@ class Step:
     def num_blocks(self) -> int:
         return len(self.program.rows)
 
-    def close(self, rows: list[Row], choices: list[Selection | None]) -> None:
-        """Take in what each block of the step's first call did, and the choice that it went by."""
+    @property
+    def repeated(self) -> bool:
+        """Whether the step gave the velocity of an earlier one, as it was to."""
+        return self.program.repeats and not self.answered
+
+    @property
+    def watched(self) -> bool:
+        """Whether the blocks of the step were to run through the engine."""
+        return not (self.program.repeats or self.program.untouched)
+
+    def close(
+        self,
+        rows: list[Row],
+        choices: list[Selection | None],
+        reached: bool | None = None,
+        ignored: bool = False,
+    ) -> None:
+        """Take in what each block of the step's first call did, and the choice that it went by.
+
+        Args:
+            reached: whether that call came to the model; None is not known.
+            ignored: blocks ran that never asked what they should do.
+        """
         planned = self.program.rows
-        if self.program.repeats or self.program.untouched:
+        if reached is False:
+            rows = []
+        elif not self.watched:
             rows = list(planned)
-        self.answered = not rows
+        self.answered, self.ignored = not rows, ignored
         self.rows = rows or [Row(SKIP)] * len(planned)
         counted: dict[int, list] = {}
         for selection in choices:
@@ -145,7 +170,10 @@ class Record:
         return statistics.fmean(s.kept_share for s in self.steps) if self.steps else 1.0
 
     def coverage(self) -> torch.Tensor | None:
-        """Mean over the steps of the share of blocks that computed each token [f, h, w]."""
-        maps = [s.coverage for s in self.steps if s.coverage is not None]
+        """Mean over the steps of the share of blocks that computed each token [f, h, w].
+
+        Steps that repeat everything say nothing about places.
+        """
+        maps = [s.coverage for s in self.steps if s.coverage is not None and not s.repeated]
         same = [m for m in maps if m.shape == maps[0].shape]
         return torch.stack(same).mean(0) if same else None

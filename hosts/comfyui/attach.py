@@ -2,8 +2,9 @@
 
 The plan travels in `transformer_options`; two keyed wrappers read it. OUTER_SAMPLE makes the
 engine of a run and drops it afterwards; DIFFUSION_MODEL asks it what this call does and replaces
-the blocks in its own copy of the options. Two more live only in a run's copy of the
-options and see to it that the conditional prompt decides. Nothing of the model is touched or held.
+the blocks in its own copy of the options. Three more live only in a run's copy of the options and
+see to it that the conditional prompt decides, and that another node's answers are known as such.
+Nothing of the model is touched or held.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ from ...methods.routers import TrainedRouter
 from ...methods.schedule import progress_at
 from ...solve.dial import Dial, Solved
 from .blocks import replace_blocks
-from .dense_step import Unmeasurable, call_sizes
 from .dial import Wish
 from .live import Live, running_node
+from .run import SESSION_KEY, SamplingRun, compare_run, levels_of, mark_network
 from .shape import clip_tokens, device_name, wan_shape
 from .variants import (
     anchored_frames,
@@ -42,7 +43,6 @@ from .variants import (
 log = logging.getLogger(__name__)
 
 KEY = "wantrim"
-SESSION_KEY = "wantrim_session"
 NOT_COMPILED = (
     "torch.compile: the run is right but not compiled, because a compiled model would freeze an "
     "earlier choice of tokens or blocks"
@@ -152,40 +152,6 @@ def detach(model):
     return clean
 
 
-class _Run:
-    """The engine of one sampling run and the model's way from sigma to progress."""
-
-    def __init__(self, engine: Engine, shift: float):
-        self.engine, self.shift = engine, shift
-        # why this run computes everything
-        self.dense: str | None = None
-        # why this run looks into no block
-        self.patched: str | None = None
-        # the host runs cond and uncond in two calls, uncond first
-        self.split = False
-        self.awaits_cond = False
-        # of the call that runs, before the host rounds it to the model's dtype
-        self.latent: torch.Tensor | None = None
-        # a dial's, until the first model call
-        self.wish: Wish | None = None
-        self.solved: Solved | None = None
-        # of the first step's model calls
-        self.calls: list[dict] = []
-        self.unmeasurable: str | None = None
-
-    def note_call(self, arguments: dict) -> None:
-        """Keep the sizes of a model call that was made, if it is of the first step."""
-        if len(self.engine.record.steps) != 1 or self.unmeasurable is not None:
-            return
-        try:
-            self.calls.append(call_sizes(arguments))
-        except Unmeasurable as error:
-            self.unmeasurable = str(error)
-
-    def __deepcopy__(self, memo) -> _Run:
-        return self
-
-
 def _outer_sample(executor, *args, **kwargs):
     guider = executor.class_obj
     original = guider.model_options
@@ -195,11 +161,13 @@ def _outer_sample(executor, *args, **kwargs):
     sampling = guider.model_patcher.get_model_object("model_sampling")
     shift = getattr(sampling, "shift", None)
     # noise, latent, sampler, sigmas
-    sigmas = args[3] if len(args) > 3 else kwargs["sigmas"]
-    live = Live(record, attachment.nodes, sigmas.tolist())
+    sigmas = levels_of(args[3] if len(args) > 3 else kwargs.get("sigmas"))
+    live = Live(record, attachment.nodes, sigmas)
     attachment.solved = None
     neutral = attachment.neutral
-    run = _Run(Engine(TrimPlan() if neutral else attachment.plan, record, live.step), shift or 1.0)
+    run = SamplingRun(
+        Engine(TrimPlan() if neutral else attachment.plan, record, live.step), shift or 1.0
+    )
     record.planned = attachment.describe()
     if shift is None:
         record.note("this model's sampling has no flow shift: the schedule follows sigma itself")
@@ -214,9 +182,10 @@ def _outer_sample(executor, *args, **kwargs):
         for kind, wrapper in (
             (WrappersMP.CALC_COND_BATCH, _calc_cond_batch),
             (WrappersMP.APPLY_MODEL, _apply_model),
+            (WrappersMP.DIFFUSION_MODEL, mark_network),
         ):
-            add_wrapper_with_key(kind, KEY, wrapper, options, is_model_options=True)
-        if set(guider.conds) - {"positive", "negative"}:
+            add_wrapper_with_key(kind, SESSION_KEY, wrapper, options, is_model_options=True)
+        if set(getattr(guider, "conds", None) or ()) - {"positive", "negative"}:
             record.note(
                 "this guider orders its prompts in its own way; the first of them decided which "
                 "tokens stay"
@@ -233,6 +202,8 @@ def _outer_sample(executor, *args, **kwargs):
         guider.model_options = original
         attachment.solved = run.solved
         run.engine.finish(completed)
+        if completed and not neutral and run.dense is None:
+            compare_run(run, len(sigmas))
         attachment.unmeasurable = run.unmeasurable
         live.end()
         if record.steps:
@@ -250,7 +221,7 @@ class _UncondFirst(Exception):
 
 def _calc_cond_batch(executor, model, conds, x_in, timestep, model_options):
     """The conditional prompt first when the host cannot run both in one call."""
-    run: _Run | None = model_options["transformer_options"].get(SESSION_KEY)
+    run: SamplingRun | None = model_options["transformer_options"].get(SESSION_KEY)
     if run is not None and "multigpu_clones" in model_options:
         run.dense = (
             "several GPUs share a step and would choose tokens and blocks apart: all were computed"
@@ -290,7 +261,7 @@ def _apply_model(
     **kwargs,
 ):
     options = transformer_options or {}
-    run: _Run | None = options.get(SESSION_KEY)
+    run: SamplingRun | None = options.get(SESSION_KEY)
     if run is not None and run.awaits_cond:
         if COND not in options.get("cond_or_uncond", [COND]):
             raise _UncondFirst
@@ -308,7 +279,7 @@ def _apply_model(
     return out
 
 
-def _must_pause(run: _Run, dm) -> bool:
+def _must_pause(run: SamplingRun, dm) -> bool:
     """Whether torch.compile has to be left out; the report says so.
 
     Blocks that are compiled one by one can be skipped, but not looked into.
@@ -334,7 +305,7 @@ def _diffusion_model(
     **kwargs,
 ):
     options = transformer_options or {}
-    run: _Run | None = options.get(SESSION_KEY)
+    run: SamplingRun | None = options.get(SESSION_KEY)
     dm, call = executor.class_obj, None
     if run is not None:
         given = (x, timestep, context, clip_fea, time_dim_concat, options, kwargs)
@@ -343,13 +314,27 @@ def _diffusion_model(
         return call.repeated()
     if call is not None and call.touches_blocks:
         options = replace_blocks(options, call, len(dm.blocks))
+    if run is not None:
+        run.reached = False
     # positional, because other packs' wrappers read the options as the last argument
     out = executor(x, timestep, context, clip_fea, time_dim_concat, options, **kwargs)
-    return out if call is None else call.output(out)
+    if call is None:
+        return out
+    if call.first:
+        call.state.reached = run.reached
+    return call.output(out)
 
 
 def _begin(
-    dm, run: _Run, x, timestep, context, clip_fea, time_dim_concat, options: dict, extra: dict
+    dm,
+    run: SamplingRun,
+    x,
+    timestep,
+    context,
+    clip_fea,
+    time_dim_concat,
+    options: dict,
+    extra: dict,
 ) -> Call | None:
     """The engine's call for a call of the model; None where the model runs without us."""
     engine, record = run.engine, run.engine.record
@@ -359,9 +344,10 @@ def _begin(
     if run.dense is not None:
         record.note(run.dense)
         return None
+    inside = run.patched or why_not_now(options)
     if run.wish is not None:
         seen = (context, clip_fea, grid, anchored, options.get("sample_sigmas"))
-        run.solved, run.wish = run.wish.solve(dm, *seen, engine), None
+        run.solved, run.wish = run.wish.solve(dm, *seen, engine, inside), None
         log.info("WanTrim: %s", record.planned)
     if record.shape is None:
         record.shape = wan_shape(dm, context.shape[1], clip_tokens(dm, clip_fea))
@@ -372,23 +358,22 @@ def _begin(
         # the change of the velocity drowns in the rounding of a half-precision latent
         noise = run.latent
     roles = options.get("cond_or_uncond", [COND])
-    levels = options.get("sigmas", timestep)
+    levels = options["sigmas"] if "sigmas" in options else timestep.float() / 1000
     window = _window(options)
     prompts = tuple(options.get("uuids", ()))
     seen = engine.look(levels, noise, roles, anchored, window, prompts)
-    sigma = seen.largest if "sigmas" in options else seen.largest / 1000
     return engine.begin(
         seen=seen,
         latent=noise,
-        sigma=sigma,
-        progress=progress_at(sigma, run.shift),
+        sigma=seen.largest,
+        progress=progress_at(seen.largest, run.shift),
         cond_or_uncond=roles,
         grid=grid,
         num_blocks=len(dm.blocks),
         window=window,
         prompts=prompts,
         clip=None if clip_fea is None else clip_fea[:, 0],
-        inside=run.patched or why_not_now(options),
+        inside=inside,
         alone=not sees_between_blocks(dm, options),
     )
 

@@ -122,13 +122,12 @@ class _ModelHook(ModelHook):
         latent = hidden_states[:, : module.config.out_channels]
         anchored = _anchored(module, hidden_states, timestep, grid)
         # per-token timesteps (TI2V) are 0 where the latent is given
-        seen = a.engine.look(timestep, latent, a.cond_or_uncond, anchored)
-        sigma = seen.largest / 1000
+        seen = a.engine.look(timestep.float() / 1000, latent, a.cond_or_uncond, anchored)
         call = a.engine.begin(
             seen=seen,
             latent=latent,
-            sigma=sigma,
-            progress=progress_at(sigma, a.shift),
+            sigma=seen.largest,
+            progress=progress_at(seen.largest, a.shift),
             cond_or_uncond=a.cond_or_uncond,
             grid=grid,
             num_blocks=len(module.blocks),
