@@ -13,8 +13,6 @@ import pytest
 import nodes as comfy_nodes
 from comfy_api.latest import io
 from wantrim.hosts.comfyui.version import OLDEST
-from wantrim.methods.importance import IMPORTANCE
-from wantrim.methods.restore import RESTORE
 from wantrim.methods.schedule import DIRECTIONS
 from wantrim.nodes import (
     blocks,
@@ -49,7 +47,7 @@ NODE_IDS = {
 STAGES = (wantrim, tokens, heads, blocks, profile, slim, report, compare)
 NODES = [node for stage in (*STAGES, demo) for node in stage.NODES]
 LANGUAGES = ("zh", "ja")
-ALL = ("auto", "refresh", "paper", "custom")
+ALL = ("auto", "paper", "custom")
 # lists of files that may be empty, so that there is no default
 FILES = {"slim_model", "router_file"}
 # lists that are ComfyUI's to explain
@@ -169,25 +167,32 @@ def test_defaults_of_the_node():
     # the frontend starts with the first
     assert tuple(option.key for option in inputs["preset"].options) == ALL
     revealed = {option.key: option.inputs for option in inputs["preset"].options}
-    assert revealed["auto"] == revealed["refresh"] == revealed["paper"] == []
+    assert revealed["auto"] == revealed["paper"] == []
     assert {i.id: i.default for i in revealed["custom"]} == {
-        "schedule": "constant",
-        "importance": "velocity_change+rotation",
+        "schedule": "falling",
         "alpha": 0.5,
-        "dropped_tokens_get": "last_update",
-        "reselect_every": 40,
-        "trim_choosing_block": True,
-        "dropped_keys_values": "leave out",
+        "reselect_every": 10,
         "anchor_given_frames": True,
     }
 
 
-def test_custom_offers_every_importance_and_every_treatment_of_dropped_tokens():
+def test_custom_offers_every_schedule():
     offered = {i.id: i.options for i in tokens.CUSTOM_INPUTS if i.io_type == "COMBO"}
-    singles = [name for name in offered["importance"] if "+" not in name]
-    assert singles == list(IMPORTANCE)
-    assert offered["dropped_tokens_get"] == list(RESTORE)
-    assert offered["schedule"] == list(DIRECTIONS)
+    assert offered == {"schedule": list(DIRECTIONS)}
+
+
+@pytest.mark.parametrize("node", wantrim.NODES, ids=lambda n: n.define_schema().node_id)
+def test_the_dial_has_these_inputs_in_this_order(node):
+    """The order of a saved workflow's values."""
+    given = [i for i in node.define_schema().inputs if i.io_type != "MODEL"]
+    values = {i.id: i.default for i in given}
+    dial = {"speedup": 1.5, "render": "draft", "dense_first_steps": 1, "dense_last_steps": 0}
+    dial["context"] = "auto"
+    if node is wantrim.WanTrimPair:
+        dial["boundary"] = 0.0
+    assert list(values.items()) == list(dial.items())
+    options = {i.id: i.options for i in given if i.io_type == "COMBO"}
+    assert options == {"render": ["draft", "final"], "context": ["auto", "gpu", "cpu", "off"]}
 
 
 @by_id

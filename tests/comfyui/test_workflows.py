@@ -34,10 +34,9 @@ DIAL = [
     "wan2.2_i2v_14b",
     "wan2.2_ti2v_5b",
     "wan2.1_t2v_draft_final",
-    "wan2.1_t2v_profile",
 ]
 SLIM = "wan2.1_t2v_slim"
-EXPERT = ["wan2.1_t2v_heads", "wan2.1_t2v_tokens", "wan2.2_i2v_14b_tokens"]
+EXPERT = ["wan2.1_t2v_heads", "wan2.1_t2v_tokens"]
 WORKFLOWS = [*DEMOS, *DIAL, SLIM, *EXPERT]
 NODE_IDS = [
     "WanTrim",
@@ -129,19 +128,16 @@ def open_custom(workflow: dict) -> dict:
 @every
 def test_workflow_begins_with_the_defaults(workflow, name):
     defaults = {
-        "WanTrim": [1.5, "auto", "draft", 1, 0],
-        "WanTrimPair": [1.5, "auto", "draft", 1, 0, 0],
+        "WanTrim": [1.5, "draft", 1, 0, "auto"],
+        # 2 + 2 steps go 1.33 times as fast, or twice
+        "WanTrimPair": [1.3, "draft", 1, 0, "auto", 0],
         "WanTrimTokens": [0.3, "auto", 0, 1],
         "WanTrimHeads": [0.3, "demote"],
     }
     found = [node for node in workflow["nodes"] if node["type"] in defaults]
     values = [node["widgets_values"] for node in found]
-    if name == "wan2.1_t2v_profile":
-        # where a profile begins to count in text to video
-        assert values == [[2.0, "auto", "draft", 1, 0]]
-    elif name == "wan2.1_t2v_draft_final":
-        rest = ["auto", "draft", 1, 0], ["auto", "final", 1, 0]
-        assert values == [[2.0, *those] for those in rest]
+    if name == "wan2.1_t2v_draft_final":
+        assert values == [[2.0, render, 1, 0, "auto"] for render in ("draft", "final")]
     else:
         assert values == [defaults[node["type"]] for node in found]
     assert found or name == SLIM
@@ -191,10 +187,10 @@ BREAK = {
 # the same for what "custom" reveals
 BREAK_CUSTOM = {
     "an unknown preset": lambda n: n["widgets_values"].__setitem__(1, "paper"),
-    "a value out of range": lambda n: n["widgets_values"].__setitem__(4, 2.0),
-    "an unknown choice": lambda n: n["widgets_values"].__setitem__(3, "taste"),
-    "a word for a switch": lambda n: n["widgets_values"].__setitem__(7, "on"),
-    "an input too few": lambda n: (n["inputs"].pop(5), n["widgets_values"].pop(4)),
+    "a value out of range": lambda n: n["widgets_values"].__setitem__(3, 2.0),
+    "an unknown choice": lambda n: n["widgets_values"].__setitem__(2, "sideways"),
+    "a word for a switch": lambda n: n["widgets_values"].__setitem__(5, "on"),
+    "an input too few": lambda n: (n["inputs"].pop(4), n["widgets_values"].pop(3)),
     "inputs in another order": lambda n: n["inputs"].insert(4, n["inputs"].pop(3)),
 }
 
@@ -287,15 +283,15 @@ def with_preset(prompt: dict, name: str, **inputs) -> dict:
 def test_preset_and_its_inputs_arrive_over_http(demo, server, infos):
     prompt = pictures(with_inputs(to_api(demo, infos), "KSampler", steps=3))
     made = {
-        "refresh": with_preset(prompt, "refresh"),
+        "auto": with_preset(prompt, "auto"),
         "paper": with_preset(prompt, "paper"),
-        # begins with the values of refresh
+        # begins with the paper's values
         "custom": with_preset(prompt, "custom"),
-        "other": with_preset(prompt, "custom", dropped_tokens_get="identity"),
+        "other": with_preset(prompt, "custom", reselect_every=3),
     }
     videos = {name: both_videos(server, wanted)[0] for name, wanted in made.items()}
-    assert np.array_equal(videos["custom"], videos["refresh"])
-    for name, other in itertools.combinations(["refresh", "paper", "other"], 2):
+    assert np.array_equal(videos["custom"], videos["paper"])
+    for name, other in itertools.combinations(["auto", "paper", "other"], 2):
         assert not np.array_equal(videos[name], videos[other]), (name, other)
 
 
@@ -309,7 +305,7 @@ def refused(server, prompt: dict) -> str:
     ("kind", "inputs", "says"),
     [
         ("WanTrimDemoPrompt", {"prompt": "a cat"}, "does not know the prompt 'a cat'"),
-        ("WanTrimTokens", {"prune_ratio": 0.9}, "0.8"),
+        ("WanTrimTokens", {"prune_ratio": 0.8}, "0.75"),
         ("WanTrimTokens", {"start_percent": 4}, "start_percent"),
     ],
 )
@@ -321,8 +317,7 @@ def test_wrong_input_is_refused_before_the_run(kind, inputs, says, demo, server,
 @pytest.mark.parametrize(
     ("inputs", "says"),
     [
-        ({"importance": "taste"}, ["preset.importance: 'taste' not in ['attention', "]),
-        ({"dropped_tokens_get": "gifts"}, ["preset.dropped_tokens_get: 'gifts' not in", "nearest"]),
+        ({"schedule": "sideways"}, ["preset.schedule: 'sideways' not in ['falling', ", "rising"]),
         ({"alpha": 2}, ["preset.alpha", "2.0 bigger than max of 1.0"]),
         ({"reselect_every": 0}, ["preset.reselect_every", "0 smaller than min of 1"]),
         ({"alpha": "much"}, ["preset.alpha", "much", "FLOAT"]),
@@ -375,14 +370,15 @@ def test_server_log_is_clean_at_the_end(server):
     [
         # ComfyUI does not check a choice that reveals inputs
         (
-            lambda i: i.update({"preset": "falling"}),
-            "preset: expected one of auto, refresh, paper, custom",
+            # of an earlier version
+            lambda i: i.update({"preset": "refresh"}),
+            "preset: expected one of auto, paper, custom, got none of them. Choose one at the node: "
+            "the workflow may be from another version of WanTrim",
         ),
-        (lambda i: i.pop("preset"), "preset: expected one of auto, refresh, paper, custom"),
+        (lambda i: i.pop("preset"), "preset: expected one of auto, paper, custom"),
         (
-            lambda i: i.update({"preset.importance": "attention"}),
-            "attention can only be known after the reselecting block; choose another importance or "
-            "turn trim_choosing_block off",
+            lambda i: i.update({"start_percent": 0.6, "end_percent": 0.4}),
+            "start_percent (0.6) is after end_percent (0.4); swap them",
         ),
     ],
     ids=["an unknown preset", "no preset", "inputs that exclude each other"],
