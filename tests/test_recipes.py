@@ -61,7 +61,7 @@ def test_a_recipe_is_read_with_the_papers_values_where_it_says_nothing(written):
     second = recipe.stages[1]
     assert second.lr == 1.0 and type(second.lr) is float
     assert second.weights == Weights(feature=2)
-    assert second.tokens == Tokens(0.5, 1.0, "refresh")
+    assert second.tokens == Tokens(0.5, 1.0, "paper")
     assert recipe.stages[0].tokens is None
     assert recipe.run == Run(dtype="bf16", checkpointing=True, teacher="sharded")
 

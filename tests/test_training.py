@@ -10,11 +10,11 @@ from torch import nn
 from wantrim.engine.plan import TrimPlan
 from wantrim.hosts.diffusers.attach import attach
 from wantrim.hosts.diffusers.profiling import model_fingerprint
-from wantrim.hosts.diffusers.sample import sample, sigmas_for
+from wantrim.hosts.diffusers.sample import sample
 from wantrim.hosts.diffusers.slim import load_slim
 from wantrim.methods.depth import BlockBudget, BlockPlan
-from wantrim.methods.presets import preset_plan
 from wantrim.methods.routers import FixedRouter, TrainedRouter, load_router
+from wantrim.methods.tokens import paper_plan
 from wantrim.slim.file import read_header
 from wantrim.tests.small_wan import RECIPE, make_origin, write_recipe
 from wantrim.toy.text import TEXT_DIM
@@ -34,7 +34,7 @@ from wantrim.training.parallel import world
 from wantrim.training.recipe import Stage, Tokens, Weights, load_recipe
 from wantrim.training.recompute import recompute_blocks
 from wantrim.training.run import train
-from wantrim.training.tokens import TokenSteps, past_points, token_steps, trimmed
+from wantrim.training.tokens import TokenStep, token_step, trimmed
 from wantrim.training.toy_data import ToyDataset
 from wantrim.training.trainer import learning_rate
 
@@ -109,16 +109,18 @@ def test_tokens_that_wait_for_a_later_block_are_not_compared(pair):
     assert feature_loss(student, teacher, computed.expand(2, -1)).tolist() == pytest.approx(
         [0.01] * 2, rel=1e-4
     )
-    # in a block that all but the last of a stretch are, only the kept tokens change
+    # dropped tokens keep their hidden state; block 0 chooses, and computes all
     batch = ToyDataset(2, image_share=0.0).batch(0)
     x, sigma = torch.randn(batch.latents.shape), torch.tensor([0.6, 0.6])
     stage = Stage("width", 4, warmup=1, shift=3.0)
-    velocity = pair.teach(x, sigma, batch)
-    past = trimmed(pair, stage, batch, x, velocity, TokenSteps(0.5, "refresh", 0.33, (0.7, 0.5)))
-    with past, pair.taps.keeping((1, 3)) as got, torch.no_grad():
+    step = TokenStep(0.5, 1 / 3)
+    keeping = pair.taps.keeping((0, 1, 3))
+    with trimmed(pair.student, stage, step), keeping as got, torch.no_grad():
         pair.ask(x, sigma, batch)
-    shares = [pair.taps.computed[block].float().mean(1).tolist() for block in (1, 3)]
-    assert shares == [[0.5, 0.5], [1.0, 1.0]] and sorted(got) == [1, 3]
+    shares = [pair.taps.computed[block].float().mean(1).tolist() for block in (0, 1, 3)]
+    # 20 of a latent frame's 36 tokens, this late in a falling schedule
+    kept = pytest.approx([20 / 36] * 2)
+    assert shares == [[1.0, 1.0], kept, kept] and sorted(got) == [0, 1, 3]
 
 
 def test_velocity_and_temporal_losses_on_known_errors():
@@ -249,7 +251,7 @@ def test_training_with_all_tokens_is_training_without_tokens(pair):
     stage = Stage("width", 4, warmup=1, tokens=Tokens(1.0, 1.0))
     draws = Draws(0, 1, 5)
     whole = distil(pair, stage, batch, draws)
-    run_of = token_steps(Draws(0, 1, 5).shared, stage.tokens)
+    run_of = token_step(Draws(0, 1, 5).shared, stage.tokens)
     assert run_of.keep_ratio == 1.0
     sigma = torch.full((2,), stage.shift * run_of.at / (1 + (stage.shift - 1) * run_of.at))
     noise = Draws(0, 1, 5).noise(batch.latents.shape)
@@ -262,83 +264,61 @@ def test_training_with_all_tokens_is_training_without_tokens(pair):
     )
 
 
-@pytest.mark.parametrize("preset", ["refresh", "paper"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_student_learns_on_the_tokens_that_sampling_keeps(pair, preset, checkpointing):
+def test_a_student_learns_on_the_tokens_that_sampling_keeps(pair, checkpointing):
     """Same velocity as a sampling run that comes to this step, and gradients everywhere."""
     if checkpointing:
         recompute_blocks(pair.student)
     batch = ToyDataset(2, image_share=0.0).batch(0)
-    noise = torch.randn(batch.latents.shape)
     stage = Stage("width", 4, warmup=1, shift=3.0)
-    steps = TokenSteps(0.5, preset, 0.4, (0.8, 0.6))
-
-    def point(place):
-        s = torch.tensor(3.0 * place / (1 + 2.0 * place))
-        return (1 - s) * batch.latents + s * noise, s.expand(2)
-
-    x, sigma = point(0.4)
-    teacher = pair.teach(x, sigma, batch)
-    past = past_points(pair, stage, batch, x, teacher, steps)
-    for (_, at), place in zip(past, (0.8, 0.6), strict=True):
-        assert torch.allclose(at, point(place)[1])
-    # one step of the teacher's from the last of them ends at x, but for its velocity's change
-    assert torch.allclose(past[1][0], x + (past[1][1] - sigma)[0] * teacher, atol=1e-5)
+    step = TokenStep(0.5, 0.4)
+    sigma = torch.full((2,), 3.0 * 0.4 / (1 + 2.0 * 0.4))
+    x = torch.randn(batch.latents.shape)
     ran = []
     handles = [
         block.ffn.register_forward_hook(lambda m, a, o: ran.append(a[0].shape[1]))
         for block in pair.student.blocks
     ]
-    with trimmed(pair, stage, batch, x, teacher, steps):
-        ran.clear()
+    with trimmed(pair.student, stage, step):
         trained = pair.ask(x, sigma, batch)
-    assert len(ran) == 4 and min(ran) == {"refresh": 90, "paper": 100}[preset]
+    assert ran == [180, 100, 100, 100]
     for handle in handles:
         handle.remove()
     trained.square().mean().backward()
     for name, parameter in pair.student.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
-    plan = TrimPlan(tokens=preset_plan(preset, 0.5))
+    plan = TrimPlan(tokens=paper_plan(0.5))
     with torch.no_grad(), attach(pair.student, plan, shift=3.0):
-        for latents, at in past:
-            pair.ask(latents, at, batch)
+        # a run that came by here
+        pair.ask(x + 0.1, sigma + 0.1, batch)
         sampled = pair.ask(x, sigma, batch)
     assert torch.allclose(trained, sampled, atol=1e-5)
 
 
-@pytest.mark.parametrize("preset", ["refresh", "paper"])
-def test_routed_and_with_dropped_tokens_is_what_sampling_does(pair, preset):
+def test_routed_and_with_dropped_tokens_is_what_sampling_does(pair):
     """Blocks that are left out give their dropped tokens what sampling gives them."""
     routed(pair)
     batch = ToyDataset(1, image_share=0.0).batch(0)
     x, sigma = torch.randn(batch.latents.shape), torch.tensor([0.6])
     stage = Stage("router", 4, warmup=1, shift=3.0)
-    run_of = TokenSteps(0.5, preset, 1 / 3, (0.7, 0.5))
-    velocity = pair.teach(x, sigma, batch)
-    past = past_points(pair, stage, batch, x, velocity, run_of)
-    with torch.no_grad(), trimmed(pair, stage, batch, x, velocity, run_of):
+    with torch.no_grad(), trimmed(pair.student, stage, TokenStep(0.5, 1 / 3)):
         trained = pair.ask(x, sigma, batch)
     routing, pair.routing, pair.taps.gate = pair.routing, None, None
     router = TrainedRouter(routing.mlp, "latent", model_fingerprint(pair.student))
     blocks = BlockPlan(router, routing.budget)
-    plan = TrimPlan(preset_plan(preset, 0.5), blocks=blocks)
+    plan = TrimPlan(paper_plan(0.5), blocks=blocks)
     with torch.no_grad(), attach(pair.student, plan, shift=3.0) as attachment:
-        if preset == "refresh":
-            for latents, at in past:
-                pair.ask(latents, at, batch)
         sampled = pair.ask(x, sigma, batch)
         last = attachment.finish().steps[-1]
     assert last.blocks_run == 2 and last.kept_share < 0.5
     assert torch.allclose(trained, sampled, atol=1e-5)
 
 
-def test_steps_of_short_and_long_runs_are_drawn():
-    drawn = [token_steps(Draws(0, 1, n).shared, Tokens(0.4, 0.9)) for n in range(200)]
+def test_steps_of_a_run_are_drawn():
+    drawn = [token_step(Draws(0, 1, n).shared, Tokens(0.4, 0.9)) for n in range(200)]
     assert all(0.4 <= one.keep_ratio <= 0.9 for one in drawn)
-    assert {len(one.before) for one in drawn} == {0, 1, 2}
-    assert all(1 >= one.before[0] > one.at for one in drawn if one.before)
-    gaps = [one.before[-1] - one.at for one in drawn if one.before]
-    assert min(gaps) < 0.06 and max(gaps) > 0.2
+    places = [one.at for one in drawn]
+    assert 0 <= min(places) < 0.1 and 0.9 < max(places) <= 1
 
 
 # stage III
@@ -389,8 +369,7 @@ def test_every_stage_leaves_a_student_that_diffusers_loads(done):
     assert [stage["stage"] for stage in made["trained"]] == ["width", "router", "steps"]
     assert router.model.differs(model_fingerprint(student)) is None
     plan = TrimPlan(blocks=BlockPlan(router, BlockBudget()))
-    sigmas = sigmas_for(4, 3.0)[:-1]
-    with attach(student, plan, shift=3.0, sigmas=sigmas) as attachment:
+    with attach(student, plan, shift=3.0) as attachment:
         x = sample(student, torch.randn(1, 24, TEXT_DIM), (5, 12, 12), steps=4, guidance=1)
         report = attachment.finish()
     assert x.isfinite().all() and report.steps

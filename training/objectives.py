@@ -14,7 +14,7 @@ from .gate import Routing, Taps
 from .losses import feature_loss, temporal_loss, timestep_weights, velocity_loss
 from .recipe import Stage
 from .shards import Batch
-from .tokens import token_steps, trimmed
+from .tokens import token_step, trimmed
 
 # the teacher's steps between two of the student's in stage III
 SUBSTEPS = 5
@@ -78,14 +78,13 @@ Objective = Callable[[Pair, Stage, Batch, Draws], dict[str, torch.Tensor]]
 def distil(pair: Pair, stage: Stage, batch: Batch, draws: Draws) -> dict[str, torch.Tensor]:
     """Stages I and II: the four losses, as one number each; "loss" is what is minimised.
 
-    With the stage's `tokens` the student sees only some of the tokens, as in sampling: it first
-    takes the one or two steps before, without gradients, from which dropped tokens are restored
-    and chosen. The batch then shares one sigma.
+    With the stage's `tokens` the student computes only some of the tokens, as in sampling. The batch
+    then shares one sigma.
     """
     noise = draws.noise(batch.latents.shape).to(batch.latents)
     token_run = None
     if stage.tokens is not None:
-        token_run = token_steps(draws.shared, stage.tokens)
+        token_run = token_step(draws.shared, stage.tokens)
         u = torch.full((len(noise),), token_run.at)
     else:
         u = draws.uniform(len(noise))
@@ -94,8 +93,7 @@ def distil(pair: Pair, stage: Stage, batch: Batch, draws: Draws) -> dict[str, to
     blocks = draws.blocks(len(pair.student.blocks), stage.feature_blocks)
     with pair.teacher_taps.keeping(blocks) as wanted:
         teacher = pair.teach(x, sigma, batch)
-    past = trimmed(pair, stage, batch, x, teacher, token_run)
-    with past, pair.taps.keeping(blocks) as got:
+    with trimmed(pair.student, stage, token_run), pair.taps.keeping(blocks) as got:
         student = pair.ask(x, sigma, batch)
     weight = timestep_weights(sigma)
     terms = {

@@ -109,7 +109,7 @@ class Tokens(Checked):
 
     keep_min: float = _value(float, low=0.0, high=1.0, above=True)
     keep_max: float = _value(float, 1.0, low=0.0, high=1.0, above=True)
-    preset: str = _choice("refresh", "refresh", "paper")
+    preset: str = _choice("paper", "paper")
 
     def __post_init__(self):
         super().__post_init__()
