@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
 
-from ..kernels import attention, rope, select
+from ..kernels import attention, select
 from ..kernels.config import config_of, most_positions
 from .table import RESULTS, merge_rows
 
@@ -109,9 +109,6 @@ def builds(target: str, dtype: torch.dtype = torch.bfloat16, head_dim: int = 128
     found.append(reading(attention.frame_mass_kernel, config.frame, groups, counts, PATTERNS=4))
     if dtype == torch.float32:
         found += selects
-    found += [
-        _rope(x, words, heads, kept, head_dim) for heads, kept in ((40, 28), (40, 0), (12, 0))
-    ]
     return found
 
 
@@ -123,28 +120,6 @@ def _select(positions: int) -> Build:
     constants = {"BLOCK": triton.next_power_of_2(positions)}
     words = f"{positions} positions"
     return _build(select.smooth_select_kernel, words, signature, constants, options, ())
-
-
-def _rope(x: str, words: str, heads: int, kept: int, head_dim: int) -> Build:
-    pointers = ("q", "k", "q_weight", "k_weight", "q_out", "k_out")
-    signature = {f"{name}_ptr": x for name in pointers}
-    signature |= {"rotary_ptr": "*fp32", "position_ptr": "*i64"}
-    signature |= {"kept_ptr": "*i64" if kept else x}
-    strides = ("stride_qb", "stride_qs", "stride_kb", "stride_ks")
-    signature |= dict.fromkeys(("tokens", "heads", "kept"), "i32") | {"eps": "fp32"}
-    signature |= dict.fromkeys(strides, "i32")
-    pad = triton.next_power_of_2(heads)
-    constants = {
-        "HAS_POSITION": True,
-        "HAS_KEPT": bool(kept),
-        "HEADS_PAD": pad,
-        "KEPT_PAD": triton.next_power_of_2(kept) if kept else pad,
-        "HALF": head_dim // 2,
-        "HALF_PAD": triton.next_power_of_2(head_dim // 2),
-    }
-    words = f"{kept or heads} of {heads} heads, {words}, head_dim {head_dim}"
-    options = {"num_warps": 4 if heads * head_dim <= 2048 else 8}
-    return _build(rope.rms_rope_kernel, words, signature, constants, options, strides)
 
 
 def _build(kernel, words, signature, constants, options, strides) -> Build:
