@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from ..engine.engine import COND, UNCOND
 from ..engine.plan import TrimPlan
 from ..hosts.diffusers.attach import attach
-from ..hosts.diffusers.sample import sample
+from ..hosts.diffusers.sample import sample, sigmas_for
 from ..hosts.diffusers.shape import wan_shape
-from ..methods.cost import forward_flops, plan_flops
 from ..methods.grid import TokenGrid
+from ..solve.dial import Run
 from .cases import Case, Point, solve_plan
 from .flops import count_flops
 from .metrics import measure, summarise
@@ -72,9 +72,14 @@ class Bench:
         tokens = len(self.items[0].text)
         self.shape = wan_shape(subject.model, tokens, 0 if image is None else image.shape[1])
         given = self.items[0].condition
-        self.anchored = 0
+        anchored = None
         if given is not None:
-            self.anchored = int((given[:4].amax(0) > 0).all(-1).all(-1).sum())
+            anchored = tuple((given[:4].amax(0) > 0).all(-1).all(-1).tolist())
+        # how a video is sampled, as the dial knows it
+        self.sampling = Run(
+            self.shape, self.grid, tuple(sigmas_for(point.steps, point.shift).tolist()),
+            point.shift, point.prompts, anchored, starts_given=bool(anchored and anchored[0]),
+        )  # fmt: skip
         self._dense: torch.Tensor | None = None
         self._tuner: Tuner | None = None
         self.dense_flops = 0
@@ -185,27 +190,19 @@ class Bench:
                 raise ValueError(f"{case.method} works on the unconditional row, and there is none")
             knob, method = self._tune(case)
             return knob, method, steps, ""
-        plan = solve_plan(case, self.shape, self.grid, self.point, self.anchored)
+        plan = solve_plan(case, self.sampling)
         if plan is None:
             raise ValueError("no keep ratio comes near the target")
-        dense = steps * self.point.prompts * forward_flops(self.shape, self.grid.tokens)
-        predicted = plan_flops(
-            self.shape,
-            plan.settled(self.anchored > 0),
-            self.grid,
-            self.point.progress(),
-            self.anchored,
-            prompts=self.point.prompts,
-        )
+        knob = plan.describe()
+        if plan.tokens is not None:
+            knob = f"keep {plan.tokens.schedule.keep_ratio:.3f}"
+        return knob, self.trimmed(plan), steps, 1 / self.sampling.speedup(plan)
+
+    def trimmed(self, plan: TrimPlan) -> Method:
+        """A plan on the model, for one video."""
         roles = (COND, UNCOND) if self.point.prompts == 2 else (COND,)
-
-        @contextmanager
-        def method():
-            trim = TrimPlan(plan)
-            with attach(self.subject.model, trim, cond_or_uncond=roles, shift=self.point.shift):
-                yield
-
-        return f"keep {plan.schedule.keep_ratio:.3f}", method, steps, predicted / dense
+        shift = self.point.shift
+        return lambda: attach(self.model, plan, cond_or_uncond=roles, shift=shift)
 
     def _tune(self, case: Case) -> tuple[str, Method]:
         if self._tuner is None:

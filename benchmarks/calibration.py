@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from .bench import Bench, read_result, write_result
-from .cases import METHODS, Case, Point, tokens_case
+from .cases import DEFAULT, PAPER, TAPE, Case, Point, dial_case, tokens_case
 from .subjects import toy_subject
 from .table import RESULTS, merge_rows
 
@@ -48,8 +48,10 @@ class Published:
 
     def case(self) -> Case:
         target = round(1 / self.speedup, 3)
-        if self.method in METHODS:
-            return tokens_case("calibration", target, METHODS[self.method], self.method)
+        if self.method == DEFAULT:
+            return dial_case("calibration", target)
+        if self.method == PAPER:
+            return tokens_case("calibration", target, TAPE)
         return Case("calibration", self.method, "", target)
 
 
@@ -58,13 +60,10 @@ PUBLISHED = (
     Published("TeaCache", 2.00, "22.6", "arXiv 2507.02860", "teacache"),
     Published("MagCache", 2.68, "21.5", "arXiv 2506.09045", "mag_cache"),
     Published("PAB", 1.72, "18.8", "arXiv 2507.02860", "pyramid_attention"),
-    Published("Astraea", 1.36, "29.2", "arXiv 2506.05096", "auto"),
-    Published("Astraea", 1.86, "22.5-25", "arXiv 2506.05096", "auto"),
-    Published("Astraea", 2.29, "22.4-24.3", "arXiv 2506.05096", "auto"),
-    Published("Astraea", 1.36, "29.2", "arXiv 2506.05096", "mixed_update_once"),
-    Published("Astraea", 1.86, "22.5-25", "arXiv 2506.05096", "mixed_update_once"),
-    Published("Astraea", 2.29, "22.4-24.3", "arXiv 2506.05096", "mixed_update_once"),
-    Published("TAPE", 1.50, "", "arXiv 2605.17837", "tape"),
+    Published("Astraea", 1.36, "29.2", "arXiv 2506.05096", "default"),
+    Published("Astraea", 1.86, "22.5-25", "arXiv 2506.05096", "default"),
+    Published("Astraea", 2.29, "22.4-24.3", "arXiv 2506.05096", "default"),
+    Published("TAPE", 1.50, "", "arXiv 2605.17837", "paper"),
     Published("TaylorSeer", 1.90, "13.5", "KlingAIResearch/ScalingCache", "taylorseer"),
     Published("fewer steps", 1.36, "", "", "fewer_steps"),
     Published("fewer steps", 2.00, "15.8 (14B)", "KlingAIResearch/ScalingCache", "fewer_steps"),

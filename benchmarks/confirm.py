@@ -1,7 +1,7 @@
 """Does the verdict hold on videos that nothing was chosen on? `python -m wantrim.benchmarks.confirm`.
 
-Plans were compared, and the default was chosen, on the first prompts of the bench. Here the telling
-ones run once on others, at 0.67 of the compute: rows of benchmarks/results/confirm.csv.
+Methods were compared, and the default was made, on the first prompts of the bench. Here the telling
+ones run once on others: rows of benchmarks/results/confirm.csv.
 """
 
 from __future__ import annotations
@@ -11,19 +11,23 @@ from pathlib import Path
 import torch
 
 from .bench import Bench
-from .cases import AUTO, METHODS, REFRESH, STUDY_TARGET, Case, tokens_case
+from .cases import DEFAULT, SKIP, TAPE, TARGETS, Case, dial_case, tokens_case
 from .quality import DENSE, parse_args, run_cases, selected
 
 # after the bench's 32 prompts and those that peers are tuned on
 FIRST_PROMPT = 40
-TOKENS = (AUTO, REFRESH, "rotation_update_once", "random", "tape")
+PEERS = ("easycache", "sea_cache")
 
 
 def all_cases() -> list[Case]:
-    """Fewer steps and token plans."""
-    target = STUDY_TARGET
-    plans = [tokens_case("confirm", target, METHODS[name], name) for name in TOKENS]
-    return [Case("confirm", "fewer_steps", "", target), *plans]
+    """Fewer steps, the default with and without context, TAPE and the best step caches."""
+    cases = []
+    for target in TARGETS:
+        cases.append(Case("confirm", "fewer_steps", "", target))
+        cases += [dial_case("confirm", target, name) for name in (DEFAULT, SKIP)]
+        cases.append(tokens_case("confirm", target, TAPE))
+        cases += [Case("confirm", name, "", target) for name in PEERS]
+    return cases
 
 
 class OtherPrompts(Bench):

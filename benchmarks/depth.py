@@ -1,30 +1,24 @@
 """What each way of choosing blocks costs in quality: `python -m wantrim.benchmarks.depth`.
 
 The quality bench (benchmarks/quality.py) on PARE's depth, on the tiny Wan: rows of
-benchmarks/results/depth.csv. A target is the mean share of the blocks that run; with "reuse" the
-first step, which runs them all, is part of it.
+benchmarks/results/depth.csv. A target is the mean share of the blocks that run.
 """
 
 from __future__ import annotations
 
 import statistics
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 
-from ..engine.engine import COND, UNCOND
 from ..engine.plan import TrimPlan
-from ..hosts.diffusers.attach import attach
 from ..hosts.diffusers.sample import sigmas_for
-from ..methods.cost import forward_flops, outside_flops
-from ..methods.depth import SHAPES, SKIPPED, BlockBudget, BlockPlan, blocks_per_step
+from ..methods.depth import SHAPES, BlockBudget, BlockPlan, blocks_per_step
 from ..methods.profile import Profile, load_profile, sigma_bin
 from ..methods.routers import (
     FixedRouter,
-    OnlineRouter,
     ProfiledRouter,
     RandomRouter,
     Router,
@@ -32,16 +26,14 @@ from ..methods.routers import (
 )
 from ..toy import PROFILE
 from .bench import Bench
-from .cases import TOLERANCE, Case, Point
+from .cases import TOLERANCE, Case, Point, once
 from .quality import DENSE, parse_args, run_cases, selected
 
 # mean shares of the blocks; the fast subset runs the first
 TARGETS = (0.68, 0.75)
 # k_max over k_min in the paper: 35 to 20 blocks
 PAPER_RATIO = 1.75
-ROUTERS = ("profiled", "online", "random", "static")
-AGES = (0, 1, 2, 3)
-MEMORIES = (4, 16)
+ROUTERS = ("profiled", "random", "static")
 
 
 @dataclass(frozen=True)
@@ -51,24 +43,15 @@ class DepthCase(Case):
     Args:
         method: the router's name, one of `ROUTERS`.
         curve: shape of the budget.
-        skipped, max_age, memory: fields of the plan.
     """
 
     curve: str = "falling"
-    skipped: str = "identity"
-    max_age: int = 1
-    memory: int = 8
 
 
-def depth_case(group: str, target: float, router: str, **fields) -> DepthCase:
-    """A row, its setting in words from its fields."""
-    case = DepthCase(group, router, "", target, **fields)
-    words = [case.skipped] if router == "static" else [case.curve, case.skipped]
-    if case.skipped == "reuse" and router != "static":
-        words.append(f"at most {case.max_age} in a row" if case.max_age else "any number in a row")
-    if case.memory != 8:
-        words.append(f"memory {case.memory}")
-    return replace(case, setting=", ".join(words))
+def depth_case(group: str, target: float, router: str, curve: str = "falling") -> DepthCase:
+    """A row, its setting in words."""
+    words = "identity" if router == "static" else f"{curve}, identity"
+    return DepthCase(group, router, words, target, curve=curve)
 
 
 def all_cases() -> list[Case]:
@@ -76,22 +59,9 @@ def all_cases() -> list[Case]:
     cases: list[Case] = []
     for target in TARGETS:
         cases.append(Case("methods", "fewer_steps", "", target))
-        for skipped in SKIPPED:
-            cases += [depth_case("methods", target, name, skipped=skipped) for name in ROUTERS]
-            for curve in SHAPES:
-                cases.append(depth_case("curve", target, "profiled", skipped=skipped, curve=curve))
-        for name in ("profiled", "online", "random"):
-            plans = [{"max_age": age, "curve": "constant"} for age in AGES]
-            cases += [depth_case("age", target, name, skipped="reuse", **p) for p in plans]
-    for memory in MEMORIES:
-        plan = {"skipped": "reuse", "memory": memory}
-        cases.append(depth_case("memory", TARGETS[0], "profiled", **plan))
-    unique: dict[str, Case] = {}
-    for case in cases:
-        known = unique.setdefault(case.key, case)
-        if case.group not in known.groups:
-            unique[case.key] = replace(known, group=f"{known.group} {case.group}")
-    return list(unique.values())
+        cases += [depth_case("methods", target, name) for name in ROUTERS]
+        cases += [depth_case("curve", target, "profiled", curve) for curve in SHAPES]
+    return once(cases)
 
 
 @lru_cache(maxsize=1)
@@ -112,10 +82,9 @@ def solve_plan(case: DepthCase, point: Point, profile: Profile) -> tuple[BlockPl
     """The plan whose mean share of the blocks comes closest to the target, and that share."""
     num_blocks = profile.model.num_blocks
     sigmas = sigmas_for(point.steps, point.shift)[:-1].tolist()
-    options = {"skipped": case.skipped, "max_age": case.max_age, "memory": case.memory}
     found, best, distance = None, 0.0, TOLERANCE
     for router, budget in _candidates(case, profile, sigmas):
-        plan = BlockPlan(router, budget, **options)
+        plan = BlockPlan(router, budget)
         share = statistics.fmean(blocks_per_step(plan, sigmas, point.shift, num_blocks))
         share /= num_blocks
         if abs(share - case.target) < distance:
@@ -136,8 +105,7 @@ def _candidates(case: DepthCase, profile: Profile, sigmas: list[float]):
 
 
 def _router(name: str, profile: Profile) -> Router:
-    made = {"profiled": ProfiledRouter, "online": OnlineRouter}
-    return made[name](profile) if name in made else RandomRouter()
+    return ProfiledRouter(profile) if name == "profiled" else RandomRouter()
 
 
 class DepthBench(Bench):
@@ -150,27 +118,12 @@ class DepthBench(Bench):
         if solved is None:
             raise ValueError("no budget comes near the target")
         plan, share = solved
-        roles = (COND, UNCOND) if self.point.prompts == 2 else (COND,)
-        sigmas = sigmas_for(self.point.steps, self.point.shift)[:-1]
-
-        @contextmanager
-        def method():
-            with attach(
-                self.subject.model,
-                TrimPlan(blocks=plan),
-                cond_or_uncond=roles,
-                shift=self.point.shift,
-                sigmas=sigmas,
-            ):
-                yield
-
         knob = f"k {plan.budget.k_min:.3f} to {plan.budget.k_max:.3f}"
         if isinstance(plan.router, FixedRouter):
             knob = "without " + " ".join(map(str, plan.router.skipped))
-        whole = forward_flops(self.shape, self.grid.tokens)
-        outside = outside_flops(self.shape, self.grid.tokens)
-        predicted = (outside + share * (whole - outside)) / whole
-        return f"{knob}, mean {share:.3f}", method, self.point.steps, predicted
+        plan = TrimPlan(blocks=plan)
+        predicted = 1 / self.sampling.speedup(plan)
+        return f"{knob}, mean {share:.3f}", self.trimmed(plan), self.point.steps, predicted
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from .cases import STUDY_TARGET
+from .cases import DEFAULT, PAPER, SKIP, STUDY_TARGET
 from .table import TASKS, fixed, psnr_of, truth_of
 
 TEMPLATES = Path(__file__).parents[1] / "workflows"
@@ -20,15 +20,15 @@ HEADLINE = {
     "dense": "dense (baseline)",
     "fewer_steps": "dense, fewer steps",
     "easycache": "step cache (EasyCache)",
+    "sea_cache": "step cache (SeaCache)",
     "mag_cache": "step cache (MagCache)",
-    "auto": "**WanTrim, auto** (default)",
-    "mixed_update_once": "WanTrim, refresh",
-    "tape": "WanTrim, paper (TAPE)",
-    "random": "random tokens",
+    DEFAULT: "**WanTrim** (default)",
+    SKIP: "WanTrim, context off",
+    PAPER: "WanTrim, paper (TAPE)",
     "tome": "token merging (ToMe)",
 }
 # rows of a template's note
-SHORT = ("dense", "fewer_steps", "auto")
+SHORT = ("dense", "fewer_steps", DEFAULT)
 MARK = "| on the tiny Wan, "
 IN_NOTE = re.compile(r"\| on the tiny Wan, .*?\|(?=\\n\\n)")
 SHORT_HEAD = "| on the tiny Wan, {} | FLOPs | PSNR, dB | motion | colour / shape / direction |"

@@ -9,7 +9,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
-from .cases import AUTO, METHODS, STUDY_TARGET
+from .cases import DEFAULT, OURS, STUDY_TARGET
 from .headline import HEADLINE
 from .peers import PEERS
 from .table import PLAN, RESULTS, TASKS, read_rows
@@ -86,11 +86,11 @@ def plot_methods(
 
 
 def _looks() -> dict[str, dict[str, object]]:
-    """Token plans solid, peers dotted, fewer steps (the one to beat) black."""
+    """Ours solid, peers dotted, fewer steps (the one to beat) black."""
     looks: dict[str, dict[str, object]] = {
         "fewer_steps": {"color": "black", "marker": "D", "ls": "--", "lw": 1.8}
     }
-    for name, colour in zip(METHODS, plt.get_cmap("tab10").colors, strict=False):
+    for name, colour in zip(OURS, plt.get_cmap("tab10").colors, strict=False):
         looks[name] = {"color": colour, "marker": "o", "ls": "-", "lw": 1.6}
     shades = plt.get_cmap("Dark2").colors
     for index, name in enumerate(PEERS):
@@ -217,9 +217,9 @@ def draw(results: Path) -> list[Path]:
     """All pictures of a results folder."""
     rows = full_rows(read_rows(results / "quality.csv"))
     paths, looks = [results / "quality.png", results / "headline.png"], _looks()
-    every = {name: name.replace("_", " ") for name in ("fewer_steps", *METHODS, *PEERS)}
+    every = {name: name.replace("_", " ") for name in ("fewer_steps", *OURS, *PEERS)}
     plot_methods(rows, paths[0], every, looks)
-    looks[AUTO] = looks[AUTO] | {"color": "tab:red", "lw": 3.0}
+    looks[DEFAULT] = looks[DEFAULT] | {"color": "tab:red", "lw": 3.0}
     first_page = {n: label.replace("*", "") for n, label in HEADLINE.items() if n in every}
     plot_methods(rows, paths[1], first_page, looks)
     for group in STUDIES:

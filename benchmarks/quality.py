@@ -22,7 +22,7 @@ import torch
 
 from ..toy import CHECKPOINT
 from .bench import Bench, read_result, write_result
-from .cases import FAIR, POINTS, REFRESH, STUDY_TARGET, Case, Point, all_cases
+from .cases import DEFAULT, FAIR, POINTS, STUDY_TARGET, Case, Point, all_cases
 from .metrics import difference
 from .subjects import PROMPTS, Subject, read_prompts, real_subject, toy_subject
 from .table import COLUMNS, RESULTS, commit, merge_rows
@@ -129,16 +129,15 @@ def _device(args: argparse.Namespace) -> str:
 def paired_rows(results: dict[tuple, dict]) -> list[dict]:
     """The rows, with their PSNR less that of two others at the same target, paired by video.
 
-    `vs_steps*` is against fewer steps, `vs_refresh*` against the preset refresh, each where it
-    costs as much within FAIR of the dense FLOPs; with its 95% interval, and "tie" where that
-    holds 0.
+    `vs_steps*` is against fewer steps, `vs_default*` against the default, each where it costs as
+    much within FAIR of the dense FLOPs; with its 95% interval, and "tie" where that holds 0.
     """
     rows = []
     for (task, point, case), result in results.items():
         if "row" not in result:
             continue
         row = dict(result["row"]) | {"shift": point.shift, "group": case.group}
-        for name, method in (("vs_steps", "fewer_steps"), ("vs_refresh", REFRESH)):
+        for name, method in (("vs_steps", "fewer_steps"), ("vs_default", DEFAULT)):
             twins = [
                 r
                 for (t, p, _), r in results.items()
@@ -250,7 +249,7 @@ def parse_args(
     )
     add = parser.add_argument
     add("--full", action="store_true", help="every case, 32 prompts x 2 seeds")
-    add("--only", nargs="+", help="groups or methods, for example: methods importance tape")
+    add("--only", nargs="+", help="groups or methods, for example: methods default easycache")
     add("--targets", nargs="+", type=float, help="only these shares of the dense FLOPs")
     add("--steps", nargs="+", type=int, help="only these numbers of steps (default: 20 and 4)")
     add("--tasks", nargs="+", default=None, choices=("t2v", "i2v"))

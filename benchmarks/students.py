@@ -16,12 +16,11 @@ import torch
 
 from ..engine.engine import COND, UNCOND
 from ..engine.plan import TrimPlan
+from ..engine.work import plan_work
 from ..hosts.diffusers.attach import attach
 from ..hosts.diffusers.sample import sigmas_for
 from ..hosts.diffusers.slim import load_slim
-from ..methods.cost import forward_flops, outside_flops
 from ..methods.depth import BlockBudget, BlockPlan
-from ..methods.presets import preset_plan
 from ..methods.routers import FixedRouter, ProfiledRouter, RandomRouter, Router, load_router
 from ..slim.file import read_header
 from .bench import Bench
@@ -32,11 +31,10 @@ from .width import WIDTH_COLUMNS, compared_rows
 
 RUNS = Path("out/training")
 # shares of dense FLOPs that the kinds of students have, about
-WIDTH, ROUTED, TOKENS, FEW = 0.75, 0.5, 0.4, 0.1
-GROUPS = {WIDTH: "width", ROUTED: "router", TOKENS: "tokens", FEW: "steps"}
+WIDTH, ROUTED, FEW = 0.75, 0.5, 0.1
+GROUPS = {WIDTH: "width", ROUTED: "router", FEW: "steps"}
 # stage III and its rivals
 FEW_STEPS = 4
-KEEP = 0.7
 STAGES = ("1-width", "2-router", "3-router", "4-steps")
 
 
@@ -48,7 +46,6 @@ class StudentCase(Case):
         student: file or stage's folder within RUNS; empty is the full model.
         router: "" runs all blocks; else "trained", "profiled", "random" or "static".
         steps, guidance: of the sampling; None is the dense videos' own.
-        keep_ratio: of tokens, with the preset "refresh".
         against: method and setting of the row at the same target that this one is compared with.
     """
 
@@ -56,7 +53,6 @@ class StudentCase(Case):
     router: str = ""
     steps: int | None = None
     guidance: float | None = None
-    keep_ratio: float = 1.0
     against: tuple[str, str] | None = None
 
 
@@ -85,18 +81,12 @@ def all_cases() -> list[Case]:
         )
     for name in ("profiled", "random"):
         cases.append(student(f"stage I's student, {name} blocks", ROUTED, one, second, router=name))
-    # trained without tokens and then trimmed, against trained with them
-    after, aware = f"{half}, tokens dropped afterwards", f"{half}, with dropped tokens"
-    tokens, keep = "tokens/2-router", {"router": "trained", "keep_ratio": KEEP}
     cases += [
-        student(after, TOKENS, once, **keep),
-        student(aware, TOKENS, tokens, after, **keep),
-        student(f"{aware}, all tokens kept", ROUTED, tokens, half, **trained),
         student("stage I without temporal loss", WIDTH, "no_temporal/1-width", first),
         student("stage I without temporal protection", WIDTH, "no_protection/1-width", first),
         student(f"{half}, router without content", ROUTED, "no_content/2-router", half, **trained),
     ]
-    cases += [Case(GROUPS[target], "fewer_steps", "", target) for target in (WIDTH, ROUTED, TOKENS)]
+    cases += [Case(GROUPS[target], "fewer_steps", "", target) for target in (WIDTH, ROUTED)]
     dense, short = "full model, 4 steps", {"steps": FEW_STEPS}
     cases += [
         StudentCase("steps", "dense_few", dense, FEW, guidance=1.0, **short),
@@ -116,7 +106,8 @@ class StudentBench(Bench):
             return super()._prepare(case)
         steps = case.steps or self.point.steps
         guidance = case.guidance or self.point.guidance
-        sigmas = sigmas_for(steps, self.point.shift)[:-1]
+        all_sigmas = sigmas_for(steps, self.point.shift).tolist()
+        sigmas = all_sigmas[:-1]
         model, header = self.subject.model, None
         if case.student:
             model, header = self._load(case.student)
@@ -126,10 +117,8 @@ class StudentBench(Bench):
             said = header if case.router == "trained" else self._load(f"tiny/{STAGES[2]}")[1]
             trained = said.made["trained"][-1]
             budget = BlockBudget(trained["k_min"], trained["k_max"])
-            chosen, share = self._blocks(case, budget, sigmas.tolist(), len(model.blocks))
+            chosen, share = self._blocks(case, budget, sigmas, len(model.blocks))
             plan = TrimPlan(blocks=chosen)
-        if case.keep_ratio < 1:
-            plan = TrimPlan(preset_plan("refresh", case.keep_ratio), blocks=plan.blocks)
         blocks = sum(_parameters(block) for block in model.blocks)
         active = _parameters(model) - blocks * (1 - share)
         self.facts["parameter_ratio"] = active / _parameters(self.subject.model)
@@ -139,24 +128,19 @@ class StudentBench(Bench):
         def method():
             self.model, self.guidance = model, guidance
             try:
-                with attach(
-                    model, plan, cond_or_uncond=roles, shift=self.point.shift, sigmas=sigmas
-                ):
+                with attach(model, plan, cond_or_uncond=roles, shift=self.point.shift):
                     yield
             finally:
                 self.model, self.guidance = self.subject.model, self.point.guidance
 
         knob = f"{share:.3f} of the blocks" if case.router else ""
-        predicted: float | str = ""
-        # how many tokens the first steps drop is not the cost model's to say
-        if case.keep_ratio == 1:
-            width = None if header is None else header.width
-            size = {"grid": self.grid, "width": width}
-            outside = outside_flops(self.shape, self.grid.tokens)
-            inside = forward_flops(self.shape, self.grid.tokens, **size) - outside
-            calls = steps * len(roles) / (self.point.steps * self.point.prompts)
-            whole = forward_flops(self.shape, self.grid.tokens)
-            predicted = calls * (outside + share * inside) / whole
+        width = None if header is None else header.width
+        sizes = {"prompts": len(roles), "width": width}
+        run = replace(self.sampling, sigmas=tuple(all_sigmas))
+        mine = plan_work(self.shape, run.programs(plan), plan, **sizes).flops
+        whole = TrimPlan()
+        dense = plan_work(self.shape, self.sampling.programs(whole), whole, self.point.prompts)
+        predicted = mine / dense.flops
         return knob, method, steps, predicted
 
     def _load(self, name: str):

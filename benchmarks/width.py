@@ -17,12 +17,11 @@ import torch
 
 from ..engine.engine import COND, UNCOND
 from ..engine.plan import TrimPlan
-from ..hosts.diffusers.attach import attach
+from ..engine.work import plan_work
 from ..hosts.diffusers.profiling import profile_run
 from ..hosts.diffusers.slim import load_slim
 from ..methods.budget import attention_share, solve_heads, solve_width, width_share
 from ..methods.calibration import load_calibration
-from ..methods.cost import forward_flops
 from ..methods.heads import HeadPlan
 from ..methods.profile import Profile, load_profile
 from ..methods.width import Width, ffn_count, kept_count, pare_heads, pare_width
@@ -64,7 +63,7 @@ CALIBRATED_ON = 16
 WIDTH_COLUMNS = tuple(
     column
     for name in COLUMNS
-    if not name.startswith("vs_refresh")
+    if not name.startswith(("vs_refresh", "vs_default"))
     for column in (
         ("against", "vs_db", "vs_lo", "vs_hi", "vs", name)
         if name == "vs_steps_db"
@@ -204,18 +203,13 @@ class WidthBench(Bench):
         heads = plan_in_place(case, profile, self.grid, self.shape.text_tokens)
         share = attention_share(heads, self.grid, self.shape.text_tokens, self.shape.image_tokens)
         self.facts["attention_ratio"] = share
-
-        @contextmanager
-        def method():
-            plan = TrimPlan(heads=heads)
-            with attach(self.model, plan, cond_or_uncond=self._roles(), shift=self.point.shift):
-                yield
-
+        plan = TrimPlan(heads=heads)
         counts = {name: heads.count(name) for name in ("full", "off")}
         cheap = profile.model.num_blocks * profile.model.num_heads - sum(counts.values())
         cross = sum(block.count("off") for block in heads.cross_attention)
         knob = f"{counts['full']} full, {cheap} cheap, {counts['off']} off, {cross} cross off"
-        return knob, method, self.point.steps, self._predicted(heads=heads)
+        predicted = 1 / self.sampling.speedup(plan)
+        return knob, self.trimmed(plan), self.point.steps, predicted
 
     def _slim(self, case: Case, profile: Profile):
         source = open_source(CHECKPOINT)
@@ -245,11 +239,11 @@ class WidthBench(Bench):
 
         sizes = (sum(map(len, part)) for part in (width.self_heads, width.cross_heads))
         knob = f"{' + '.join(map(str, sizes))} heads, {sum(map(len, width.ffn_channels))} channels"
-        return knob, method, self.point.steps, self._predicted(width=width)
-
-    def _predicted(self, **trims) -> float:
-        whole = forward_flops(self.shape, self.grid.tokens)
-        return forward_flops(self.shape, self.grid.tokens, grid=self.grid, **trims) / whole
+        programs = self.sampling.programs(TrimPlan())
+        slim, whole = (
+            plan_work(self.shape, programs, TrimPlan(), width=cut).flops for cut in (width, None)
+        )
+        return knob, method, self.point.steps, slim / whole
 
 
 def compared_rows(results: dict[tuple, dict]) -> list[dict]:
