@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from comfy_extras import nodes_wan
+from wantrim.hosts.comfyui.blocks import OVERRIDE
 from wantrim.tests.comfyui import tiny
+from wantrim.tests.comfyui.passes import full_length, look_inside, lost_places, observed
 from wantrim.tests.comfyui.variants import bernini, first_and_last, made, phantom, picture
 
 SIZE = (tiny.WIDTH * 8, tiny.HEIGHT * 8, 4 * (tiny.FRAMES - 1) + 1, 1)
@@ -57,10 +59,9 @@ def kept_per_frame(call, frames: int, start: int = 0) -> dict[int, list[int]]:
     return found
 
 
-@pytest.mark.parametrize("dropped_kv", ["leave", "keep"])
 @pytest.mark.parametrize(("kind", "given", "anchored", "frames"), GIVEN.values(), ids=GIVEN)
-def test_given_frames_keep_their_tokens(kind, given, anchored, frames, dropped_kv):
-    patched = tiny.trimmed(tiny.base_model(kind), dropped_kv=dropped_kv)
+def test_given_frames_keep_their_tokens(kind, given, anchored, frames):
+    patched = tiny.trimmed(tiny.base_model(kind))
     calls = tiny.watch(patched)
     tiny.sample(patched, given())
     for call in calls:
@@ -106,33 +107,37 @@ def kept_per_frame_behind(call, start: int) -> dict[int, list[int]]:
     return kept_per_frame(shifted, 3, start)
 
 
-def test_importance_is_read_from_the_grid_behind_the_reference():
-    """The reference's own tokens must not be taken for the first latent frame's."""
-    model = tiny.base_model("fun")
-    chosen = []
-    for importance in ("hidden_norm", "attention"):
-        patched = tiny.trimmed(model, importance=importance, alpha=1.0)
-        calls, hidden = tiny.watch(patched), []
-        patched.set_model_double_block_patch(lambda a, h=hidden: h.append(a["img"].clone()) or a)
-        tiny.sample(patched, tiny.case("fun"), steps=1, cfg=1.0)
-        norm = hidden[0][0].norm(dim=-1)
-        chosen.append((calls[0], norm))
-    call, norm = chosen[0]
-    for frame in range(3):
-        first = 20 + frame * 20
-        best = norm[first : first + 20].topk(call.budget).indices + first
-        kept = call.kept[0][0]
-        assert set(best.tolist()) == set(kept[(kept >= first) & (kept < first + 20)].tolist())
+@pytest.mark.parametrize("alpha", [1.0, 0.3])
+def test_importance_is_read_from_the_grid_behind_the_reference(alpha):
+    """By hand: attention received, smoothed over the video's own latent frames."""
+    patched = tiny.trimmed(tiny.base_model("fun"), alpha=alpha)
+    calls, received = tiny.watch(patched), []
+
+    def look(func, q, k, v, heads, *args, **kwargs):
+        # of the first choosing block's self-attention; all queries are taken on so small a grid
+        if not received and q.shape[1] == k.shape[1]:
+            parts = (t.unflatten(-1, (heads, -1)).transpose(1, 2).float() for t in (q, k))
+            queries, keys = parts
+            scores = queries[:, :, 20:] @ keys.transpose(-1, -2) * queries.shape[-1] ** -0.5
+            received.append(scores.softmax(-1).mean((1, 2))[0, 20:].view(3, 20))
+        return func(q, k, v, heads, *args, **kwargs)
+
+    patched.model_options["transformer_options"][OVERRIDE] = look
+    tiny.sample(patched, tiny.case("fun"), steps=1, cfg=1.0)
+    kept = calls[0].kept[0][0] - 20
+    for frame, own in enumerate(received[0]):
+        smooth = own if frame == 0 else alpha * own + (1 - alpha) * received[0][frame - 1]
+        best = smooth.topk(calls[0].budget).indices + 20 * frame
+        assert set(best.tolist()) == set(kept[kept // 20 == frame].tolist())
 
 
 @pytest.mark.parametrize("has_it", ["positive", "negative"])
-@pytest.mark.parametrize("dropped_kv", ["leave", "keep"])
 @pytest.mark.parametrize(
     ("kind", "given"),
     [("t2v", phantom), ("fun", lambda: tiny.case("fun")), ("t2v", bernini)],
     ids=["subjects", "reference", "context latents"],
 )
-def test_only_one_prompt_with_a_reference(kind, given, dropped_kv, has_it):
+def test_only_one_prompt_with_a_reference(kind, given, has_it):
     """The sequences differ in length: the same places of the video are dropped in both."""
     given, model = given(), tiny.base_model(kind)
     if has_it == "positive":
@@ -141,7 +146,7 @@ def test_only_one_prompt_with_a_reference(kind, given, dropped_kv, has_it):
         given.positive = tiny.text(1)
     neutral = tiny.trimmed(model, reselect_every=1)
     assert torch.equal(tiny.sample(neutral, given), tiny.sample(model, given))
-    patched = tiny.trimmed(model, dropped_kv=dropped_kv)
+    patched = tiny.trimmed(model)
     hidden = []
     patched.set_model_double_block_patch(lambda a: hidden.append(a["img"].clone()) or a)
     tiny.sample(patched, given, steps=1)
@@ -170,3 +175,62 @@ def test_context_latents_behind_the_grid_are_kept():
         kept = call.kept[0][0]
         assert kept[kept >= 60].tolist() == list(range(60, 80))
         assert (kept < 60).sum() == 3 * call.budget
+
+
+@pytest.mark.parametrize(("kind", "given", "anchored", "frames"), GIVEN.values(), ids=GIVEN)
+def test_a_partial_step_computes_equally_much_of_every_frame_given_or_not(
+    kind, given, anchored, frames
+):
+    """Left out, a given latent frame repeats its velocity; its keys and values are still seen."""
+    patched = tiny.shared(tiny.base_model(kind), 1, 1, 0.4)
+    calls = tiny.watch(patched)
+    out = tiny.sample(patched, given())
+    assert torch.isfinite(out).all() and not tiny.report_of(patched).notes
+    assert [call.budget for call in calls] == [20, 20, 8]
+    assert kept_per_frame(calls[2], frames) == {0: [8] * frames}
+    assert calls[2].length == frames * tiny.PER_FRAME
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "outside"),
+    [("fun", lambda: tiny.case("fun"), range(20)), ("t2v", bernini, range(60, 80))],
+    ids=["reference", "context latents"],
+)
+def test_tokens_outside_of_the_video_are_computed_in_a_partial_step(kind, given, outside):
+    patched = tiny.shared(tiny.base_model(kind), 1, 1, 0.4)
+    calls = tiny.watch(patched)
+    tiny.sample(patched, given())
+    kept = calls[2].kept[0]
+    assert calls[2].length == 80 and kept.shape[1] == 20 + 3 * 8
+    assert set(outside) <= set(kept[0].tolist())
+
+
+@pytest.mark.parametrize("has_it", ["positive", "negative"])
+@pytest.mark.parametrize(
+    ("kind", "given"),
+    [("t2v", phantom), ("fun", lambda: tiny.case("fun")), ("t2v", bernini)],
+    ids=["subjects", "reference", "context latents"],
+)
+def test_a_partial_step_with_a_reference_in_one_prompt_only(kind, given, has_it, monkeypatch):
+    """The same places of the video repeat their velocity in both prompts."""
+    look_inside(monkeypatch)
+    given = given()
+    if has_it == "positive":
+        given.negative = tiny.text(2)
+    else:
+        given.positive = tiny.text(1)
+    base, passes = observed(full_length(tiny.base_model(kind)))
+    patched = tiny.shared(base, 1, 1, 0.4)
+    out = tiny.sample(patched, given)
+    assert torch.isfinite(out).all() and not tiny.report_of(patched).notes
+    assert [seen.roles for seen in passes] == 3 * [[0], [1]]
+    places = []
+    for before, seen in zip(passes[2:4], passes[4:], strict=True):
+        length = seen.before[0].shape[1]
+        lost = lost_places(seen, length - 60 if kind == "fun" else 0)
+        assert lost.sum() == 4 * 36
+        assert set(seen.tokens.values()) == {int((~seen.dropped).sum())}
+        same = (seen.velocity == before.velocity).all(1, keepdim=True)
+        assert torch.equal(same, lost)
+        places.append(lost)
+    assert torch.equal(*places)

@@ -85,6 +85,23 @@ def test_cond_decides():
     assert kept(with_uncond) == kept(cond_only)
 
 
+def test_of_several_positive_prompts_the_same_one_decides_batched_and_split(monkeypatch):
+    """The host takes its list from the end: the last one comes first, in a batch and call by call."""
+    given = tiny.case()
+    given.positive = [*given.positive, *tiny.text(8), *tiny.text(9)]
+    alone = []
+    for prompt in given.positive:
+        _, calls, _ = watched(tiny.Case([prompt], given.negative, given.latent), steps=1)
+        alone.append(kept(calls))
+    assert alone[2] != alone[0] and alone[2] != alone[1]
+    _, together, _ = watched(given, steps=1)
+    monkeypatch.setattr(ModelPatcher, "get_free_memory", lambda self, device: 0)
+    _, apart, _ = watched(given, steps=1)
+    assert [call.cond_or_uncond for call in together] == [[1, 0, 0, 0]]
+    assert [call.cond_or_uncond for call in apart] == [[0], [0], [0], [1]]
+    assert kept(together) == kept(apart) == alone[2]
+
+
 def test_uncond_alone_would_choose_otherwise():
     given = tiny.case()
     swapped = tiny.Case(given.negative, given.positive, given.latent)
@@ -154,6 +171,16 @@ def test_two_experts_keep_at_a_sigma_what_one_run_keeps_there():
     assert torch.allclose(out, whole, atol=1e-3)
 
 
+def test_a_budget_is_rounded_to_the_nearest_number_of_tokens():
+    # of 20 tokens: 13.4, 13.6 and at least one
+    for keep, budget in ((0.67, 13), (0.68, 14), (0.004, 1)):
+        patched = tiny.trimmed(tiny.base_model(), keep, direction="constant")
+        tiny.sample(patched, steps=1)
+        [step] = tiny.report_of(patched).steps
+        few = 3 * budget
+        assert step.tokens_per_block == [60, few, few, 60, few, few]
+
+
 @pytest.mark.parametrize("shift", [1.0, 8.0])
 def test_progress_follows_the_shift_of_a_node_behind(shift):
     patched = ModelSamplingSD3().patch(tiny.trimmed(tiny.base_model()), shift)[0]
@@ -177,7 +204,7 @@ def test_tokens_kept_per_step(direction, expected):
     assert [step.keep_ratio for step in steps] == pytest.approx(expected)
     for step in steps:
         few = 3 * round(step.keep_ratio * tiny.PER_FRAME)
-        assert step.kept_per_block == [60, few, few, 60, few, few]
+        assert step.tokens_per_block == [60, few, few, 60, few, few]
 
 
 def test_context_windows_decide_once_each(monkeypatch):
@@ -210,7 +237,10 @@ def test_context_windows_decide_once_each(monkeypatch):
     ids=str,
 )
 def test_grid_covers_what_the_host_pads(kind, size, grid):
-    _, calls, report = watched(tiny.case(kind, **size), tiny.base_model(kind))
+    given = tiny.case(kind, **size)
+    # a latent frame that is given and alone would be computed in full
+    given.noise_mask = None
+    _, calls, report = watched(given, tiny.base_model(kind))
     step = report.steps[0]
     assert (step.grid.frames, step.grid.height, step.grid.width) == grid
     assert calls[0].length == step.grid.tokens
