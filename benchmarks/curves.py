@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import csv
 import logging
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,7 @@ from ..engine.engine import COND, UNCOND
 from ..engine.plan import TrimPlan
 from ..hosts.diffusers.attach import attach
 from ..hosts.diffusers.sample import denoise, sigmas_for
-from ..methods.grid import TokenGrid
-from ..methods.shares import Shares, token_change
+from ..methods.shares import Shares
 from .subjects import MAX_TOY_PROMPTS, Subject, toy_subject
 
 log = logging.getLogger(__name__)
@@ -27,15 +27,22 @@ ROWS = Path(__file__).parent / "results" / "curves.csv"
 PRIORS = Path(__file__).parents[1] / "solve" / "priors.py"
 # steps, guidance and flow shift that the bench samples with
 SETTINGS = {20: (8.0, 3.0), 4: (1.0, 5.0)}
-SHARES = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.67, 0.8)
+# names in solve/priors.py: guided runs were recorded in 20 steps, others in 4
+SETS = (
+    ("TEXT_TO_VIDEO", "t2v", 20),
+    ("TEXT_TO_VIDEO_UNGUIDED", "t2v", 4),
+    ("IMAGE_TO_VIDEO", "i2v", 20),
+    ("IMAGE_TO_VIDEO_UNGUIDED", "i2v", 4),
+)
+SHARES = (0.1, 0.2, 0.35, 0.5, 0.8)
+# steps that are tried on a part of their tokens
+PARTIAL = {20: (2, 3, 5, 8, 12, 16), 4: (2, 3)}
 # a bad prompt and not the mean: what breaks one video in ten is not worth what it saves in nine
 QUANTILE = 0.8
-# of a computed token's error, from keys and values of an earlier step (trial: 0.15 squared)
-STALE = 0.0225
 
 
-def latents_of(subject: Subject, items, shares, steps: int) -> list[torch.Tensor]:
-    """The latents after every step [b, c, f, h, w], in fp32; before the first one too."""
+def latents_of(subject: Subject, items, shares, steps: int, count: int) -> list[torch.Tensor]:
+    """The latents after each of the first `count` steps [b, c, f, h, w], in fp32."""
     guidance, shift = SETTINGS[steps]
     text = torch.stack([item.text for item in items]).float()
     condition = None
@@ -46,7 +53,7 @@ def latents_of(subject: Subject, items, shares, steps: int) -> list[torch.Tensor
     plan = TrimPlan(shares=Shares(sigmas, shares))
     options = {"steps": steps, "guidance": guidance, "shift": shift, "condition": condition}
     with attach(subject.model, plan, cond_or_uncond=both, shift=shift):
-        return list(denoise(subject.model, text, subject.size, **options))
+        return list(islice(denoise(subject.model, text, subject.size, **options), count))
 
 
 def record(subject: Subject, task: str, steps: int, prompts: int) -> list[dict]:
@@ -54,24 +61,13 @@ def record(subject: Subject, task: str, steps: int, prompts: int) -> list[dict]:
     items = subject.items(task, MAX_TOY_PROMPTS, 1)[-prompts:]
     sigmas = sigmas_for(steps, SETTINGS[steps][1]).tolist()
     whole = (1.0,) * steps
-    dense = latents_of(subject, items, whole, steps)
-    frames, height, width = subject.size
-    grid = TokenGrid(frames, height // 2, width // 2)
-    # velocities of the path, from the second step on; the first is measured against noise
-    path = [
-        (b - a) / (sigmas[i + 2] - sigmas[i + 1])
-        for i, (a, b) in enumerate(zip(dense, dense[1:], strict=False))
-    ]
-    rows = []
+    dense = latents_of(subject, items, whole, steps, steps)
+    size, rows = dense[0][0].numel() ** 0.5, []
     for step in range(1, steps):
-        skipped = latents_of(subject, items, (*whole[:step], 0.0, *whole[step + 1 :]), steps)
-        local = (skipped[step] - dense[step]).flatten(1).norm(dim=1)
+        skipped = latents_of(subject, items, _with(whole, step, 0.0), steps, steps)
+        local = (skipped[step] - dense[step]).flatten(1).norm(dim=1).clamp(min=1e-9)
         final = (skipped[-1] - dense[-1]).flatten(1).norm(dim=1)
-        change = (
-            local
-            / abs(sigmas[step + 1] - sigmas[step])
-            / local.new_tensor(dense[0][0].numel()).sqrt()
-        )
+        change = local / abs(sigmas[step + 1] - sigmas[step]) / size
         row = {
             "model": subject.name,
             "task": task,
@@ -79,55 +75,48 @@ def record(subject: Subject, task: str, steps: int, prompts: int) -> list[dict]:
             "step": step,
             "sigma": sigmas[step],
             "change": float(change.quantile(QUANTILE)),
-            "amplified": float((final / local.clamp(min=1e-9)).quantile(QUANTILE)),
+            "amplified": float((final / local).quantile(QUANTILE)),
         }
-        if step >= 2 and step < len(path):
-            now, before = path[step] - path[step - 1], path[step - 1] - path[step - 2]
-            row |= left(token_change(now, grid), token_change(before, grid))
+        for share in SHARES if step in PARTIAL[steps] else ():
+            partial = latents_of(subject, items, _with(whole, step, share), steps, step + 1)
+            off = (partial[step] - dense[step]).flatten(1).norm(dim=1)
+            row[f"left_{share:g}"] = float((off / local).square().quantile(QUANTILE))
         rows.append(row)
         log.info("%s", {k: v if isinstance(v, str | int) else round(v, 4) for k, v in row.items()})
     return rows
 
 
-def left(now: torch.Tensor, before: torch.Tensor) -> dict[str, float]:
-    """Share of the change [b, tokens] that is left when the tokens that changed most before go."""
-    order = before.argsort(1, descending=True)
-    total = now.sum(1)
-    found = {}
-    for share in SHARES:
-        count = max(1, round(share * now.shape[1]))
-        gone = now.gather(1, order[:, :count]).sum(1)
-        found[f"left_{share:g}"] = float((1 - gone / total).quantile(QUANTILE))
-    return found
+def _with(shares: tuple[float, ...], step: int, share: float) -> tuple[float, ...]:
+    return (*shares[:step], share, *shares[step + 1 :])
 
 
 def curves_source(rows: list[dict]) -> str:
     """The text of solve/priors.py."""
     parts = []
-    for name, task in (("TEXT_TO_VIDEO", "t2v"), ("IMAGE_TO_VIDEO", "i2v")):
-        own = [row for row in rows if row["task"] == task and int(row["steps"]) == 20]
-        coarse = [row for row in rows if row["task"] == task and int(row["steps"]) == 4]
+    for name, task, steps in SETS:
+        own = [row for row in rows if row["task"] == task and int(row["steps"]) == steps]
         sigmas = [1.0] + [float(row["sigma"]) for row in own]
         travel = np.concatenate([[0.0], np.cumsum([float(row["change"]) for row in own])])
-        fine = [float(row["amplified"]) for row in own]
-        amplified = _smooth([fine[0], *fine])
-        lefts = [
-            float(np.mean([float(r[f"left_{s:g}"]) for r in own + coarse if r.get(f"left_{s:g}")]))
-            for s in SHARES
-        ]
+        amplified = [float(row["amplified"]) for row in own]
+        if steps > 4:
+            amplified = _smooth(amplified)
+        tried = [row for row in own if row.get(f"left_{SHARES[0]:g}") not in (None, "")]
+        left = [[float(row[f"left_{share:g}"]) for share in SHARES] for row in tried]
         parts.append(
             f"{name} = Curves(\n"
             f"    sigmas={_numbers(sigmas)},\n"
             f"    travel={_numbers(travel)},\n"
-            f"    amplified={_numbers(amplified)},\n"
+            f"    amplified={_numbers([amplified[0], *amplified])},\n"
             f"    shares={_numbers((0.0, *SHARES, 1.0))},\n"
-            f"    left={_numbers((1.0, *lefts, 0.0))},\n"
-            f"    stale={STALE},\n"
+            f"    tried={_numbers([float(row['sigma']) for row in tried])},\n"
+            "    left=(\n"
+            + "".join(f"        {_numbers((1.0, *one, 0.0))},\n" for one in left)
+            + "    ),\n"
             ")\n"
         )
     head = (
-        '"""Curves that ship, recorded on the tiny Wan (`python -m wantrim.benchmarks.curves --write`).'
-        '"""\n\nfrom .curves import Curves\n\n# fmt: off\n'
+        '"""Curves that ship, recorded on the tiny Wan (`python -m wantrim.benchmarks.curves`)."""'
+        "\n\nfrom .curves import Curves\n\n# fmt: off\n"
     )
     return head + "\n".join(parts) + "# fmt: on\n"
 
@@ -146,16 +135,30 @@ def _numbers(values) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--prompts", type=int, default=8)
-    parser.add_argument("--write", action="store_true", help="write solve/priors.py too")
+    parser.add_argument("--write", action="store_true", help="make solve/priors.py of the rows")
+    parser.add_argument("--rows", action="store_true", help="take the rows that are there")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(1)
+    if args.rows:
+        with ROWS.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+    else:
+        rows = record_all(args.prompts)
+    if args.write:
+        text = curves_source(rows)
+        PRIORS.with_suffix(".partial").write_text(text, "utf-8")
+        PRIORS.with_suffix(".partial").replace(PRIORS)
+
+
+def record_all(prompts: int) -> list[dict]:
+    """Record every task and step count, and write the rows."""
     subject = toy_subject()
     rows = [
         row
         for task in ("t2v", "i2v")
         for steps in SETTINGS
-        for row in record(subject, task, steps, args.prompts)
+        for row in record(subject, task, steps, prompts)
     ]
     names = list(dict.fromkeys(name for row in rows for name in row))
     partial = ROWS.with_suffix(".partial")
@@ -164,10 +167,7 @@ def main() -> None:
         writer.writeheader()
         writer.writerows(rows)
     partial.replace(ROWS)
-    if args.write:
-        text = curves_source(rows)
-        PRIORS.with_suffix(".partial").write_text(text, "utf-8")
-        PRIORS.with_suffix(".partial").replace(PRIORS)
+    return rows
 
 
 if __name__ == "__main__":

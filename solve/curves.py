@@ -21,17 +21,18 @@ class Curves:
             repeating it from a to b is off by travel(b) - travel(a).
         amplified: by how much an error of the velocity grows until the video is done, relative.
         shares: rising from 0 to 1, at which `left` is known.
-        left: share of a repeated step's squared error that is left when this share of the tokens
-            is computed, those that are expected to be off most.
-        stale: share of the squared error that computed tokens get from remembered keys and values.
+        tried: sigmas, falling, at which it is known.
+        left: by sigma and share, the share of a repeated step's squared error that is left when
+            this share of the tokens is computed, those that are expected to be off most, on
+            remembered keys and values.
     """
 
     sigmas: tuple[float, ...]
     travel: tuple[float, ...]
     amplified: tuple[float, ...]
     shares: tuple[float, ...]
-    left: tuple[float, ...]
-    stale: float
+    tried: tuple[float, ...]
+    left: tuple[tuple[float, ...], ...]
 
     def travel_at(self, sigma: Sequence[float]) -> np.ndarray:
         return np.interp(sigma, self.sigmas[::-1], self.travel[::-1])
@@ -39,8 +40,7 @@ class Curves:
     def amplified_at(self, sigma: Sequence[float]) -> np.ndarray:
         return np.exp(np.interp(sigma, self.sigmas[::-1], np.log(self.amplified)[::-1]))
 
-    def left_at(self, share: float) -> float:
+    def left_at(self, share: float, sigma: float) -> float:
         """Share of the squared error that is left at a share of the tokens."""
-        if share == 0.0:
-            return 1.0
-        return float(np.interp(share, self.shares, self.left)) + self.stale
+        at = [float(np.interp(share, self.shares, row)) for row in self.left]
+        return float(np.interp(sigma, self.tried[::-1], at[::-1]))

@@ -13,8 +13,8 @@ from ..methods.grid import TokenGrid
 from ..methods.schedule import progress_at, sigma_at
 from ..methods.shares import Shares
 from ..methods.width import Width
+from . import priors
 from .curves import Curves
-from .priors import IMAGE_TO_VIDEO, TEXT_TO_VIDEO
 from .solver import Task, fill, solve_shares
 
 MAX_SPEEDUP = 4.0
@@ -220,8 +220,9 @@ class Dial:
 
 
 def curves_of(run: Run) -> Curves:
-    """The curves to solve a run by."""
-    return IMAGE_TO_VIDEO if run.starts_given else TEXT_TO_VIDEO
+    """The curves to solve a run by: guidance makes early changes larger and less alike."""
+    task = "IMAGE_TO_VIDEO" if run.starts_given else "TEXT_TO_VIDEO"
+    return getattr(priors, task if run.prompts > 1 else f"{task}_UNGUIDED")
 
 
 def _price(run: Run, plan: TrimPlan, cost: Cost) -> Callable[[float], float]:

@@ -135,12 +135,17 @@ def stretch_error(task: Task, curves: Curves, start: int, shares: Sequence[float
         length = task.sigmas[step] - task.sigmas[step + 1]
         weight = (amplified[step] * length) ** 2 * task.calls[step]
         far, near = (travel[step] - travel[start]) ** 2, (travel[step] - travel[last]) ** 2
+        stale = hot * near + (1.0 - hot) * far
+        left = _left(curves, share, task.sigmas[step])
+        error += weight * stale * left
         if share > 0.0:
-            error += weight * far * curves.left_at(share)
-            last, hot = step, 1.0 - min(1.0, curves.left_at(share))
-        else:
-            error += weight * (hot * near + (1.0 - hot) * far)
+            last, hot = step, 1.0 - min(1.0, left)
     return error
+
+
+@lru_cache(maxsize=4096)
+def _left(curves: Curves, share: float, sigma: float) -> float:
+    return curves.left_at(share, sigma)
 
 
 @lru_cache(maxsize=8)
