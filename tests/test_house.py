@@ -15,7 +15,10 @@ if sys.version_info >= (3, 11):
 else:
     tomllib = pytest.importorskip("tomli")
 
-FOLDERS = ("toy", "kernels", "methods", "hosts", "nodes", "demo", "training", "benchmarks")
+FOLDERS = (
+    "toy", "kernels", "methods", "engine", "profiles", "slim", "solve", "report", "hosts", "nodes",
+    "demo", "training", "benchmarks",
+)  # fmt: skip
 MAX_LINES = 400
 # not shipped: demo's scripts talk to a terminal and may call ffmpeg, a bench asks git for the commit
 ALLOWED_IN_DEMO = {"print", "subprocess"}

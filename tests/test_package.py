@@ -16,9 +16,9 @@ REQUIRED = {"einops", "numpy", "safetensors"}
 VERSION = re.compile(r"(==|>=|<=|!=|~=|>|<)\d+\.\d+\.\d+(-[a-zA-Z0-9]+)?")
 RAW = "https://raw.githubusercontent.com/"
 TOP = {
-    "assets", "hosts", "kernels", "locales", "methods", "nodes", "subgraphs", "toy", "web",
-    "workflows", "__init__.py", "__main__.py", "CHANGELOG.md", "LICENSE", "README.md",
-    "pyproject.toml", "requirements.txt",
+    "assets", "engine", "hosts", "kernels", "locales", "methods", "nodes", "profiles", "report",
+    "slim", "solve", "subgraphs", "toy", "web", "workflows", "__init__.py", "__main__.py",
+    "CHANGELOG.md", "LICENSE", "README.md", "pyproject.toml", "requirements.txt",
 }  # fmt: skip
 # a method called eval and a word that ends in one of these are something else
 FORBIDDEN = re.compile(
