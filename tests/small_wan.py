@@ -1,4 +1,4 @@
-"""A small random Wan with its profile, and a recipe that trains it in seconds."""
+"""Small random Wans: one to run plans on, one with its profile and a recipe that trains it."""
 
 import torch
 
@@ -45,6 +45,40 @@ lr = 1e-3
 shift = 3.0
 guidance = 4.0
 """
+
+
+# of a latent; 3 latent frames of 4 x 3 tokens
+SIZE = (3, 8, 6)
+
+
+def random_wan(blocks: int, in_dim: int = 16, *, dim: int = 48, heads: int = 4, seed: int = 0):
+    """In half a second; its blocks do so much that a broken one shows."""
+    torch.manual_seed(seed)
+    model = new_transformer(
+        dim=dim, num_heads=heads, num_layers=blocks, ffn_dim=64, in_dim=in_dim, out_dim=16,
+        text_dim=24,
+    )  # fmt: skip
+    for block in model.blocks:
+        # the stock gates are small
+        torch.nn.init.normal_(block.scale_shift_table, std=0.5)
+    return model.requires_grad_(False).eval()
+
+
+def words(batch: int = 1) -> torch.Tensor:
+    """Text embeddings for `random_wan`."""
+    return torch.randn(batch, 7, 24, generator=torch.Generator().manual_seed(9))
+
+
+def noise(*shape: int, seed: int = 3) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def condition(given=(0,), batch: int = 1, size=SIZE) -> torch.Tensor:
+    """Wan's image condition with these latent frames given."""
+    image = noise(batch, 20, *size, seed=8)
+    image[:, :4] = 0
+    image[:, :4, list(given)] = 1
+    return image
 
 
 def make_origin(folder):
