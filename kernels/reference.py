@@ -8,6 +8,7 @@ import torch
 
 # scores held at once: queries x keys x heads x batch
 CHUNK_SCORES = 1 << 24
+HALF_MAX = 65504.0
 
 
 def token_mass(
@@ -181,7 +182,8 @@ def pack_rows(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     """
     most = 2 ** (bits - 1) - 1
     wide = x.float()
-    scale = (wide.abs().amax(-1) / most).clamp(min=1e-7).half()
+    # what is too large for fp16 is cut off, and spoils no number beside it
+    scale = (wide.abs().amax(-1) / most).clamp(1e-7, HALF_MAX / (most + 1)).half()
     codes = (wide / scale.float()[..., None]).round_().clamp_(-most, most) + (most + 1)
     codes = codes.to(torch.uint8)
     if bits == 4:

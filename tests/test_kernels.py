@@ -11,9 +11,10 @@ from wantrim.kernels.config import config_of
 from wantrim.kernels.reference import (
     frame_mass,
     mean_counts,
-    rms_rope,
+    pack_rows,
     smooth_select,
     token_mass,
+    unpack_rows,
 )
 
 
@@ -171,27 +172,105 @@ def test_means_are_over_the_queries_that_are_not_near(radius):
     assert torch.equal(mean_counts(grid, index, radius), want.float())
 
 
-def test_rms_rope_is_the_hosts_norm_and_rotation():
-    """As diffusers' Wan: RMSNorm over all heads, then pairs of channels as complex numbers."""
-    torch.manual_seed(0)
-    heads, dim, tokens = 3, 12, 7
-    q, k = torch.randn(2, 2, tokens, heads * dim).unbind()
-    weights = torch.randn(2, heads * dim).unbind()
-    angle = torch.randn(20, dim // 2)
-    turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], -1)
-    turn = turn.view(20, dim // 2, 2, 2)
-    position = torch.stack([torch.randperm(20)[:tokens] for _ in range(2)])
-    kept = torch.tensor([0, 2])
-    found = rms_rope(q, k, *weights, turn, heads, position=position, kept=kept)
-    for got, x, weight in zip(found, (q, k), weights, strict=True):
-        norm = torch.nn.functional.rms_norm(x, (heads * dim,), weight, 1e-6)
-        pairs = torch.view_as_complex(norm.view(2, tokens, heads, -1, 2))
-        turned = pairs * torch.polar(torch.ones_like(angle), angle)[position][:, :, None]
-        want = torch.view_as_real(turned).flatten(-2)[:, :, kept]
-        torch.testing.assert_close(got, want)
+# remembered keys and values
+
+BITS = pytest.mark.parametrize("bits", [8, 4])
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 
 
-NAMES = ("token_mass", "frame_mass", "smooth_select", "rms_rope")
+def round_trip(x, bits):
+    return unpack_rows(*pack_rows(x, bits), bits).double()
+
+
+@BITS
+@DTYPES
+@pytest.mark.parametrize("size", [(1, 1, 1, 2), (3, 5, 2, 12), (2, 7, 3, 128)])
+def test_a_row_is_off_by_half_a_code_of_its_own(size, bits, dtype):
+    torch.manual_seed(bits)
+    # rows from a thousandth to a thousand, each with its own scale
+    x = (torch.randn(size) * 10 ** (6 * torch.rand(*size[:-1], 1) - 3)).to(dtype)
+    codes, scale = pack_rows(x, bits)
+    assert codes.dtype == torch.uint8 and codes.shape == (*size[:-1], size[-1] * bits // 8)
+    assert scale.dtype == torch.float16 and scale.shape == size[:-1]
+    back = unpack_rows(codes, scale, bits)
+    assert back.dtype == torch.float16 and back.shape == size
+    most = 2 ** (bits - 1) - 1
+    largest = x.double().abs().amax(-1, keepdim=True)
+    # half a code, and the scale's and the result's rounding to fp16
+    bound = largest / most / 2 + largest * 2**-10 + most * 2**-24
+    assert ((back.double() - x.double()).abs() <= bound).all()
+    # a code less would not do
+    if size[-1] == 128:
+        assert (back.double() - x.double()).abs().mean() > bound.mean() / 8
+
+
+@BITS
+def test_codes_by_hand(bits):
+    most = 2 ** (bits - 1) - 1
+    row = torch.tensor([most, -most, 0.4, 0.6, -0.6, 1.5, 2.5, -1.5], dtype=torch.float32) * 0.25
+    codes, scale = pack_rows(row, bits)
+    assert scale == 0.25
+    # ties go to the even number
+    wanted = [most, -most, 0, 1, -1, 2, 2, -2]
+    if bits == 8:
+        assert codes.tolist() == [code + 128 for code in wanted]
+    else:
+        pairs = zip(wanted[::2], wanted[1::2], strict=True)
+        assert codes.tolist() == [low + 8 | high + 8 << 4 for low, high in pairs]
+    assert unpack_rows(codes, scale, bits).tolist() == [0.25 * code for code in wanted]
+
+
+@BITS
+@DTYPES
+def test_zeros_stay_zeros_and_tiny_rows_tiny(bits, dtype):
+    x = torch.zeros(2, 3, 4, dtype=dtype)
+    assert (round_trip(x, bits) == 0).all()
+    x[1, 2] = 1e-6
+    back = round_trip(x, bits)
+    assert (back[0] == 0).all() and (back[1, 2] - 1e-6).abs().max() < 5e-7
+
+
+@BITS
+@DTYPES
+def test_what_is_no_number_spoils_its_own_row_alone(bits, dtype):
+    torch.manual_seed(1)
+    x = torch.randn(2, 3, 8).to(dtype)
+    clean = round_trip(x, bits)
+    x[0, 1, 3], x[1, 0, 2], x[1, 2, 5] = float("nan"), float("inf"), float("-inf")
+    back = round_trip(x, bits)
+    for at in ((0, 0), (0, 2), (1, 1)):
+        assert torch.equal(back[at], clean[at])
+    assert back[0, 1].isnan().all()
+    # cut off at what fp16 can hold, and the others are as good as zero beside it
+    assert back[1, 0, 2] > 5e4 and back[1, 2, 5] < -5e4 and back[1].isfinite().all()
+
+
+@BITS
+def test_numbers_too_large_for_fp16_are_cut_off(bits):
+    x = torch.tensor([[3e38, -1e6, 1.0, 0.0], [7e4, 6e4, -7e4, 0.0]], dtype=torch.bfloat16)
+    back = round_trip(x, bits)
+    assert back.isfinite().all()
+    assert back[0, 0] > 5e4 and back[0, 1] < -5e4 and (back[:, 3] == 0).all()
+    assert back[1, 0] == -back[1, 2] > 5e4
+
+
+@BITS
+def test_rows_that_lie_apart_in_memory_are_packed_alike(bits):
+    torch.manual_seed(2)
+    x = torch.randn(3, 4, 5, 24)
+    views = (x.transpose(1, 2), x[..., ::2], x[:, 1:3], x.expand(2, 3, 4, 5, 24))
+    for view in views:
+        for one, other in zip(
+            pack_rows(view, bits), pack_rows(view.contiguous(), bits), strict=True
+        ):
+            assert torch.equal(one, other)
+    # some rows are the same rows
+    codes, scale = pack_rows(x, bits)
+    some = unpack_rows(codes[:, [0, 2]], scale[:, [0, 2]], bits)
+    assert torch.equal(some, unpack_rows(codes, scale, bits)[:, [0, 2]])
+
+
+NAMES = ("token_mass", "frame_mass", "smooth_select")
 
 
 def call(name, backend):
@@ -295,7 +374,7 @@ def test_auto_declines_with_a_reason(as_if, name, dtype, size, arch, why):
 def test_without_triton_the_reason_is_that(as_if, monkeypatch):
     as_if(broken)
     monkeypatch.setattr(dispatch, "find_spec", lambda name: None)
-    assert dispatch.why_not("rms_rope", torch.zeros(1, 1, 12), 12) == "Triton is not installed"
+    assert dispatch.why_not("token_mass", torch.zeros(1, 1, 12), 12) == "Triton is not installed"
 
 
 def test_a_nan_never_agrees():

@@ -1,364 +1,203 @@
-"""The plan for a wanted speed-up: it costs what it says, and says what it cannot."""
+"""From a budget to a share for every step: the solver against every plan there is."""
 
 import itertools
-from dataclasses import replace
+import time
 
+import numpy as np
 import pytest
-import torch
 
-from wantrim.benchmarks.depth import shipped_profile
-from wantrim.benchmarks.flops import count_flops
-from wantrim.engine.engine import COND, UNCOND
-from wantrim.engine.plan import TrimPlan
-from wantrim.hosts.diffusers.attach import attach
-from wantrim.hosts.diffusers.sample import sample, sigmas_for
-from wantrim.hosts.diffusers.shape import wan_shape
-from wantrim.hosts.diffusers.weights import load_original
-from wantrim.methods.cost import WanShape, planned_tokens
-from wantrim.methods.depth import BlockBudget, BlockPlan, blocks_per_step
-from wantrim.methods.grid import TokenGrid
-from wantrim.methods.heads import HeadPlan
-from wantrim.methods.mixes import MIXES, knobs_at, way
-from wantrim.methods.presets import preset_plan
-from wantrim.methods.routers import RandomRouter
-from wantrim.solve.dial import (
-    TOLERANCE,
-    Parts,
-    Run,
-    blocks_run,
-    floor_cost,
-    flops_cost,
-    solve,
-    whole_steps,
+from wantrim.solve.curves import Curves
+from wantrim.solve.solver import GRID, UNITS, Task, fill, solve_shares, stretch_error
+
+SIGMAS = (0.96, 0.9, 0.8, 0.65, 0.4, 0.0)
+# most happens in the middle, errors count most at first, and half of the tokens hold most of it
+CURVES = Curves(
+    sigmas=(1.0, 0.9, 0.7, 0.3, 0.0),
+    travel=(0.0, 1.0, 6.0, 8.0, 8.5),
+    amplified=(3.0, 2.0, 1.2, 0.8, 0.7),
+    shares=(0.0, 0.2, 0.5, 1.0),
+    tried=(1.0, 0.5),
+    left=((1.0, 0.3, 0.1, 0.02), (1.0, 0.6, 0.3, 0.05)),
 )
-from wantrim.solve.floor import Rates
-from wantrim.toy import CHECKPOINT
-
-GRID_480P = TokenGrid(21, 30, 52)
-SMALL = WanShape(1536, 8960, 30)
-LARGE = WanShape(5120, 13824, 40)
-TINY, TINY_SIZE, TINY_GRID = WanShape(128, 384, 16, head_dim=16), (5, 12, 12), TokenGrid(5, 6, 6)
-SPEEDUPS = (1.0, 1.05, 1.1, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0)
-priorities = pytest.mark.parametrize("priority", MIXES)
 
 
-@pytest.fixture(scope="module")
-def profile():
-    return shipped_profile()
+def cost(share: float) -> float:
+    """Of a model call, in whole ones; a multiple of what the solver counts in."""
+    return {0.0: 0.0, 1.0: 1.0}.get(share, np.ceil(share * UNITS) / UNITS + 2 / UNITS)
 
 
-def sigmas(steps: int, shift: float = 5.0) -> tuple[float, ...]:
-    return tuple(sigmas_for(steps, shift).tolist())
+def task(steps: int, whole=(0,), fresh=(0,), calls=None, **options) -> Task:
+    sigmas = SIGMAS[: steps + 1] if steps < 6 else tuple(np.linspace(0.97, 0.0, steps + 1))
+    return Task(sigmas, calls or (1,) * steps, frozenset(whole), frozenset(fresh), **options)
 
 
-def run_of(steps: int = 20, shape=SMALL, grid=GRID_480P, shift=5.0, **options) -> Run:
-    return Run(shape, grid, sigmas(steps, shift), shift, **options)
+def by_hand(one: Task, shares, curves=CURVES) -> float:
+    """Squared error of a plan: every token's distance to what it repeats, and what is left of it."""
+    error, whole, computed, hot = 0.0, 0, 0, 0.0
+    for step, share in enumerate(shares):
+        at, after = one.sigmas[step : step + 2]
+        if share == 1.0:
+            whole, hot = step, 0.0
+            continue
+        moved = [
+            curves.travel_at([at])[0] - curves.travel_at([one.sigmas[i]])[0]
+            for i in (whole, computed)
+        ]
+        off = (1 - hot) * moved[0] ** 2 + (hot and hot * moved[1] ** 2)
+        left = curves.left_at(share, at)
+        error += off * left * (curves.amplified_at([at])[0] * (at - after)) ** 2 * one.calls[step]
+        if share > 0.0:
+            computed, hot = step, 1 - left
+    return error
 
 
-def tiny_run(steps: int = 20, **options) -> Run:
-    return run_of(steps, TINY, TINY_GRID, 3.0, **options)
+def spent(one: Task, shares) -> float:
+    return sum(count * cost(share) for share, count in zip(shares, one.calls, strict=True))
 
 
-@priorities
-@pytest.mark.parametrize(
-    "run",
-    [
-        *(run_of(steps) for steps in (1, 2, 3, 4, 8, 20, 50)),
-        run_of(20, LARGE, TokenGrid(21, 45, 80), 8.0, prompts=1),
-        run_of(4, LARGE, anchored_frames=1),
-        # an expert's slices
-        Run(LARGE, GRID_480P, sigmas(20)[:11], 5.0),
-        Run(LARGE, GRID_480P, sigmas(20)[10:], 5.0),
-    ],
-    ids=lambda run: f"{run.steps} steps",
-)
-def test_every_speedup_is_met_or_explained_and_more_is_never_less(run, priority):
-    dense, before = flops_cost(run, Parts()), 1.0
-    for wanted in SPEEDUPS:
-        solved = solve(run, wanted, priority)
-        assert solved.reached == pytest.approx(dense / flops_cost(run, solved.parts))
-        assert solved.reached >= before - 1e-9
-        before = solved.reached
-        met = abs(solved.reached / wanted - 1) <= TOLERANCE
-        assert met == (solved.why is None)
-        assert solved.parts.blocks is None and solved.parts.heads is None
-
-
-@priorities
-@pytest.mark.parametrize("steps", [2, 4, 20])
-def test_with_a_profile_too(profile, priority, steps):
-    run, before = tiny_run(steps), 1.0
-    dense = flops_cost(run, Parts())
-    for wanted in SPEEDUPS:
-        solved = solve(run, wanted, priority, profile)
-        assert solved.reached == pytest.approx(dense / flops_cost(run, solved.parts))
-        assert solved.reached >= before * 0.999
-        before = solved.reached
-        assert (abs(solved.reached / wanted - 1) <= TOLERANCE) == (solved.why is None)
-    # the more knobs, the further
-    assert before > solve(run, 4.0, priority).reached
-
-
-@priorities
-def test_one_trims_nothing(profile, priority):
-    for given in (None, profile):
-        solved = solve(tiny_run(), 1.0, priority, given)
-        assert solved.parts == Parts() and solved.reached == 1.0 and solved.why is None
-
-
-def test_four_steps_of_which_two_are_whole_cannot_be_three_times_as_fast(profile):
-    run = tiny_run(4)
-    solved = solve(run, 3.0, profile=profile, dense_first=1, dense_last=1)
-    assert solved.reached < 2.0
-    assert solved.why == (
-        "2 of 4 steps compute everything (the first for later ones to repeat, the last 1 on "
-        "purpose); the others are trimmed as far as is sane"
-    )
-    assert whole_steps(run, solved.parts) == [True, False, False, True]
-
-
-def test_a_run_of_one_step_says_that_nothing_can_be_trimmed():
-    solved = solve(run_of(1), 1.5)
-    assert solved.parts == Parts() and solved.reached == 1.0
-    assert "1 of 1 steps compute everything" in solved.why
-    everything_given = solve(run_of(8, anchored_frames=21), 1.5)
-    assert everything_given.reached == 1.0
-    assert everything_given.parts == Parts()
-    assert "all latent frames are given" in everything_given.why
-
-
-def test_without_a_profile_it_says_what_one_would_add(profile):
-    assert "without a profile only tokens" in solve(run_of(4), 4.0).why
-    assert "without a profile" not in solve(tiny_run(4), 4.0, profile=profile).why
-
-
-@pytest.mark.parametrize("first", range(4))
-@pytest.mark.parametrize("last", range(3))
-@priorities
-def test_guarded_steps_are_whole_and_the_others_are_not(profile, priority, first, last):
-    run = tiny_run(10)
-    parts = solve(run, 2.5, priority, profile, dense_first=first, dense_last=last).parts
-    whole = whole_steps(run, parts)
-    heads = [parts.heads is not None and parts.heads.trims_at(p) for p in run.progress]
-    # of 10 steps the three below a quarter, and the last
-    first, last = max(first, 3 * (priority == "motion")), max(last, priority == "detail")
-    # a plan that remembers has a first step of its own
-    begins, ends = max(1, first), 10 - last
-    assert all(whole[:begins]) and all(whole[ends:])
-    assert not any(heads[:first]) and not any(heads[ends:])
-    assert not any(whole[begins:ends]) and all(heads[first:ends])
-
-
-@pytest.mark.parametrize(("first", "last"), [(10, 0), (0, 10), (5, 5), (60, 60), (9, 0)])
-def test_guards_that_leave_no_step_trim_nothing(first, last):
-    run = tiny_run(10)
-    solved = solve(run, 2.0, dense_first=first, dense_last=last)
-    assert (solved.reached == 1.0) == (first + last >= 10)
-    assert "10 of 10 steps" in solved.why or (first, last) == (9, 0)
-
-
-def test_motion_spares_early_steps_and_detail_late_ones(profile):
-    work = {}
-    for priority in MIXES:
-        run = tiny_run(20)
-        parts = solve(run, 2.0, priority, profile).parts
-        kept = planned_tokens(parts.tokens, run.grid, 16, run.progress)
-        counts = blocks_run(run, parts)
-        work[priority] = [sum(k) / 16 * n for k, n in zip(kept, counts, strict=True)]
-    early = {name: sum(steps[1:8]) / sum(steps[12:]) for name, steps in work.items()}
-    assert early["motion"] > early["balanced"] > early["detail"]
-    # five steps of 20 are spared altogether at one end, three at the other
-    assert work["motion"][0] == work["motion"][4] > work["motion"][5]
-    assert work["detail"][-1] == work["detail"][-3] > work["detail"][-4]
-
-
-@priorities
-def test_no_knob_goes_further_than_its_path(profile, priority):
-    parts = solve(tiny_run(50), 4.0, priority, profile).parts
-    blocks, tokens, attention = MIXES[priority].path[-1]
-    assert parts.tokens.schedule.keep_ratio >= tokens
-    assert parts.blocks.budget.k_min >= blocks
-    assert parts.blocks.skipped == "reuse"
-    assert attention == 0.75
-    only = solve(tiny_run(50), 4.0, priority).parts
-    assert only.tokens.schedule.keep_ratio == pytest.approx(tokens)
-
-
-def test_blocks_come_first_then_tokens_then_heads(profile):
-    used = []
-    for wanted in (1.15, 1.6, 3.5):
-        parts = solve(tiny_run(50), wanted, profile=profile).parts
-        used.append([part is not None for part in (parts.blocks, parts.tokens, parts.heads)])
-    assert used == [[True, False, False], [True, True, False], [True, True, True]]
-
-
-def test_paths_only_go_down():
-    for mix in MIXES.values():
-        assert mix.path[0] == (1, 1, 1)
-        for before, after in itertools.pairwise(mix.path):
-            assert all(b <= a for a, b in zip(before, after, strict=True)) and before != after
-        for free in itertools.product((True, False), repeat=3):
-            points = way(mix, *free)
-            assert points[0] == knobs_at(points, 0.0) == (1, 1, 1)
-            assert points[-1] == knobs_at(points, float(len(points) - 1))
-            assert all(
-                p == 1 for point in points for p, f in zip(point, free, strict=True) if not f
-            )
-
-
-FIXED = {
-    "tokens": preset_plan("refresh", 0.7),
-    "paper tokens": preset_plan("paper", 0.7),
-    "whole tokens": preset_plan("refresh", 1.0),
-    "blocks": BlockPlan(RandomRouter(), BlockBudget(0.5, 0.875), skipped="reuse"),
-    "heads": HeadPlan.keeping(8, [range(5)] * 16, [range(8)] * 16),
-}
-
-
-@pytest.mark.parametrize("name", FIXED)
-def test_what_others_decided_stays_and_counts(profile, name):
-    part, kind = FIXED[name], name.split()[-1]
-    fixed = Parts(**{kind: part})
-    run, before = tiny_run(), 0.0
-    alone = flops_cost(run, Parts()) / flops_cost(run, fixed)
-    for wanted in (1.0, 1.2, 1.5, 2.0, 2.5):
-        solved = solve(run, wanted, profile=profile, fixed=fixed)
-        assert getattr(solved.parts, kind) is part
-        assert solved.reached >= max(alone, before) * 0.999
-        before = solved.reached
-        if wanted <= alone:
-            assert solved.parts == fixed
-        else:
-            assert solved.why or solved.reached == pytest.approx(wanted, rel=TOLERANCE)
-    nothing_left = solve(run, 4.0, fixed=fixed)
-    if kind == "tokens":
-        assert nothing_left.parts == fixed
-    assert f"what WanTrim {kind.capitalize()} decides is taken as it is" in nothing_left.why
-
-
-def test_another_cost_can_be_given():
-    """A part of each step that no plan makes cheaper, as launching kernels is."""
-    run = run_of(20)
-    floor = 0.3 * flops_cost(run, Parts())
-
-    def cost(run, parts):
-        return floor + flops_cost(run, parts)
-
-    solved = solve(run, 1.5, cost=cost)
-    assert cost(run, Parts()) / cost(run, solved.parts) == pytest.approx(1.5, rel=TOLERANCE)
-    assert flops_cost(run, Parts()) / flops_cost(run, solved.parts) > 1.7
-
-
-def test_sigmas_that_go_up_do_no_harm():
-    run = Run(SMALL, GRID_480P, sigmas(10)[::-1], 5.0)
-    for first, last in itertools.product(range(3), range(3)):
-        solved = solve(run, 2.0, dense_first=first, dense_last=last)
-        assert solved.reached == pytest.approx(2.0, rel=TOLERANCE)
-        whole = whole_steps(run, solved.parts)
-        assert whole == [i < max(1, first) or i >= 10 - last for i in range(10)]
-
-
-def test_nonsense_is_refused(profile):
-    for speedup in (0.9, 0.0, -1.0, float("nan")):
-        with pytest.raises(ValueError, match="speedup: expected 1"):
-            solve(run_of(), speedup)
-    with pytest.raises(ValueError, match="priority: expected one of motion, balanced, detail"):
-        solve(run_of(), 1.5, "speed")
-    with pytest.raises(ValueError, match="sigmas: expected those of one step"):
-        Run(SMALL, GRID_480P, (1.0,))
-
-
-def test_heads_cost_less_only_where_they_are_trimmed():
-    run, heads = tiny_run(6), FIXED["heads"]
-    late = replace(heads, start=0.6)
-    dense, whole, some = (
-        flops_cost(run, Parts(heads=plan)) for plan in (None, heads, late)
-    )  # fmt: skip
-    share = sum(at >= 0.6 for at in run.progress) / 6
-    assert dense - some == pytest.approx((dense - whole) * share)
-
-
-def test_on_a_card_whose_rates_are_known_the_cost_is_its_time():
-    """Where attention is slow, dropping tokens is worth more, so that fewer have to go."""
-    slow = Rates(1e15, 1e12, 1e15, "made up")
-    fast = Rates(1e12, 1e15, 1e15, "made up")
-    found = []
-    for rates in (slow, fast):
-        solved = solve(run_of(20), 1.5, cost=floor_cost(rates))
-        assert solved.reached == pytest.approx(1.5, rel=0.03)
-        found.append(solved.parts.tokens.schedule.keep_ratio)
-    assert found[0] > found[1] + 0.05
-
-
-@pytest.fixture(scope="module")
-def tiny_wan():
-    return load_original(CHECKPOINT)
-
-
-def counted(model, parts: Parts, steps: int, guidance: float, given: int) -> tuple[int, object]:
-    text = torch.randn(1, 24, model.config.text_dim, generator=torch.Generator().manual_seed(1))
-    condition = torch.zeros(1, 20, *TINY_SIZE)
-    condition[:, :4, :given] = 1
-    options = {"guidance": guidance, "condition": condition if given else None}
-    roles = (COND, UNCOND) if guidance != 1 else (COND,)
-    attached = attach(
-        model,
-        TrimPlan(parts.tokens, parts.heads, parts.blocks),
-        cond_or_uncond=roles,
-        shift=3.0,
-        sigmas=sigmas(steps, 3.0)[:-1],
-    )
-    with attached:
-        total = count_flops(lambda: sample(model, text, TINY_SIZE, steps=steps, **options))
-        return total, attached.finish()
+def every_plan(one: Task):
+    """All plans of the grid that the solver may find."""
+    some = (0.0, *GRID, 1.0) if one.partial else (0.0, 1.0)
+    choices = [(1.0,) if step in one.whole else some for step in range(one.steps)]
+    for plan in itertools.product(*choices):
+        stretches = [list(g) for k, g in itertools.groupby(plan, lambda share: share < 1) if k]
+        # a long one has the same share in all its steps
+        if any(len(s) > 2 and len(set(s)) > 1 for s in stretches):
+            continue
+        # behind an expert's first step nothing is known of how tokens change
+        known = all(
+            share == 0.0 or max(i for i in range(step) if plan[i] == 1.0) not in one.fresh
+            for step, share in enumerate(plan)
+            if share < 1.0
+        )
+        if known:
+            yield plan
 
 
 @pytest.mark.parametrize(
-    ("wanted", "priority", "steps", "guidance", "given", "with_profile", "options"),
+    "one",
     [
-        (1.4, "motion", 8, 1.0, 0, False, {"dense_last": 1}),
-        (1.6, "detail", 4, 4.0, 1, False, {}),
-        (1.2, "balanced", 8, 1.0, 0, True, {}),
-        (2.0, "motion", 6, 4.0, 1, True, {"dense_first": 2}),
-        (3.0, "detail", 4, 1.0, 0, True, {}),
+        task(4),
+        task(5),
+        task(5, partial=False),
+        task(5, whole=(0, 1)),
+        task(5, whole=(0, 4)),
+        task(5, whole=(0, 3), fresh=(0, 3)),
+        task(5, calls=(2, 2, 2, 2, 1)),
+        task(4, calls=(1, 3, 1, 2)),
+    ],
+    ids=lambda one: f"{one.steps} {sorted(one.whole)} {one.calls}",
+)
+def test_no_plan_of_the_grid_is_better(one):
+    plans = [(by_hand(one, plan), spent(one, plan), plan) for plan in every_plan(one)]
+    calls, before = sum(one.calls), np.inf
+    for share in (0.3, 0.45, 0.6, 0.7, 0.85, 0.95, 1.0):
+        budget = calls * share
+        within = [(error, plan) for error, paid, plan in plans if paid <= budget + 1e-9]
+        found = solve_shares(one, CURVES, budget, cost)
+        if not within:
+            assert found == tuple(1.0 if i in one.whole else 0.0 for i in range(one.steps))
+            continue
+        least, best = min(within)
+        error = by_hand(one, found)
+        assert spent(one, found) <= budget + 1e-9
+        assert error == pytest.approx(least, rel=1e-9, abs=1e-12) and found == best
+        # more is never worse
+        assert error <= before + 1e-12
+        before = error
+    assert found == (1.0,) * one.steps
+
+
+def curves(travel, left=(1.0, 0.4, 0.0), amplified=(1.0,) * 4) -> Curves:
+    """By step of four: sigmas 1, .75, .5, .25."""
+    return Curves((1.0, 0.75, 0.5, 0.25), travel, amplified, (0.0, 0.3, 1.0), (1.0,), (left,))
+
+
+FOUR = Task((1.0, 0.75, 0.5, 0.25, 0.0), (1,) * 4, frozenset({0}))
+LATE, EARLY, EVEN = (0.0, 0.1, 5.0, 9.0), (0.0, 5.0, 9.0, 9.1), (0.0, 1.0, 2.0, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("given", "budget", "wanted"),
+    [
+        # what hardly changes is repeated
+        (curves(LATE), 3, (1, 0, 1, 1)),
+        (curves(EARLY), 3, (1, 1, 1, 0)),
+        # of steps that change alike the one whose error is forgotten first
+        (curves(EVEN, amplified=(4.0, 3.0, 2.0, 1.0)), 3, (1, 1, 1, 0)),
+        (curves(EVEN, amplified=(1.0, 1.0, 2.0, 3.0)), 3, (1, 0, 1, 1)),
+        # a part of the tokens is worth it where the error sits in few of them
+        (curves(EARLY, (1.0, 0.01, 0.0)), 2.9, (1, 1, 0.8, 0)),
+        (curves(EARLY, (1.0, 0.01, 0.0)), 2.4, (1, 1, 0.3, 0)),
+        # and is not where it is spread evenly
+        (curves(LATE, (1.0, 0.99, 0.98)), 3.4, (1, 0, 1, 1)),
+        (curves(EVEN), 4, (1, 1, 1, 1)),
+        # nothing fits: the cheapest
+        (curves(EVEN), 0.5, (1, 0, 0, 0)),
+        (curves(EVEN), 1, (1, 0, 0, 0)),
     ],
 )
-def test_torch_counts_what_was_solved(
-    tiny_wan, profile, wanted, priority, steps, guidance, given, with_profile, options
-):
-    shape, prompts = wan_shape(tiny_wan, 24), 2 if guidance != 1 else 1
-    run = Run(shape, TINY_GRID, sigmas(steps, 3.0), 3.0, prompts, given)
-    solved = solve(run, wanted, priority, profile if with_profile else None, **options)
-    dense = steps * counted(tiny_wan, Parts(), 1, guidance, given)[0]
-    trimmed, report = counted(tiny_wan, solved.parts, steps, guidance, given)
-    assert dense / trimmed == pytest.approx(solved.reached, rel=0.03)
-    assert solved.why is None or wanted > 1.6
-    assert solved.why or dense / trimmed == pytest.approx(wanted, rel=0.04)
-    if solved.parts.blocks is not None:
-        expected = blocks_per_step(solved.parts.blocks, run.sigmas[:-1], 3.0, 16)
-        assert [step.blocks_run for step in report.steps] == expected
-    whole = [step.kept_share == 1.0 for step in report.steps]
-    assert whole == whole_steps(run, solved.parts)
+def test_four_steps_by_hand(given, budget, wanted):
+    assert solve_shares(FOUR, given, budget, cost) == wanted
 
 
-def test_heads_are_whole_in_guarded_steps(tiny_wan):
-    """A step outside of the heads' window runs the host's own model: nothing of it differs."""
-    heads = FIXED["heads"]
-    never = HeadPlan(heads.self_attention, heads.cross_attention, start=0.999)
-    late = HeadPlan(heads.self_attention, heads.cross_attention, start=0.5)
-    text = torch.randn(1, 24, tiny_wan.config.text_dim, generator=torch.Generator().manual_seed(1))
+def test_the_error_of_a_stretch_by_hand():
+    """Sigmas .9, .8, .65 behind a whole step at .96: travel 0.4, then 1, 3.5, 6.25."""
+    one = task(5)
+    weights = [(2.0 * 0.1) ** 2, (1.6**0.5 * 1.5**0.5 * 0.15) ** 2]
+    first, second = stretch_error(one, CURVES, 0, (0.0, 0.0)), stretch_error(one, CURVES, 0, (0.0,))
+    assert second == pytest.approx(weights[0] * 0.6**2)
+    at = CURVES.amplified_at([0.8])[0]
+    assert first - second == pytest.approx((at * 0.15) ** 2 * 3.1**2)
+    # at .9 a fifth leaves .3 + .2 * .3 of the error; what was computed is off by what came since
+    left = CURVES.left_at(0.2, 0.9)
+    assert left == pytest.approx(0.36)
+    both = stretch_error(one, CURVES, 0, (0.2, 0.0))
+    off = 0.64 * 2.5**2 + 0.36 * 3.1**2
+    assert both == pytest.approx(weights[0] * 0.6**2 * 0.36 + (at * 0.15) ** 2 * off)
+    # two calls of a step count twice
+    twice = task(5, calls=(1, 2, 1, 1, 1))
+    assert stretch_error(twice, CURVES, 0, (0.0,)) == pytest.approx(2 * second)
 
-    def video(plan):
-        with attach(tiny_wan, TrimPlan(heads=plan), shift=3.0, cond_or_uncond=(COND, UNCOND)) as a:
-            return sample(tiny_wan, text, TINY_SIZE, steps=4), a.finish()
 
-    with attach(tiny_wan, TrimPlan(), shift=3.0):
-        dense = sample(tiny_wan, text, TINY_SIZE, steps=4)
-    untouched, report = video(never)
-    assert torch.equal(untouched, dense)
-    assert [step.kept_share for step in report.steps] == [1.0] * 4 and not report.notes
-    changed, _ = video(late)
-    assert not torch.allclose(changed, dense, atol=1e-3)
-    assert not torch.equal(changed, video(heads)[0])
-    with pytest.raises(ValueError, match="start and end"):
-        HeadPlan(heads.self_attention, heads.cross_attention, start=0.6, end=0.5)
+def test_curves_are_linear_between_what_was_measured():
+    assert CURVES.travel_at([0.96, 0.8, 0.15]).tolist() == pytest.approx([0.4, 3.5, 8.25])
+    # by ratio: half way between 2 and 1.2
+    assert CURVES.amplified_at([0.8])[0] == pytest.approx((2.0 * 1.2) ** 0.5)
+    # in share and in sigma
+    assert CURVES.left_at(0.35, 1.0) == pytest.approx(0.2)
+    assert CURVES.left_at(0.35, 0.75) == pytest.approx((0.2 + 0.45) / 2)
+    assert CURVES.left_at(0.35, 0.1) == pytest.approx(0.45) and CURVES.left_at(0.0, 0.6) == 1.0
+
+
+@pytest.mark.parametrize("calls", [(1,) * 7, (2, 2, 2, 1, 2, 2, 1)])
+@pytest.mark.parametrize("factor", [0.5, 0.97, 1.0, 1.3, 1.8])
+def test_what_is_left_over_is_spent(calls, factor):
+    found = (1.0, 1.0, 0.5, 0.2, 0.0, 1.0, 0.3)
+
+    def price(part: float) -> float:
+        return 0.0 if part == 0.0 else 0.03 * (part < 1.0) + part**1.2
+
+    def total(shares) -> float:
+        return sum(price(part) * count for part, count in zip(shares, calls, strict=True))
+
+    budget = total([share * factor if 0 < share < 1 else share for share in found])
+    filled = fill(found, calls, budget, price)
+    assert total(filled) == pytest.approx(budget, rel=1e-6) and total(filled) <= budget
+    for before, after in zip(found, filled, strict=True):
+        assert after == (before if before in (0.0, 1.0) else pytest.approx(before * factor))
+    # a part never becomes none or all
+    low, high = (fill(found, calls, budget * times, price)[2:4] for times in (0.1, 9))
+    assert low == pytest.approx((0.1, 0.04)) and high == (0.95, 0.95)
+
+
+def test_without_a_partial_step_nothing_is_filled():
+    assert fill((1.0, 0.0, 1.0), (1, 1, 1), 2.7, cost) == (1.0, 0.0, 1.0)
+
+
+def test_fifty_steps_are_solved_within_two_seconds():
+    one = Task(tuple(np.linspace(1.0, 0.0, 51)), (1,) * 50, frozenset({0}))
+    began = time.process_time()
+    found = solve_shares(one, CURVES, 30.0, cost)
+    assert time.process_time() - began < 2.0
+    assert 29.0 < spent(one, found) <= 30.0

@@ -177,46 +177,6 @@ def test_smooth_select_orders_what_is_no_number_as_a_sort_does(guard):
         assert all(map(torch.equal, got, kernels.smooth_select(scores, keep, 0.5)))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("heads, dim", [(1, 12), (3, 16), (5, 40), (12, 128)])
-@pytest.mark.parametrize("batch, tokens", [(1, 1), (2, 5)])
-@pytest.mark.parametrize("subset", [False, True])
-def test_rms_rope(heads, dim, batch, tokens, dtype, subset, guard):
-    random = torch.Generator().manual_seed(heads)
-
-    def draw(*size, of=dtype):
-        return guard(torch.randn(size, generator=random).to(of))
-
-    q, k = draw(batch, tokens, heads * dim), draw(batch, tokens, heads * dim)
-    weights = draw(heads * dim), draw(heads * dim)
-    rotary = draw(3 * tokens, dim // 2, 2, 2, of=torch.float32)
-    position = guard(torch.randint(0, 3 * tokens, (batch, tokens), generator=random))
-    kept = guard(torch.arange(0, heads, 2)) if subset else None
-    options = {"kept": kept, "position": position if subset else None}
-    got = kernels.rms_rope(q, k, *weights, rotary, heads, **options, backend="triton")
-    for one, x, weight in zip(got, (q, k), weights, strict=True):
-        want = exact_rms_rope(x, weight, rotary, heads, **options)
-        # of the two products, which may cancel
-        size = exact_rms_rope(x.abs(), weight.abs(), rotary.abs(), heads, **options)
-        assert one.dtype == dtype and one.shape == want.shape
-        # rounded once from fp32; the interpreter cuts bf16 off instead
-        step = {torch.float32: 0, torch.float16: 2**-11, torch.bfloat16: 2**-7}[dtype]
-        assert ((one.double() - want).abs() <= step * want.abs() + 1e-6 * size + 1e-7).all()
-
-
-def exact_rms_rope(x, weight, rotary, heads, position, kept, eps=1e-6):
-    x, weight, rotary = x.double(), weight.double(), rotary.double()
-    batch, tokens, dim = x.shape
-    norm = x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
-    out = torch.empty(batch, tokens, heads, dim // heads, dtype=torch.float64)
-    for b in range(batch):
-        for t in range(tokens):
-            turn = rotary[t if position is None else position[b, t]]
-            pairs = norm[b, t].view(heads, -1, 2)
-            out[b, t] = torch.einsum("pij,npj->npi", turn, pairs).reshape(heads, -1)
-    return out if kept is None else out[:, :, kept]
-
-
 @triton.jit
 def shift(source, target, count, offset, BLOCK: tl.constexpr):
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
