@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from ..engine.engine import COND, UNCOND
 from ..engine.plan import TrimPlan
 from ..hosts.diffusers.attach import attach
-from ..hosts.diffusers.sample import sample, sigmas_for
+from ..hosts.diffusers.sample import sample
 from ..methods.depth import BlockPlan
 from ..methods.fingerprint import Fingerprint
 from ..methods.routers import TrainedRouter
@@ -54,8 +54,7 @@ def draw_videos(
         router = TrainedRouter(pair.routing.mlp, pair.routing.kind, model)
         plan = TrimPlan(blocks=BlockPlan(router, pair.routing.budget))
     roles = (COND,) if guidance == 1 else (COND, UNCOND)
-    sigmas = sigmas_for(steps, stage.shift)[:-1]
-    with attach(pair.student, plan, cond_or_uncond=roles, shift=stage.shift, sigmas=sigmas):
+    with attach(pair.student, plan, cond_or_uncond=roles, shift=stage.shift):
         student = draw(pair.student, steps, guidance)
     return {"teacher": teacher[0].cpu(), "student": student[0].cpu()}
 
