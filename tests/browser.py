@@ -28,7 +28,7 @@ NODES = {
             "COMFY_DYNAMICCOMBO_V3",
             {
                 "options": [
-                    {"key": "refresh", "inputs": {"required": {}}},
+                    {"key": "auto", "inputs": {"required": {}}},
                     {
                         "key": "custom",
                         "inputs": {"required": {"alpha": ["FLOAT", {"default": 0.5, **_PERCENT}]}},

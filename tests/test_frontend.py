@@ -174,7 +174,7 @@ def test_a_new_prompt_begins_anew_and_runs_of_one_prompt_stand_side_by_side(page
     assert page.run(widgets, node).count("wantrim_live") == 1
 
 
-@pytest.mark.parametrize("preset", ["refresh", "custom"])
+@pytest.mark.parametrize("preset", ["auto", "custom"])
 def test_nothing_of_it_goes_into_the_workflow(page, preset):
     node = add(page, prune_ratio=0.4, preset=preset)
     page.page.wait_for_timeout(200)
@@ -275,5 +275,5 @@ def test_a_page_without_the_extension_opens_the_same_workflow(page, playwright):
         plain.run("async (saved) => { await app.loadGraphData(saved) }", saved)
         step(plain, node, 2)
         values = "(id) => app.rootGraph.getNodeById(id).widgets.map((widget) => widget.value)"
-        assert plain.run(values, node) == [0.4, "refresh", 0, 1]
+        assert plain.run(values, node) == [0.4, "auto", 0, 1]
         assert not plain.errors
