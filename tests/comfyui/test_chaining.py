@@ -13,6 +13,7 @@ from comfy.multigpu import MultiGPUThreadPool
 from comfy.patcher_extension import WrappersMP
 from wantrim.hosts.comfyui.attach import attachment_of
 from wantrim.hosts.comfyui.blocks import OVERRIDE
+from wantrim.report.words import record_text
 from wantrim.tests.comfyui import neighbours, tiny
 from wantrim.tests.comfyui.neighbours import easycache, lazycache, lora, shifted, slg, slg_simple
 
@@ -32,6 +33,18 @@ NEIGHBOURS = {
     "lora": lora,
 }
 CHOOSING = {name: put for name, put in NEIGHBOURS.items() if "choosing" in name}
+
+
+def with_tokens(model):
+    return tiny.trimmed(model)
+
+
+def with_shares(model):
+    """Six steps: one of them is repeated, two compute a part of their tokens."""
+    return tiny.shared(model, 1, 1, 0.4, 1, 0, 0.3)
+
+
+trims = pytest.mark.parametrize("trim", [with_tokens, with_shares])
 
 
 def both(order: str, neighbour, trim):
@@ -65,44 +78,64 @@ def test_neighbour_alone_equals_neighbour_with_a_plan_without_effect(neighbour, 
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("neighbour", NEIGHBOURS.values(), ids=NEIGHBOURS)
-def test_both_act_together(neighbour, order):
-    """Where dropped tokens stay as keys and values; the matrix has the presets."""
-    model = both(order, neighbour, lambda m: tiny.trimmed(m, dropped_kv="keep"))
+def test_neighbour_alone_equals_neighbour_with_shares_without_effect(neighbour, order):
+    """Keys, values and velocities are remembered for nobody."""
+    expected = tiny.sample(neighbour(tiny.base_model()), steps=6)
+    model = both(order, neighbour, lambda m: tiny.shared(m, 1, 1, 1, 1, 1, 0.98))
+    assert torch.equal(tiny.sample(model, steps=6), expected)
+
+
+@trims
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("neighbour", NEIGHBOURS.values(), ids=NEIGHBOURS)
+def test_both_act_together(neighbour, order, trim):
+    model = both(order, neighbour, trim)
     out = tiny.sample(model, steps=6)
     assert torch.isfinite(out).all()
     report = tiny.report_of(model)
     assert report.finished and report.kept_share < 0.95
     # once more: the neighbour's state and ours are those of one run
     assert torch.equal(tiny.sample(model, steps=6), out)
-    alone = tiny.sample(neighbour(tiny.base_model()), steps=6)
-    assert not torch.allclose(out, alone, atol=1e-3)
+    for alone in (neighbour, trim):
+        assert not torch.allclose(out, tiny.sample(alone(tiny.base_model()), steps=6), atol=1e-3)
 
 
-@pytest.mark.parametrize("dropped_kv", ["leave", "keep"])
-def test_earlier_attention_override_is_called_in_every_attention(dropped_kv):
+def test_earlier_attention_override_is_called_in_every_attention():
     untouched = tiny.base_model().clone()
     everywhere = counting(untouched)
     tiny.sample(untouched)
     model = tiny.base_model().clone()
     seen = counting(model)
-    tiny.sample(tiny.trimmed(model, dropped_kv=dropped_kv))
+    tiny.sample(with_tokens(model))
     assert len(everywhere) == 3 * tiny.LAYERS * ATTENTIONS_PER_BLOCK
     assert len(seen) == len(everywhere)
     assert {q for q, _ in seen} == {36, 39, 45, 60}
-    keys = {k for q, k in seen if q == 36 and k != 7}
-    assert keys == ({60} if dropped_kv == "keep" else {36})
+    assert {k for q, k in seen if q == 36} == {36, 7}
 
 
-def test_override_set_after_us_is_called_too():
-    model = tiny.trimmed(tiny.base_model())
+def test_earlier_attention_override_sees_the_remembered_keys_too():
+    model = tiny.base_model().clone()
     seen = counting(model)
-    out = tiny.sample(model)
-    assert len(seen) == 3 * tiny.LAYERS * ATTENTIONS_PER_BLOCK
-    assert torch.equal(out, tiny.sample(tiny.trimmed(tiny.base_model())))
+    tiny.sample(with_shares(model), steps=6)
+    # a repeated step runs no attention
+    assert len(seen) == 5 * tiny.LAYERS * ATTENTIONS_PER_BLOCK
+    own = [(q, k) for q, k in seen if k != 7]
+    assert own == [(q, 60) for q in (60, 60, 24, 60, 18) for _ in range(tiny.LAYERS)]
 
 
+@trims
+def test_override_set_after_us_is_called_too(trim):
+    model = trim(tiny.base_model())
+    seen = counting(model)
+    out = tiny.sample(model, steps=6)
+    ran = 6 if trim is with_tokens else 5
+    assert len(seen) == ran * tiny.LAYERS * ATTENTIONS_PER_BLOCK
+    assert torch.equal(out, tiny.sample(trim(tiny.base_model()), steps=6))
+
+
+@trims
 @pytest.mark.parametrize("order", ORDERS)
-def test_earlier_block_replacement_is_called_inside_ours(order):
+def test_earlier_block_replacement_is_called_inside_ours(order, trim):
     counts = dict.fromkeys((0, 1), 0)
 
     def replaced(model):
@@ -117,12 +150,37 @@ def test_earlier_block_replacement_is_called_inside_ours(order):
             model.set_model_patch_replace(replacement, "dit", "double_block", block)
         return model
 
-    model = both(order, replaced, tiny.trimmed)
-    tiny.sample(model)
-    assert counts == {0: 3, 1: 3}
-    neutral = both(order, replaced, lambda m: tiny.trimmed(m, reselect_every=1))
+    model = both(order, replaced, trim)
+    tiny.sample(model, steps=6)
+    assert counts == dict.fromkeys((0, 1), 6 if trim is with_tokens else 5)
     expected = tiny.sample(replaced(tiny.base_model()))
-    assert torch.equal(tiny.sample(neutral), expected)
+    for without_effect in (
+        lambda m: tiny.trimmed(m, reselect_every=1),
+        lambda m: tiny.shared(m, 1, 1, 0.98),
+    ):
+        neutral = both(order, replaced, without_effect)
+        assert torch.equal(tiny.sample(neutral), expected)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_block_replacement_sees_what_the_block_sees(order):
+    """The kept tokens with their own place and modulation: doing nothing, it changes nothing."""
+    lengths = []
+
+    def replaced(model):
+        model = model.clone()
+
+        def replacement(args, extra):
+            lengths.append((args["img"].shape[1], args["pe"].shape[1]))
+            return extra["original_block"](args)
+
+        model.set_model_patch_replace(replacement, "dit", "double_block", 2)
+        return model
+
+    out = tiny.sample(both(order, replaced, with_shares), steps=6)
+    assert lengths == [(n, n) for n in (60, 60, 24, 60, 18)]
+    alone = tiny.sample(with_shares(tiny.base_model()), steps=6)
+    assert (out - alone).abs().max() <= 1e-5 * alone.abs().max()
 
 
 def test_choosing_block_that_another_node_skips_is_reported():
@@ -132,22 +190,26 @@ def test_choosing_block_that_another_node_skips_is_reported():
     tiny.sample(patched)
     report = tiny.report_of(patched)
     assert any("block 0" in note and "self-attention" in note for note in report.notes)
-    # the next block chooses instead
-    assert report.steps[0].kept_per_block == [60, 60, 36, 60, 36, 36]
+    # nobody chose for blocks 1 and 2
+    assert report.steps[0].tokens_per_block == [60, 60, 60, 60, 36, 36]
 
 
-def test_blocks_of_slg_cost_no_new_choice():
-    model = tiny.trimmed(slg(tiny.base_model()))
+@trims
+def test_blocks_of_slg_cost_no_new_choice(trim):
+    model = trim(slg(tiny.base_model()))
     calls = tiny.watch(model)
-    tiny.sample(model)
-    assert [c.cond_or_uncond for c in calls] == 3 * [[1, 0], [0]]
-    assert [c.decision for c in calls] == [0, 0, 1, 1, 2, 2]
-    assert len(tiny.report_of(model).steps) == 3
+    tiny.sample(model, steps=6)
+    # what is repeated never gets as far
+    ran = range(6) if trim is with_tokens else range(5)
+    assert [c.cond_or_uncond for c in calls] == [roles for _ in ran for roles in ([1, 0], [0])]
+    assert [c.decision for c in calls] == [step for step in ran for _ in range(2)]
+    assert [step.calls for step in tiny.report_of(model).steps] == [2] * 6
 
 
+@trims
 @pytest.mark.parametrize("order", ORDERS)
-def test_steps_that_a_cache_answers_are_not_reported_as_computed(order):
-    model = both(order, easycache, tiny.trimmed)
+def test_steps_that_a_cache_answers_are_not_reported_as_computed(order, trim):
+    model = both(order, easycache, trim)
     blocks = []
     model.set_model_double_block_patch(lambda args: blocks.append(1) or args)
     tiny.sample(model, steps=6)
@@ -156,13 +218,18 @@ def test_steps_that_a_cache_answers_are_not_reported_as_computed(order):
     report = tiny.report_of(model)
     shares = [step.kept_share for step in report.steps]
     done = [share for share in shares if share]
-    assert len(done) == computed and max(done) < 1.0
+    assert len(done) == computed and min(done) < 1.0
+    assert any(step.answered for step in report.steps) == (order == "behind")
+    # in front, it is seen only where there was a share for every step
+    seen = order == "behind" or trim is with_shares
+    assert any("another node's cache" in note for note in report.notes) == seen
 
 
+@trims
 @pytest.mark.parametrize("order", ORDERS)
-def test_easycache_skips_cond_and_uncond_together_also_in_two_calls(order, monkeypatch):
+def test_easycache_skips_cond_and_uncond_together_also_in_two_calls(order, trim, monkeypatch):
     monkeypatch.setattr(ModelPatcher, "get_free_memory", lambda self, device: 0)
-    model = both(order, easycache, tiny.trimmed)
+    model = both(order, easycache, trim)
     computed = {0: set(), 1: set()}
 
     def note(args):
@@ -175,22 +242,34 @@ def test_easycache_skips_cond_and_uncond_together_also_in_two_calls(order, monke
     assert computed[0] == computed[1] and 0 < len(computed[0]) < 6
 
 
-def test_lora_of_a_trimmed_model_leaves_the_base_alone():
+@trims
+def test_lora_of_a_trimmed_model_leaves_the_base_alone(trim):
     expected = tiny.sample(tiny.base_model())
-    tiny.sample(lora(tiny.trimmed(tiny.base_model())))
+    tiny.sample(lora(trim(tiny.base_model())))
     assert torch.equal(tiny.sample(tiny.base_model()), expected)
 
 
+@pytest.mark.parametrize(
+    "trim", [with_tokens, lambda m: tiny.shared(m, 1, 1, 0.4)], ids=["tokens", "shares"]
+)
 @pytest.mark.parametrize("patch", ["attn1_patch", "attn2_patch"])
-def test_patches_that_need_every_token_turn_dropping_off_and_are_reported(patch):
+def test_patches_that_need_every_token_turn_dropping_off_and_are_reported(patch, trim):
     model = tiny.base_model().clone()
     model.set_model_patch(lambda args: args["x"], patch)
     expected = tiny.sample(model)
-    patched = tiny.trimmed(model)
+    patched = trim(model)
     assert torch.equal(tiny.sample(patched), expected)
     report = tiny.report_of(patched)
     assert len(report.notes) == 1 and patch in report.notes[0]
-    assert "no sampling run seen" not in report.text()
+    assert "no sampling run seen" not in record_text(report)
+
+
+def test_a_step_is_repeated_whatever_patches_the_attention():
+    model = tiny.base_model().clone()
+    model.set_model_patch(lambda args: args["x"], "attn1_patch")
+    patched = tiny.shared(model, 1, 0, 1)
+    tiny.sample(patched)
+    assert tiny.shares(patched) == [1, 0, 1] and not tiny.report_of(patched).notes
 
 
 @pytest.fixture
@@ -223,7 +302,7 @@ def test_compiled_model_does_not_freeze_the_choice_of_a_step(compiled, order):
     assert torch.equal(out, tiny.sample(tiny.trimmed(tiny.base_model()), steps=5))
     steps = tiny.report_of(model).steps
     assert [s.keep_ratio for s in steps] == pytest.approx([0.6, 0.65, 0.7, 0.75, 0.8])
-    assert [s.kept_per_block[1] for s in steps] == [36, 39, 42, 45, 48]
+    assert [s.tokens_per_block[1] for s in steps] == [36, 39, 42, 45, 48]
     assert any("not compiled" in note for note in tiny.report_of(model).notes)
     again = tiny.sample(model, tiny.case(frames=2), steps=2)
     assert torch.equal(
@@ -233,17 +312,29 @@ def test_compiled_model_does_not_freeze_the_choice_of_a_step(compiled, order):
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_compiled_model_remembers_as_an_eager_one(compiled, order):
-    model = both(order, compiled, tiny.preset)
-    expected = tiny.sample(tiny.preset(tiny.base_model()), steps=5)
-    assert torch.equal(tiny.sample(model, steps=5), expected)
-    assert tiny.shares(model) == pytest.approx([1, 0.7, 0.7, 0.7, 0.7])
+    model = both(order, compiled, with_shares)
+    expected = tiny.sample(with_shares(tiny.base_model()), steps=6)
+    assert torch.equal(tiny.sample(model, steps=6), expected)
+    assert tiny.shares(model) == pytest.approx([1, 1, 0.4, 1, 0, 0.3])
 
 
-def test_several_gpus_compute_everything_and_say_so():
+@pytest.mark.parametrize("order", ORDERS)
+def test_compiled_model_is_used_where_steps_are_whole_or_repeated(compiled, order):
+    """Nothing of a block is looked at, so that no graph freezes anything."""
+    model = both(order, compiled, lambda m: tiny.shared(m, 1, 1, 0, 1, 0, 1))
+    out = tiny.sample(model, steps=6)
+    eager = tiny.sample(tiny.shared(tiny.base_model(), 1, 1, 0, 1, 0, 1), steps=6)
+    assert torch.allclose(out, eager, atol=1e-4)
+    assert tiny.shares(model) == [1, 1, 0, 1, 0, 1]
+
+
+@trims
+def test_several_gpus_compute_everything_and_say_so(trim):
     tiny.needs("0.23.0", "sampling on several GPUs")
     dense = tiny.base_model()
-    model = neighbours.two_gpus(tiny.trimmed(dense))
-    assert torch.equal(tiny.sample(model), tiny.sample(neighbours.two_gpus(dense)))
+    model = neighbours.two_gpus(trim(dense))
+    expected = tiny.sample(neighbours.two_gpus(dense), steps=6)
+    assert torch.equal(tiny.sample(model, steps=6), expected)
     assert any("several GPUs" in note for note in tiny.report_of(model).notes)
 
 
