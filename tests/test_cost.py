@@ -1,3 +1,7 @@
+"""The cost model: what torch counts, program by program, and traffic by hand."""
+
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
@@ -5,70 +9,222 @@ from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnP
 from wantrim.benchmarks.flops import count_flops
 from wantrim.engine.engine import COND, UNCOND
 from wantrim.engine.plan import TrimPlan
+from wantrim.engine.program import (
+    ALL,
+    KEPT,
+    READ,
+    SKIP,
+    UPDATE,
+    WRITE,
+    Program,
+    Row,
+    expected_programs,
+)
+from wantrim.engine.work import plan_work, program_work
 from wantrim.hosts.diffusers.attach import attach
-from wantrim.hosts.diffusers.sample import sample
+from wantrim.hosts.diffusers.sample import denoise, sigmas_for
 from wantrim.hosts.diffusers.shape import wan_shape
 from wantrim.hosts.diffusers.weights import load_original, new_transformer
 from wantrim.methods.cost import (
     WanShape,
+    Work,
     block_flops,
     block_parameters,
+    block_work,
     forward_flops,
-    plan_flops,
-    planned_tokens,
+    outside_flops,
 )
+from wantrim.methods.depth import BlockBudget, BlockPlan
 from wantrim.methods.grid import TokenGrid
 from wantrim.methods.heads import OFF, PATTERNS, HeadPlan
+from wantrim.methods.routers import FixedRouter, RandomRouter
 from wantrim.methods.schedule import Schedule
+from wantrim.methods.shares import Shares
 from wantrim.methods.tokens import TokenPlan
 from wantrim.methods.width import Width
+from wantrim.tests.small_wan import SIZE, condition, random_wan, words
 from wantrim.toy import CHECKPOINT
 
-SIZE, GRID = (5, 12, 12), TokenGrid(5, 6, 6)
-
-
-def counted(model, plan, steps, given=0, guidance=4.0, heads=None):
-    text = torch.randn(1, 24, model.config.text_dim, generator=torch.Generator().manual_seed(1))
-    condition = torch.zeros(1, 20, *SIZE)
-    condition[:, :4, :given] = 1
-    options = {"guidance": guidance, "condition": condition if given else None}
-    roles = (COND, UNCOND) if guidance != 1 else (COND,)
-    with attach(model, TrimPlan(plan, heads), cond_or_uncond=roles, shift=3.0) as attachment:
-        total = count_flops(lambda: sample(model, text, SIZE, steps=steps, **options))
-        return total, attachment.finish()
+GRID, BLOCKS, HEADS = TokenGrid(3, 4, 3), 6, 4
+SHIFT, STEPS = 3.0, 5
+SIGMAS = tuple(sigmas_for(STEPS, SHIFT)[:-1].tolist())
 
 
 @pytest.fixture(scope="module")
-def tiny():
-    return load_original(CHECKPOINT)
+def wan():
+    return random_wan(BLOCKS, in_dim=36)
 
 
-PLANS = [
-    {},
-    {"reselect_every": 4, "importance": "random"},
-    {"reselect_every": 6, "dropped_kv": "keep", "importance": "update_norm"},
-    {"restore": "frame_mean", "importance": "rotation", "trim_reselecting": True},
-    {"restore": "last_update", "importance": "rotation", "trim_reselecting": True},
-    {"restore": "last_output", "importance": "rotation", "trim_reselecting": True},
-    {"start": 0.35, "reselect_every": 5},
-    {"spare": 0.35, "restore": "last_update", "importance": "rotation", "trim_reselecting": True},
-    {"spare": 0.35, "restore": "last_update", "importance": "rotation", "start": 0.1},
-    {"spare": 0.35, "restore": "frame_mean", "importance": "rotation"},
-]
+def mixed_heads(blocks=BLOCKS, heads=HEADS) -> HeadPlan:
+    """Every pattern somewhere; one block is whole and one has no cross-attention."""
+    rows = [tuple(PATTERNS[(b + n) % len(PATTERNS)] for n in range(heads)) for b in range(blocks)]
+    cross = [
+        tuple(OFF if (b + n) % 3 == 0 else "full" for n in range(heads)) for b in range(blocks)
+    ]
+    rows[1], cross[1] = ("full",) * heads, ("full",) * heads
+    cross[2] = (OFF,) * heads
+    return HeadPlan(tuple(rows), tuple(cross))
 
 
-@pytest.mark.parametrize("options", PLANS)
-@pytest.mark.parametrize(("given", "guidance"), [(0, 4.0), (1, 1.0)])
-def test_plans_cost_what_torch_counts(tiny, options, given, guidance):
-    steps = 5
-    plan = TokenPlan(Schedule(0.6), **options)
-    total, report = counted(tiny, plan, steps, given, guidance)
-    progress = [i / steps for i in range(steps)]
-    shape = wan_shape(tiny, 24)
-    prompts = 2 if guidance != 1 else 1
-    assert plan_flops(shape, plan, GRID, progress, given, prompts) == pytest.approx(total, rel=0.01)
-    planned = planned_tokens(plan, GRID, 16, progress, given)
-    assert planned == [step.kept_per_block for step in report.steps]
+def tape(every: int, **options) -> TokenPlan:
+    # so few queries that they are sampled
+    return TokenPlan(Schedule(0.6), reselect_every=every, min_queries=9, **options)
+
+
+PARTS = Shares(SIGMAS, (1, 1, 0.4, 0, 0.25))
+PLANS = {
+    "nothing": TrimPlan(),
+    "tape": TrimPlan(tape(3)),
+    "tape, late": TrimPlan(tape(4, start=0.35)),
+    "tape, loose": TrimPlan(tape(2, anchor=False)),
+    "shares": TrimPlan(shares=PARTS),
+    "repeats": TrimPlan(shares=Shares(SIGMAS, (1, 0, 0.5, 0, 1), context=False)),
+    "blocks": TrimPlan(blocks=BlockPlan(RandomRouter(), BlockBudget(0.5, 0.8))),
+    "heads": TrimPlan(heads=mixed_heads()),
+    "heads and tape": TrimPlan(tape(3), mixed_heads()),
+    "heads and shares": TrimPlan(heads=mixed_heads(), shares=PARTS),
+    # a choosing block that is skipped leaves the choice, and the full run, to the next
+    "tape and blocks": TrimPlan(tape(3), blocks=BlockPlan(FixedRouter((3, 4)))),
+    "all but parts": TrimPlan(
+        tape(4),
+        mixed_heads(),
+        BlockPlan(RandomRouter(3), BlockBudget(0.5, 0.8)),
+        Shares(SIGMAS, (1, 0, 1, 0, 1)),
+    ),
+}
+
+
+def counted(model, plan, prompts=2, given=0) -> tuple[list[int], object]:
+    """What torch counts in every step, and the record."""
+    options = {"steps": STEPS, "shift": SHIFT, "guidance": 4.0 if prompts == 2 else 1.0}
+    with attach(model, plan, cond_or_uncond=(COND, UNCOND)[:prompts], shift=SHIFT) as attachment:
+        steps = denoise(model, words(), SIZE, **options, condition=condition(range(given)))
+        found = [count_flops(lambda: next(steps)) for _ in range(STEPS)]
+        return found, attachment.finish()
+
+
+@pytest.mark.parametrize("name", [name for name in PLANS if name != "nothing"])
+@pytest.mark.parametrize(("given", "prompts"), [(0, 2), (1, 1)])
+def test_rows_cost_what_torch_counts(wan, name, given, prompts):
+    plan, shape = PLANS[name], wan_shape(wan, 7)
+    found, record = counted(wan, plan, prompts, given)
+    for flops, step in zip(found, record.steps, strict=True):
+        works = [
+            program_work(shape, step.program, plan, prompts, rows=rows)
+            for rows in (None, step.rows)
+        ]
+        assert works[0] == works[1]
+        # with context, tiles of one latent frame differ by a token
+        close = 0.01 if plan.trims_heads and step.program.partial else 0
+        assert works[0].flops == pytest.approx(flops, rel=close)
+    dense = program_work(shape, Program((Row(ALL, 36),) * BLOCKS, GRID, 12), TrimPlan(), prompts)
+    # the agreement would prove nothing if the plan hardly mattered
+    assert sum(found) < 0.95 * STEPS * dense.flops
+    assert dense.flops == prompts * forward_flops(shape, 36)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in PLANS if "blocks" not in name and "all" not in name]
+)
+def test_a_run_costs_what_is_expected_of_it(wan, name):
+    """Also where a router decides in the run, when its blocks are alike."""
+    plan, shape = PLANS[name], wan_shape(wan, 7)
+    programs = expected_programs(plan, SIGMAS, SHIFT, GRID, BLOCKS, (True, False, False))
+    found, _ = counted(wan, plan, 2, 1)
+    close = 0.01 if plan.trims_heads and plan.shares is not None else 0
+    assert plan_work(shape, programs, plan).flops == pytest.approx(sum(found), rel=close)
+
+
+def test_blocks_that_a_router_picks_are_expected_by_number(wan):
+    plan, shape = PLANS["blocks"], wan_shape(wan, 7)
+    programs = expected_programs(plan, SIGMAS, SHIFT, GRID, BLOCKS)
+    assert plan_work(shape, programs, plan).flops == sum(counted(wan, plan)[0])
+
+
+def test_a_narrow_model_costs_what_torch_counts():
+    """Widths of a slim model, in a model that has them throughout, on some of its tokens."""
+    model = random_wan(BLOCKS, in_dim=36)
+    shape = wan_shape(model, 7)
+    width = Width(*[(tuple(range(n)),) * BLOCKS for n in (4, 4, 64)])
+    wide = replace(shape, ffn_dim=200)
+    for name in ("tape", "shares", "heads"):
+        found, record = counted(model, PLANS[name], 1)
+        for flops, step in zip(found, record.steps, strict=True):
+            slim = program_work(wide, step.program, PLANS[name], width=width)
+            assert slim.flops == flops
+            if not step.program.repeats:
+                assert program_work(wide, step.program, PLANS[name]).flops > 1.05 * flops
+
+
+# traffic by hand: numbers that are read or written
+
+SHAPE = WanShape(32, 64, 3, text_tokens=5, head_dim=8)
+ROTARY = 4 * 8
+
+
+def moved(*rows: Row, share=0.5, **options) -> float:
+    """Beside the blocks' own."""
+    program = Program(rows, GRID, 6, share)
+    plan = TrimPlan(shares=Shares((1.0, 0.5), (1.0, 0.5)))
+    own = sum(block_work(SHAPE, row.tokens).moved for row in rows if row.run != SKIP)
+    return program_work(SHAPE, program, plan, **options).moved - own
+
+
+def test_kept_tokens_are_taken_out_and_put_back_once_a_stretch():
+    whole, kept, skip = Row(ALL, 36), Row(KEPT, 18), Row(SKIP)
+    # 18 rows of 32 numbers and of the rotary table, read and written; then a copy of all 36 rows
+    # with the 18
+    once = 2 * 18 * (32 + ROTARY) + 2 * (36 + 18) * 32
+    assert moved(whole, whole, whole) == 0
+    for rows in ((kept, kept, kept), (whole, kept, kept), (kept, skip, kept), (whole, skip, kept)):
+        assert moved(*rows) == once
+    assert moved(kept, whole, kept) == 2 * once
+    assert program_work(SHAPE, Program((kept,) * 3, GRID, 6, 0.5), TrimPlan(), 2).moved == 2 * (
+        once + 3 * block_work(SHAPE, 18).moved
+    )
+
+
+def test_remembered_keys_and_values_are_packed_and_unpacked():
+    # 32 numbers of keys and as many of values; packed they are half as large
+    written = 2 * 32 + 32
+    assert moved(*[Row(ALL, 36, context=WRITE)] * 3, share=1.0) == 3 * 36 * written
+    once = moved(*[Row(KEPT, 12)] * 3)
+    # of 24 left out tokens packed ones read and written, full ones written; all 36 read and
+    # written once more
+    read = 24 * (32 + 32 + 2 * 32) + 2 * 2 * 36 * 32
+    assert moved(*[Row(KEPT, 12, context=READ)] * 3) - once == 3 * read
+    assert moved(*[Row(KEPT, 12, context=UPDATE)] * 3) - once == 3 * (read + 12 * written)
+
+
+def test_a_repeated_step_moves_a_latent_and_computes_nothing():
+    program = Program((Row(SKIP),) * 3, GRID, 12, 0.0)
+    assert program_work(SHAPE, program, TrimPlan(), 2) == Work(moved=2 * 3 * 36 * 16)
+    # skipped blocks alone are no repeated step
+    beside = program_work(SHAPE, replace(program, share=1.0), TrimPlan())
+    assert beside == Work(outside_flops(SHAPE, 36))
+
+
+def test_bytes_follow_tokens_and_widths():
+    shape = WanShape(1536, 8960, 30)
+    whole, half = block_work(shape, 1000), block_work(shape, 500)
+    assert half.moved == whole.moved / 2
+    # 19 + 8 + 2 times over the hidden state, and twice over the channels
+    assert whole.moved == 1000 * (29 * 1536 + 2 * 8960)
+    slim = block_work(shape, 1000, width=(6, 12, 4480))
+    assert whole.moved - slim.moved == 1000 * (8 * 768 + 2 * 4480)
+
+
+def test_remembered_keys_have_no_projections():
+    shape = WanShape(1536, 8960, 30)
+    alone, beside = block_work(shape, 500), block_work(shape, 500, 300)
+    assert beside.linear == alone.linear and beside.moved == alone.moved
+    assert beside.attention - alone.attention == 4 * 500 * 300 * 1536
+    # of a slim block too: six heads
+    slim = [block_work(shape, 500, extra, width=(6, 12, 4480)) for extra in (0, 300)]
+    assert slim[1].flops - slim[0].flops == 4 * 500 * 300 * 768
+
+
+# blocks and models
 
 
 @pytest.mark.parametrize("dim", [48, 96])
@@ -95,54 +251,20 @@ def test_the_cost_of_a_known_model_at_a_known_size():
     )
 
 
-def mixed_heads(blocks=16, heads=8) -> HeadPlan:
-    """Every pattern in every block; one block is whole and one has no cross-attention."""
-    rows = [tuple(PATTERNS[(b + n) % len(PATTERNS)] for n in range(heads)) for b in range(blocks)]
-    cross = [
-        tuple(OFF if (b + n) % 3 == 0 else "full" for n in range(heads)) for b in range(blocks)
-    ]
-    rows[1], cross[1] = ("full",) * heads, ("full",) * heads
-    cross[2] = (OFF,) * heads
-    return HeadPlan(tuple(rows), tuple(cross))
-
-
-@pytest.mark.parametrize("options", [None, *PLANS[:4]])
-@pytest.mark.parametrize(("given", "guidance"), [(0, 4.0), (1, 1.0)])
-def test_heads_in_place_cost_what_torch_counts(tiny, options, given, guidance):
-    steps, heads = 3, mixed_heads()
-    plan = None if options is None else TokenPlan(Schedule(0.6), **options)
-    total, _ = counted(tiny, plan, steps, given, guidance, heads)
-    progress = [i / steps for i in range(steps)]
-    prompts = 2 if guidance != 1 else 1
-    cost = plan_flops(wan_shape(tiny, 24), plan, GRID, progress, given, prompts, heads=heads)
-    assert cost == pytest.approx(total, rel=0.01)
-    # a test that would hold without the heads proves nothing
-    dense = plan_flops(wan_shape(tiny, 24), plan, GRID, progress, given, prompts)
-    assert cost < 0.95 * dense
-
-
-def test_a_plan_of_full_heads_costs_what_none_costs(tiny):
-    shape, heads = wan_shape(tiny, 24), HeadPlan.full(16, 8)
-    assert forward_flops(shape, 180, grid=GRID, heads=heads) == forward_flops(shape, 180)
-    with pytest.raises(ValueError, match="grid"):
-        forward_flops(shape, 180, heads=heads)
-    whole = Width(*[(tuple(range(n)),) * 16 for n in (8, 8, 384)])
-    assert forward_flops(shape, 180, width=whole) == forward_flops(shape, 180)
-
-
 def test_patterns_cost_their_share_of_the_pairs():
-    shape = WanShape(1536, 8960, 1)
-    grid = TokenGrid(4, 8, 8)
-    empty = forward_flops(shape, 256, grid=grid, heads=HeadPlan((("off",) * 12,), ((OFF,) * 12,)))
-    full = forward_flops(shape, 256, grid=grid, heads=HeadPlan((("full",) * 12,), ((OFF,) * 12,)))
+    shape, grid = WanShape(1536, 8960, 1), TokenGrid(4, 8, 8)
+
+    def cost(pattern: str) -> float:
+        plan = TrimPlan(heads=HeadPlan(((pattern,) * 12,), ((OFF,) * 12,)))
+        return program_work(shape, Program((Row(ALL, 256, heads=True),), grid, 64), plan).flops
+
     attention = 4 * 256**2 * 1536
-    assert full - empty == attention
+    assert cost("full") - cost(OFF) == attention
     for pattern, share in (("frame", 4), ("tile2", 4), ("tile4", 16)):
-        heads = HeadPlan(((pattern,) * 12,), ((OFF,) * 12,))
-        assert forward_flops(shape, 256, grid=grid, heads=heads) - empty == attention // share
+        assert cost(pattern) - cost(OFF) == attention // share
     # off in place saves no projection, cut out it does
-    cut = Width(((),), ((),), (tuple(range(8960)),))
-    assert empty - forward_flops(shape, 256, width=cut) == (8 * 256 + 4 * (256 + 512)) * 1536**2
+    cut = block_work(shape, 256, width=(0, 0, 8960)).flops + outside_flops(shape, 256)
+    assert cost(OFF) - cut == (8 * 256 + 4 * (256 + 512)) * 1536**2
 
 
 def test_a_slim_block_costs_what_torch_counts():
@@ -162,7 +284,8 @@ def test_a_slim_block_costs_what_torch_counts():
     assert block_parameters(shape, (3, 2, 32)) == stored + 8 * dim
 
 
-def test_a_block_stores_what_the_tiny_wan_does(tiny):
+def test_a_block_stores_what_the_tiny_wan_does():
+    tiny = load_original(CHECKPOINT)
     shape = wan_shape(tiny, 24)
     stored = sum(p.numel() for p in tiny.blocks[3].parameters())
     assert block_parameters(shape) == block_parameters(shape, (8, 8, 384)) == stored

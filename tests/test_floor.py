@@ -1,138 +1,36 @@
-"""The cost model of whole plans: against torch's counter, and against an independent copy of it."""
+"""Floors of a step's time: published figures, and an independent copy of the cost model."""
 
 import importlib.util
 import sys
+from dataclasses import replace
 
 import pytest
-import torch
 
-from wantrim.benchmarks.flops import count_flops
-from wantrim.engine.engine import COND, UNCOND
 from wantrim.engine.plan import TrimPlan
-from wantrim.hosts.diffusers.attach import attach
-from wantrim.hosts.diffusers.sample import sample, sigmas_for
-from wantrim.hosts.diffusers.shape import wan_shape
-from wantrim.hosts.diffusers.weights import load_original, new_transformer
-from wantrim.methods.cost import Work, block_work, forward_flops
-from wantrim.methods.depth import BlockBudget, BlockPlan, blocks_per_step
+from wantrim.engine.program import KEPT, expected_programs
+from wantrim.engine.work import plan_work
+from wantrim.methods.cost import Work, forward_flops
+from wantrim.methods.depth import BlockBudget, BlockPlan
 from wantrim.methods.grid import TokenGrid
-from wantrim.methods.heads import FRAME, FULL, OFF, HeadPlan
-from wantrim.methods.presets import preset_plan
+from wantrim.methods.heads import FULL, OFF, HeadPlan
+from wantrim.methods.importance import query_count
 from wantrim.methods.routers import FixedRouter, RandomRouter
 from wantrim.methods.schedule import Schedule
+from wantrim.methods.shares import Shares
 from wantrim.methods.tokens import TokenPlan
 from wantrim.methods.width import Width
-from wantrim.solve.floor import (
-    DEVICES,
-    WAN,
-    Rates,
-    device_rates,
-    run_seconds,
-    run_work,
-    video_grid,
-)
-from wantrim.toy import CHECKPOINT
-
-SIZE, GRID = (5, 12, 12), TokenGrid(5, 6, 6)
-SHIFT, STEPS = 3.0, 4
-SIGMAS = [float(sigma) for sigma in sigmas_for(STEPS, SHIFT)[:-1]]
+from wantrim.solve.floor import DEVICES, WAN, Rates, device_rates, video_grid
 
 
-@pytest.fixture(scope="module")
-def tiny():
-    return load_original(CHECKPOINT)
+def depth(**options) -> BlockPlan:
+    return BlockPlan(RandomRouter(), BlockBudget(0.5, 0.8), **options)
 
 
-def same_heads(blocks=16, heads=8) -> HeadPlan:
-    """Every block alike, so that it does not matter which of them are skipped."""
-    own = (OFF, OFF, FRAME, "tile2", "tile3", FULL, FULL, FULL)
-    cross = (OFF, *[FULL] * (heads - 1))
-    return HeadPlan((own,) * blocks, (cross,) * blocks)
-
-
-def depth(skipped="identity", **options) -> BlockPlan:
-    return BlockPlan(RandomRouter(), BlockBudget(0.5, 0.8), skipped, **options)
-
-
-PLANS = {
-    "identity": {"blocks": depth()},
-    "reuse": {"blocks": depth("reuse")},
-    "fixed": {"blocks": BlockPlan(FixedRouter((0, 2, 3, 9)))},
-    "late": {"blocks": depth(start=0.5)},
-    "blocks and heads": {"blocks": depth(), "heads": same_heads()},
-    "blocks and refresh": {"blocks": depth("reuse"), "tokens": preset_plan("refresh", 0.6)},
-    # a choosing block that is skipped leaves the choice, and the full run, to the next
-    "blocks and choosing blocks": {
-        "blocks": depth(),
-        "tokens": TokenPlan(Schedule(0.6), reselect_every=4, importance="random"),
-    },
-    "all": {
-        "blocks": depth("reuse"),
-        "tokens": preset_plan("refresh", 0.7),
-        "heads": same_heads(),
-    },
-    "all, keys kept": {
-        "blocks": depth(),
-        "tokens": TokenPlan(Schedule(0.6), reselect_every=6, dropped_kv="keep"),
-        "heads": same_heads(),
-    },
-}
-
-
-def counted(model, parts: dict, prompts: int) -> int:
-    roles = (COND, UNCOND)[:prompts]
-    text = torch.randn(1, 24, model.config.text_dim, generator=torch.Generator().manual_seed(1))
-    options = {"steps": STEPS, "shift": SHIFT, "guidance": 4.0 if prompts == 2 else 1.0}
-    with attach(
-        model, TrimPlan(**parts), cond_or_uncond=roles, shift=SHIFT, sigmas=SIGMAS
-    ) as attachment:
-        total = count_flops(lambda: sample(model, text, SIZE, **options))
-        report = attachment.finish()
-    if "blocks" in parts:
-        planned = blocks_per_step(parts["blocks"], SIGMAS, SHIFT, 16)
-        assert [step.blocks_run for step in report.steps] == planned
-    return total
-
-
-@pytest.mark.parametrize("name", PLANS)
-@pytest.mark.parametrize("prompts", [1, 2])
-def test_plans_of_every_part_cost_what_torch_counts(tiny, name, prompts):
-    parts, shape = PLANS[name], wan_shape(tiny, 24)
-    total = counted(tiny, parts, prompts)
-    run = {"shift": SHIFT, "prompts": prompts}
-    assert run_work(shape, GRID, SIGMAS, **run, **parts).flops == pytest.approx(total, rel=0.01)
-    # the agreement would prove nothing if a part of the plan hardly mattered
-    for part in parts:
-        others = {key: value for key, value in parts.items() if key != part}
-        assert run_work(shape, GRID, SIGMAS, **run, **others).flops > 1.05 * total
-
-
-def test_the_same_blocks_off_by_name_and_by_number(tiny):
-    """Four blocks that are named, the first of which runs all the same, are three."""
-    shape = wan_shape(tiny, 24)
-    named = run_work(shape, GRID, SIGMAS, blocks=BlockPlan(FixedRouter((0, 2, 3, 9)))).flops
-    dense = run_work(shape, GRID, SIGMAS).flops
-    one = block_work(shape, GRID.tokens).flops
-    assert dense - named == pytest.approx(3 * one * STEPS * 2)
-
-
-def test_a_narrow_model_of_few_tokens_costs_what_torch_counts():
-    """Widths of a slim model, in a model that has them throughout, with dropped tokens and blocks."""
-    model = new_transformer(
-        dim=64, num_heads=4, num_layers=6, ffn_dim=96, in_dim=16, out_dim=16, text_dim=24
-    )
-    shape = wan_shape(model, 7)
-    width = Width(*[(tuple(range(n)),) * 6 for n in (4, 4, 96)])
-    wide = type(shape)(**{**vars(shape), "ffn_dim": 200})
-    parts = {"tokens": preset_plan("refresh", 0.5), "blocks": depth()}
-    text, size, grid = torch.randn(1, 7, 24), (3, 8, 8), TokenGrid(3, 4, 4)
-    with attach(model, TrimPlan(**parts), shift=SHIFT, sigmas=SIGMAS):
-        options = {"steps": STEPS, "shift": SHIFT, "guidance": 1.0}
-        total = count_flops(lambda: sample(model, text, size, **options))
-    options = {"shift": SHIFT, "prompts": 1, **parts}
-    slim = run_work(wide, grid, SIGMAS, width=width, **options).flops
-    assert slim == pytest.approx(total, rel=0.01)
-    assert run_work(wide, grid, SIGMAS, **options).flops > 1.05 * slim
+def one_step(shape, grid, plan=None, width=None, sigma=0.5) -> Work:
+    """A step of one prompt."""
+    plan = plan or TrimPlan()
+    programs = expected_programs(plan, [sigma], 1.0, grid, shape.num_blocks)
+    return plan_work(shape, programs, plan, 1, width=width)
 
 
 # TFLOPs of a dense forward over 81 pixel frames, published as counted on ComfyUI's WanModel
@@ -180,7 +78,7 @@ def test_real_models_cost_what_was_published(name, pixels, tokens, tera):
 def test_floors_are_those_published(name, pixels, device, seconds):
     shape, rates = WAN[name], device_rates(*RATES[device])
     grid = video_grid(shape, *pixels, 81)
-    assert run_seconds(shape, grid, [0.5], rates, prompts=1) == pytest.approx(seconds, rel=0.005)
+    assert rates.seconds(one_step(shape, grid)) == pytest.approx(seconds, rel=0.005)
 
 
 @pytest.fixture(scope="module")
@@ -221,27 +119,32 @@ def test_flops_and_floors_agree_with_the_independent_copy(other, name, resolutio
     skip = 1 - budget.blocks(0.5, n) / n
     cut, channels = 3 * heads // 4, 3 * shape.ffn_dim // 4
     width = Width(*[(tuple(range(size)),) * n for size in (cut, heads, channels)])
-    tokens = TokenPlan(
-        Schedule(0.7, "constant"), reselect_every=10, importance="update_norm", dropped_kv="leave"
-    )
-    kept = tokens.budget(0.5, grid) * grid.frames / grid.tokens
-    few = round(kept * grid.tokens)
-    trimmed = n - -(-n // tokens.reselect_every)
-    moved = block_work(shape, few, trimmed=True).moved - block_work(shape, few).moved
+    tape = TokenPlan(Schedule(0.7, "constant"), reselect_every=10)
+    kept = tape.budget(0.5, grid) * grid.frames / grid.tokens
+    few, stretches = round(kept * grid.tokens), -(-n // 10)
+    # what is ours and not the copy's, by hand: scores in each choosing block, and kept tokens (with
+    # their rotary rows) that are taken out of the sequence and put back, once a stretch
+    queries = query_count(grid, 1 / 64)
     plans = [
-        ({}, {}),
-        ({"blocks": BlockPlan(RandomRouter(), budget)}, {"d": skip}),
-        ({"width": width}, {"p": 0.25, "f": 0.25}),
-        ({"tokens": tokens}, {"k": kept, "every": 10, "sample": 0}),
-        ({"tokens": tokens, "width": width}, {"k": kept, "every": 10, "sample": 0, "p": 0.25, "f": 0.25}),
-    ]  # fmt: skip
+        (TrimPlan(), None, {}),
+        (TrimPlan(blocks=BlockPlan(RandomRouter(), budget)), None, {"d": skip}),
+        (TrimPlan(), width, {"p": 0.25, "f": 0.25}),
+        (TrimPlan(tape), None, {"k": kept, "every": 10, "sample": 0}),
+        (TrimPlan(tape), width, {"k": kept, "every": 10, "sample": 0, "p": 0.25, "f": 0.25}),
+    ]
     for device, which in RATES.items():
         rates = device_rates(*which)
-        for ours, knobs in plans:
-            floor = run_seconds(shape, grid, [0.5], rates, prompts=1, **ours)
+        for plan, cut_to, knobs in plans:
+            floor = rates.seconds(one_step(shape, grid, plan, cut_to))
             told = other.step_time(theirs, grid.tokens, device, other.Plan(**knobs))
-            # the copy hands short sequences on from block to block, ours are full between blocks
-            told += knobs.get("k", 0) and trimmed * moved * 2 / rates.bandwidth
+            if plan.trims_tokens:
+                inner = (cut if cut_to else heads) * shape.head_dim
+                told += stretches * 2 * queries * grid.tokens * inner / rates.attention
+                moved = 2 * few * (shape.dim + 4 * shape.head_dim)
+                moved += 2 * (grid.tokens + few) * shape.dim
+                # the copy counts a taking out and a putting back of its own
+                theirs_moved = 2 * 2 * few * shape.dim + 2 * few * 256
+                told += stretches * 2 * (moved - theirs_moved) / rates.bandwidth
             assert floor == pytest.approx(told, rel=0.002), (device, knobs)
 
 
@@ -264,28 +167,47 @@ def test_blocks_keep_their_value_everywhere_and_heads_less_where_attention_is_fa
     gains = {}
     for kernel in ("flash", "sage"):
         rates = device_rates("NVIDIA H200", kernel)
-
-        def seconds(rates=rates, **plan):
-            return run_seconds(shape, grid, [0.5], rates, prompts=1, **plan)
-
-        gains[kernel] = (seconds() / seconds(blocks=depth()), seconds() / seconds(heads=heads))
+        whole, fewer, less = (
+            rates.seconds(one_step(shape, grid, plan))
+            for plan in (TrimPlan(), TrimPlan(blocks=depth()), TrimPlan(heads=heads))
+        )
+        gains[kernel] = (whole / fewer, whole / less)
         if kernel == "flash":
-            assert seconds() == pytest.approx(16.4, rel=0.01)
+            assert whole == pytest.approx(16.4, rel=0.01)
     assert gains["flash"][0] == pytest.approx(gains["sage"][0], rel=0.01)
     assert gains["flash"][1] > gains["sage"][1] > 1.05
 
 
 def test_no_plan_leaves_all_the_work():
     shape, grid = WAN["1.3B"], TokenGrid(5, 30, 52)
-    nothing = {
-        "tokens": preset_plan("refresh", 1.0),
+    parts = {
+        "tokens": TokenPlan(Schedule(1.0)),
         "heads": HeadPlan.full(30, 12),
         "blocks": BlockPlan(FixedRouter(())),
-        "width": Width(*[(tuple(range(n)),) * 30 for n in (12, 12, 8960)]),
+        "shares": Shares((0.9, 0.5), (1, 1)),
     }
-    whole = run_work(shape, grid, SIGMAS)
-    for plan in (nothing, *({name: part} for name, part in nothing.items())):
-        assert run_work(shape, grid, SIGMAS, **plan) == whole
+    whole = one_step(shape, grid)
+    for plan in (TrimPlan(**parts), *(TrimPlan(**{name: part}) for name, part in parts.items())):
+        assert one_step(shape, grid, plan) == whole
+    width = Width(*[(tuple(range(n)),) * 30 for n in (12, 12, 8960)])
+    assert one_step(shape, grid, width=width) == whole
+
+
+@pytest.mark.parametrize("device", ["NVIDIA H200", "NVIDIA GeForce RTX 4090"])
+@pytest.mark.parametrize("pixels", [(832, 480), (1280, 720)])
+def test_context_costs_little_of_a_step_on_half_of_the_tokens(pixels, device):
+    """Keeping and fetching keys and values of a large model: under 2 % of the partial step."""
+    shape, rates = WAN["14B"], device_rates(device)
+    grid = video_grid(shape, *pixels, 81)
+    plan = TrimPlan(shares=Shares((0.9, 0.8, 0.7, 0.6), (1, 1, 0.5, 0.5)))
+    program = expected_programs(plan, [0.9, 0.8, 0.7], 1.0, grid, 40)[2]
+    (row,) = set(program.rows)
+    assert (row.run, row.context) == (KEPT, "update")
+    alone = replace(program, rows=(replace(row, context=""),) * 40)
+    both, bare = (rates.seconds(plan_work(shape, [one], plan, 1)) for one in (program, alone))
+    # to attend to the others beside one's own is no overhead
+    attention = 40 * 4 * row.tokens * (grid.tokens - row.tokens) * 5120 / rates.attention
+    assert 0 < both - bare - attention < 0.02 * both
 
 
 def test_a_floor_is_the_sum_of_its_parts():
@@ -293,16 +215,3 @@ def test_a_floor_is_the_sum_of_its_parts():
     # 1 s of products, 2 s of attention, 4 numbers of 2 bytes at 2 bytes/s
     assert rates.seconds(Work(10, 10, 4)) == 1 + 2 + 4
     assert rates.seconds(Work(10, 10, 4) * 2 + Work(10), itemsize=4) == 3 + 4 + 16
-
-
-def test_bytes_follow_tokens_and_widths():
-    shape = WAN["1.3B"]
-    whole, half = block_work(shape, 1000), block_work(shape, 500)
-    assert half.moved == whole.moved / 2
-    # 19 + 8 + 2 times over the hidden state, and twice over the channels
-    assert whole.moved == 1000 * (29 * 1536 + 2 * 8960)
-    slim = block_work(shape, 1000, width=(6, 12, 4480))
-    assert whole.moved - slim.moved == 1000 * (8 * 768 + 2 * 4480)
-    # taken out and put back: each row read and written twice, rotary rows once
-    moved = block_work(shape, 1000, trimmed=True).moved - whole.moved
-    assert moved == 1000 * (4 * 1536 + 2 * 4 * 128)
