@@ -15,14 +15,11 @@ from ..methods.shares import Shares
 from ..methods.width import Width
 from . import priors
 from .curves import Curves
-from .solver import Task, fill, solve_shares
+from .solver import TOLERANCE, Task, solve_nearest
 
 MAX_SPEEDUP = 4.0
 MAX_DENSE_STEPS = 100
 HIGH, LOW = "high", "low"
-# relative distance of a cost within which a speed-up counts as met
-TOLERANCE = 0.03
-
 # what a work costs, in any unit
 Cost = Callable[[Work], float]
 
@@ -188,9 +185,7 @@ class Dial:
         budget = dense / self.speedup / whole
         if budget >= sum(task.calls):
             return (1.0,) * task.steps
-        curves = curves_of(run)
-        shares = solve_shares(task, curves, budget, lambda share: price(share) / whole)
-        return fill(shares, task.calls, budget, lambda share: price(share) / whole)
+        return solve_nearest(task, curves_of(run), budget, lambda share: price(share) / whole)
 
     def _why(self, task: Task, plan: TrimPlan, together: float) -> str:
         """What is in the way, in an artist's words."""

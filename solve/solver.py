@@ -24,6 +24,8 @@ FREE = 2
 LONGEST = 8
 # parts of a whole step in which costs are counted
 UNITS = 50
+# relative distance of a cost within which a budget counts as met, and the next one to try beyond it
+TOLERANCE, STRIDE = 0.03, 0.1
 
 
 @dataclass(frozen=True)
@@ -152,6 +154,29 @@ def _left(curves: Curves, share: float, sigma: float) -> float:
 def _travel(task: Task, curves: Curves) -> tuple[np.ndarray, np.ndarray]:
     at = task.sigmas[:-1]
     return curves.travel_at(at), curves.amplified_at(at)
+
+
+def solve_nearest(
+    task: Task, curves: Curves, budget: float, cost: Callable[[float], float]
+) -> tuple[float, ...]:
+    """As `solve_shares`, `fill`ed; where nothing near the budget fits, what is nearer beyond it.
+
+    With few steps plans are far apart, and far too little is worse than a little too much.
+    """
+
+    def spent(shares: Sequence[float]) -> float:
+        return sum(m * cost(share) for share, m in zip(shares, task.calls, strict=True))
+
+    below = fill(solve_shares(task, curves, budget, cost), task.calls, budget, cost)
+    least = spent(below)
+    if least >= budget * (1.0 - TOLERANCE):
+        return below
+    more = budget
+    while (more := more + STRIDE) < sum(task.calls):
+        above = solve_shares(task, curves, more, cost)
+        if (most := spent(above)) > budget:
+            return above if most / budget < budget / least else below
+    return below
 
 
 def fill(
