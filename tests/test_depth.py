@@ -57,19 +57,6 @@ def test_blocks_per_step_of_wans_shift_are_more_than_the_nominal_mean():
     assert 30.5 < sum(counts) / 20 < 32
 
 
-def test_reuse_runs_everything_in_the_first_step_that_skips():
-    sigmas = sigmas_for(10, 3.0)[:-1].tolist()
-    for start in (0.0, 0.25):
-        identity, reuse = (
-            blocks_per_step(BlockPlan(RandomRouter(), skipped=s, start=start), sigmas, 3.0, 40)
-            for s in ("identity", "reuse")
-        )
-        first = next(i for i, count in enumerate(identity) if count < 40)
-        assert first == (0 if start == 0 else 3)
-        assert reuse[first] == 40 and reuse[:first] == [40] * first
-        assert reuse[first + 1 :] == identity[first + 1 :]
-
-
 def test_blocks_are_skipped_between_start_and_end():
     # without a shift progress is 1 - sigma
     plan = BlockPlan(RandomRouter(), BlockBudget(0.5, 0.5), start=0.25, end=0.5)
@@ -96,10 +83,7 @@ def test_neutral():
         (lambda: BlockBudget(0.0, 0.5), "k_min"),
         (lambda: BlockBudget(0.5, 1.1), "k_max"),
         (lambda: BlockBudget(shape="flat"), "shape: expected one of falling.*'flat'"),
-        (lambda: BlockPlan(RandomRouter(), skipped="zero"), "skipped: .*'zero'"),
         (lambda: BlockPlan(RandomRouter(), start=0.6, end=0.4), "start and end"),
-        (lambda: BlockPlan(RandomRouter(), memory=0), "memory: expected at least 1"),
-        (lambda: BlockPlan(RandomRouter(), max_age=-1), "max_age"),
     ],
 )
 def test_plans_that_cannot_work_are_refused(made, said):

@@ -13,7 +13,6 @@ from wantrim.methods.routers import (
     KIND,
     Content,
     FixedRouter,
-    OnlineRouter,
     ProfiledRouter,
     RandomRouter,
     RouterMLP,
@@ -61,39 +60,10 @@ def test_a_profile_without_a_run_is_refused():
 def test_the_profiled_router_reads_the_bin_of_sigma():
     router = ProfiledRouter(profile({0: 1, 9: 1}))
     run = router.run(BLOCKS)
-    assert not run.watches
     torch.testing.assert_close(run.logits(0.05, CONTENT), router.sizes[0])
     torch.testing.assert_close(run.logits(1.0, CONTENT), router.sizes[9])
     with pytest.raises(ValueError, match="model with 7 blocks, got 5"):
         router.run(7)
-
-
-def test_the_online_router_believes_this_run_half():
-    """By hand: told 3 and 0.5, seen 6 and 1.5; factors 2 and 3, of which one half is taken."""
-    router = OnlineRouter(profile({9: 1}))
-    run, told = router.run(BLOCKS), router.sizes[9]
-    assert run.watches
-    assert told.tolist() == [25.0, 5.0, 15.0, 10.0, 20.0]
-    torch.testing.assert_close(run.logits(0.95, CONTENT), told)
-    run.observe(0.95, 2, torch.tensor(30.0))
-    run.observe(0.95, 1, torch.tensor(15.0))
-    torch.testing.assert_close(
-        run.logits(0.9, CONTENT), torch.tensor([25.0, 5 * 2.0, 15 * 1.5, 10.0, 20.0])
-    )
-    # block 2 as before: factor 1.5 + (2 - 1.5) / 2; the others did not run
-    run.observe(0.9, 2, torch.tensor(30.0))
-    torch.testing.assert_close(
-        run.logits(0.9, CONTENT), torch.tensor([25.0, 10.0, 15 * 1.75, 10.0, 20.0])
-    )
-    # another run starts anew
-    torch.testing.assert_close(router.run(BLOCKS).logits(0.9, CONTENT), told)
-
-
-def test_an_observation_is_compared_with_the_bin_where_it_was_made():
-    router = OnlineRouter(profile({0: 1, 9: 1}))
-    run = router.run(BLOCKS)
-    run.observe(1.0, 1, router.sizes[9, 1] * 3)
-    torch.testing.assert_close(run.logits(0.0, CONTENT)[1], router.sizes[0, 1] * 2)
 
 
 def test_random_is_a_function_of_seed_and_sigma():
