@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from ..report.picture import draw_report
+from ..report.words import record_text
 from .run import Result, Run
 
 matplotlib.use("Agg")
@@ -40,11 +41,12 @@ def write_page(result: Result, out: Path) -> None:
     """Write everything under `out`; report.json and report.html come last."""
     for run in result.runs:
         write_video(out / f"{run.task}_{run.name}.mp4", np.concatenate(list(run.videos), 2))
-        if run.report is not None:
-            draw_report(run.report, run.videos[0]).save(out / f"{run.task}_{run.name}_report.png")
+        if run.record is not None:
+            draw_report(run.record, run.videos[0]).save(out / f"{run.task}_{run.name}_report.png")
+            _write(out / f"{run.task}_{run.name}_report.txt", record_text(run.record))
     for task in dict.fromkeys(run.task for run in result.runs):
         runs = [run for run in result.runs if run.task == task]
-        rows = [np.concatenate(list(run.videos), 2) for run in runs[:4]]
+        rows = [np.concatenate(list(run.videos), 2) for run in runs]
         write_video(out / f"{task}_side_by_side.mp4", np.concatenate(rows, 1))
         contact_sheet(runs).save(out / f"{task}_contact_sheet.png")
     plot(result.runs, out / "plots.png")
@@ -86,8 +88,8 @@ def plot(runs: list[Run], path: Path) -> None:
     """Kept tokens per step, and PSNR against compute."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6), constrained_layout=True)
     for run in runs:
-        if run.report is not None and run.task == "t2v":
-            shares = [100 * step.kept_share for step in run.report.steps]
+        if run.record is not None and run.task == "t2v":
+            shares = [100 * step.kept_share for step in run.record.steps]
             left.step(range(1, len(shares) + 1), shares, where="mid", label=run.name)
     left.set(xlabel="step", ylabel="token work done (%)", ylim=(0, 105), title="work per step, t2v")
     left.legend()
@@ -128,14 +130,16 @@ def _html(result: Result) -> str:
     parts = []
     for task, title in (("t2v", "Text to video"), ("i2v", "Image to video")):
         runs = [run for run in result.runs if run.task == task]
-        names = ", ".join(run.name for run in runs[:4])
+        names = ", ".join(run.name for run in runs)
+        said = next(record_text(run.record) for run in runs if run.name == "default")
         parts.append(
             f"<h2>{title}</h2>{_table(runs)}"
             f"<p>Rows from top: {names}; one column per prompt.</p>"
             f"<video src='{task}_side_by_side.mp4' autoplay loop muted controls></video>"
-            f"<p>Contact sheet, rows from top: {', '.join(run.name for run in runs)}.</p>"
+            f"<p>Contact sheet, rows from top: {names}.</p>"
             f"<img src='{task}_contact_sheet.png'>"
-            f"<p>What TAPE at 30 % did:</p><img src='{task}_tape_30_report.png'>"
+            f"<p>What the default did:</p><pre>{html.escape(said)}</pre>"
+            f"<img src='{task}_default_report.png'>"
         )
     prompts = "".join(f"<li>{html.escape(prompt)}</li>" for prompt in result.prompts)
     exact = "yes" if result.neutral_exact else "NO: this is a defect"

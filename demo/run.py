@@ -15,11 +15,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..engine.engine import COND, UNCOND
 from ..engine.plan import TrimPlan
+from ..engine.record import Record
 from ..hosts.diffusers.attach import attach
-from ..hosts.diffusers.sample import denoise, sample
+from ..hosts.diffusers.sample import denoise, sample, sigmas_for
+from ..hosts.diffusers.shape import wan_shape
 from ..hosts.diffusers.weights import load_original
-from ..methods.presets import preset_plan
+from ..methods.grid import TokenGrid
+from ..methods.shares import Shares
+from ..methods.tokens import paper_plan
 from ..methods.video_metrics import flicker, motion, psnr
+from ..solve.dial import Dial
+from ..solve.dial import Run as Sampling
 from ..toy import CHECKPOINT
 from ..toy.metrics import adherence, still_ground
 from ..toy.text import encode_prompt
@@ -29,6 +35,9 @@ from .measure import LATENT_SIZE, to_video
 
 SHIFT = 3.0
 GUIDANCE = 4.0
+SPEEDUP = 1.5
+# of the paper's prune ratios the middle one
+KEEP = 0.7
 # the tiny Wan has 16 blocks where the paper's models have 30 to 60
 RESELECT_EVERY = 4
 TASKS = ("t2v", "i2v")
@@ -52,11 +61,11 @@ class Run:
     shape_ok: float = 0.0
     direction_ok: float = 0.0
     videos: np.ndarray = field(default=None, repr=False)
-    report: Record | None = field(default=None, repr=False)
+    record: Record | None = field(default=None, repr=False)
 
     def row(self) -> dict:
         """The figures without the videos, for report.json."""
-        names = [f.name for f in fields(self) if f.name not in ("videos", "report")]
+        names = [f.name for f in fields(self) if f.name not in ("videos", "record")]
         return {name: getattr(self, name) for name in names}
 
 
@@ -86,6 +95,17 @@ class Job:
             pixels = torch.from_numpy(first).permute(0, 3, 1, 2)
             self.condition = image_condition(ToyVAE.load(), pixels, PIXEL_FRAMES)
 
+    def sampling(self, model) -> Sampling:
+        """What the dial has to know of a video."""
+        frames, height, width = LATENT_SIZE
+        grid = TokenGrid(frames, height // 2, width // 2)
+        given = None
+        if self.condition is not None:
+            given = (True, *[False] * (frames - 1))
+        sigmas = tuple(sigmas_for(self.steps, SHIFT).tolist())
+        shape = wan_shape(model, self.text.shape[1])
+        return Sampling(shape, grid, sigmas, SHIFT, 2, given, starts_given=given is not None)
+
     def options(self, steps: int, rows: int | None = None) -> dict:
         return {
             "text": self.text[:rows],
@@ -98,22 +118,31 @@ class Job:
         }
 
 
-def token_plan(prune: float, preset: str = "paper", **options) -> TrimPlan:
-    """A preset as the demo runs it; the paper's chooses as often for this depth as for 40 blocks."""
-    if preset == "paper":
-        options = {"reselect_every": RESELECT_EVERY} | options
-    return TrimPlan(preset_plan(preset, 1.0 - prune, **options))
+def paper(keep_ratio: float = KEEP, **options) -> TrimPlan:
+    """TAPE, which chooses as often for this depth as the paper's does for 40 blocks."""
+    return TrimPlan(paper_plan(keep_ratio, **{"reselect_every": RESELECT_EVERY, **options}))
 
 
 class Contestant:
-    """One way of sampling, on a model of its own so that all can advance step by step together."""
+    """One way of sampling, on a model of its own so that all can advance step by step together.
 
-    def __init__(self, name: str, plan: TrimPlan | None):
-        self.name, self.plan = name, plan
+    Args:
+        wish: a plan, or a dial that is solved for each job; None is the untouched model.
+    """
+
+    def __init__(self, name: str, wish: TrimPlan | Dial | None = None):
+        self.name, self.wish = name, wish
         self.model = load_original(CHECKPOINT)
         self.attachment = None
-        if plan is not None:
-            self.attachment = attach(self.model, plan, cond_or_uncond=(COND, UNCOND), shift=SHIFT)
+
+    def prepare(self, job: Job) -> None:
+        """Put the plan for a job on the model."""
+        plan = self.wish
+        if plan is None:
+            return
+        if isinstance(plan, Dial):
+            plan = plan.solve(job.sampling(self.model)).plan
+        self.attachment = attach(self.model, plan, cond_or_uncond=(COND, UNCOND), shift=SHIFT)
 
     def flops(self, job: Job, steps: int) -> float:
         """Mean FLOPs of a step, counted by torch on one video and scaled to the batch."""
@@ -126,15 +155,15 @@ class Contestant:
 
 
 def run_demo(steps: int, prompts: int, seed: int) -> Result:
-    """Text- and image-to-video: dense, TAPE at 20, 30 and 40 %, refresh, random, fewer steps."""
+    """Text- and image-to-video: dense, the default, as many FLOPs on fewer steps, and the paper."""
     scenes = held_out_scenes(prompts, seed=3)
     jobs = [Job(task, scenes, seed, steps) for task in TASKS]
-    contestants = [Contestant("dense", None)]
-    contestants += [Contestant(f"tape_{p}", token_plan(p / 100)) for p in (20, 30, 40)]
-    contestants.append(Contestant("refresh_30", token_plan(0.3, "refresh")))
-    # the control: what is choosing worth?
-    contestants.append(Contestant("random_30", token_plan(0.3, importance="random")))
-    contestants.append(Contestant("fewer_steps", None))
+    contestants = [
+        Contestant("dense"),
+        Contestant("default", Dial(SPEEDUP)),
+        Contestant("fewer_steps"),
+        Contestant("paper", paper()),
+    ]
     runs: list[Run] = []
     with Progress() as progress:
         total = len(jobs) * len(contestants) * steps
@@ -144,11 +173,12 @@ def run_demo(steps: int, prompts: int, seed: int) -> Result:
             progress.update(bar, description=f"{job.task}: counting FLOPs")
             entries = [Run(job.task, c.name, steps) for c in contestants]
             for entry, contestant in zip(entries, contestants, strict=True):
-                dense = contestant.plan is None
+                contestant.prepare(job)
+                dense = contestant.wish is None
                 entry.flops_per_step = contestant.flops(job, 1 if dense else steps)
-            # the same compute as TAPE at 30 %, spent on fewer dense steps
+            # the same compute as the default, spent on fewer dense steps
             by_name = {entry.name: entry for entry in entries}
-            share = by_name["tape_30"].flops_per_step / by_name["dense"].flops_per_step
+            share = by_name["default"].flops_per_step / by_name["dense"].flops_per_step
             by_name["fewer_steps"].steps = max(2, round(steps * share))
             progress.update(bar, description=f"{job.task}: sampling side by side")
             _race(entries, contestants, job, lambda: progress.advance(bar))
@@ -176,16 +206,15 @@ def _race(entries: list[Run], contestants: list[Contestant], job: Job, advance) 
     vae = ToyVAE.load()
     for number, (entry, contestant) in enumerate(zip(entries, contestants, strict=True)):
         if contestant.attachment is not None:
-            entry.report = contestant.attachment.finish()
-            # the session's clock also counts the others' turns
-            for step, seconds in zip(entry.report.steps, times[number], strict=True):
+            entry.record = contestant.attachment.finish()
+            # the engine's clock also counts the others' turns
+            for step, seconds in zip(entry.record.steps, times[number], strict=True):
                 step.seconds = seconds
-            entry.report.seconds = sum(times[number])
+            entry.record.seconds = sum(times[number])
         entry.videos = to_video(latents[number], vae)
-        entry.seconds_per_step = statistics.median(times[number])
-        pairs = zip(times[0], times[number], strict=False)
-        share = entry.steps / job.steps
-        entry.speedup_measured = statistics.median(a / b for a, b in pairs) / share
+        # the steps of a plan are not alike
+        entry.seconds_per_step = statistics.fmean(times[number])
+        entry.speedup_measured = sum(times[0]) / sum(times[number])
 
 
 def _compare(runs: list[Run], job: Job) -> None:
@@ -209,8 +238,10 @@ def neutral_is_exact(model, job: Job) -> bool:
     """With hooks on but nothing to drop, and with the hooks gone again: the same bytes."""
     options = job.options(2, rows=1)
     dense = sample(model, **options)
-    # dropping starts at the very end, so that every step keeps everything
-    for plan in (token_plan(0.0), token_plan(0.3, start=1.0), token_plan(0.0, "refresh")):
+    sigmas = tuple(sigmas_for(2, SHIFT)[:-1].tolist())
+    # attached, and every step computes everything: trimming starts behind the last one
+    later = Shares((*sigmas, 0.1), (1.0, 1.0, 0.5))
+    for plan in (TrimPlan(), paper(start=1.0), TrimPlan(shares=later)):
         with attach(model, plan, cond_or_uncond=(COND, UNCOND), shift=SHIFT):
             if not torch.equal(sample(model, **options), dense):
                 return False
@@ -229,5 +260,6 @@ def _environment() -> dict:
         "dtype": "float32",
         "guidance": GUIDANCE,
         "shift": SHIFT,
+        "speedup": SPEEDUP,
         "reselect_every": RESELECT_EVERY,
     }

@@ -7,12 +7,15 @@ import torch
 from PIL import Image
 
 from wantrim.demo.page import write_page
-from wantrim.demo.run import Contestant, Job, run_demo, token_plan
+from wantrim.demo.run import SPEEDUP, Contestant, Job, paper, run_demo
+from wantrim.engine.program import ALL, KEPT, Program, Row
 from wantrim.engine.record import Record, Step
-from wantrim.hosts.report_picture import draw_report, overlay
 from wantrim.methods.grid import TokenGrid
 from wantrim.methods.tokens import Selection
 from wantrim.methods.video_metrics import flicker, motion, psnr
+from wantrim.report.picture import draw_report, overlay
+from wantrim.report.words import record_text
+from wantrim.solve.dial import Dial
 from wantrim.toy.metrics import adherence, still_ground
 from wantrim.toy.world import held_out_scenes, parse_prompt, render
 
@@ -24,7 +27,7 @@ ROW = {
 
 @pytest.fixture(scope="module")
 def result():
-    return run_demo(steps=3, prompts=1, seed=0)
+    return run_demo(steps=5, prompts=1, seed=0)
 
 
 def test_demo_writes_everything_it_promises(result, tmp_path):
@@ -33,7 +36,7 @@ def test_demo_writes_everything_it_promises(result, tmp_path):
     assert data["neutral_exact"] is True
     assert data["environment"]["torch"] == torch.__version__
     names = [(run["task"], run["name"]) for run in data["runs"]]
-    kinds = ("dense", "tape_20", "tape_30", "tape_40", "refresh_30", "random_30", "fewer_steps")
+    kinds = ("dense", "default", "fewer_steps", "paper")
     assert names == [(task, kind) for task in ("t2v", "i2v") for kind in kinds]
     assert all(set(run) >= ROW for run in data["runs"])
     for task in ("t2v", "i2v"):
@@ -41,27 +44,44 @@ def test_demo_writes_everything_it_promises(result, tmp_path):
             assert sum(1 for _ in file.decode(video=0)) == 17
         assert Image.open(tmp_path / f"{task}_contact_sheet.png").width > 400
     page = (tmp_path / "report.html").read_text()
-    for name in ("t2v_side_by_side.mp4", "i2v_tape_30_report.png", "plots.png"):
+    for name in ("t2v_side_by_side.mp4", "i2v_default_report.png", "plots.png"):
         assert name in page
         assert (tmp_path / name).stat().st_size > 0
+    said = (tmp_path / "i2v_default_report.txt").read_text()
+    assert "everything ran as planned" in said and "of 5 steps" in said
+    assert said.splitlines()[0] in page
     assert not list(tmp_path.glob("*.partial"))
 
 
-def test_pruning_harder_costs_fewer_flops(result):
+def test_the_default_costs_what_was_asked_and_others_as_much(result):
     for task in ("t2v", "i2v"):
-        flops = [run.flops_per_step for run in result.runs if run.task == task][:4]
-        assert flops == sorted(flops, reverse=True)
-        assert flops[3] < 0.8 * flops[0]
-    dense = result.runs[0]
-    assert dense.speedup_measured == 1.0
-    assert dense.psnr_db is None
+        by_name = {run.name: run for run in result.runs if run.task == task}
+        dense = by_name["dense"]
+        assert (dense.speedup_measured, dense.speedup_flops, dense.psnr_db) == (1, 1, None)
+        assert by_name["default"].speedup_flops == pytest.approx(SPEEDUP, rel=0.03)
+        # 3 of 5 steps
+        assert by_name["fewer_steps"].speedup_flops == pytest.approx(5 / 3, rel=0.01)
+        assert by_name["default"].psnr_db > by_name["paper"].psnr_db + 5
+
+
+@pytest.mark.parametrize("task", ["t2v", "i2v"])
+def test_counted_flops_are_those_of_the_cost_model(task):
+    job = Job(task, held_out_scenes(1, seed=3), 0, 5)
+    contestant = Contestant("default", Dial(1.4))
+    contestant.prepare(job)
+    run = job.sampling(contestant.model)
+    dense = Contestant("dense").flops(job, 1)
+    counted = dense / contestant.flops(job, 5)
+    assert counted == pytest.approx(run.speedup(contestant.attachment.plan), rel=0.01)
+    assert counted == pytest.approx(1.4, rel=0.03)
 
 
 def test_counted_flops_match_the_work_that_the_report_states():
     # every cost but attention is linear in the tokens, so the count lies between the two laws
     job = Job("t2v", held_out_scenes(1, seed=3), 0, 5)
-    dense = Contestant("dense", None).flops(job, 1)
-    trimmed = Contestant("tape", token_plan(0.3, alpha=1.0)).flops(job, 5)
+    contestant = Contestant("paper", paper(0.7, alpha=1.0))
+    contestant.prepare(job)
+    trimmed, dense = contestant.flops(job, 5), Contestant("dense").flops(job, 1)
     # 4 of 16 blocks run on all 36 tokens of a latent frame, the others on 22, 23, 25, 27 and 29
     share = np.mean([kept / 36 for kept in (22, 23, 25, 27, 29)])
     linear = (4 + 12 * share) / 16
@@ -90,20 +110,24 @@ def test_metrics_on_truth():
     assert flicker(noisy, still_ground(noisy)) == pytest.approx(0.05, rel=0.1)
 
 
-def report_of(kept: list[int], frames=2) -> Report:
+def record_of(kept: list[int], frames=2) -> Record:
+    """A step of 4 blocks, of which the second ran on some tokens of each latent frame."""
     grid = TokenGrid(frames, 3, 4)
     index = torch.cat([torch.tensor(kept) + 12 * f for f in range(frames)])[None]
-    step = Step(0.9, 0.1, 0.5, grid, 4, calls=1, seconds=0.5)
-    step.record([None, Selection(index, grid.tokens, (len(kept),) * frames)])
+    whole, part = Row(ALL, grid.tokens), Row(KEPT, len(index[0]))
+    rows = [whole, part, whole, whole]
+    step = Step(0.9, 0.1, Program(tuple(rows), grid, len(kept)), calls=1, seconds=0.5)
+    choice = Selection(index, grid.tokens, (len(kept),) * frames)
+    step.close(rows, [None, choice, None, None])
     step.settle()
-    return Report("Wan", [step], planned="half", finished=True)
+    return Record("Wan", [step], planned="half", finished=True)
 
 
 def test_overlay_tints_what_was_left_out_in_its_latent_frame():
-    report = report_of([0, 1, 2])
+    record = record_of([0, 1, 2])
     # block 1 of 4 ran on 3 of 12 tokens a frame, the other blocks on all
-    assert report.steps[0].kept_per_block == [24, 6, 24, 24]
-    coverage = report.coverage().numpy()
+    assert record.steps[0].tokens_per_block == [24, 6, 24, 24]
+    coverage = record.coverage().numpy()
     assert coverage[0, 0].tolist() == pytest.approx([1, 1, 1, 0.75])
     for shade in (0.0, 1.0):
         video = np.full((5, 30, 40, 3), shade, np.float32)
@@ -115,26 +139,26 @@ def test_overlay_tints_what_was_left_out_in_its_latent_frame():
 
 @pytest.mark.parametrize("video", [None, np.ones((1, 31, 17, 3)), np.ones((17, 96, 96, 3))])
 def test_report_picture_draws_any_video_and_an_empty_run(video):
-    picture = draw_report(report_of([0, 1]), video)
+    picture = draw_report(record_of([0, 1]), video)
     assert picture.width == 960
     assert len(picture.getcolors(1 << 20)) > 3
-    assert draw_report(Report("Wan"), video).height > 50
+    assert draw_report(Record("Wan"), video).height > 50
 
 
 def test_a_video_that_is_not_the_grids_is_drawn_with_a_doubt():
     # 2 latent frames are 5 pixel frames
-    fits, other = (np.asarray(draw_report(report_of([0]), np.ones((n, 9, 9, 3)))) for n in (5, 6))
+    fits, other = (np.asarray(draw_report(record_of([0]), np.ones((n, 9, 9, 3)))) for n in (5, 6))
     caption = slice(72, 92)
     assert (other[caption] > 100).sum() > 1.2 * (fits[caption] > 100).sum()
 
 
 def test_report_text_says_what_did_not_happen():
-    report = report_of([0])
-    report.note("the sky fell")
-    report.note("the sky fell")
-    assert report.text().count("the sky fell") == 1
-    report.finished = False
-    assert "did not finish" in report.text()
-    assert "no sampling run" in Report().text()
-    untouched = Report("Wan", planned="nothing trimmed", finished=True, seconds=3.25)
-    assert "ran untouched, 3.2 s in all" in untouched.text()
+    record = record_of([0])
+    record.note("the sky fell")
+    record.note("the sky fell")
+    assert record_text(record).count("the sky fell") == 1
+    record.finished = False
+    assert "did not finish" in record_text(record)
+    assert "no sampling run" in record_text(Record())
+    untouched = Record("Wan", planned="nothing trimmed", finished=True, seconds=3.25)
+    assert "ran untouched, 3.2 s in all" in record_text(untouched)
