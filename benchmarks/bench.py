@@ -33,6 +33,24 @@ EVERY_ADAPTIVE = 2
 TUNE_ON = 4
 
 
+def sampling_of(subject: Subject, point: Point, item: Item) -> Run:
+    """How such a video is sampled, as the dial knows it."""
+    patch = subject.model.config.patch_size
+    image = subject.model_kwargs(item).get("encoder_hidden_states_image")
+    anchored = None
+    if item.condition is not None:
+        anchored = tuple((item.condition[:4].amax(0) > 0).all(-1).all(-1).tolist())
+    return Run(
+        wan_shape(subject.model, len(item.text), 0 if image is None else image.shape[1]),
+        TokenGrid(*(n // p for n, p in zip(subject.size, patch, strict=True))),
+        tuple(sigmas_for(point.steps, point.shift).tolist()),
+        point.shift,
+        point.prompts,
+        anchored,
+        starts_given=bool(anchored and anchored[0]),
+    )
+
+
 class Bench:
     """Dense videos are sampled once and kept in `folder`.
 
@@ -66,20 +84,8 @@ class Bench:
             f"{task}_{point.steps}_{point.guidance:g}_{point.shift:g}_{prompts}x{seeds}_{made_of}"
         )
         self.folder = folder
-        patch = subject.model.config.patch_size
-        self.grid = TokenGrid(*(n // p for n, p in zip(subject.size, patch, strict=True)))
-        image = subject.model_kwargs(self.items[0]).get("encoder_hidden_states_image")
-        tokens = len(self.items[0].text)
-        self.shape = wan_shape(subject.model, tokens, 0 if image is None else image.shape[1])
-        given = self.items[0].condition
-        anchored = None
-        if given is not None:
-            anchored = tuple((given[:4].amax(0) > 0).all(-1).all(-1).tolist())
-        # how a video is sampled, as the dial knows it
-        self.sampling = Run(
-            self.shape, self.grid, tuple(sigmas_for(point.steps, point.shift).tolist()),
-            point.shift, point.prompts, anchored, starts_given=bool(anchored and anchored[0]),
-        )  # fmt: skip
+        self.sampling = sampling_of(subject, point, self.items[0])
+        self.grid, self.shape = self.sampling.grid, self.sampling.shape
         self._dense: torch.Tensor | None = None
         self._tuner: Tuner | None = None
         self.dense_flops = 0

@@ -20,9 +20,10 @@ from pathlib import Path
 
 import torch
 
+from ..solve.dial import Run
 from ..toy import CHECKPOINT
-from .bench import Bench, read_result, write_result
-from .cases import DEFAULT, FAIR, POINTS, STUDY_TARGET, Case, Point, all_cases
+from .bench import Bench, read_result, sampling_of, write_result
+from .cases import DEFAULT, FAIR, POINTS, STUDY_TARGET, Case, Point, all_cases, solve_plan
 from .metrics import difference
 from .subjects import PROMPTS, Subject, read_prompts, real_subject, toy_subject
 from .table import COLUMNS, RESULTS, commit, merge_rows
@@ -50,10 +51,15 @@ def selected(
 
 
 def result_path(args: argparse.Namespace, task: str, point: Point, case: Case) -> Path:
+    """Where a finished case is kept; what the dial solves by its plan, which changes with the solver."""
+    key = case.key
+    if case.dial is not None:
+        plan = solve_plan(case, _sampling(load_subject(args), task, point))
+        key += f"_{hashlib.sha256(repr(plan.shares).encode()).hexdigest()[:8]}"
     model = Path(args.weights).name if args.weights else CHECKPOINT.stem
     sampling = f"{point.steps}_{point.guidance:g}_{point.shift:g}"
     run = f"{model}_{task}_{sampling}_{args.prompts}x{args.seeds}"
-    return Path(args.work) / f"{run}_{args.digest}__{case.key}.json"
+    return Path(args.work) / f"{run}_{args.digest}__{key}.json"
 
 
 def digest(args: argparse.Namespace) -> str:
@@ -93,6 +99,11 @@ def load_subject(args: argparse.Namespace) -> Subject:
         a.weights, a.components, a.prompt_file, tuple(a.images), a.width, a.height,
         a.pixel_frames, a.device, a.dtype,
     )  # fmt: skip
+
+
+@lru_cache(maxsize=8)
+def _sampling(subject: Subject, task: str, point: Point) -> Run:
+    return sampling_of(subject, point, subject.items(task, 1, 1)[0])
 
 
 @lru_cache(maxsize=8)
