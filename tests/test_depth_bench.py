@@ -10,6 +10,7 @@ from wantrim.benchmarks import depth, quality
 from wantrim.benchmarks.cases import POINTS, TOLERANCE, Case, Point
 from wantrim.benchmarks.depth import (
     PAPER_RATIO,
+    ROUTERS,
     TARGETS,
     DepthBench,
     DepthCase,
@@ -22,7 +23,7 @@ from wantrim.benchmarks.depth import (
 from wantrim.benchmarks.subjects import toy_subject
 from wantrim.benchmarks.table import read_rows
 from wantrim.hosts.diffusers.sample import sigmas_for
-from wantrim.methods.depth import SHAPES, SKIPPED, blocks_per_step
+from wantrim.methods.depth import SHAPES, blocks_per_step
 from wantrim.methods.fingerprint import Fingerprint
 from wantrim.methods.profile import Profile
 from wantrim.methods.routers import FixedRouter
@@ -41,11 +42,9 @@ def test_the_issue_is_covered():
     for target in TARGETS:
         rows = [case for case in cases if case.target == target]
         assert any(case.method == "fewer_steps" for case in rows)
-        plans = {(c.method, c.skipped) for c in rows if isinstance(c, DepthCase)}
-        names = ("profiled", "online", "random", "static")
-        assert {(name, skipped) for name in names for skipped in SKIPPED} <= plans
-        curves = {(c.curve, c.skipped) for c in rows if "curve" in c.groups}
-        assert curves == {(curve, skipped) for curve in SHAPES for skipped in SKIPPED}
+        plans = {c.method for c in rows if isinstance(c, DepthCase)}
+        assert plans == set(ROUTERS) == {"profiled", "random", "static"}
+        assert {c.curve for c in rows if "curve" in c.groups} == set(SHAPES)
 
 
 @pytest.mark.parametrize("point", POINTS)
@@ -58,8 +57,6 @@ def test_budgets_are_solved_for_the_real_mean(point):
         counts = blocks_per_step(plan, sigmas, point.shift, 16)
         assert statistics.fmean(counts) / 16 == share
         assert share == pytest.approx(case.target, abs=TOLERANCE)
-        if case.skipped == "reuse":
-            assert counts[0] == 16
         if not isinstance(plan.router, FixedRouter) and plan.budget.k_max < 1:
             assert plan.budget.k_max == pytest.approx(PAPER_RATIO * plan.budget.k_min)
 
@@ -77,25 +74,15 @@ def test_static_removal_takes_the_blocks_that_add_least():
     assert least_blocks(made, [0.25, 0.95], 3) == (1, 2, 3)
 
 
-@pytest.mark.parametrize(("router", "skipped"), [("online", "identity"), ("static", "identity")])
-def test_counted_flops_are_the_predicted_ones(toy, tmp_path, router, skipped):
+@pytest.mark.parametrize("router", ["profiled", "static"])
+def test_counted_flops_are_the_predicted_ones(toy, tmp_path, router):
     bench = DepthBench(toy, "t2v", FEW, 1, 1, tmp_path)
-    row = bench.run(depth_case("methods", 0.75, router, skipped=skipped))["row"]
+    row = bench.run(depth_case("methods", 0.75, router))["row"]
     assert row["flops_ratio"] == pytest.approx(row["predicted_ratio"], rel=0.02)
     assert row["flops_ratio"] == pytest.approx(0.75, abs=TOLERANCE)
     assert row["psnr_db"] < 60 and row["method"] == router
     # the model is as it was
     assert bench.run(quality.DENSE)["row"]["psnr_db"] == 100
-
-
-def test_reuse_keeps_more_than_the_identity(toy, tmp_path):
-    bench = DepthBench(toy, "t2v", Point(4, 1.0, shift=5.0), 1, 1, tmp_path)
-    rows = [
-        bench.run(depth_case("methods", 0.75, "profiled", skipped=skipped))["row"]
-        for skipped in SKIPPED
-    ]
-    assert abs(rows[0]["flops_ratio"] - rows[1]["flops_ratio"]) < 0.02
-    assert rows[1]["psnr_db"] > rows[0]["psnr_db"] + 2
 
 
 def test_the_command_writes_rows_and_takes_up_what_was_done(tmp_path, monkeypatch):

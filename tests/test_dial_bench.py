@@ -1,61 +1,60 @@
-"""The dial's bench: every priority has its rows, and a row costs what its target says."""
+"""The dial's bench: every number has its rows, and a row costs what was asked."""
 
 import sys
+from dataclasses import replace
 
 import pytest
 
-from wantrim.benchmarks import cases, dial, guidance
-from wantrim.benchmarks.cases import Point
-from wantrim.benchmarks.depth import DepthCase
-from wantrim.benchmarks.dial import TARGETS, WITH, WITHOUT, DialBench, DialCase, all_cases
+from wantrim.benchmarks import cases, dial
+from wantrim.benchmarks.bench import Bench
+from wantrim.benchmarks.cases import DEFAULT, SKIP, Point, dial_case, solve_plan
+from wantrim.benchmarks.dial import OPTIONS, OPTIONS_AT, SPEEDUPS, all_cases, target_of
 from wantrim.benchmarks.subjects import toy_subject
-from wantrim.benchmarks.table import RESULTS, read_rows
-from wantrim.methods.mixes import AUTO, MIXES, candidates
+from wantrim.solve.dial import MAX_SPEEDUP
+
+POINT = Point(6, 1.0, 5.0)
 
 
-def test_every_priority_has_a_row_beside_what_it_is_made_of():
+def test_every_number_has_a_row_beside_fewer_steps_and_every_option_its_own():
     cases = all_cases()
     assert len({case.key for case in cases}) == len(cases)
-    for target in TARGETS:
-        mine = [case for case in cases if case.target == target]
-        found = {(c.priority, c.setting) for c in mine if isinstance(c, DialCase)}
-        assert found == {(name, setting) for name in MIXES for setting in (WITH, WITHOUT)}
-        assert {"fewer_steps", "mixed_update_once"} <= {case.method for case in mine}
-    assert any(isinstance(case, DepthCase) for case in cases)
+    assert max(SPEEDUPS) == MAX_SPEEDUP
+    for speedup in SPEEDUPS:
+        mine = {case.method for case in cases if case.target == target_of(speedup)}
+        assert mine == {"fewer_steps", DEFAULT, SKIP}
+    for speedup in OPTIONS_AT:
+        mine = [c for c in cases if "options" in c.groups and c.target == target_of(speedup)]
+        # beside the same without an option
+        assert len(mine) == 1 + len(OPTIONS) and mine[0].setting == ""
+        assert all(c.dial.speedup == pytest.approx(speedup, rel=1e-2) for c in mine)
 
 
-@pytest.mark.parametrize("setting", [WITH, WITHOUT])
-def test_a_row_costs_its_share(tmp_path, setting):
-    bench = DialBench(toy_subject(), "t2v", Point(6, 1.0, 5.0), 1, 1, tmp_path)
-    result = bench.run(DialCase("dial", "balanced", setting, 0.67, None, "balanced"))
-    row = result["row"]
-    assert row["flops_ratio"] == pytest.approx(0.67, abs=0.03)
-    assert row["predicted_ratio"] == pytest.approx(row["flops_ratio"], rel=0.03)
-    assert row["knob"] and 10 < row["psnr_db"] < 60
+def test_an_option_reaches_the_plan(tmp_path):
+    run = Bench(toy_subject(), "t2v", POINT, 1, 1, tmp_path).sampling
+    case = dial_case("options", 0.67, dense_first_steps=3)
+    assert case.setting == "dense first steps 3"
+    assert solve_plan(case, run).shares.shares[:3] == (1.0,) * 3
+    whole = solve_plan(dial_case("options", 0.67, dense_last_steps=2), run).shares.shares
+    assert whole[-2:] == (1.0,) * 2 and min(whole) < 1
 
 
 @pytest.mark.parametrize("task", ["t2v", "i2v"])
-@pytest.mark.parametrize("steps", ["20", "4"])
-@pytest.mark.parametrize("setting", [WITH, WITHOUT])
-def test_what_auto_prefers_is_nowhere_behind_by_the_rows(task, steps, setting):
-    at = {"task": task, "steps": steps, "setting": setting, "target": "0.67", "prompts": "32"}
-    rows = {
-        row["method"]: row
-        for row in read_rows(RESULTS / "dial.csv")
-        if all(row[name] == value for name, value in at.items())
-    }
-    assert rows.keys() == MIXES.keys()
-
-    mine = rows[candidates(AUTO, task == "i2v")[0]]
-
-    # inside the interval of whichever leads
-    assert all(float(mine["psnr_hi"]) >= float(other["psnr_db"]) for other in rows.values())
+def test_a_row_costs_its_share(tmp_path, task):
+    bench = Bench(toy_subject(), task, POINT, 1, 1, tmp_path)
+    row = bench.run(dial_case("speedup", 0.67))["row"]
+    assert row["flops_ratio"] == pytest.approx(0.67, rel=0.03)
+    assert row["predicted_ratio"] == pytest.approx(row["flops_ratio"], rel=0.01)
+    assert "on a part of the tokens" in row["knob"] and 10 < row["psnr_db"] < 60
 
 
-def test_what_cannot_be_reached_has_no_row(tmp_path):
-    bench = DialBench(toy_subject(), "t2v", Point(2, 1.0, 5.0), 1, 1, tmp_path)
-    result = bench.run(DialCase("dial", "balanced", WITHOUT, 0.25, None, "balanced"))
-    assert "row" not in result and "is the nearest" in result["unreachable"]
+def test_without_context_steps_are_whole_or_repeated(tmp_path):
+    bench = Bench(toy_subject(), "t2v", POINT, 1, 1, tmp_path)
+    case = dial_case("speedup", 0.5, SKIP)
+    assert set(solve_plan(case, bench.sampling).shares.shares) == {0.0, 1.0}
+    partial = solve_plan(replace(case, context=True), bench.sampling).shares
+    assert not set(partial.shares) <= {0.0, 1.0}
+    row = bench.run(case)["row"]
+    assert row["flops_ratio"] == pytest.approx(3 / 6, rel=1e-3)
 
 
 def test_the_command_refuses_other_weights(monkeypatch, tmp_path):
@@ -66,10 +65,10 @@ def test_the_command_refuses_other_weights(monkeypatch, tmp_path):
         dial.main()
 
 
-def test_the_study_by_guidance_has_the_bench_to_compare_with():
-    known = {(c.method, c.setting) for c in (*cases.all_cases(), *all_cases()) if c.target == 0.67}
-
-    asked = {(c.method, c.setting) for c in guidance.all_cases()}
-
-    assert asked <= known and {"fewer_steps", "mixed_update_once", "tape"} <= {m for m, _ in asked}
-    assert {point.guidance for point in cases.POINTS}.isdisjoint(guidance.MORE)
+def test_the_fast_subset_is_one_number(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(dial, "run_cases", lambda args, cases, *rest: asked.append(cases))
+    monkeypatch.setattr(sys, "argv", ["dial", "--work", str(tmp_path)])
+    dial.main()
+    assert {case.target for case in asked[0]} == {1.0, target_of(1.5)}
+    assert cases.Case("speedup", "fewer_steps", "", target_of(1.5)) in asked[0]

@@ -13,7 +13,6 @@ from wantrim.benchmarks.students import (
     FEW,
     ROUTED,
     STAGES,
-    TOKENS,
     WIDTH,
     StudentBench,
     StudentCase,
@@ -64,10 +63,9 @@ def test_every_question_has_its_row():
     for case in mine:
         assert case.against is None or (*case.against, case.target) in known
     targets = {case.target for case in cases if case.method == "fewer_steps"}
-    assert targets == {WIDTH, ROUTED, TOKENS}
+    assert targets == {WIDTH, ROUTED}
     routers = {case.router for case in mine if case.target == ROUTED}
     assert routers == {"trained", "profiled", "random", "static"}
-    assert {case.keep_ratio for case in mine if case.target == TOKENS} == {students.KEEP}
     assert all(case.steps == 4 for case in mine if case.target == FEW)
 
 
@@ -89,16 +87,6 @@ def test_flops_are_the_predicted_ones_and_the_full_model_is_left_as_it_was(
     row = bench.run(few)["row"]
     assert row["flops_ratio"] == pytest.approx(0.25, rel=0.02) and row["psnr_db"] < 60
     assert bench.run(DENSE)["row"]["psnr_db"] == 100
-
-
-def test_dropped_tokens_make_a_student_cheaper(toy, runs, tmp_path, monkeypatch):
-    monkeypatch.setattr(students, "RUNS", runs)
-    bench = StudentBench(toy, "t2v", POINT, 1, 1, tmp_path)
-    path = "tiny/3-router"
-    whole = bench.run(student("whole", ROUTED, path, router="trained"))["row"]
-    some = bench.run(student("some", TOKENS, path, router="trained", keep_ratio=0.5))["row"]
-    assert some["flops_ratio"] < 0.9 * whole["flops_ratio"]
-    assert some["parameter_ratio"] == whole["parameter_ratio"]
 
 
 def test_the_command_says_which_students_are_missing(tmp_path, monkeypatch):
