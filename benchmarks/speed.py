@@ -20,11 +20,13 @@ from pathlib import Path
 import torch
 
 from ..engine.plan import TrimPlan
+from ..solve.dial import flops
 from .speed_gpu import ask_for_gpu, gpu_rows, rows_to_fill
 from .speed_models import Runner, build, sharing
-from .speed_plans import ATTACHED, Size, plans, steady_work
-from .speed_probes import interval, overhead, peak_bytes, take_turns
+from .speed_plans import ATTACHED, PAPER, PARTIAL, REPEATED, WHOLE, Size, plans, ratio, steady_work
+from .speed_probes import interval, overhead, peak_bytes, take_turns, trimmed_blocks
 from .table import RESULTS, commit, merge_rows, read_rows
+from .traffic import Traffic
 
 log = logging.getLogger(__name__)
 COLUMNS = (
@@ -36,7 +38,7 @@ KEY = ("case", "host", "device", "dtype", "tokens", "plan", "compiled")
 ROOT = Path(__file__).resolve().parent.parent
 # what is timed, and what it is held against
 TESTS = (
-    "test_tokens.py", "test_attend.py", "test_heads.py", "test_restore.py", "test_skipping.py",
+    "test_tokens.py", "test_attend.py", "test_heads.py", "test_skipping.py", "test_engine.py",
     "test_diffusers_host.py",
 )  # fmt: skip
 KERNEL_TESTS = ("test_kernels.py",)
@@ -49,13 +51,12 @@ HEAVY = Size("narrow, 4 blocks", 384, 3, 1536, 4, (21, 32, 64))
 SMALL = Size("narrow, 4 blocks", 384, 3, 1536, 4, (5, 16, 16))
 # as many blocks as 1.3B has, and so little in them that what is around them shows
 HOLLOW = Size("48 wide, 30 blocks", 48, 4, 64, 30, (3, 8, 8))
-LONG_PLANS = ("tokens 0.7, refresh", "heads 0.7, others off", "heads 0.7, others demoted")
+LONG_PLANS = (PARTIAL, "heads 0.7, others off", "heads 0.7, others demoted")
 SHORT_PLANS = (
-    "tokens 0.7, refresh", "tokens 0.7, paper", "blocks 0.75, identity", "blocks 0.75, reuse",
-    "all together",
+    PARTIAL, REPEATED, PAPER, "blocks 0.75, identity", f"{PAPER}, heads and blocks",
 )  # fmt: skip
-HEAVY_PLANS = ("blocks 0.75, identity", "blocks 0.75, reuse")
-COMPILED_PLANS = ("tokens 0.7, refresh", "blocks 0.75, reuse", "heads 0.7, others off")
+HEAVY_PLANS = (PARTIAL, PAPER, "blocks 0.75, identity")
+COMPILED_PLANS = (PARTIAL, PAPER, "blocks 0.75, identity", "heads 0.7, others off")
 NEUTRAL = "neutral"
 ATTACHED_NAME = "attached, outside its percents"
 
@@ -94,7 +95,7 @@ def row(size: Size, plan: str, taken: Sequence[tuple[float, float]], **more) -> 
         "speedup_lo": low,
         "speedup_hi": high,
         "predicted": predicted,
-        "efficiency": speedup / predicted,
+        "efficiency": speedup / predicted if predicted else "",
         "compiled": "no",
         "commit": commit(),
         "torch": torch.__version__,
@@ -112,20 +113,18 @@ def time_plans(
     model, chosen = build(size), {name: plans(size)[name] for name in names}
     others = {name: Runner(model, size, plan, compiled) for name, plan in chosen.items()}
     dense = Runner(model, size, compiled=compiled)
-    # to warm up; the first step of a plan that repeats something computes all
+    # to warm up; the first steps of a plan that repeats something compute all
     dense.step()
     for name, plan in chosen.items():
-        remembers = plan.tokens is not None and plan.tokens.remembers
-        remembers |= plan.blocks is not None and plan.blocks.skipped == "reuse"
-        if remembers or compiled != "no":
+        for _ in range(WHOLE * plan.trims_shares):
             others[name].step()
         if compiled != "no":
             # the trimmed shape is compiled, too
             others[name].step()
-    whole = steady_work(size, TrimPlan()).flops
+    whole = steady_work(size, TrimPlan())
     rows = []
     for name, taken in take_turns(dense, others, rounds).items():
-        predicted = whole / steady_work(size, chosen[name]).flops
+        predicted = ratio(flops, whole, steady_work(size, chosen[name]))
         rows.append(row(size, name, taken, predicted=predicted, compiled=compiled))
         others[name].close()
         say(rows[-1])
@@ -154,13 +153,13 @@ def time_overhead(size: Size, pairs: int) -> list[dict[str, object]]:
 
 
 def measure_memory(size: Size, rows: list[dict[str, object]]) -> None:
-    """Fill in the peak of three steps, and by how many hidden states it is above that of dense."""
+    """Fill in the peak of four steps, and by how many hidden states it is above that of dense."""
     model, named = build(size), plans(size)
     state = size.grid.tokens * size.dim * next(model.parameters()).element_size()
 
     def peak(plan) -> int:
         runner = Runner(model, size, plan)
-        most = peak_bytes(lambda: [runner.step() for _ in range(3)])
+        most = peak_bytes(lambda: [runner.step() for _ in range(WHOLE + 2)])
         runner.close()
         return most
 
@@ -173,16 +172,32 @@ def measure_memory(size: Size, rows: list[dict[str, object]]) -> None:
             log.info("%s: %.2f hidden states above dense", made["plan"], made["extra_states"])
 
 
+def measure_traffic(size: Size, rows: list[dict[str, object]]) -> None:
+    """Note what a trimmed block launches, moves and allocates beside its own work, in the mean."""
+    model, named = build(size), plans(size)
+    for made in rows:
+        found = trimmed_blocks(model, size, named[made["plan"]])
+        if found:
+            mean = sum(found, Traffic()) * (1 / len(found))
+            made["note"] = (
+                f"a trimmed block: {mean.launches:.1f} launches, {mean.moved:.1f} hidden states "
+                f"moved and {mean.allocated:.1f} allocated beside its own"
+            )
+            log.info("%s: %s", made["plan"], made["note"])
+
+
 def backend() -> str:
     """Of torch.compile: inductor needs a C++ compiler for the CPU; the other compiles nothing."""
     return "inductor" if shutil.which("g++") else "aot_eager"
 
 
 def say(made: dict[str, object]) -> None:
+    expected = made["predicted"]
     log.info(
-        "%s, %s (compiled: %s): %.0f ms dense, %.0f ms trimmed, %.3fx of %.3fx, efficiency %.2f",
+        "%s, %s (compiled: %s): %.1f ms dense, %.1f ms trimmed, %.3fx%s",
         made["case"], made["plan"], made["compiled"], made["dense_ms"], made["trimmed_ms"],
-        made["speedup"], made["predicted"], made["efficiency"],
+        made["speedup"],
+        f" of {expected:.3f}x, efficiency {made['efficiency']:.2f}" if expected else "",
     )  # fmt: skip
 
 
@@ -222,6 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         keep(time_overhead(size, args.pairs))
     small = time_plans(SMALL, list(plans(SMALL)), 3)
     measure_memory(SMALL, small)
+    measure_traffic(SMALL, small)
     keep(small)
     keep(time_plans(SMALL, COMPILED_PLANS, 5, backend()))
     if args.small:

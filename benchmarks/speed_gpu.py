@@ -14,12 +14,13 @@ from .. import kernels
 from ..engine.plan import TrimPlan
 from ..kernels import reference
 from ..methods.cost import Work
-from ..methods.importance import Evidence, attention_received, sample_queries
+from ..methods.importance import attention_received, sample_queries
 from ..methods.tokens import select_tokens
+from ..solve.dial import flops
 from ..solve.floor import Rates, device_rates
 from .speed_comfyui import time_in_comfyui
 from .speed_models import Runner, build
-from .speed_plans import Size, plans, steady_work
+from .speed_plans import PAPER, PARTIAL, SHARE, WHOLE, Size, plans, ratio, steady_work
 from .speed_probes import peak_bytes, take_turns
 
 log = logging.getLogger(__name__)
@@ -32,9 +33,9 @@ MODELS = {"1.3B": (1536, 12, 8960, 30), "14B": (5120, 40, 13824, 40)}
 FEWEST = 4
 # bytes that a forward needs beside the weights, in hidden states of 2 bytes a number
 ROOM = 40
-KERNELS = ("token_mass", "frame_mass", "smooth_select", "rms_rope")
+KERNELS = ("token_mass", "frame_mass", "smooth_select")
 SELECTION = "choosing tokens"
-TOKEN_PLANS = ("tokens 0.7, refresh", "tokens 0.7, paper")
+TOKEN_PLANS = (PARTIAL, PAPER)
 KERNEL_PLAN = "kernel against the reference"
 
 
@@ -87,10 +88,8 @@ def comfyui_rows(
         found = time_in_comfyui(comfyui, size, 3, Path(folder), **options)
     whole, rows = steady_work(size, TrimPlan()), []
     for name, taken in found["taken"].items():
-        left = steady_work(size, plans(size)[name])
-        predicted = whole.flops / left.flops
-        if rates is not None:
-            predicted = rates.seconds(whole) / rates.seconds(left)
+        cost = flops if rates is None else rates.seconds
+        predicted = ratio(cost, whole, steady_work(size, plans(size)[name]))
         common = {"host": "comfyui", "device": found["device"], "dtype": found["dtype"]}
         rows.append(row(size, name, taken, predicted=predicted, **common))
     return rows
@@ -175,10 +174,10 @@ def _time_size(row: Callable[..., Row], size: Size, rounds: int = 3) -> list[Row
     # one plan at a time, since each holds what it remembers
     for name, plan in plans(size).items():
         other = Runner(model, size, plan)
-        peak = peak_bytes(lambda other=other: [other.step() for _ in range(2)])
+        peak = peak_bytes(lambda other=other: [other.step() for _ in range(WHOLE + 1)])
         taken = take_turns(dense, {name: other}, rounds)[name]
         other.close()
-        predicted = rates.seconds(whole) / rates.seconds(steady_work(size, plan))
+        predicted = ratio(rates.seconds, whole, steady_work(size, plan))
         floor = 1000 * rates.seconds(steady_work(size, plan))
         note = f"floor {floor:.0f} ms at the rates measured in this run"
         more = {"peak_mb": peak / 2**20, "extra_states": (peak - dense_peak) / state}
@@ -192,15 +191,19 @@ def _selection_row(row, size: Size, name: str, plan: TrimPlan, forward: float, c
     """Scores, smoothing and top-k of a step beside its trimmed forward."""
     grid, tokens = size.grid, plan.tokens
     options = {"device": "cuda", "dtype": torch.bfloat16}
-    hidden = torch.randn(1, grid.tokens, size.dim, **options)
-    evidence = Evidence(grid, hidden, hidden, change=hidden.float().norm(dim=-1))
-    q = k = hidden.view(1, grid.tokens, size.heads, -1)
-    times = sum(tokens.reselects(i) for i in range(size.blocks - 1))
+    q = k = torch.randn(1, grid.tokens, size.heads, size.dim // size.heads, **options)
+    change = torch.rand(1, grid.tokens, device="cuda")
+    times = 1
+    if tokens is not None:
+        times = sum(tokens.reselects(i) for i in range(size.blocks - 1))
 
     def choose() -> None:
-        if tokens.needs_attention:
-            evidence.received = attention_received(grid, q, k, tokens.query_ratio)
-        select_tokens(tokens, evidence, tokens.budget(0.5, grid))
+        if tokens is None:
+            select_tokens(change, grid, grid.tokens, round(SHARE * grid.per_frame))
+            return
+        received = attention_received(grid, q, k, tokens.query_ratio)
+        budget = tokens.budget(0.5, grid)
+        select_tokens(received, grid, grid.tokens, budget, alpha=tokens.alpha)
 
     took = times * milliseconds(choose)
     made = row(size, f"{SELECTION}, {name}", [(forward, took)], **common)
@@ -245,21 +248,14 @@ def kernel_cases(
         twice = Work(0, 4 * len(index) * grid.tokens * dim, 2 * grid.tokens * dim)
         scores = draw(1, grid.frames, grid.per_frame, dtype=torch.float32)
         chosen = (scores, round(0.7 * grid.per_frame), 0.5)
-        rotary = draw(grid.tokens, dim // heads // 2, 2, 2, dtype=torch.float32)
-        rope = (draw(1, grid.tokens, dim), draw(1, grid.tokens, dim), draw(dim), draw(dim))
-        # fp32 in numbers of 2 bytes: scores in and int64 positions out, and a rotation for a pair
+        # fp32 in numbers of 2 bytes: scores in and int64 positions out
         choosing = Work(0, 0, 2 * grid.tokens + 4 * round(0.7 * grid.tokens))
-        turning = Work(0, 0, 4 * grid.tokens * dim + 4 * grid.tokens * dim // heads)
         for name, arguments, options, work in (
             ("token_mass", mass, {"exclude_radius": 2}, twice),
             ("frame_mass", mass, {}, twice),
             ("smooth_select", chosen, {}, choosing),
-            ("rms_rope", (*rope, rotary, heads), {}, turning),
         ):
-            if hasattr(reference, name):
-                yield KernelCase(
-                    name, replace(size, name=f"kernel {name}"), arguments, options, work
-                )
+            yield KernelCase(name, replace(size, name=f"kernel {name}"), arguments, options, work)
 
 
 def _kernel_row(row: Callable[..., Row], case: KernelCase) -> Row:

@@ -49,7 +49,7 @@ class Runner:
         if compiled != "no":
             self.model.compile_repeated_blocks(backend=compiled)
         if plan is not None:
-            self.attachment = attach(self.model, plan, sigmas=SIGMAS)
+            self.attachment = attach(self.model, plan)
         weight = next(model.parameters())
         options = {"device": weight.device, "dtype": weight.dtype}
         draw = torch.Generator(weight.device).manual_seed(1)
@@ -74,5 +74,5 @@ class Runner:
 
     def close(self) -> None:
         if self.attachment is not None:
-            self.attachment.session.finish(True)
+            self.attachment.engine.finish(True)
             self.attachment.detach()

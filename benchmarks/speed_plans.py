@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..engine.plan import TrimPlan
-from ..methods.cost import WanShape
+from ..engine.program import expected_programs
+from ..engine.work import program_work
+from ..methods.cost import WanShape, Work
 from ..methods.depth import BlockBudget, BlockPlan
 from ..methods.grid import TokenGrid
 from ..methods.heads import FRAME, FULL, OFF, HeadPlan
-from ..methods.presets import preset_plan
 from ..methods.routers import RandomRouter
-from ..solve.floor import run_work
+from ..methods.shares import Shares
+from ..methods.tokens import paper_plan
 
 TEXT_TOKENS = 512
 # share of the tokens, the heads and the blocks that the plans keep
 KEEP, HEADS_KEPT, BLOCKS_RUN = 0.7, 0.7, 0.75
+# share of a partial step of the default
+SHARE = 0.3
 # inside the middle stage of a falling schedule, where it keeps its mean
 SIGMAS = tuple(0.595 - 0.001 * step for step in range(180))
+# steps that compute everything before all that follow are alike
+WHOLE = 2
 
 
 @dataclass(frozen=True)
@@ -63,33 +69,46 @@ def head_plan(size: Size, patterns: Sequence[str]) -> HeadPlan:
     return HeadPlan(tuple(rows), ((FULL,) * size.heads,) * size.blocks)
 
 
+def shares(later: float) -> Shares:
+    """Two whole steps, then this share in all others."""
+    whole = (1.0,) * WHOLE
+    return Shares(SIGMAS, (*whole, *[later] * (len(SIGMAS) - WHOLE)))
+
+
+PARTIAL, REPEATED, PAPER = f"share {SHARE}, context", "share 0, repeated", f"tokens {KEEP}, paper"
+
+
 def plans(size: Size) -> dict[str, TrimPlan]:
     """What is timed, by its words in the column `plan`."""
-    budget = BlockBudget(BLOCKS_RUN, BLOCKS_RUN, "constant")
-    reuse = BlockPlan(RandomRouter(), budget, "reuse")
     demoted = head_plan(size, (FRAME, "tile2"))
     made = {
-        "tokens 0.7, refresh": TrimPlan(preset_plan("refresh", KEEP)),
-        "tokens 0.7, paper": TrimPlan(preset_plan("paper", KEEP)),
+        PARTIAL: TrimPlan(shares=shares(SHARE)),
+        REPEATED: TrimPlan(shares=shares(0.0)),
+        PAPER: TrimPlan(paper_plan(KEEP)),
         "heads 0.7, others off": TrimPlan(heads=head_plan(size, (OFF,))),
         "heads 0.7, others demoted": TrimPlan(heads=demoted),
+        f"{PARTIAL}, heads 0.7 demoted": TrimPlan(heads=demoted, shares=shares(SHARE)),
     }
     if size.blocks < 4:
         # the first block and the last always run
         return made
+    blocks = BlockPlan(RandomRouter(), BlockBudget(BLOCKS_RUN, BLOCKS_RUN, "constant"))
     return made | {
-        "blocks 0.75, identity": TrimPlan(blocks=BlockPlan(RandomRouter(), budget)),
-        "blocks 0.75, reuse": TrimPlan(blocks=reuse),
-        "all together": TrimPlan(preset_plan("refresh", KEEP), demoted, reuse),
+        "blocks 0.75, identity": TrimPlan(blocks=blocks),
+        f"{PAPER}, heads and blocks": TrimPlan(paper_plan(KEEP), demoted, blocks),
     }
 
 
 # attached, and its steps compute everything
-ATTACHED = TrimPlan(preset_plan("refresh", KEEP, start=0.9))
+ATTACHED = TrimPlan(paper_plan(KEEP, start=0.9))
 
 
-def steady_work(size: Size, plan: TrimPlan):
-    """Work of a forward once what it repeats is known: a step after the one that computes all."""
-    parts = {"tokens": plan.tokens, "heads": plan.heads, "blocks": plan.blocks, "prompts": 1}
-    first, both = (run_work(size.shape, size.grid, SIGMAS[:n], **parts) for n in (1, 2))
-    return both + first * -1
+def steady_work(size: Size, plan: TrimPlan) -> Work:
+    """Work of a forward once what it repeats is known: a step after those that compute all."""
+    steps = expected_programs(plan, SIGMAS[: WHOLE + 1], 1.0, size.grid, size.blocks)
+    return program_work(size.shape, steps[-1], plan)
+
+
+def ratio(cost: Callable[[Work], float], whole: Work, left: Work) -> float | str:
+    """Expected speed-up; empty for a forward that repeats all: what is left of it is no work."""
+    return cost(whole) / cost(left) if left.flops else ""

@@ -1,4 +1,4 @@
-"""How the speed bench measures: turns, their certainty, and the peak of memory."""
+"""How the speed bench measures: turns, their certainty, the peak of memory, and traffic."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from contextlib import contextmanager
 
 import torch
 
+from ..engine.plan import TrimPlan
+from ..engine.program import KEPT
 from .speed_models import Runner
+from .speed_plans import WHOLE, Size
+from .traffic import Traffic, watch_blocks
 
 
 def timed(runner: Runner) -> float:
@@ -86,6 +90,25 @@ def interval(ratios: Sequence[float], draws: int = 2000) -> tuple[float, float]:
     chance = random.Random(0)
     medians = sorted(statistics.median(chance.choices(ratios, k=len(ratios))) for _ in range(draws))
     return medians[int(0.025 * draws)], medians[int(0.975 * draws)]
+
+
+def trimmed_blocks(model, size: Size, plan: TrimPlan) -> list[Traffic]:
+    """What each trimmed block of a steady step costs beside its own work, bytes in hidden states.
+
+    A hidden state is that of all tokens.
+    """
+    runner = Runner(model, size, plan)
+    for _ in range(WHOLE):
+        runner.step()
+    with watch_blocks(runner.attachment.engine) as found:
+        runner.step()
+    runner.close()
+    state = size.grid.tokens * size.dim * next(model.parameters()).element_size()
+    return [
+        Traffic(cost.launches, cost.moved / state, cost.allocated / state)
+        for row, cost in found
+        if row.run == KEPT or row.heads
+    ]
 
 
 def peak_bytes(work: Callable[[], object]) -> int:

@@ -1,0 +1,146 @@
+"""What a piece of work launches, moves and allocates, operation by operation. Knows nothing but torch.
+
+Bytes are those that an ideal kernel of each operation reads and writes: of an expanded tensor what is
+stored, of a gathered one what is taken. Attention itself is not counted: it is the block's own, and
+what it reads depends on the kernel.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Operations that are no views, bytes read and written, and bytes of new tensors."""
+
+    launches: float = 0
+    moved: float = 0
+    allocated: float = 0
+
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(
+            self.launches + other.launches,
+            self.moved + other.moved,
+            self.allocated + other.allocated,
+        )
+
+    def __mul__(self, times: float) -> Traffic:
+        return Traffic(self.launches * times, self.moved * times, self.allocated * times)
+
+    def __sub__(self, other: Traffic) -> Traffic:
+        return self + other * -1
+
+
+# take some rows of their first input
+TAKING = {"gather", "index_select", "index", "embedding"}
+# put some rows into their first input, in place
+PUTTING = {"scatter_", "index_copy_", "index_put_", "scatter"}
+# allocate and write nothing
+EMPTY = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+
+
+def stored(tensor: torch.Tensor) -> int:
+    """Bytes that a tensor's numbers take in memory, those that it repeats once."""
+    sizes = zip(tensor.shape, tensor.stride(), strict=True)
+    return tensor.element_size() * math.prod(size for size, stride in sizes if stride or not size)
+
+
+class _Counter(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.total = Traffic()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        name = func._schema.name.removeprefix("aten::")
+        if "attention" in name:
+            return out
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
+        known = {tensor.untyped_storage().data_ptr() for tensor in inputs}
+        new = [t for t in outputs if t.untyped_storage().data_ptr() not in known]
+        if not new and not func._schema.is_mutable:
+            # a view
+            return out
+        allocated = sum(map(stored, new))
+        if name in EMPTY:
+            self.total += Traffic(0, 0, allocated)
+            return out
+        self.total += Traffic(1, _moved(name, inputs, outputs), allocated)
+        return out
+
+
+def _moved(name: str, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> int:
+    written = sum(map(stored, outputs))
+    if name in TAKING:
+        return 2 * written + sum(map(stored, inputs[1:]))
+    if name in PUTTING:
+        # what is put is read, then written
+        moved = sum(map(stored, inputs[1:])) + stored(inputs[-1])
+        # into a copy
+        return moved if name.endswith("_") else moved + 2 * written
+    read = inputs[1:] if name in ("copy_", "fill_", "zero_") else inputs
+    return sum(map(stored, read)) + written
+
+
+@torch.no_grad()
+def count_traffic(work: Callable[[], object]) -> Traffic:
+    """What `work()` launches, moves and allocates."""
+    with _Counter() as counter:
+        work()
+    return counter.total
+
+
+@contextmanager
+def watch_blocks(engine) -> Iterator[list[tuple[object, Traffic]]]:
+    """What each block that runs within the context costs beside its own work, with its row.
+
+    Its own work is that of the host's block alone, on the tokens that it was given.
+
+    Args:
+        engine: of any host.
+    """
+    found: list[tuple[object, Traffic]] = []
+    begin = engine.begin
+
+    def watched(**facts):
+        call = begin(**facts)
+        block = call.block
+
+        def run(index: int, host):
+            given = _Given(host)
+            results = []
+            total = count_traffic(lambda: results.append(block(index, given)))
+            if given.ran is not None:
+                own = count_traffic(lambda: host.run(*given.ran, None))
+                found.append((call.rows[index], total - own))
+            return results[0]
+
+        call.block = run
+        return call
+
+    engine.begin = watched
+    try:
+        yield found
+    finally:
+        del engine.begin
+
+
+class _Given:
+    """A host's block that keeps what it is given."""
+
+    def __init__(self, host):
+        self._host, self.hidden, self.ran = host, host.hidden, None
+
+    def run(self, hidden, places, attend):
+        self.ran = hidden, places
+        return self._host.run(hidden, places, attend)
