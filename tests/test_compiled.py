@@ -7,55 +7,48 @@ from torch._dynamo.testing import CompileCounter
 from wantrim.engine.compiled import outside_graphs
 from wantrim.engine.plan import TrimPlan
 from wantrim.hosts.diffusers.attach import attach
-from wantrim.hosts.diffusers.weights import new_transformer
 from wantrim.methods.depth import BlockBudget, BlockPlan
 from wantrim.methods.heads import FRAME, FULL, OFF, HeadPlan
-from wantrim.methods.presets import preset_plan
 from wantrim.methods.routers import RandomRouter
+from wantrim.methods.shares import Shares
+from wantrim.methods.tokens import paper_plan
+from wantrim.tests.small_wan import noise, random_wan, words
 
 BLOCKS, HEADS = 4, 4
 SIGMAS = (0.95, 0.8, 0.7, 0.5, 0.3)
 HALF = BlockBudget(0.5, 0.8)
 WHOLE = ((FULL,) * HEADS,) * BLOCKS
+SHARES = Shares(SIGMAS, (1, 1, 0.4, 0, 0.3))
 PLANS = {
     # dense at first: what a graph of the first step would repeat
-    "refresh": TrimPlan(preset_plan("refresh", 0.6)),
-    "auto": TrimPlan(preset_plan("auto", 0.6)),
-    "paper": TrimPlan(preset_plan("paper", 0.6, reselect_every=2)),
-    "some steps": TrimPlan(preset_plan("refresh", 0.6, start=0.25, end=0.6)),
+    "shares": TrimPlan(shares=SHARES),
+    "tape": TrimPlan(paper_plan(0.6, reselect_every=2)),
     "blocks": TrimPlan(blocks=BlockPlan(RandomRouter(), HALF)),
-    "reuse": TrimPlan(blocks=BlockPlan(RandomRouter(), HALF, "reuse")),
-    "heads": TrimPlan(heads=HeadPlan(((OFF, FRAME, "tile2", FULL),) * BLOCKS, WHOLE)),
+    "heads and shares": TrimPlan(
+        heads=HeadPlan((WHOLE[0], (OFF, FRAME, FULL, FULL), *WHOLE[2:]), WHOLE), shares=SHARES
+    ),
     "all": TrimPlan(
-        preset_plan("refresh", 0.6),
+        paper_plan(0.6, reselect_every=2),
         HeadPlan((WHOLE[0], (OFF, FRAME, FULL, FULL), *WHOLE[2:]), WHOLE),
-        BlockPlan(RandomRouter(), HALF, "reuse"),
+        BlockPlan(RandomRouter(), HALF),
+        Shares(SIGMAS, (1, 0, 1, 1, 0)),
     ),
 }
 # whole and trimmed sequence; blocks under a tap are not compiled
-GRAPHS = {"blocks": 1, "reuse": 1, "heads": 0}
+GRAPHS = {"blocks": 1, "shares": 1, "heads and shares": 1}
 
 
 def new_model():
-    torch.manual_seed(0)
-    model = new_transformer(
-        dim=48, num_heads=HEADS, num_layers=BLOCKS, ffn_dim=64, in_dim=16, out_dim=16, text_dim=24
-    )
-    for block in model.blocks:
-        torch.nn.init.normal_(block.scale_shift_table, std=0.5)
-    return model.requires_grad_(False).eval()
+    return random_wan(BLOCKS, heads=HEADS)
 
 
 @torch.no_grad()
 def steps(model, plan: TrimPlan) -> list[torch.Tensor]:
-    draw = torch.Generator().manual_seed(3)
-    latent = torch.randn(1, 16, 3, 8, 8, generator=draw)
-    text = torch.randn(1, 7, 24, generator=draw)
-    made = []
-    with attach(model, plan, sigmas=SIGMAS):
+    latent, made = noise(1, 16, 3, 8, 8), []
+    with attach(model, plan):
         for index, sigma in enumerate(SIGMAS):
             timestep = torch.tensor([1000 * sigma])
-            made.append(model(latent * (1 - 0.05 * index), timestep, text, return_dict=False)[0])
+            made.append(model(latent * (1 - 0.05 * index), timestep, words(), return_dict=False)[0])
     return made
 
 
@@ -83,10 +76,10 @@ def test_compiled_blocks_follow_each_steps_decision(name, unsafe):
 
 
 def test_an_attached_plan_can_be_compiled_afterwards_and_taken_off():
-    dense, plan = steps(new_model(), TrimPlan()), PLANS["refresh"]
+    dense, plan = steps(new_model(), TrimPlan()), PLANS["shares"]
     expected = steps(new_model(), plan)
     model = new_model()
-    with attach(model, plan, sigmas=SIGMAS):
+    with attach(model, plan):
         model.compile_repeated_blocks(backend="eager")
     for got, wanted in zip(steps(model, plan), expected, strict=True):
         assert torch.equal(got, wanted)

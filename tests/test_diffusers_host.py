@@ -8,41 +8,24 @@ from wantrim.engine.engine import COND, UNCOND
 from wantrim.engine.plan import TrimPlan
 from wantrim.hosts.diffusers.attach import attach
 from wantrim.hosts.diffusers.sample import sample, sigmas_for
-from wantrim.hosts.diffusers.weights import new_transformer
-from wantrim.methods.importance import IMPORTANCE
 from wantrim.methods.schedule import Schedule
+from wantrim.methods.shares import Shares
 from wantrim.methods.tokens import TokenPlan
+from wantrim.report.words import record_text
+from wantrim.tests.small_wan import SIZE, condition, random_wan
+from wantrim.tests.small_wan import words as text
 
 BLOCKS = 5
-SIZE = (3, 8, 6)
 BOTH = (COND, UNCOND)
 
 
-def wan(in_dim=16, seed=0) -> WanTransformer3DModel:
-    torch.manual_seed(seed)
-    model = new_transformer(
-        dim=48, num_heads=4, num_layers=BLOCKS, ffn_dim=64, in_dim=in_dim, out_dim=16, text_dim=24
-    )
-    # the stock gates are so small that a broken block would hardly show
-    for block in model.blocks:
-        torch.nn.init.normal_(block.scale_shift_table, std=0.5)
-    return model.eval()
+def wan(in_dim=16) -> WanTransformer3DModel:
+    return random_wan(BLOCKS, in_dim)
 
 
 def tokens(keep=0.5, **options) -> TrimPlan:
     options = {"reselect_every": 2} | options
     return TrimPlan(TokenPlan(Schedule(keep, "constant"), **options))
-
-
-def text(batch=1) -> torch.Tensor:
-    return torch.randn(batch, 7, 24, generator=torch.Generator().manual_seed(9))
-
-
-def condition(batch=1, given=(0,)) -> torch.Tensor:
-    image = torch.randn(batch, 20, *SIZE, generator=torch.Generator().manual_seed(8))
-    image[:, :4] = 0
-    image[:, :4, list(given)] = 1
-    return image
 
 
 def run(model, plan=None, cond_or_uncond=BOTH, batch=1, **options):
@@ -63,7 +46,15 @@ def watch_widths(model) -> list[int]:
 
 @pytest.mark.parametrize(("in_dim", "given"), [(16, None), (36, None), (36, (0,)), (36, (0, 2))])
 @pytest.mark.parametrize(
-    "plan", [tokens(1.0), tokens(0.5, start=1.0), tokens(0.5, reselect_every=1)]
+    "plan",
+    [
+        tokens(1.0),
+        tokens(0.5, start=1.0),
+        tokens(0.5, reselect_every=1),
+        TrimPlan(shares=Shares((1.0, 0.5), (1, 1))),
+        # no step is near the one that is repeated
+        TrimPlan(shares=Shares((1.0, 0.1), (1, 0))),
+    ],
 )
 def test_neutral_is_exact(in_dim, given, plan):
     model = wan(in_dim)
@@ -81,16 +72,28 @@ def test_dropping_changes_the_video_and_leaves_the_model_alone():
     assert all(torch.equal(weights[k], v) for k, v in model.state_dict().items())
 
 
-def test_blocks_run_on_kept_tokens_and_hand_on_all_of_them():
+def test_blocks_run_on_kept_tokens():
     model = wan()
     widths = watch_widths(model)
-    lengths = []
-    for block in model.blocks:
-        block.register_forward_hook(lambda m, args, out: lengths.append(out.shape[1]))
     run(model, tokens(0.5), steps=1)
     # 3 latent frames of 4 x 3 tokens; half of 12 is 6 a frame; blocks 0, 2, 4 see all
     assert widths == [36, 18, 36, 18, 36]
-    assert set(lengths) == {36}
+
+
+@torch.no_grad()
+def test_a_repeated_step_comes_in_the_form_that_was_asked_for():
+    model, x = wan(), torch.randn(1, 16, *SIZE)
+    plan = TrimPlan(shares=Shares((0.9, 0.5), (1, 0)))
+    t = torch.tensor([900.0]), torch.tensor([500.0])
+    for options, first in (({}, "sample"), ({"return_dict": False}, 0)):
+        with attach(model, plan):
+            one = model(x, t[0], text(), **options)
+            other = model(hidden_states=x, timestep=t[1], encoder_hidden_states=text(), **options)
+        assert type(one) is type(other) and len(one) == len(other) == 1
+        found = [getattr(out, first) if options == {} else out[first] for out in (one, other)]
+        assert found[0].shape == x.shape and found[0].dtype == found[1].dtype
+        # there was noise in between, so that the video is repeated and not the velocity
+        torch.testing.assert_close(x - 0.5 * found[1], x - 0.9 * found[0])
 
 
 def test_attach_twice_is_attach_once_and_detach_leaves_nothing():
@@ -122,12 +125,11 @@ def steps_split(model, x, sigma, words):
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("dropped_kv", ["leave", "keep"])
 @torch.no_grad()
-def test_cond_and_uncond_share_the_choice_batched_or_split(batch, dropped_kv):
+def test_cond_and_uncond_share_the_choice_batched_or_split(batch):
     model, words = wan(), text(batch)
     x = torch.randn(batch, 16, *SIZE, generator=torch.Generator().manual_seed(3))
-    plan = tokens(dropped_kv=dropped_kv)
+    plan = tokens()
     both = torch.cat([words, torch.zeros_like(words)])
     t = torch.full((2 * batch,), 700.0)
     with attach(model, plan, cond_or_uncond=BOTH):
@@ -188,7 +190,7 @@ def test_per_token_modulation_travels_with_its_token():
     dense = model(x, t, text(), return_dict=False)[0]
     with attach(model, tokens(0.5, reselect_every=10)) as attachment:
         trimmed = model(x, t, text(), return_dict=False)[0]
-        selection = attachment.session.decision.selections[0]
+        selection = attachment.engine.now.selections[0]
         report = attachment.finish()
     assert torch.equal(report.coverage()[0], torch.ones(4, 3))
     # by hand: the blocks after the first on the gathered tokens, modulation and positions
@@ -220,18 +222,6 @@ def _inside(model, x, t):
     return hidden, temb, rotary, words
 
 
-def _output_of(model, number, x, t):
-    """What block `number` hands to the next one, as the next one gets it."""
-    seen = []
-    handle = model.blocks[number + 1].register_forward_pre_hook(
-        # a hook that returns something would replace the arguments
-        lambda module, args: seen.append(args[0])
-    )
-    model(x, t, text(), return_dict=False)
-    handle.remove()
-    return seen[0]
-
-
 def _finish(model, hidden, x, t):
     """The model's output with `hidden` as the output of its last block."""
     handle = model.blocks[-1].register_forward_hook(lambda *a: hidden)
@@ -240,36 +230,26 @@ def _finish(model, hidden, x, t):
     return out
 
 
-@torch.no_grad()
-def test_kept_keys_let_kept_tokens_see_the_dropped_ones():
-    """dropped_kv "keep": kept queries attend to all keys; by hand on one block."""
-    model = wan()
-    x = torch.randn(1, 16, *SIZE, generator=torch.Generator().manual_seed(3))
-    t = torch.tensor([700.0])
-    results = {}
-    for kv in ("leave", "keep"):
-        with attach(model, tokens(0.5, reselect_every=4, dropped_kv=kv)) as attachment:
-            results[kv] = _output_of(model, 1, x, t)
-            index = attachment.session.decision.selections[0].index[0]
-    hidden, temb, rotary, words = _inside(model, x, t)
-    full = model.blocks[0](hidden, words, temb, rotary)
-    # all tokens through block 1: a kept token's update then saw every key
-    want = model.blocks[1](full, words, temb, rotary)[:, index]
-    torch.testing.assert_close(results["keep"][:, index], want, atol=1e-5, rtol=1e-5)
-    assert not torch.allclose(results["leave"][:, index], want, atol=1e-3)
+AWKWARD = {
+    "tape": TokenPlan(Schedule(0.6, "constant"), reselect_every=2),
+    "shares": Shares((0.9, 0.7, 0.5, 0.3), (1, 1, 0.4, 0)),
+}
 
 
-@pytest.mark.parametrize("name", list(IMPORTANCE))
+@pytest.mark.parametrize("name", AWKWARD)
 @pytest.mark.parametrize("size", [(1, 8, 6), (2, 2, 2), (3, 6, 10)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
-def test_every_importance_runs_on_awkward_sizes(name, size, dtype):
-    model = wan().to(dtype)
+def test_awkward_sizes_run(name, size, dtype):
+    model, part = wan().to(dtype), AWKWARD[name]
+    plan = TrimPlan(tokens=part) if name == "tape" else TrimPlan(shares=part)
     x = torch.randn(1, 16, *size, dtype=dtype)
-    with attach(model, tokens(0.6, importance=name)):
-        out = model(x, torch.tensor([500.0]), text().to(dtype), return_dict=False)[0]
-    assert out.shape == x.shape
-    assert out.isfinite().all()
+    with attach(model, plan) as attachment:
+        for sigma in (0.9, 0.7, 0.5, 0.3):
+            x = x + 0.2 * model(x, torch.tensor([1000 * sigma]), text().to(dtype))[0]
+        record = attachment.finish()
+    assert x.shape == (1, 16, *size) and x.isfinite().all() and x.dtype == dtype
+    assert all(step.as_planned for step in record.steps)
 
 
 def test_inside_wan_pipeline_every_step_is_one_decision():
@@ -314,11 +294,11 @@ def test_the_report_says_what_ran():
     assert report.finished
     assert [s.sigma for s in report.steps] == pytest.approx(sigmas_for(3, 3.0)[:3].tolist())
     # blocks 0, 2, 4 on 36 tokens, 1 and 3 on 18
-    assert report.steps[0].kept_per_block == [36, 18, 36, 18, 36]
+    assert report.steps[0].tokens_per_block == [36, 18, 36, 18, 36]
     assert report.kept_share == pytest.approx(144 / 180)
     assert report.coverage().mean().item() == pytest.approx(144 / 180)
-    assert "80.0%" in report.text()
-    assert "everything ran as planned" in report.text()
+    assert "80.0%" in record_text(report)
+    assert "everything ran as planned" in record_text(report)
 
 
 def test_a_wrong_model_and_an_empty_latent_are_refused():

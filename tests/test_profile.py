@@ -19,8 +19,8 @@ from wantrim.kernels.reference import frame_mass
 from wantrim.methods.calibration import Calibration, calibration_bytes
 from wantrim.methods.fingerprint import Fingerprint
 from wantrim.methods.heads import CHEAP
-from wantrim.methods.presets import preset_plan
 from wantrim.methods.profile import Profile, load_profile, of_weights
+from wantrim.methods.tokens import paper_plan
 from wantrim.profiles import recording
 from wantrim.profiles.picture import draw_profile, summary
 from wantrim.toy import CHECKPOINT
@@ -347,7 +347,7 @@ def test_an_exception_leaves_nothing_and_its_call_is_not_counted():
 
 def test_steps_that_leave_tokens_out_are_not_recorded():
     model = wan()
-    plan = TrimPlan(preset_plan("refresh", 0.5))
+    plan = TrimPlan(paper_plan(0.5, start=0.2))
     with attach(model, plan, cond_or_uncond=BOTH, shift=3.0):
         expected = run(model, steps=3)
     with (
