@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from comfy.patcher_extension import WrappersMP
+from wantrim.engine import call
 from wantrim.engine.plan import TrimPlan
 from wantrim.hosts.comfyui.attach import attach, attachment_of, detach
 from wantrim.hosts.comfyui.blocks import OVERRIDE
@@ -15,6 +16,7 @@ from wantrim.methods.heads import FULL, OFF, HeadPlan
 from wantrim.nodes.tokens import WanTrimTokens
 from wantrim.tests.comfyui import tiny
 from wantrim.tests.comfyui.test_chaining import counting
+from wantrim.tests.comfyui.test_neutral import keep_everything
 
 WHOLE = (FULL,) * tiny.HEADS
 MIXED = ("frame", FULL, OFF, "frame", "tile2", FULL, OFF, "tile2")
@@ -105,13 +107,12 @@ def test_vace_takes_a_plan_and_its_own_blocks_are_left_alone():
     assert calls[True, 2] == 2 * 3
 
 
-@pytest.mark.parametrize("tokens", ["refresh", "paper"])
 @pytest.mark.parametrize("kind", ["t2v", "i2v", "ti2v", "fun"])
-def test_heads_and_tokens_in_any_wiring_order_are_one_plan(kind, tokens):
+def test_heads_and_tokens_in_any_wiring_order_are_one_plan(kind):
     model, given = tiny.base_model(kind), tiny.case(kind)
 
     def with_tokens(m):
-        return WanTrimTokens.execute(m, 0.4, 0.0, 1.0, {"preset": tokens}).result[0]
+        return WanTrimTokens.execute(m, 0.4, 0.0, 1.0, {"preset": "paper"}).result[0]
 
     def with_heads(m):
         present = attachment_of(m)
@@ -127,13 +128,37 @@ def test_heads_and_tokens_in_any_wiring_order_are_one_plan(kind, tokens):
         assert not torch.allclose(out, tiny.ksampler(alone, given), atol=1e-3)
 
 
-def test_keys_of_dropped_tokens_are_kept_for_their_pattern():
-    model = tiny.base_model()
-    tokens = tiny.token_plan(0.5, dropped_kv="keep")
-    frames = heads(dict.fromkeys(range(tiny.LAYERS), ("frame",) * tiny.HEADS), {0: WHOLE})
-    kept = tiny.sample(trimmed(model, frames, tokens))
-    left = tiny.sample(trimmed(model, frames, replace(tokens, dropped_kv="leave")))
-    assert torch.isfinite(kept).all() and not torch.allclose(kept, left, atol=1e-3)
+@pytest.mark.parametrize("kind", ["t2v", "i2v", "ti2v", "fun"])
+def test_heads_in_whole_partial_and_repeated_steps(kind):
+    """The remembered keys of left out tokens are seen by the heads whose pattern has them."""
+    model, given = tiny.base_model(kind), tiny.case(kind)
+    steps = (1, 1, 0, 0.4)
+
+    def run(plan):
+        patched = tiny.shared(model, *steps, heads=plan)
+        out = tiny.sample(patched, given, steps=4)
+        assert torch.isfinite(out).all() and not tiny.report_of(patched).notes
+        assert tiny.shares(patched) == pytest.approx(steps)
+        return out, tiny.report_of(patched).steps
+
+    out, ran = run(heads())
+    assert [step.patterned for step in ran] == [[0, 1, 3], [0, 1, 3], [], [0, 1, 3]]
+    alone, _ = run(None)
+    assert not torch.allclose(out, alone, atol=1e-3)
+    # a plan of full heads is none, and one whose heads are all within latent frames is another
+    frames, _ = run(heads(dict.fromkeys(range(tiny.LAYERS), ("frame",) * tiny.HEADS), {0: WHOLE}))
+    assert not torch.allclose(out, frames, atol=1e-3)
+    full = HeadPlan.full(tiny.LAYERS, tiny.HEADS)
+    assert torch.equal(run(full)[0], alone)
+
+
+def test_patterns_of_a_partial_step_equal_the_host_with_masks(monkeypatch):
+    """With all tokens computed a partial step is the whole step: with none left out, and all."""
+    model, given = tiny.base_model(), tiny.case()
+    monkeypatch.setattr(call, "select_tokens", keep_everything)
+    out = tiny.sample(tiny.shared(model, 1, 1, 0.4, heads=heads()), given)
+    masked = tiny.sample(with_masks(model, heads(), given), given)
+    torch.testing.assert_close(out, masked, rtol=1e-3, atol=1e-3)
 
 
 def test_earlier_override_runs_every_part_of_every_attention():
@@ -163,6 +188,9 @@ def test_samplers(sampler):
     out = tiny.sample(trimmed(model), given, sampler=sampler)
     masked = tiny.sample(with_masks(model, heads(), given), given, sampler=sampler)
     torch.testing.assert_close(out, masked, rtol=5e-3, atol=5e-3)
+    shared = tiny.shared(model, 1, 1, 0, 0.4, heads=heads())
+    assert torch.isfinite(tiny.sample(shared, given, steps=4, sampler=sampler)).all()
+    assert tiny.report_of(shared).kept_share < 0.8
 
 
 def test_batch_of_two_videos():

@@ -50,7 +50,7 @@ def test_every_method_trims_as_much_as_it_says(model, profile, method):
     patched, text = heads(model, profile, 0.4, method)
     out = sample(patched)
     assert torch.isfinite(out).all() and not torch.allclose(out, sample(model), atol=1e-2)
-    plan, report = attachment_of(patched).plan.heads, attachment_of(patched).report
+    plan, report = attachment_of(patched).plan.heads, attachment_of(patched).record
     assert plan.num_blocks == 16 and not report.notes
     if method == "paper":
         # ceil(8 * 0.6) of 8 heads in every block
@@ -67,7 +67,7 @@ def test_every_method_trims_as_much_as_it_says(model, profile, method):
 
 def test_tokens_and_heads_nodes_in_both_orders(model, profile):
     def tokens(m):
-        return WanTrimTokens.execute(m, 0.3, 0.0, 1.0, {"preset": "refresh"}).result[0]
+        return WanTrimTokens.execute(m, 0.3, 0.0, 1.0, {"preset": "paper"}).result[0]
 
     one = heads(tokens(model), profile)[0]
     other = tokens(heads(model, profile)[0])
