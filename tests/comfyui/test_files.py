@@ -19,8 +19,7 @@ from wantrim.profiles.recorder import ProfileFile
 from wantrim.slim.export import export_slim
 from wantrim.slim.file import KEY
 from wantrim.slim.source import open_source
-from wantrim.tests.comfyui import tiny
-from wantrim.tests.comfyui.test_blocks import at_node
+from wantrim.tests.comfyui import put, tiny
 from wantrim.toy import CHECKPOINT
 
 FOLDERS = ("diffusion_models", profile.FOLDER, blocks.FOLDER, slim.FOLDER)
@@ -74,7 +73,7 @@ LOADERS = {
     "profile": (profile.FOLDER, profile.WanTrimLoadProfile.execute),
     "router": (
         blocks.FOLDER,
-        lambda name: at_node(tiny.base_model(), "trained", router_file=name),
+        lambda name: put.routed(tiny.base_model(), "trained", router_file=name),
     ),
     "slim": (slim.FOLDER, slim.WanTrimLoadSlim.execute),
     "full": ("diffusion_models", lambda name: write_slim("new", diffusion_model=name)),

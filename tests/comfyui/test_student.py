@@ -11,10 +11,9 @@ from wantrim.nodes.demo import WanTrimDemoModel, WanTrimDemoPrompt
 from wantrim.nodes.files import DEMO_FILES, DEMO_STUDENT, find_file, list_files
 from wantrim.nodes.slim import WanTrimLoadSlim
 from wantrim.slim.file import read_header
-from wantrim.tests.comfyui import tiny
-from wantrim.tests.comfyui.test_blocks import DEFAULTS, blocks_run
+from wantrim.tests.comfyui import put, tiny
 
-BUDGET = {"k_min": 0.4, "k_max": 0.7, "skipped_blocks_give": "identity"}
+BUDGET = {"k_min": 0.4, "k_max": 0.7}
 SIZE = (5, 12, 12)
 
 
@@ -32,7 +31,7 @@ def student():
 
 def routed(model, **changes):
     choice = {"router": "trained", "router_file": DEMO_STUDENT}
-    inputs = DEFAULTS | BUDGET | changes
+    inputs = put.BLOCKS | BUDGET | changes
     return WanTrimBlocks.execute(model=model, router=choice, profile=None, **inputs).result
 
 
@@ -63,7 +62,7 @@ def test_output_equals_diffusers(student, given):
 def test_the_router_leaves_out_what_the_budget_asks_for(student):
     model, text = routed(student)
     out = sampled(model)
-    ran = blocks_run(model)
+    ran = [step.blocks_run for step in tiny.report_of(model).steps]
     assert text.splitlines()[1] == " ".join(map(str, ran))
     assert len(ran) == 4 and all(2 <= count < 16 for count in ran) and ran[0] > ran[-1]
     assert attachment_of(model).plan.blocks.router.name == "trained"

@@ -1,0 +1,112 @@
+"""What the pack's own nodes make of a MODEL, and what came of it in its last run.
+
+Inputs that are not given have their defaults.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+from wantrim.hosts.comfyui.attach import attachment_of
+from wantrim.hosts.comfyui.profiling import model_fingerprint
+from wantrim.methods.profile import Profile
+from wantrim.nodes import demo
+from wantrim.nodes.blocks import WanTrimBlocks
+from wantrim.nodes.wantrim import DRAFT, WanTrim, WanTrimPair
+from wantrim.profiles.recorder import ProfileFile
+from wantrim.report.figures import mean_work
+from wantrim.tests.comfyui import tiny
+from wantrim.tests.comfyui.variants import load
+
+DIAL = {
+    "speedup": 1.5,
+    "render": DRAFT,
+    "dense_first_steps": 1,
+    "dense_last_steps": 0,
+    "context": "auto",
+}
+BLOCKS = {
+    "k_min": 0.5,
+    "k_max": 0.85,
+    "curve": "falling",
+    "steps": 4,
+    "scheduler": "simple",
+    "shift": 0.0,
+    "start_percent": 0.0,
+    "end_percent": 1.0,
+}
+
+
+def dialled(model, **inputs):
+    """What WanTrim makes of `model`."""
+    return WanTrim.execute(model=model, **DIAL | inputs).result[0]
+
+
+def paired(high, low, **inputs):
+    """What WanTrim Pair makes of two experts."""
+    given = {"model_high_noise": high, "model_low_noise": low, "boundary": 0.0}
+    return WanTrimPair.execute(**given | DIAL | inputs).result
+
+
+def profile_for(model) -> ProfileFile:
+    """Every sigma bin has another order of the blocks."""
+    made = Profile.empty(model_fingerprint(model.model.diffusion_model))
+    made.tensors["count"] += 1
+    made.tensors["hidden"] += 1
+    residual = made.tensors["residual"]
+    residual += 0.1 + torch.rand(residual.shape, generator=torch.Generator().manual_seed(4))
+    return ProfileFile(made)
+
+
+def routed(model, router="profiled", *, blocks="2, 3", router_file=None, **inputs):
+    """What WanTrim Blocks makes of `model`."""
+    choice = {"router": router}
+    if router == "fixed":
+        choice["blocks"] = blocks
+    if router == "trained":
+        choice["router_file"] = router_file
+    profile = profile_for(model) if router == "profiled" else None
+    given = BLOCKS | inputs
+    return WanTrimBlocks.execute(model=model, router=choice, profile=profile, **given).result[0]
+
+
+def solved(model):
+    """What the last run of a MODEL was solved for."""
+    return attachment_of(model).solved
+
+
+def asked(model) -> tuple[float, ...]:
+    """The share that each step of the last run was to compute."""
+    return tuple(step.program.share for step in tiny.report_of(model).steps)
+
+
+def done(model) -> float:
+    """The speed-up of the last run, by its record."""
+    return 1 / mean_work(tiny.report_of(model))
+
+
+def notes(model) -> list[str]:
+    return tiny.report_of(model).notes
+
+
+def unmet(model) -> list[str]:
+    return [note for note in notes(model) if "was asked for" in note]
+
+
+@cache
+def demo_model():
+    return demo.WanTrimDemoModel.execute().result[0]
+
+
+def demo_sample(model, steps=4, **options) -> torch.Tensor:
+    prompts = [demo.WanTrimDemoPrompt.execute(text).result[0] for text in (demo.PROMPT, "")]
+    case = tiny.Case(*prompts, tiny.empty_latent(5, 12, 12))
+    return tiny.ksampler(model, case, steps=steps, **options)
+
+
+@cache
+def low_expert():
+    """Another model of the same sizes."""
+    return load("low")
