@@ -68,12 +68,37 @@ def test_every_step_is_told_to_the_page_that_queued_the_run(page):
     assert [event["step"] for event in steps] == [1, 2, 3]
     report = tiny.report_of(model)
     for event, step in zip(steps, report.steps, strict=True):
-        shares = [100 * kept / step.grid.tokens for kept in step.kept_per_block]
+        shares = [100 * kept / step.grid.tokens for kept in step.tokens_per_block]
         assert event["kept"] == pytest.approx(shares, abs=0.51)
         assert event["work"] == step_work(report, step) < 1
         assert event["seconds"] == pytest.approx(step.seconds, abs=1e-4)
-        assert event["whole"] is False
+        assert event["whole"] is event["repeated"] is False
     assert end["done"] and end["finished"] and end["remarks"] == len(report.notes)
+
+
+def test_a_repeated_step_is_told_as_what_it_is(page):
+    with at("3"):
+        model = tiny.shared(tiny.base_model(), 1.0, 1.0, 0.0, 0.45)
+    tiny.sample(model, steps=4)
+    *steps, end = [data for data, _ in page.sent]
+    assert [event["repeated"] for event in steps] == [False, False, True, False]
+    assert [set(event["kept"]) for event in steps] == [{100}, {100}, {0}, {45}]
+    assert steps[2]["work"] == steps[2]["tokens"] == 0 and not steps[2]["whole"]
+    assert steps[0]["whole"] and not steps[3]["whole"] and 0 < steps[3]["work"] < 0.6
+    assert end["remarks"] == 0
+
+
+@pytest.mark.parametrize("broken", ["send_sync", "client_id"])
+def test_a_page_that_cannot_be_told_costs_no_run(page, monkeypatch, broken):
+    def lost(*_):
+        raise ConnectionError("gone")
+
+    told = tiny.sample(patched(), steps=2)
+    monkeypatch.setattr(page, broken, lost if broken == "send_sync" else object())
+    if broken == "client_id":
+        # what is no name cannot be sent
+        monkeypatch.setattr(page, "send_sync", lost)
+    assert torch.equal(tiny.sample(patched(), steps=2), told)
 
 
 def test_heads_in_their_patterns_are_told(page):
@@ -146,7 +171,7 @@ def test_a_real_server_tells_it_over_its_socket(comfyui, root, tmp_path):
             "inputs": {
                 "model": ["1", 0],
                 "prune_ratio": 0.3,
-                "preset": "refresh",
+                "preset": "auto",
                 "start_percent": 0.0,
                 "end_percent": 1.0,
             },
@@ -209,5 +234,6 @@ def test_a_real_server_tells_it_over_its_socket(comfyui, root, tmp_path):
         mine = [event for event in told if event["nodes"] == [node]]
         assert [event.get("step") for event in mine] == [1, 2, 3, 4, None]
         assert mine[0]["whole"] and set(mine[0]["kept"]) == {100}
-        assert not mine[1]["whole"] and set(mine[1]["kept"]) < set(range(50, 90))
+        less = [event for event in mine[:-1] if not event["whole"]]
+        assert less and all(event["repeated"] == (event["kept"][0] == 0) for event in less)
         assert mine[-1]["finished"]

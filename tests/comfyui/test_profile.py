@@ -15,7 +15,7 @@ from comfy_extras.nodes_context_windows import ContextWindowsManualNode
 from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
 from wantrim.engine.plan import TrimPlan
-from wantrim.hosts.comfyui.attach import attach
+from wantrim.hosts.comfyui.attach import attach, attachment_of
 from wantrim.hosts.comfyui.profiling import (
     KEY,
     RUN_KEY,
@@ -40,7 +40,7 @@ from wantrim.nodes.profile import (
     saved_profiles,
 )
 from wantrim.profiles.recorder import ProfileFile, calibration_path
-from wantrim.tests.comfyui import neighbours, tiny
+from wantrim.tests.comfyui import neighbours, put, tiny
 from wantrim.toy.world import held_out_scenes
 
 STEPS = 2
@@ -235,23 +235,30 @@ def test_another_model_is_told_apart():
         check_profile(tiny.base_model("ti2v"), profile, "Some Node")
 
 
-TRIMS = {"tokens": tiny.preset, "paper": lambda m: tiny.preset(m, "paper")}
+TRIMS = {
+    "paper": tiny.at_node,
+    "shares": lambda m: tiny.shared(m, 1.0, 1.0, 0.5, 0.0),
+    "dial": lambda m: put.dialled(m, speedup=1.25),
+}
 
 
 @pytest.mark.parametrize("order", ["in front", "behind"])
 @pytest.mark.parametrize("trim", TRIMS.values(), ids=TRIMS)
 def test_a_token_plan_on_the_model_runs_as_without(order, trim):
     model = tiny.base_model()
-    expected = tiny.sample(trim(model), steps=4)
+    alone = trim(model)
+    expected = tiny.sample(alone, steps=4)
     patched = trim(profiled(model)) if order == "in front" else profiled(trim(model))
     assert torch.equal(tiny.sample(patched, steps=4), expected)
     recorder = recorder_of(patched)
-    # refresh computes everything in the first step, the paper's plan in none
-    assert recorder.calls == (1 if trim is tiny.preset else 0)
-    assert "tokens were left out" in recorder.notes[0]
-    assert "tokens dropped" in recorder.about["plan"]
-    if recorder.calls:
-        same(recorder.profile(), recorded(steps=1), rtol=1e-2)
+    # the paper's plan computes everything in no step; a repeated step is no call
+    assert recorder.calls == tiny.shares(alone).count(1.0)
+    assert "tokens were left out" in recorder.notes[0] and len(recorder.notes) == 1
+    assert recorder.about["plan"] == attachment_of(alone).describe()
+    if trim is not tiny.at_node:
+        assert recorder.calls > 1
+        (sigmas,) = (run["sigmas"] for run in recorder.profile().runs)
+        assert sigmas[:2] == pytest.approx(tiny.simple_sigmas(model, 4)[:2], abs=1e-4)
 
 
 @pytest.mark.parametrize("order", ["in front", "behind"])
@@ -442,7 +449,7 @@ def test_what_cannot_be_saved_says_why(folder):
         WanTrimSaveProfile.execute(profiled(), IMAGES, "a", True)
     with pytest.raises(ValueError, match="calibrate: expected one of none, attention, all"):
         WanTrimProfile.execute(tiny.base_model(), "some")
-    trimmed = profiled(tiny.preset(tiny.base_model(), "paper"))
+    trimmed = profiled(tiny.at_node(tiny.base_model()))
     tiny.sample(trimmed, steps=1)
     with pytest.raises(ValueError, match="tokens were left out"):
         WanTrimSaveProfile.execute(trimmed, IMAGES, "a", True)
