@@ -38,7 +38,7 @@ KEY = ("case", "host", "device", "dtype", "tokens", "plan", "compiled")
 ROOT = Path(__file__).resolve().parent.parent
 # what is timed, and what it is held against
 TESTS = (
-    "test_tokens.py", "test_attend.py", "test_heads.py", "test_skipping.py", "test_engine.py",
+    "test_tokens.py", "test_attend.py", "test_heads.py", "test_oracle.py", "test_engine.py",
     "test_diffusers_host.py",
 )  # fmt: skip
 KERNEL_TESTS = ("test_kernels.py",)
