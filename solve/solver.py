@@ -129,20 +129,20 @@ def stretch_error(task: Task, curves: Curves, start: int, shares: Sequence[float
     """Expected squared error of the steps behind a whole one.
 
     Tokens that a partial step computes are off by what happened since then, the others since the
-    whole step.
+    whole step. Within a stretch the errors point the same way and add up; over stretches they do
+    not.
     """
     travel, amplified = _travel(task, curves)
     error, last, hot = 0.0, start, 0.0
     for step, share in enumerate(shares, start + 1):
         length = task.sigmas[step] - task.sigmas[step + 1]
-        weight = (amplified[step] * length) ** 2 * task.calls[step]
         far, near = (travel[step] - travel[start]) ** 2, (travel[step] - travel[last]) ** 2
-        stale = hot * near + (1.0 - hot) * far
         left = _left(curves, share, task.sigmas[step])
-        error += weight * stale * left
+        off = (hot * near + (1.0 - hot) * far) * left
+        error += amplified[step] * length * task.calls[step] ** 0.5 * off**0.5
         if share > 0.0:
             last, hot = step, 1.0 - min(1.0, left)
-    return error
+    return error**2
 
 
 @lru_cache(maxsize=4096)
