@@ -31,14 +31,16 @@ MEANING = {
 
 # what is put on a model
 TRIMS = {
-    "refresh": "tokens, `refresh`",
+    "shares": "the default, `WanTrim`",
     "paper": "tokens, `paper`",
     "heads": "heads",
     "blocks": "blocks",
-    "all": "all together",
+    "all": "tokens, heads, blocks",
 }
+# what most people have on a model
+DEFAULT = "shares"
 # those that want more of a block than to leave it out
-PARTS_INSIDE = ("refresh", "paper", "heads")
+PARTS_INSIDE = ("shares", "paper", "heads")
 INSIDE = (*PARTS_INSIDE, "all")
 
 
@@ -63,6 +65,11 @@ class Kind:
     @property
     def trims(self) -> list[str]:
         return [trim for trim in TRIMS if self.takes(trim)]
+
+    @property
+    def main(self) -> str:
+        """The trim that this kind is run with beside every neighbour."""
+        return DEFAULT if self.takes(DEFAULT) else "blocks"
 
 
 _POSES = "its pose tokens have a layout of their own, not supported yet"
@@ -109,7 +116,7 @@ KINDS = {
     ),
     "causal": Kind("causal, autoregressive", "CausalWanModel", _CACHE, _CACHE),
 }
-# rows whose every cell is run with each trim; the others with all that they take, at once
+# rows whose every cell is run with each trim; the others with one
 DEEP = ("t2v", "i2v")
 
 
@@ -121,7 +128,8 @@ class Neighbour:
         says: a part of what the report says, where it has to; then of the trims in `about`.
         changes: it alone makes another video.
         order_matters: both orders work, and may make different videos.
-        lost: of all together these do not happen; of the trims that are no more than that, nothing.
+        lost: of all together these do not happen; of the trims that are no more than that, nothing,
+            but that the default has whole and repeated steps left.
         steps: as many as it takes to see it act, where that is more than a few.
     """
 
@@ -153,7 +161,13 @@ NEIGHBOURS = {
         order_matters=True,
         steps=6,
     ),
-    "lazycache": Neighbour("LazyCache", "The steps that it answers never reach WanTrim.", steps=6),
+    "lazycache": Neighbour(
+        "LazyCache",
+        "The steps that it answers never reach WanTrim; the default counts and names them.",
+        says="another node's cache",
+        about=(DEFAULT,),
+        steps=6,
+    ),
     "slg": Neighbour("Skip Layer Guidance", "Its extra pass goes by the same choice of the step."),
     "slg_simple": Neighbour("Skip Layer Guidance (simple)", "As above, without the extra pass."),
     "nag": Neighbour(
@@ -173,7 +187,7 @@ NEIGHBOURS = {
     "enhanced": Neighbour(
         "Enhance-A-Video",
         "A forward of its own in self-attention may reshape the tokens into latent frames: no "
-        "token is left out and no head trimmed, blocks are skipped.",
+        "token is left out and no head trimmed; steps are repeated and blocks skipped.",
         says="self-attention of its own",
         about=INSIDE,
         lost=PARTS_INSIDE,
@@ -237,10 +251,10 @@ def cells() -> list[tuple[str, str]]:
 
 
 def outcome(kind: str, other: str, trim: str | None = None) -> str:
-    """What a cell promises; without a trim, for all that the kind takes at once."""
+    """What a cell promises; without a trim, for the one that the kind is run with."""
     if not KINDS[kind].trims:
         return REFUSED
-    return NEIGHBOURS[other].outcome(trim or KINDS[kind].trims[-1])
+    return NEIGHBOURS[other].outcome(trim or KINDS[kind].main)
 
 
 def _row(cells: list[str]) -> str:
@@ -284,7 +298,7 @@ def _both() -> list[str]:
 def summary() -> str:
     """The page in a few sentences."""
     taken = [kind.trims for kind in KINDS.values()]
-    says = [other for other in NEIGHBOURS.values() if other.outcome("all") == SAYS]
+    says = [o for o in NEIGHBOURS.values() if SAYS in map(o.outcome, TRIMS)]
     inside = [other.title for other in says if other.lost == PARTS_INSIDE]
     whole = [other.title for other in says if other.lost == tuple(TRIMS)]
     return (
@@ -292,7 +306,8 @@ def summary() -> str:
         f"{taken.count(['blocks'])} take skipped blocks alone, and {taken.count([])} are refused "
         f"with a reason. Of {len(NEIGHBOURS)} neighbours, {len(NEIGHBOURS) - len(says)} work beside "
         f"all trims without a remark; the report has one for the other {len(says)}. Tokens and heads "
-        f"are left whole beside {'; '.join(inside)}. Nothing is trimmed beside {'; '.join(whole)}."
+        f"are left whole beside {'; '.join(inside)}: there the default has whole and repeated steps. "
+        f"Nothing is trimmed beside {'; '.join(whole)}."
     )
 
 
@@ -341,7 +356,7 @@ def table() -> str:
         "",
         "## Every model beside every neighbour",
         "",
-        "With all trims that the model takes at once, WanTrim in front and behind.",
+        "With the default, or with skipped blocks where no more is taken, WanTrim in front and behind.",
         "",
         *_both(),
     ]
