@@ -1,42 +1,31 @@
 """Skipped blocks on ComfyUI's Wan models, against the host's own way to replace a block."""
 
-import os
 import weakref
-from dataclasses import replace
 
 import pytest
 import torch
 
 import comfy.ops
 import comfy.sd
-import folder_paths
 from comfy.ldm.wan.model import WanModel
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_context_windows import ContextWindowsManualNode
 from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 from wantrim.engine.plan import TrimPlan
-from wantrim.hosts.comfyui.attach import KEY, SESSION_KEY, attach, attachment_of, detach
+from wantrim.hosts.comfyui.attach import SESSION_KEY, attach, attachment_of, detach
 from wantrim.hosts.comfyui.profiling import model_fingerprint
 from wantrim.hosts.comfyui.variants import SKIPPABLE, SUPPORTED
-from wantrim.methods.depth import BlockBudget, BlockPlan, choose_blocks
-from wantrim.methods.heads import HeadPlan
+from wantrim.methods.depth import BlockBudget, BlockPlan
 from wantrim.methods.profile import Profile
 from wantrim.methods.routers import (
-    Content,
     FixedRouter,
-    ProfiledRouter,
-    RouterMLP,
-    TrainedRouter,
-    save_router,
 )
-from wantrim.nodes.blocks import FOLDER, ROUTERS, WanTrimBlocks, parse_blocks
+from wantrim.nodes.blocks import WanTrimBlocks
 from wantrim.profiles.recorder import ProfileFile
+from wantrim.report.words import record_text
 from wantrim.tests.comfyui import tiny
 from wantrim.tests.comfyui.matrix import KINDS
-from wantrim.tests.comfyui.neighbours import easycache, slg
-from wantrim.report.words import record_text
-from wantrim.tests.comfyui.test_chaining import NEIGHBOURS, ORDERS, compiled  # noqa: F401
 from wantrim.tests.comfyui.test_errors import model_of, says
 from wantrim.tests.comfyui.variants import SIDE, further_case, load
 
@@ -115,22 +104,6 @@ def ran(model) -> list[tuple[float, list[int], list[int]]]:
 
 def blocks_run(model) -> list[int]:
     return [step.blocks_run for step in tiny.report_of(model).steps]
-
-
-@pytest.fixture
-def router_folder(tmp_path, monkeypatch):
-    entry = ([str(tmp_path)], folder_paths.supported_pt_extensions)
-    monkeypatch.setitem(folder_paths.folder_names_and_paths, FOLDER, entry)
-    folder_paths.filename_list_cache.pop(FOLDER, None)
-    yield tmp_path
-    folder_paths.filename_list_cache.pop(FOLDER, None)
-
-
-def trained_router(model, kind="latent", content_dim=64) -> TrainedRouter:
-    torch.manual_seed(1)
-    with torch.inference_mode(False):
-        mlp = RouterMLP(tiny.LAYERS, content_dim, 32, 16).requires_grad_(False)
-    return TrainedRouter(mlp, kind, model_fingerprint(model.model.diffusion_model))
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
@@ -313,123 +286,6 @@ def test_a_pair_of_experts_has_the_blocks_of_one_run():
     assert text.splitlines()[1] == " ".join(map(str, blocks_run(whole)))
 
 
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("neighbour", NEIGHBOURS.values(), ids=NEIGHBOURS)
-def test_neighbours_keep_working(neighbour, order):
-    def trim(model):
-        return at_node(model)[0]
-
-    base = tiny.base_model()
-    model = trim(neighbour(base)) if order == "in front" else neighbour(trim(base))
-    out = tiny.sample(model, steps=6)
-    assert torch.isfinite(out).all()
-    assert torch.equal(tiny.sample(model, steps=6), out)
-    assert not torch.allclose(out, tiny.sample(neighbour(base), steps=6), atol=1e-3)
-    assert not torch.allclose(out, tiny.sample(trim(base), steps=6), atol=1e-3)
-
-
-@pytest.mark.parametrize("order", ORDERS)
-def test_slg_and_easycache_with_a_skip_equal_those_with_the_hosts_replacement(order):
-    for neighbour in (lambda m: slg(m, "1"), easycache, lambda m: easycache(slg(m, "1"))):
-        base = tiny.base_model()
-        if order == "in front":
-            model, expected = skipping(neighbour(base)), replaced(neighbour(base))
-        else:
-            model, expected = neighbour(skipping(base)), neighbour(replaced(base))
-        assert torch.equal(tiny.sample(model, steps=6), tiny.sample(expected, steps=6))
-
-
-def test_the_pass_of_slg_runs_the_blocks_of_its_step():
-    model = skipping(slg(tiny.base_model(), "1"))
-    calls = ran(model)
-    tiny.sample(model)
-    # blocks 2 and 3 are ours, and block 1 is left out in the extra pass
-    assert [(roles, blocks) for _, roles, blocks in calls] == [
-        ([1, 0], [0, 1, 4, 5]),
-        ([0], [0, 4, 5]),
-    ] * 3
-    assert len(tiny.report_of(model).steps) == 3
-
-
-@pytest.mark.parametrize("order", ORDERS)
-def test_a_step_that_a_cache_answers_ran_no_block(order):
-    def trim(model):
-        return at_node(model)[0]
-
-    base = tiny.base_model()
-    model = trim(easycache(base)) if order == "in front" else easycache(trim(base))
-    tiny.sample(model, steps=8)
-    run = blocks_run(model)
-    # a cache in front of us answers steps that we never see
-    assert (0 in run) == (order == "behind") and (len(run) == 8) == (order == "behind")
-    said = any("another node's cache" in note for note in tiny.report_of(model).notes)
-    assert said == (order == "behind")
-
-
-@pytest.mark.parametrize("kind", ["t2v", "i2v", "ti2v", "vace"])
-def test_blocks_are_skipped_in_whole_steps_and_none_runs_in_repeated_ones(kind):
-    """With blocks skipped no step computes a part of its tokens, and that is said."""
-    model, given = tiny.base_model(kind), tiny.case(kind)
-    blocks = BlockPlan(FixedRouter((2, 3)))
-    patched = tiny.shared(model, 1, 0, 1, 0.4, blocks=blocks)
-    calls = ran(patched)
-    out = tiny.sample(patched, given, steps=4)
-    assert torch.isfinite(out).all()
-    assert [run for *_, run in calls] == [[0, 1, 4, 5]] * 3
-    assert blocks_run(patched) == [4, 0, 4, 4]
-    assert tiny.shares(patched) == pytest.approx([4 / 6, 0, 4 / 6, 4 / 6])
-    [note] = tiny.report_of(patched).notes
-    assert "computed all of them" in note
-    # whole and repeated steps say nothing, and repeat what the skipping model gave
-    silent = tiny.shared(model, 1, 0, 1, 1, blocks=blocks)
-    assert torch.equal(tiny.sample(silent, given, steps=4), out)
-    assert not tiny.report_of(silent).notes
-
-
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("kind", ["t2v", "i2v", "ti2v", "vace"])
-def test_tokens_heads_and_blocks_in_any_wiring_order_are_one_plan(kind, order):
-    model, given = tiny.base_model(kind), tiny.case(kind)
-    plan = HeadPlan(
-        (("frame",) * tiny.HEADS,) * tiny.LAYERS, (("full",) * tiny.HEADS,) * tiny.LAYERS
-    )
-
-    def with_heads(m):
-        present = attachment_of(m)
-        return attach(m, replace(present.plan if present else TrimPlan(), heads=plan))
-
-    def with_blocks(m):
-        return at_node(m, "profiled")[0]
-
-    steps = [lambda m: tiny.at_node(m), with_heads, with_blocks]
-    one = with_blocks(with_heads(tiny.at_node(model)))
-    other = model
-    for step in reversed(steps) if order == "behind" else (steps[1], steps[2], steps[0]):
-        other = step(other)
-    assert attachment_of(one).plan.describe() == attachment_of(other).plan.describe()
-    out = tiny.ksampler(one, given)
-    assert torch.equal(out, tiny.ksampler(other, given))
-    for alone in steps:
-        assert not torch.allclose(out, tiny.ksampler(alone(model), given), atol=1e-3)
-    assert min(blocks_run(one)) < tiny.LAYERS
-
-
-@pytest.mark.parametrize("order", ORDERS)
-def test_a_compiled_model_does_not_freeze_a_steps_blocks(compiled, order):  # noqa: F811
-    def trim(model):
-        return at_node(model, "profiled")[0]
-
-    base = tiny.base_model()
-    model = trim(compiled(base)) if order == "in front" else compiled(trim(base))
-    expected = trim(base)
-    out = tiny.sample(model, steps=5)
-    assert torch.equal(out, tiny.sample(expected, steps=5))
-    kept = [step.tokens_per_block for step in tiny.report_of(model).steps]
-    assert kept == [step.tokens_per_block for step in tiny.report_of(expected).steps]
-    assert len({tuple(step) for step in kept}) > 2
-    assert any("not compiled" in note for note in tiny.report_of(model).notes)
-
-
 def test_the_weights_of_a_skipped_block_are_never_cast_or_moved(monkeypatch):
     """fp8 weights are cast in every forward, as offloaded ones are moved."""
     weights, metadata = tiny.state_dict("t2v")
@@ -529,173 +385,3 @@ def test_a_batch_of_two_videos_shares_its_blocks():
     for index in range(2):
         one = tiny.sample(patched, tiny.case(), steps=4, noise=noise[index : index + 1].clone())
         torch.testing.assert_close(out[index : index + 1], one, rtol=1e-3, atol=1e-3)
-
-
-def test_a_trained_router_chooses_and_is_carried_by_the_host(router_folder):
-    base = tiny.base_model()
-    router = trained_router(base)
-    save_router(router_folder / "mine.safetensors", router)
-    model, text = at_node(base, "trained", router_file="mine.safetensors")
-    loaded = attachment_of(model).plan.blocks.router
-    carried = model.additional_models[KEY]
-    assert [patcher.model for patcher in carried] == [loaded.mlp]
-    assert not base.additional_models
-    calls, latents = ran(model), []
-
-    def note(executor, x, *args, **kwargs):
-        latents.append(x[:1].clone())
-        # on the host's list of loaded models while it samples
-        on = [m.model for m in tiny.comfy.model_management.current_loaded_models]
-        assert any(one is not None and one.model is loaded.mlp for one in on)
-        return executor(x, *args, **kwargs)
-
-    model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "latents", note)
-    tiny.ksampler(model)
-    assert [len(blocks) for *_, blocks in calls] == blocks_run(model)
-    assert text.splitlines()[1] == " ".join(map(str, blocks_run(model)))
-    for (sigma, _, blocks), latent in zip(calls, latents, strict=True):
-        logits = router.run(tiny.LAYERS).logits(sigma, Content(latent))
-        assert list(choose_blocks(logits, len(blocks))) == blocks
-    # further nodes keep it, another plan and no plan let go of it
-    assert len(tiny.at_node(model).additional_models[KEY]) == 1
-    assert KEY not in detach(model).additional_models
-    assert KEY not in at_node(model, "fixed")[0].additional_models
-    # read once
-    again, _ = at_node(base, "trained", router_file="mine.safetensors", k_min=0.6)
-    assert attachment_of(again).plan.blocks.router is loaded
-
-
-def test_a_router_of_clip_takes_the_class_embedding_of_the_image():
-    model, given = tiny.base_model("i2v_clip"), tiny.case("i2v_clip")
-    router = trained_router(model, "clip", 1280)
-    seen = []
-    run = router.run(tiny.LAYERS)
-
-    class Spy(TrainedRouter):
-        def run(self, num_blocks):
-            return self
-
-        def logits(self, sigma, content):
-            seen.append(content.clip)
-            return run.logits(sigma, content)
-
-    spy = Spy(router.mlp, router.kind, router.model)
-    tiny.ksampler(attach(model, TrimPlan(blocks=BlockPlan(spy, HALF))), given)
-    clip = tiny.clip_vision().penultimate_hidden_states[:, 0]
-    assert len(seen) == 4 and all(torch.equal(one, clip) for one in seen)
-
-
-def test_a_router_file_that_was_written_again_is_read_again(router_folder):
-    base, path = tiny.base_model(), router_folder / "mine.safetensors"
-    save_router(path, trained_router(base))
-    choice = {"router": "trained", "router_file": path.name}
-    first = at_node(base, "trained", router_file=path.name)[0]
-    before = WanTrimBlocks.fingerprint_inputs(router=choice, **DEFAULTS)
-    other = trained_router(base)
-    other.mlp.layers[0].weight *= 2
-    save_router(path, other)
-    os.utime(path, ns=(1, 10**18))
-    assert WanTrimBlocks.fingerprint_inputs(router=choice, **DEFAULTS) != before
-    second = at_node(base, "trained", router_file=path.name)[0]
-    one, two = (attachment_of(m).plan.blocks.router.mlp.layers[0].weight for m in (first, second))
-    assert torch.equal(2 * one, two)
-    assert WanTrimBlocks.fingerprint_inputs(router={"router": "profiled"}, **DEFAULTS) == ""
-    assert WanTrimBlocks.fingerprint_inputs(router=None, **DEFAULTS) == ""
-
-
-@pytest.mark.parametrize(
-    ("given", "found"),
-    [
-        ("", ()),
-        ("  ", ()),
-        ("3", (3,)),
-        ("12, 15-18", (12, 15, 16, 17, 18)),
-        ("15 - 18; 12 12,", (12, 15, 16, 17, 18)),
-        ("1-38", tuple(range(1, 39))),
-    ],
-)
-def test_lists_of_blocks(given, found):
-    assert parse_blocks(given, 40) == found
-
-
-@pytest.mark.parametrize("given", ["0", "39", "40", "5-3", "a", "3-", "-3", "1.5", "3--5", "9" * 9])
-def test_lists_of_blocks_that_cannot_be_are_refused(given):
-    with pytest.raises(
-        ValueError, match="blocks: expected blocks from 1 to 38 such as '12, 15-18'"
-    ):
-        parse_blocks(given, 40)
-
-
-def _other_profile():
-    return ProfileFile(profile_for(tiny.base_model("i2v")))
-
-
-@pytest.mark.parametrize(
-    ("router", "inputs", "parts"),
-    [
-        ("profiled", {"k_min": 0.9, "k_max": 0.5}, ["k_min", "k_max", "0.9", "0.5"]),
-        ("profiled", {"k_min": 0.0}, ["k_min", "0.0"]),
-        ("profiled", {"k_min": float("nan")}, ["k_min", "nan"]),
-        ("profiled", {"k_max": 1.5}, ["k_max", "1.5"]),
-        ("profiled", {"curve": "wavy"}, ["curve", "falling, constant, rising", "wavy"]),
-        ("profiled", {"start_percent": 0.7, "end_percent": 0.3}, ["start_percent", "0.7", "0.3"]),
-        ("profiled", {"scheduler": "lunar"}, ["scheduler", "lunar"]),
-        ("profiled", {"steps": 0}, ["steps", "at least 1"]),
-        ("profiled", {"profile": _other_profile}, ["profile", "another model", "Load the profile"]),
-        ("fixed", {"blocks": "7"}, ["blocks", "1 to 4", "0 to 5"]),
-        (
-            "trained",
-            {"router_file": "gone.safetensors"},
-            ["router_file", "gone", "wantrim/routers"],
-        ),
-        ("magic", {}, ["router", "profiled, fixed, trained", "magic"]),
-    ],
-)
-def test_inputs_that_cannot_be_are_refused_by_name(router, inputs, parts, router_folder):
-    made = {k: v() if callable(v) else v for k, v in inputs.items()}
-    with pytest.raises(ValueError) as error:
-        at_node(tiny.base_model(), router, **made)
-    says(error, "WanTrim Blocks: ", *parts)
-    assert str(error.value).count("WanTrim Blocks") == 1
-
-
-def test_a_missing_profile_is_asked_for():
-    for choice in ("profiled", {"router": "profiled"}):
-        with pytest.raises(ValueError) as error:
-            WanTrimBlocks.execute(model=tiny.base_model(), router=choice, **DEFAULTS)
-        says(error, "WanTrim Blocks", "'profiled' needs a profile", "WanTrim Load Profile")
-
-
-@pytest.mark.parametrize("router", ["fixed", "trained"])
-def test_a_linked_choice_without_its_input_says_what_to_do(router):
-    with pytest.raises(ValueError) as error:
-        WanTrimBlocks.execute(model=tiny.base_model(), router=router, **DEFAULTS)
-    says(error, f"'{router}' needs the input", "cannot be linked")
-    with pytest.raises(ValueError) as error:
-        WanTrimBlocks.execute(model=tiny.base_model(), router=None, **DEFAULTS)
-    says(error, "got none of them")
-
-
-def test_a_router_of_another_model_or_another_kind_is_refused(router_folder):
-    base = tiny.base_model()
-    save_router(router_folder / "i2v.safetensors", trained_router(tiny.base_model("i2v")))
-    save_router(router_folder / "clip.safetensors", trained_router(base, "clip", 1280))
-    (router_folder / "bad.safetensors").write_bytes(b"nothing")
-    for name, parts in {
-        "i2v": ["trained for another model", "36 input channels"],
-        "clip": ["CLIP", "takes none"],
-        "bad": ["bad.safetensors", "cannot be read"],
-    }.items():
-        with pytest.raises(ValueError) as error:
-            at_node(base, "trained", router_file=f"{name}.safetensors")
-        says(error, "WanTrim Blocks", *parts)
-
-
-def test_the_nodes_inputs_are_the_plans_fields():
-    schema = WanTrimBlocks.define_schema()
-    inputs = {given.id: given for given in schema.inputs}
-    assert tuple(option.key for option in inputs["router"].options) == ROUTERS
-    plan = BlockPlan(ProfiledRouter(profile_for(tiny.base_model())))
-    assert (inputs["k_min"].default, inputs["k_max"].default) == (0.5, 0.875)
-    assert (plan.budget.k_min, plan.budget.k_max) == (0.5, 0.875)
-    assert not {"skipped_blocks_give", "memory", "repeat_at_most"}.intersection(inputs)

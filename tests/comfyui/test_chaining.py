@@ -1,17 +1,12 @@
 """Other nodes on the same MODEL, in front of WanTrim and behind it."""
 
 import copy
-import threading
 
 import pytest
 import torch
 
-import comfy.sd
-import comfy.utils
 from comfy.model_patcher import ModelPatcher
-from comfy.multigpu import MultiGPUThreadPool
 from comfy.patcher_extension import WrappersMP
-from wantrim.hosts.comfyui.attach import attachment_of
 from wantrim.hosts.comfyui.blocks import OVERRIDE
 from wantrim.report.words import record_text
 from wantrim.tests.comfyui import neighbours, tiny
@@ -326,54 +321,6 @@ def test_compiled_model_is_used_where_steps_are_whole_or_repeated(compiled, orde
     eager = tiny.sample(tiny.shared(tiny.base_model(), 1, 1, 0, 1, 0, 1), steps=6)
     assert torch.allclose(out, eager, atol=1e-4)
     assert tiny.shares(model) == [1, 1, 0, 1, 0, 1]
-
-
-@trims
-def test_several_gpus_compute_everything_and_say_so(trim):
-    tiny.needs("0.23.0", "sampling on several GPUs")
-    dense = tiny.base_model()
-    model = neighbours.two_gpus(trim(dense))
-    expected = tiny.sample(neighbours.two_gpus(dense), steps=6)
-    assert torch.equal(tiny.sample(model, steps=6), expected)
-    assert any("several GPUs" in note for note in tiny.report_of(model).notes)
-
-
-def test_on_several_gpus_no_prompt_waits_for_the_other():
-    """Whichever of them comes first, each device is asked once in a step."""
-    asked, uncond_was_there = [], threading.Event()
-
-    def cond_last(executor, *args, **kwargs):
-        roles = kwargs.get("transformer_options", args[-1])["cond_or_uncond"]
-        asked.append(roles)
-        if roles == [0]:
-            uncond_was_there.wait(20)
-        try:
-            return executor(*args, **kwargs)
-        finally:
-            uncond_was_there.set()
-
-    model = neighbours.two_gpus(tiny.trimmed(tiny.base_model()))
-    model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "last", cond_last)
-    pool = MultiGPUThreadPool(neighbours.DEVICES)
-    model.model_options["multigpu_thread_pool"] = pool
-    try:
-        out = tiny.sample(model, steps=2)
-    finally:
-        pool.shutdown()
-    assert sorted(asked) == [[0], [0], [1], [1]]
-    assert torch.equal(out, tiny.sample(neighbours.two_gpus(tiny.base_model()), steps=2))
-
-
-def test_the_model_of_another_gpu_has_the_same_plan(tmp_path):
-    """What ComfyUI makes of a MODEL for each further device, here the CPU again."""
-    weights, metadata = tiny.state_dict("t2v")
-    comfy.utils.save_torch_file(weights, tmp_path / "wan.safetensors", metadata)
-    model = tiny.trimmed(comfy.sd.load_diffusion_model(str(tmp_path / "wan.safetensors")))
-    other = model.deepclone_multigpu(new_load_device=torch.device("cpu"))
-    assert other.model is not model.model
-    assert attachment_of(other) is attachment_of(model)
-    assert other.wrappers == model.wrappers
-    assert torch.equal(tiny.sample(other), tiny.sample(model))
 
 
 def test_a_block_that_another_node_skips_chooses_for_nobody_and_is_reported():

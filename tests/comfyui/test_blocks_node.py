@@ -1,0 +1,218 @@
+"""The node WanTrim Blocks: its routers, its inputs and what it refuses."""
+
+import os
+
+import pytest
+import torch
+
+import folder_paths
+from comfy.patcher_extension import WrappersMP
+from wantrim.engine.plan import TrimPlan
+from wantrim.hosts.comfyui.attach import KEY, attach, attachment_of, detach
+from wantrim.hosts.comfyui.profiling import model_fingerprint
+from wantrim.methods.depth import BlockPlan, choose_blocks
+from wantrim.methods.routers import (
+    Content,
+    ProfiledRouter,
+    RouterMLP,
+    TrainedRouter,
+    save_router,
+)
+from wantrim.nodes.blocks import FOLDER, ROUTERS, WanTrimBlocks, parse_blocks
+from wantrim.profiles.recorder import ProfileFile
+from wantrim.tests.comfyui import tiny
+from wantrim.tests.comfyui.test_blocks import (
+    DEFAULTS,
+    HALF,
+    at_node,
+    blocks_run,
+    profile_for,
+    ran,
+)
+from wantrim.tests.comfyui.test_errors import says
+
+
+@pytest.fixture
+def router_folder(tmp_path, monkeypatch):
+    entry = ([str(tmp_path)], folder_paths.supported_pt_extensions)
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, FOLDER, entry)
+    folder_paths.filename_list_cache.pop(FOLDER, None)
+    yield tmp_path
+    folder_paths.filename_list_cache.pop(FOLDER, None)
+
+
+def trained_router(model, kind="latent", content_dim=64) -> TrainedRouter:
+    torch.manual_seed(1)
+    with torch.inference_mode(False):
+        mlp = RouterMLP(tiny.LAYERS, content_dim, 32, 16).requires_grad_(False)
+    return TrainedRouter(mlp, kind, model_fingerprint(model.model.diffusion_model))
+
+
+def test_a_trained_router_chooses_and_is_carried_by_the_host(router_folder):
+    base = tiny.base_model()
+    router = trained_router(base)
+    save_router(router_folder / "mine.safetensors", router)
+    model, text = at_node(base, "trained", router_file="mine.safetensors")
+    loaded = attachment_of(model).plan.blocks.router
+    carried = model.additional_models[KEY]
+    assert [patcher.model for patcher in carried] == [loaded.mlp]
+    assert not base.additional_models
+    calls, latents = ran(model), []
+
+    def note(executor, x, *args, **kwargs):
+        latents.append(x[:1].clone())
+        # on the host's list of loaded models while it samples
+        on = [m.model for m in tiny.comfy.model_management.current_loaded_models]
+        assert any(one is not None and one.model is loaded.mlp for one in on)
+        return executor(x, *args, **kwargs)
+
+    model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "latents", note)
+    tiny.ksampler(model)
+    assert [len(blocks) for *_, blocks in calls] == blocks_run(model)
+    assert text.splitlines()[1] == " ".join(map(str, blocks_run(model)))
+    for (sigma, _, blocks), latent in zip(calls, latents, strict=True):
+        logits = router.run(tiny.LAYERS).logits(sigma, Content(latent))
+        assert list(choose_blocks(logits, len(blocks))) == blocks
+    # further nodes keep it, another plan and no plan let go of it
+    assert len(tiny.at_node(model).additional_models[KEY]) == 1
+    assert KEY not in detach(model).additional_models
+    assert KEY not in at_node(model, "fixed")[0].additional_models
+    # read once
+    again, _ = at_node(base, "trained", router_file="mine.safetensors", k_min=0.6)
+    assert attachment_of(again).plan.blocks.router is loaded
+
+
+def test_a_router_of_clip_takes_the_class_embedding_of_the_image():
+    model, given = tiny.base_model("i2v_clip"), tiny.case("i2v_clip")
+    router = trained_router(model, "clip", 1280)
+    seen = []
+    run = router.run(tiny.LAYERS)
+
+    class Spy(TrainedRouter):
+        def run(self, num_blocks):
+            return self
+
+        def logits(self, sigma, content):
+            seen.append(content.clip)
+            return run.logits(sigma, content)
+
+    spy = Spy(router.mlp, router.kind, router.model)
+    tiny.ksampler(attach(model, TrimPlan(blocks=BlockPlan(spy, HALF))), given)
+    clip = tiny.clip_vision().penultimate_hidden_states[:, 0]
+    assert len(seen) == 4 and all(torch.equal(one, clip) for one in seen)
+
+
+def test_a_router_file_that_was_written_again_is_read_again(router_folder):
+    base, path = tiny.base_model(), router_folder / "mine.safetensors"
+    save_router(path, trained_router(base))
+    choice = {"router": "trained", "router_file": path.name}
+    first = at_node(base, "trained", router_file=path.name)[0]
+    before = WanTrimBlocks.fingerprint_inputs(router=choice, **DEFAULTS)
+    other = trained_router(base)
+    other.mlp.layers[0].weight *= 2
+    save_router(path, other)
+    os.utime(path, ns=(1, 10**18))
+    assert WanTrimBlocks.fingerprint_inputs(router=choice, **DEFAULTS) != before
+    second = at_node(base, "trained", router_file=path.name)[0]
+    one, two = (attachment_of(m).plan.blocks.router.mlp.layers[0].weight for m in (first, second))
+    assert torch.equal(2 * one, two)
+    assert WanTrimBlocks.fingerprint_inputs(router={"router": "profiled"}, **DEFAULTS) == ""
+    assert WanTrimBlocks.fingerprint_inputs(router=None, **DEFAULTS) == ""
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ("", ()),
+        ("  ", ()),
+        ("3", (3,)),
+        ("12, 15-18", (12, 15, 16, 17, 18)),
+        ("15 - 18; 12 12,", (12, 15, 16, 17, 18)),
+        ("1-38", tuple(range(1, 39))),
+    ],
+)
+def test_lists_of_blocks(given, found):
+    assert parse_blocks(given, 40) == found
+
+
+@pytest.mark.parametrize("given", ["0", "39", "40", "5-3", "a", "3-", "-3", "1.5", "3--5", "9" * 9])
+def test_lists_of_blocks_that_cannot_be_are_refused(given):
+    with pytest.raises(
+        ValueError, match="blocks: expected blocks from 1 to 38 such as '12, 15-18'"
+    ):
+        parse_blocks(given, 40)
+
+
+def _other_profile():
+    return ProfileFile(profile_for(tiny.base_model("i2v")))
+
+
+@pytest.mark.parametrize(
+    ("router", "inputs", "parts"),
+    [
+        ("profiled", {"k_min": 0.9, "k_max": 0.5}, ["k_min", "k_max", "0.9", "0.5"]),
+        ("profiled", {"k_min": 0.0}, ["k_min", "0.0"]),
+        ("profiled", {"k_min": float("nan")}, ["k_min", "nan"]),
+        ("profiled", {"k_max": 1.5}, ["k_max", "1.5"]),
+        ("profiled", {"curve": "wavy"}, ["curve", "falling, constant, rising", "wavy"]),
+        ("profiled", {"start_percent": 0.7, "end_percent": 0.3}, ["start_percent", "0.7", "0.3"]),
+        ("profiled", {"scheduler": "lunar"}, ["scheduler", "lunar"]),
+        ("profiled", {"steps": 0}, ["steps", "at least 1"]),
+        ("profiled", {"profile": _other_profile}, ["profile", "another model", "Load the profile"]),
+        ("fixed", {"blocks": "7"}, ["blocks", "1 to 4", "0 to 5"]),
+        (
+            "trained",
+            {"router_file": "gone.safetensors"},
+            ["router_file", "gone", "wantrim/routers"],
+        ),
+        ("magic", {}, ["router", "profiled, fixed, trained", "magic"]),
+    ],
+)
+def test_inputs_that_cannot_be_are_refused_by_name(router, inputs, parts, router_folder):
+    made = {k: v() if callable(v) else v for k, v in inputs.items()}
+    with pytest.raises(ValueError) as error:
+        at_node(tiny.base_model(), router, **made)
+    says(error, "WanTrim Blocks: ", *parts)
+    assert str(error.value).count("WanTrim Blocks") == 1
+
+
+def test_a_missing_profile_is_asked_for():
+    for choice in ("profiled", {"router": "profiled"}):
+        with pytest.raises(ValueError) as error:
+            WanTrimBlocks.execute(model=tiny.base_model(), router=choice, **DEFAULTS)
+        says(error, "WanTrim Blocks", "'profiled' needs a profile", "WanTrim Load Profile")
+
+
+@pytest.mark.parametrize("router", ["fixed", "trained"])
+def test_a_linked_choice_without_its_input_says_what_to_do(router):
+    with pytest.raises(ValueError) as error:
+        WanTrimBlocks.execute(model=tiny.base_model(), router=router, **DEFAULTS)
+    says(error, f"'{router}' needs the input", "cannot be linked")
+    with pytest.raises(ValueError) as error:
+        WanTrimBlocks.execute(model=tiny.base_model(), router=None, **DEFAULTS)
+    says(error, "got none of them")
+
+
+def test_a_router_of_another_model_or_another_kind_is_refused(router_folder):
+    base = tiny.base_model()
+    save_router(router_folder / "i2v.safetensors", trained_router(tiny.base_model("i2v")))
+    save_router(router_folder / "clip.safetensors", trained_router(base, "clip", 1280))
+    (router_folder / "bad.safetensors").write_bytes(b"nothing")
+    for name, parts in {
+        "i2v": ["trained for another model", "36 input channels"],
+        "clip": ["CLIP", "takes none"],
+        "bad": ["bad.safetensors", "cannot be read"],
+    }.items():
+        with pytest.raises(ValueError) as error:
+            at_node(base, "trained", router_file=f"{name}.safetensors")
+        says(error, "WanTrim Blocks", *parts)
+
+
+def test_the_nodes_inputs_are_the_plans_fields():
+    schema = WanTrimBlocks.define_schema()
+    inputs = {given.id: given for given in schema.inputs}
+    assert tuple(option.key for option in inputs["router"].options) == ROUTERS
+    plan = BlockPlan(ProfiledRouter(profile_for(tiny.base_model())))
+    assert (inputs["k_min"].default, inputs["k_max"].default) == (0.5, 0.875)
+    assert (plan.budget.k_min, plan.budget.k_max) == (0.5, 0.875)
+    assert not {"skipped_blocks_give", "memory", "repeat_at_most"}.intersection(inputs)
