@@ -88,7 +88,8 @@ def test_the_papers_plan_is_the_one_that_artists_get():
 @pytest.mark.parametrize("point", POINTS)
 def test_plans_are_solved_for_equal_compute(bench, task, point):
     it = bench(task, point)
-    assert it.anchored == (1 if task == "i2v" else 0)
+    given = (True, False, False, False, False) if task == "i2v" else None
+    assert it.sampling.anchored == given and it.sampling.starts_given == (task == "i2v")
     asked = [c for c in all_cases() if c.tokens and {"methods", "reselection"} & {*c.groups}]
     missing = [c for c in asked if not solve_plan(c, it.sampling)]
     # only what chooses on all tokens too often cannot come down
