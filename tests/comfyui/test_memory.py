@@ -54,8 +54,10 @@ def check_own(passes, per_step: int) -> None:
         else:
             continue
         left_out += 1
-        noisy = not torch.equal(seen.velocity[lost.expand_as(seen.velocity)],
-                                before.velocity[lost.expand_as(seen.velocity)])
+        noisy = not torch.equal(
+            seen.velocity[lost.expand_as(seen.velocity)],
+            before.velocity[lost.expand_as(seen.velocity)],
+        )
         if noisy:
             # windows and areas that overlap look like noise: then the video is repeated
             videos = [one.latent - one.sigma * one.velocity for one in (before, seen)]
@@ -74,7 +76,7 @@ def test_context_windows_remember_apart(values, free, monkeypatch):
     given = tiny.case(frames=7)
     out, passes, report = watched(given, *values, model=windows(tiny.base_model()))
     calls = 1 if free else 2
-    assert [seen.latent.shape[2] for seen in passes[:: calls]] == 4 * [3, 4, 4]
+    assert [seen.latent.shape[2] for seen in passes[::calls]] == 4 * [3, 4, 4]
     check_own(passes, per_step=3 * calls)
     assert [step.kept_share for step in report.steps] == pytest.approx(
         [share for share in values for _ in range(3)]
@@ -158,8 +160,10 @@ def test_prompt_that_ends_leaves_the_others_their_own_memory(no_free_memory):
     given.positive = [*tiny.text(8), short, *given.positive]
     values = (1, 1, 0, 0, 1, 0)
     _, passes, report = watched(given, *values)
-    counts = [sum(seen.sigma == sigma for seen in passes) for sigma in
-              dict.fromkeys(seen.sigma for seen in passes)]
+    counts = [
+        sum(seen.sigma == sigma for seen in passes)
+        for sigma in dict.fromkeys(seen.sigma for seen in passes)
+    ]
     assert counts[0] == 4 and counts[-1] == 3 and sorted(counts, reverse=True) == counts
     last = {}
     for seen in passes:
@@ -169,6 +173,30 @@ def test_prompt_that_ends_leaves_the_others_their_own_memory(no_free_memory):
         last[key] = seen.velocity
     assert [step.kept_share for step in report.steps] == list(values)
     assert not report.notes
+
+
+@pytest.mark.parametrize("free", [1e12, 0], ids=["batched", "split"])
+def test_when_the_deciding_prompt_ends_the_next_one_begins_whole_and_that_is_said(
+    free, monkeypatch
+):
+    monkeypatch.setattr(ModelPatcher, "get_free_memory", lambda self, device: free)
+    given = tiny.case()
+    short = tiny.text(9)[0]
+    short[1].update(start_percent=0.0, end_percent=0.3)
+    # the host takes its list from the end
+    given.positive = [*given.positive, short]
+    _, passes, report = watched(given, 1, 0, 0, 0, 0, 0)
+    rows = [0] * 6
+    sigmas = list(dict.fromkeys(seen.sigma for seen in passes))
+    for seen in passes:
+        rows[sigmas.index(seen.sigma)] += len(seen.roles)
+    ends = rows.index(2)
+    assert rows == ends * [3] + (6 - ends) * [2] and 1 < ends < 5
+    expected = [1, *(ends - 1) * [0], 1, *(5 - ends) * [0]]
+    assert [step.kept_share for step in report.steps] == expected
+    ran = {sigmas.index(seen.sigma) for seen in passes if seen.tokens}
+    assert ran == {0, ends}
+    assert any(UNKNOWN in note for note in report.notes)
 
 
 @pytest.mark.parametrize(
@@ -195,7 +223,9 @@ def test_skip_layer_guidance_remembers_its_own_pass(values, free, rows, monkeypa
 
 
 @pytest.mark.parametrize("order", ["in front", "behind"])
-@pytest.mark.parametrize("values", [(1, 1, 0, 1, 0, 1, 1, 0), (1, 1, 0.4, 1, 0, 0.4, 1, 0.4)], ids=str)
+@pytest.mark.parametrize(
+    "values", [(1, 1, 0, 1, 0, 1, 1, 0), (1, 1, 0.4, 1, 0, 0.4, 1, 0.4)], ids=str
+)
 def test_easycache_and_shares_both_act(order, values):
     """A step that the cache answers and that never came to us repeats nothing of ours."""
 

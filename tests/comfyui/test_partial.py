@@ -43,7 +43,9 @@ def contexts(model) -> list[int]:
 
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("kind", tiny.KINDS)
-def test_left_out_tokens_repeat_their_velocity_and_the_others_are_computed(kind, batch, monkeypatch):
+def test_left_out_tokens_repeat_their_velocity_and_the_others_are_computed(
+    kind, batch, monkeypatch
+):
     look_inside(monkeypatch)
     given, values = tiny.case(kind, batch=batch), (1, 1, 0.4, 0.4, 1)
     _, passes, report = watched(given, *values, model=tiny.base_model(kind))
@@ -74,10 +76,10 @@ def test_computed_are_the_tokens_that_changed_most_or_waited_longest(kind, monke
     def kept(seen) -> torch.Tensor:
         return ~seen.dropped[0].view(3, 20)
 
-    known = change(1, 0)
+    known, age = change(1, 0), torch.zeros(3, 20)
     for number in (2, 4):
         best = torch.zeros(3, 20, dtype=torch.bool)
-        worth = known if number == 2 else known * (1 + age) ** 2
+        worth = known * (1 + age) ** 2
         best.scatter_(1, worth.topk(FEW).indices, True)
         assert torch.equal(kept(passes[number]), best)
         known = torch.where(best, change(number, number - 1), known)
