@@ -27,6 +27,10 @@ OUT_OF_MEMORY = (
 )
 
 
+# never a graph of their own
+_gather, _scatter = torch.compiler.disable(gather_tokens), torch.compiler.disable(scatter_tokens)
+
+
 @dataclass
 class Shared:
     """What all model calls of a run share.
@@ -77,6 +81,7 @@ class Places:
         """Rows of a tensor [b or 1, s, ...] that is the same in every block."""
         return self.once(tensor, lambda t: gather_tokens(t, self.index))
 
+    @torch.compiler.disable
     def once(self, tensor: torch.Tensor, make: Callable) -> torch.Tensor:
         """make(tensor), for the same tensor only once."""
         known = self._taken.get(id(tensor))
@@ -155,13 +160,15 @@ class Call:
             return program.rows
         ready = self.part.known(self.keys)
         if program.partial:
-            ready = ready and self.part.has_context(self.keys, self.num_blocks)
+            ready = ready and self.part.has_context(self.keys)
         if ready:
             return program.rows
         self.record.note(
             "a prompt came that had nothing to repeat yet: it was computed in full beside the others"
         )
-        return (Row(ALL, self.grid.tokens),) * self.num_blocks
+        later = any(row.context == UPDATE for row in program.rows)
+        row = Row(ALL, self.grid.tokens, context=WRITE if later else "")
+        return (row,) * self.num_blocks
 
     @property
     def repeats(self) -> bool:
@@ -244,9 +251,22 @@ class Call:
             out = host.run(hidden, None, self._attend(index, row, None, {}))
             self._ran(index, Row(ALL, self.grid.tokens, heads=row.heads))
             return out
+        if row.context in (READ, UPDATE) and not self.part.has_context(self.keys, index):
+            # another node skipped it when all others were remembered, or there was no room any more
+            hidden = self._whole(hidden)
+            row = Row(
+                ALL,
+                self.grid.tokens,
+                heads=row.heads,
+                context=WRITE if row.context == UPDATE else "",
+            )
+            attend = self._attend(index, row, None, {})
+            out = host.run(hidden, None, attend)
+            self._ran(index, row, attend)
+            return out
         places = self._at(self.current)
         short = self._full is not None
-        kept = hidden if short else gather_tokens(hidden, places.index)
+        kept = hidden if short else _gather(hidden, places.index)
         attend = self._attend(index, row, places, {})
         if self.alone and not short:
             self._full = hidden
@@ -256,14 +276,14 @@ class Call:
             return out
         if self.alone:
             return self._whole(out)
-        return scatter_tokens(hidden, places.index, out)
+        return _scatter(hidden, places.index, out)
 
     def _whole(self, hidden: torch.Tensor) -> torch.Tensor:
         """The full sequence, when only kept tokens came."""
         full, self._full = self._full, None
         if full is None:
             return hidden
-        return scatter_tokens(full, self._at(self.current).index, hidden)
+        return _scatter(full, self._at(self.current).index, hidden)
 
     def _at(self, selection: Selection) -> Places:
         known = self._places.get(id(selection))

@@ -21,7 +21,7 @@ from .attention import head_groups
 from .call import Call, Shared, StepState
 from .memory import STRAYED, Memory
 from .plan import TrimPlan
-from .program import ALL, SKIP, Facts, Row, compile
+from .program import ALL, SKIP, Facts, Program, Row, compile_step
 from .record import Record, Step
 
 COND, UNCOND = 0, 1
@@ -185,12 +185,13 @@ class Engine:
             facts = Facts(
                 sigma, progress, grid, num_blocks, seen.anchored, inside, seen.mixed,
                 known=part.known(keys), seen=part.seen,
+                begun=any(one.sigma != sigma and not one.answered for one in self.record.steps),
                 context=not self.memory.lost,
                 skipped=self._skipped(sigma, progress, Content(own, clip), num_blocks),
             )  # fmt: skip
-            program = compile(self.plan, facts)
-            if program.partial and not part.has_context(keys, num_blocks):
-                program = compile(self.plan, replace(facts, context=False))
+            program = compile_step(self.plan, facts)
+            if program.partial and not part.has_context(keys):
+                program = compile_step(self.plan, replace(facts, remembered=False))
             step = Step(sigma, progress, program)
             self.record.steps.append(step)
             for remark in program.remarks:
@@ -203,7 +204,7 @@ class Engine:
             part.begin(sigma, own.detach().clone())
             if program.repeats:
                 part.skipped()
-            if COND not in cond_or_uncond and not program.whole:
+            if COND not in cond_or_uncond and not (program.whole or program.repeats):
                 self.record.note(
                     "the unconditional prompt came first in a step and decided which tokens stay"
                 )
@@ -274,7 +275,9 @@ class Engine:
                     f"{missing} of {len(announced)} steps that the sampler announced never came to "
                     "the model: another node's cache, or a sampler that goes its own way"
                 )
-        if not steps or self.plan.neutral or any(not step.program.whole for step in steps):
+        if not completed or not steps or self.plan.neutral:
+            return
+        if any(not step.program.whole for step in steps):
             return
         if any(step.program.remarks for step in steps):
             return
@@ -308,9 +311,9 @@ class Engine:
 
 
 def _decider(cond_or_uncond: Sequence[int]) -> int:
-    """Which chunk of a batch decides: hosts put the first conditional prompt last."""
+    """Which chunk of a batch decides: the conditional prompt that also comes first, call by call."""
     cond = [i for i, role in enumerate(cond_or_uncond) if role == COND]
-    return cond[-1] if cond else len(cond_or_uncond) - 1
+    return cond[0] if cond else len(cond_or_uncond) - 1
 
 
 def _names(prompts: Sequence[Hashable], chunks: Sequence) -> list[Hashable]:

@@ -81,7 +81,7 @@ class Part:
         self.age: torch.Tensor | None = None
         self.noisy = False
         self._point: tuple[float, torch.Tensor] | None = None
-        # prompts of the last step: the one that decided, then another of the same latent
+        # prompts of the last step
         self._last: list[Hashable] = []
 
     def fits(self, latent: torch.Tensor) -> bool:
@@ -92,25 +92,31 @@ class Part:
     def strayed(self, sigma: float, latent: torch.Tensor) -> torch.Tensor | None:
         """Share of the squared path since the last step that no guidance explains, or None.
 
-        Between two steps a sampler goes along v_uncond + g * (v_cond - v_uncond) for some g, or
-        adds noise.
+        Between two steps a sampler goes along a mix of its prompts' velocities, as
+        v_uncond + g * (v_cond - v_uncond) for some g, or adds noise.
+        Not a number while sigma is that of the last step: to compare it here would wait for the device.
         """
-        if self._point is None or not self._last or self._point[0] == sigma:
+        if self._point is None or not self._last:
             return None
-        known = [self.prompts.get(key) for key in self._last[:2]]
+        known = [self.prompts.get(key) for key in self._last]
         if any(prompt is None or prompt.velocity is None for prompt in known):
             return None
-        first = known[0].velocity.float()
+        first, *others = (prompt.velocity.float() for prompt in known)
         path = (latent.float() - self._point[1].float()) / (sigma - self._point[0])
-        rest = path - first
-        if len(known) > 1:
-            along = first - known[1].velocity.float()
-            rest = rest - along * (rest * along).sum() / along.square().sum().clamp(min=1e-12)
+        rest, explained = path - first, []
+        for other in others:
+            along = other - first
+            for past in explained:
+                along = along - past * _share_along(along, past)
+            rest = rest - along * _share_along(rest, along)
+            explained.append(along)
         return rest.square().sum() / path.square().sum().clamp(min=1e-12)
 
     def begin(self, sigma: float, latent: torch.Tensor) -> None:
-        """A step begins at this sigma with this latent [b, c, f, h, w]."""
-        self.sigma, self._point, self._last = sigma, (sigma, latent), []
+        """A step begins, or goes on, at this sigma with this latent [b, c, f, h, w]."""
+        if self.sigma != sigma:
+            self._last = []
+        self.sigma, self._point = sigma, (sigma, latent)
 
     @property
     def point(self) -> tuple[float, torch.Tensor] | None:
@@ -121,9 +127,10 @@ class Part:
         """Whether every prompt has a velocity to repeat."""
         return all(key in self.prompts and self.prompts[key].velocity is not None for key in keys)
 
-    def has_context(self, keys, blocks: int) -> bool:
-        """Whether every prompt has keys and values of every block."""
-        return all(key in self.prompts and len(self.prompts[key].context) == blocks for key in keys)
+    def has_context(self, keys, block: int | None = None) -> bool:
+        """Whether every prompt has keys and values of a block; None is of any at all."""
+        held = [self.prompts[key].context if key in self.prompts else {} for key in keys]
+        return all(bool(context) if block is None else block in context for context in held)
 
     def repeat(self, key: Hashable, sigma: float, latent: torch.Tensor) -> torch.Tensor:
         """The velocity of a prompt that is not computed at this sigma, for this latent.
@@ -132,7 +139,7 @@ class Part:
         video that it pointed at is repeated, which is the same thing on a straight path.
         """
         prompt = self.prompts[key]
-        self._last.append(key)
+        self._came(key)
         if not self.noisy:
             return prompt.velocity
         away = (latent.float() - prompt.clean.float()) / max(sigma, 1e-6)
@@ -156,7 +163,7 @@ class Part:
         if mask is not None:
             velocity = torch.where(mask, velocity, self.repeat(key, sigma, latent))
         else:
-            self._last.append(key)
+            self._came(key)
             # the host may go on in place
             velocity = velocity.clone()
         clean = latent.to(velocity) - sigma * velocity
@@ -164,6 +171,10 @@ class Part:
             clean = torch.where(mask, clean, prompt.clean)
         prompt.velocity, prompt.clean = velocity, clean
         return velocity
+
+    def _came(self, key: Hashable) -> None:
+        if key not in self._last:
+            self._last.append(key)
 
     def saw(self, change: torch.Tensor | None, kept: torch.Tensor | None) -> None:
         """Take in how the deciding prompt's velocity changed.
@@ -233,6 +244,11 @@ class Part:
         self.prompts.clear()
         self.change = self.age = self._point = None
         self._last, self.seen = [], 0
+
+
+def _share_along(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """How many times b [...] there is of it in a [...]."""
+    return (a * b).sum() / b.square().sum().clamp(min=1e-12)
 
 
 def _chunks(index: torch.Tensor | None, count: int):

@@ -1,6 +1,6 @@
 """A step is a table: what every block does in it, made before the first block runs.
 
-`compile` is the one place that decides. The engine obeys the table, the cost model sums it, the
+`compile_step` is the one place that decides. The engine obeys the table, the cost model sums it, the
 record holds the same rows as they happened.
 """
 
@@ -98,7 +98,9 @@ class Facts:
         mixed: prompts of different areas came in one call.
         known: the velocity of every prompt of the call is remembered.
         seen: steps that computed something so far; how tokens change is known from the second.
-        context: keys and values of all tokens are remembered, or could be.
+        begun: another part of the video had earlier steps.
+        context: keys and values of all tokens could be remembered.
+        remembered: those of every prompt of the call are, if that is asked.
         skipped: blocks that the router leaves out; None is not known yet, only how many.
     """
 
@@ -111,7 +113,9 @@ class Facts:
     mixed: bool = False
     known: bool = False
     seen: int = 0
+    begun: bool = False
     context: bool = True
+    remembered: bool = True
     skipped: frozenset[int] | None = frozenset()
 
 
@@ -127,7 +131,7 @@ NO_CONTEXT = (
 )
 
 
-def compile(plan: TrimPlan, facts: Facts) -> Program:
+def compile_step(plan: TrimPlan, facts: Facts) -> Program:
     """The program of a step."""
     grid, remarks = facts.grid, []
     share = _share(plan, facts, remarks)
@@ -176,12 +180,12 @@ def _share(plan: TrimPlan, facts: Facts, remarks: list[str]) -> float:
     if share == 1.0:
         return share
     if not facts.known:
-        if facts.seen:
+        if facts.seen or facts.begun:
             remarks.append(NOT_REMEMBERED)
         return 1.0
     if share > 0.0:
         why = facts.inside or (MIXED if facts.mixed else None)
-        if why is None and not (facts.context and plan.may_be_partial):
+        if why is None and not (facts.context and facts.remembered and plan.may_be_partial):
             why = NO_CONTEXT
         if why is not None:
             remarks.append(why)
@@ -248,6 +252,6 @@ def expected_programs(
             sigma, progress_at(sigma, shift), grid, num_blocks, anchored,
             known=seen > 0, seen=seen, skipped=None,
         )  # fmt: skip
-        programs.append(compile(plan, facts))
+        programs.append(compile_step(plan, facts))
         seen += not programs[-1].repeats
     return programs

@@ -133,8 +133,8 @@ class WanTrimPair(io.ComfyNode):
             description=(
                 "One speed-up for both experts of Wan 2.2 14B, split by the steps that each one "
                 "does. Place it after the LoRAs and before each ModelSamplingSD3. The first step of "
-                "each expert computes everything, so that 2 + 2 steps reach about 1.6x. The video "
-                "will change; speedup 1 changes nothing at all."
+                "each expert computes everything, so that 2 + 2 steps can be 1.33x or 2x, nothing "
+                "between. The video will change; speedup 1 changes nothing at all."
             ),
             search_aliases=["wan 2.2", "high noise", "low noise", "wan speed", "two experts"],
             not_idempotent=True,

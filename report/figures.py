@@ -58,21 +58,22 @@ class Speed:
 
     Args:
         whole_steps: numbers of the whole steps of this run, from 1; none when one was timed apart.
-        whole, trimmed: median seconds of a step.
+        whole, trimmed: median seconds of a step; trimmed ones are those that compute a part, None
+            when the others only repeat.
         run: seconds of all steps, had all been whole, over what they took.
         expected, expected_run: the same two ratios by the cost model, or None.
     """
 
     whole_steps: tuple[int, ...]
     whole: float
-    trimmed: float
+    trimmed: float | None
     run: float
     expected: float | None
     expected_run: float | None
 
     @property
-    def measured(self) -> float:
-        return self.whole / self.trimmed
+    def measured(self) -> float | None:
+        return None if self.trimmed is None else self.whole / self.trimmed
 
     @property
     def warming_up(self) -> bool:
@@ -82,34 +83,42 @@ class Speed:
 
 def measured_speed(record: Record) -> Speed | None:
     """Compared are steps of one grid and as many model calls; None without both kinds of step."""
-    trimmed = [step for step in record.steps if not step.whole and step.kept_share > 0]
+    trimmed = [step for step in record.steps if not step.whole and not step.answered]
     if not trimmed:
         return None
     (grid, calls), _ = Counter((s.grid, s.calls) for s in trimmed).most_common(1)[0]
     alike = [s for s in record.steps if (s.grid, s.calls) == (grid, calls)]
     whole = [s for s in alike if s.whole]
-    trimmed = [s for s in alike if not s.whole and s.kept_share > 0]
+    trimmed = [s for s in alike if not s.whole and not s.answered]
     # without a clock that moved there is nothing to compare
     if not all(s.seconds > 0 for s in alike):
         return None
     # the first step warms up: of several whole steps it is not the measure
     later = [s for s in whole if s is not record.steps[0]] or whole
-    if record.dense_seconds is not None and alike[0] is record.steps[0]:
-        later, reference = [], record.dense_seconds
-    elif not whole:
+    apart = record.dense_seconds is not None and alike[0] is record.steps[0]
+    if not (apart or whole):
         return None
-    else:
-        reference = statistics.median(s.seconds for s in later)
-    counted = [*later, *trimmed]
+    reference = record.dense_seconds if apart else statistics.median(s.seconds for s in later)
+    counted = [*whole, *trimmed]
+    # a first step that warmed up counts as if it had not: else a run seems to save more than it does
+    steps = [*later, *trimmed]
+    took = [s.seconds if any(s is one for one in steps) else reference for s in counted]
     work = [step_floor(record, s) for s in counted]
     known = all(share is not None for share in work)
+    # repeated steps cost next to nothing: they count in the run alone
+    partial = [s for s in trimmed if s.kept_share > 0]
+    left = [step_floor(record, s) for s in partial] if known else []
     return Speed(
-        tuple(i + 1 for i, s in enumerate(record.steps) if any(s is one for one in later)),
+        tuple(
+            i + 1
+            for i, s in enumerate(record.steps)
+            if not apart and any(s is one for one in later)
+        ),
         reference,
-        statistics.median(s.seconds for s in trimmed),
-        len(counted) * reference / sum(s.seconds for s in counted),
-        1 / statistics.median(work[len(later) :]) if known else None,
-        len(counted) / sum(work) if known else None,
+        statistics.median(s.seconds for s in partial) if partial else None,
+        len(counted) * reference / sum(took),
+        1 / statistics.median(left) if left else None,
+        len(counted) / sum(work) if known and sum(work) > 0 else None,
     )
 
 
@@ -120,7 +129,7 @@ def why_no_speed(record: Record) -> str:
     return (
         "no step of this run that can be compared was whole, so there is no measured reference and "
         "no speed-up is claimed; run it once at prune ratio 0 and compare the seconds, or turn "
-        "measure_dense_step on at WanTrim Record"
+        "measure_dense_step on at WanTrim Report"
     )
 
 
@@ -129,19 +138,21 @@ def speed_lines(record: Record) -> list[str]:
     speed = measured_speed(record)
     if speed is None:
         lines = [f"Measured speed-up: none: {why_no_speed(record)}."]
-        expected = _expected(record)
+        expected = expected_speedup(record)
         if expected is not None:
             lines.append(f"Expected from {_by(record)} over these steps: {expected:.2f} x.")
         return lines
-    lines = [
-        f"Measured: a trimmed step {speed.trimmed:.2f} s, a whole one {speed.whole:.2f} s "
-        f"({_which(speed)}): {speed.measured:.2f} x; all steps {speed.run:.2f} x."
-    ]
-    if speed.expected is not None:
-        lines.append(
-            f"Expected from {_by(record)}: a trimmed step {speed.expected:.2f} x; all steps "
-            f"{speed.expected_run:.2f} x."
-        )
+    whole = f"whole one {speed.whole:.2f} s ({_which(speed)})"
+    if speed.trimmed is None:
+        lines = [f"Measured: a {whole}, the others repeated; all steps {speed.run:.2f} x."]
+    else:
+        lines = [
+            f"Measured: a trimmed step {speed.trimmed:.2f} s, a {whole}: {speed.measured:.2f} x; "
+            f"all steps {speed.run:.2f} x."
+        ]
+    if speed.expected_run is not None:
+        own = "" if speed.expected is None else f"a trimmed step {speed.expected:.2f} x; "
+        lines.append(f"Expected from {_by(record)}: {own}all steps {speed.expected_run:.2f} x.")
     if speed.warming_up:
         lines.append(
             "The whole step was the first one, which warms up as well: the measured figure may be "
@@ -180,6 +191,7 @@ def report_json(record: Record) -> dict:
         "finished": record.finished,
         "seconds": record.seconds,
         "attention_share": record.attention_share,
+        "context": record.context,
         "token_work": record.kept_share if record.steps else None,
         "flops_share": mean_work(record),
         "reference": whole,
@@ -189,7 +201,7 @@ def report_json(record: Record) -> dict:
         "expected": {
             "by": _by(record),
             "step": speed and speed.expected,
-            "run": speed.expected_run if speed else _expected(record),
+            "run": speed.expected_run if speed else expected_speedup(record),
         },
         "steps": [_step_json(record, step) for step in record.steps],
         "did_not_happen": list(record.notes),
@@ -204,6 +216,8 @@ def _step_json(record: Record, step: Step) -> dict:
         "tokens": step.grid.tokens,
         "grid": [step.grid.frames, step.grid.height, step.grid.width],
         "share": step.program.share,
+        "repeated": step.repeated,
+        "answered": step.answered,
         "planned": planned,
         "executed": done,
         "token_work": step.kept_share,
@@ -233,9 +247,11 @@ def _heads(plan: HeadPlan, ran: Sequence[int], patterned) -> dict[str, int]:
     return {name: names[name] for name in PATTERNS if names[name]}
 
 
-def _expected(record: Record) -> float | None:
+def expected_speedup(record: Record) -> float | None:
+    """What all steps come to, by the cost model, or None."""
     floors = [step_floor(record, step) for step in record.steps]
-    return 1 / statistics.fmean(floors) if floors and None not in floors else None
+    known = floors and None not in floors and sum(floors) > 0
+    return 1 / statistics.fmean(floors) if known else None
 
 
 def _by(record: Record) -> str:

@@ -83,7 +83,7 @@ def _title(record: Record) -> Image.Image:
     left = "" if share is None else f"self-attention left {share:.0%}   "
     speed = measured_speed(record)
     # a reference that warmed up is no headline
-    known = speed is not None and not speed.warming_up
+    known = speed is not None and speed.measured is not None and not speed.warming_up
     faster = f"trimmed steps {speed.measured:.2f} x as fast   " if known else ""
     line = f"{steps}{record.seconds:.1f} s   {faster}{left}{record.planned}"
     # the report's text has the whole of it
@@ -121,8 +121,11 @@ def _work_bars(record: Record) -> Image.Image:
     title = "work done per step, of an untouched model's FLOPs"
     if None in work:
         work, title = [step.kept_share for step in record.steps], "token work done per step"
-    spread = f"{min(work):.0%} to {max(work):.0%}"
-    return _bars(f"{title}: {spread}", work, KEPT, [f"{value:.0%}" for value in work])
+    title += f": {min(work):.0%} to {max(work):.0%}"
+    repeated = sum(step.repeated for step in record.steps)
+    if repeated:
+        title += f"; {repeated} {'repeats' if repeated == 1 else 'repeat'} an earlier step"
+    return _bars(title, work, KEPT, [f"{value:.0%}" for value in work])
 
 
 def _time_bars(record: Record) -> Image.Image:
@@ -165,7 +168,7 @@ def _heat(record: Record) -> Image.Image:
     image, draw = canvas(height + 30)
     draw.text(
         (MARGIN, 0),
-        "tokens computed, block (down) by step (across); bright = all",
+        "tokens computed, block (down) by step (across); bright = all, dark = none",
         FAINT,
         font_of(17),
     )

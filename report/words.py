@@ -18,11 +18,14 @@ def record_text(record: Record) -> str:
     if not record.steps:
         lines.append(f"The model ran untouched, {record.seconds:.1f} s in all.")
         return "\n".join([*lines, "", *remarks])
-    seconds = statistics.median(step.seconds for step in record.steps)
+    computed = [step for step in record.steps if not step.repeated] or record.steps
+    seconds = statistics.median(step.seconds for step in computed)
     count = len(record.steps)
+    each = "per step" if len(computed) == count else "per step that computed something"
     lines += [
         f"{count} {'step' if count == 1 else 'steps'}, {record.seconds:.1f} s in all, "
-        f"{seconds:.2f} s per step (median).",
+        f"{seconds:.2f} s {each} (median).",
+        *_repeated_line(record),
         *_work_lines(record),
         *_heads_line(record),
         *_blocks_line(record),
@@ -56,6 +59,15 @@ def _work_lines(record: Record) -> list[str]:
     return lines
 
 
+def _repeated_line(record: Record) -> list[str]:
+    count = sum(step.repeated for step in record.steps)
+    if not count:
+        return []
+    if count == 1:
+        return ["One step repeats what an earlier one gave, and runs no block."]
+    return [f"{count} steps repeat what an earlier one gave, and run no block."]
+
+
 def _heads_line(record: Record) -> list[str]:
     if record.attention_share is None:
         return []
@@ -64,9 +76,9 @@ def _heads_line(record: Record) -> list[str]:
 
 def _blocks_line(record: Record) -> list[str]:
     """The real mean: how many steps lie at high noise is the sampler's and the shift's doing."""
-    run = [step.blocks_run for step in record.steps]
+    run = [step.blocks_run for step in record.steps if not step.repeated]
     num_blocks = record.steps[0].num_blocks
-    if min(run) == num_blocks:
+    if not run or min(run) == num_blocks:
         return []
     per_step = " ".join(str(count) for count in run)
     return [f"Blocks run: {statistics.fmean(run):.1f} of {num_blocks} (per step: {per_step})."]
@@ -81,5 +93,12 @@ def _row(record: Record, number: int, step: Step) -> str:
     return (
         f"{number:>4}  {step.sigma:.4f}  {step.keep_ratio:>4.0%}  {step.program.work:>7.1%}"
         f"  {step.kept_share:>10.1%}  {'-' if work is None else format(work, '.1%'):>6}"
-        f"  {step.blocks_run:>6}  {step.calls:>5}  {step.seconds:>7.2f}"
+        f"  {step.blocks_run:>6}  {step.calls:>5}  {step.seconds:>7.2f}{_remark(step)}"
     )
+
+
+def _remark(step: Step) -> str:
+    """What a step without work was."""
+    if step.repeated:
+        return "  repeated"
+    return "  answered by another node" if step.answered else ""

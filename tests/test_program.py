@@ -20,7 +20,7 @@ from wantrim.engine.program import (
     WRITE,
     Facts,
     Row,
-    compile,
+    compile_step,
     expected_programs,
 )
 from wantrim.hosts.diffusers.attach import attach
@@ -68,7 +68,7 @@ def without(plan: TrimPlan, *blocks: int) -> tuple[TrimPlan, Facts]:
     ],
 )
 def test_tape_chooses_and_drops(every, wanted):
-    program = compile(tape(every), FACTS)
+    program = compile_step(tape(every), FACTS)
     assert letters(program) == wanted
     assert {row.tokens for row in program.rows if row.run == KEPT} <= {18}
     assert {row.tokens for row in program.rows if row.run == ALL} == {36}
@@ -96,7 +96,7 @@ def test_tape_chooses_and_drops(every, wanted):
     ],
 )
 def test_a_skipped_block_leaves_the_choice_to_the_next(skipped, wanted):
-    program = compile(*without(tape(3), *skipped))
+    program = compile_step(*without(tape(3), *skipped))
     assert letters(program) == wanted
     assert program.blocks_run == 7 - len(skipped)
     assert all(row == Row(SKIP) for i, row in enumerate(program.rows) if i in skipped)
@@ -104,7 +104,7 @@ def test_a_skipped_block_leaves_the_choice_to_the_next(skipped, wanted):
 
 @pytest.mark.parametrize("skipped", [(), (1,), (2, 4), (1, 2, 3, 4, 5)])
 def test_without_tokens_the_others_run_on_all(skipped):
-    program = compile(*without(TrimPlan(), *skipped))
+    program = compile_step(*without(TrimPlan(), *skipped))
     assert letters(program) == "".join("-" if i in skipped else "a" for i in range(7))
 
 
@@ -114,7 +114,7 @@ def test_without_tokens_the_others_run_on_all(skipped):
 def test_blocks_that_are_not_known_yet_are_counted(count, wanted):
     """Which ones is the router's business in the run: the first and the last always run."""
     plan = TrimPlan(blocks=BlockPlan(RandomRouter(), BlockBudget(count / 7, count / 7)))
-    program = compile(plan, replace(FACTS, skipped=None))
+    program = compile_step(plan, replace(FACTS, skipped=None))
     assert program.blocks_run == count and letters(program)[0] == letters(program)[-1] == "a"
     if count in (2, 7):
         assert letters(program) == wanted
@@ -125,17 +125,17 @@ def test_blocks_that_are_not_known_yet_are_counted(count, wanted):
     [(None, 18), ((False,) * 3, 18), ((True, False, False), 24), ((True, False, True), 30)],
 )
 def test_given_latent_frames_keep_all(anchored, kept):
-    program = compile(tape(3), replace(FACTS, anchored=anchored))
+    program = compile_step(tape(3), replace(FACTS, anchored=anchored))
     assert [row.tokens for row in program.rows if row.run == KEPT] == [kept] * 4
     assert program.anchored == sum(anchored or ())
-    loose = compile(tape(3, anchor=False), replace(FACTS, anchored=anchored))
+    loose = compile_step(tape(3, anchor=False), replace(FACTS, anchored=anchored))
     assert {row.tokens for row in loose.rows if row.run == KEPT} == {18} and loose.anchored == 0
 
 
 def test_a_video_that_is_given_is_computed_in_full():
-    program = compile(tape(3), replace(FACTS, anchored=(True,) * 3))
+    program = compile_step(tape(3), replace(FACTS, anchored=(True,) * 3))
     assert program.untouched and program.remarks == (ALL_GIVEN,)
-    assert not compile(tape(3, anchor=False), replace(FACTS, anchored=(True,) * 3)).whole
+    assert not compile_step(tape(3, anchor=False), replace(FACTS, anchored=(True,) * 3)).whole
 
 
 @pytest.mark.parametrize(
@@ -144,12 +144,12 @@ def test_a_video_that_is_given_is_computed_in_full():
 def test_where_no_token_may_go_all_are_computed_and_it_is_said(facts, why):
     facts = replace(FACTS, **facts, known=True, seen=2)
     for plan in (tape(3), shares(1, 1, 0.3)):
-        program = compile(plan, facts)
+        program = compile_step(plan, facts)
         assert program.untouched and program.remarks == (why,) and program.share == 1.0
     # nothing was to be dropped at this place of the run
-    assert not compile(tape(3, start=0.5), facts).remarks
+    assert not compile_step(tape(3, start=0.5), facts).remarks
     # a skipped step looks into no block
-    assert compile(shares(1, 1, 0), facts).repeats
+    assert compile_step(shares(1, 1, 0), facts).repeats
 
 
 # steps at sigma 1, .8, .6; FACTS is in the third
@@ -176,29 +176,29 @@ KNOWN = replace(FACTS, known=True, seen=2)
     ],
 )
 def test_a_share_is_the_same_in_every_block(share, row, budget):
-    program = compile(shares(1, 1, share), KNOWN)
+    program = compile_step(shares(1, 1, share), KNOWN)
     assert program.rows == (row,) * BLOCKS
     # a run of whole steps has nothing to remember
     assert (program.share, program.budget, program.remembers) == (share, budget, share < 1)
     assert program.repeats == (share == 0) and program.partial == (0 < share < 1)
     assert program.whole == (share == 1) and not program.remarks
     # the nearest announced step decides
-    assert compile(shares(1, 1, share), replace(KNOWN, sigma=0.52)).rows == program.rows
+    assert compile_step(shares(1, 1, share), replace(KNOWN, sigma=0.52)).rows == program.rows
 
 
 def test_a_share_goes_by_what_is_remembered():
     part, none = shares(1, 1, 0.3), shares(1, 1, 0)
     for plan in (part, none):
-        first = compile(plan, replace(FACTS, known=False, seen=0))
+        first = compile_step(plan, replace(FACTS, known=False, seen=0))
         assert first.whole and not first.remarks
         # a window or a prompt that comes late
         for late in ({"seen": 3}, {"begun": True}):
-            program = compile(plan, replace(FACTS, known=False, **late))
+            program = compile_step(plan, replace(FACTS, known=False, **late))
             assert program.whole and program.remarks == (NOT_REMEMBERED,)
     # how tokens change is known from two steps; a velocity to repeat from one
     once = replace(FACTS, known=True, seen=1)
-    assert compile(part, once).whole and not compile(part, once).remarks
-    assert compile(none, once).repeats
+    assert compile_step(part, once).whole and not compile_step(part, once).remarks
+    assert compile_step(none, once).repeats
 
 
 def test_a_part_of_the_tokens_needs_context():
@@ -208,19 +208,19 @@ def test_a_part_of_the_tokens_needs_context():
         (replace(shares(1, 1, 0.3), tokens=tape(3).tokens), KNOWN),
         (replace(shares(1, 1, 0.3), blocks=BlockPlan(FixedRouter((2,)))), KNOWN),
     ):
-        program = compile(plan, facts)
+        program = compile_step(plan, facts)
         assert program.share == 1.0 and program.remarks == (NO_CONTEXT,)
         assert not any(row.context for row in program.rows)
     # a plan that does without says nothing
-    quiet = compile(shares(1, 1, 0.3, context=False), KNOWN)
+    quiet = compile_step(shares(1, 1, 0.3, context=False), KNOWN)
     assert quiet.share == 1.0 and not quiet.remarks
-    assert compile(shares(1, 1, 0, context=False), lost).repeats
+    assert compile_step(shares(1, 1, 0, context=False), lost).repeats
 
 
 def contexts(values, **facts) -> list[str]:
     plan, found = shares(*values), []
     for step, sigma in enumerate(plan.shares.sigmas):
-        program = compile(plan, replace(KNOWN, sigma=sigma, seen=step, known=step > 0, **facts))
+        program = compile_step(plan, replace(KNOWN, sigma=sigma, seen=step, known=step > 0, **facts))
         assert len({row.context for row in program.rows}) == 1
         found.append(program.rows[0].context)
     return found
@@ -256,28 +256,28 @@ HEADS = HeadPlan(
 def test_heads_run_in_their_patterns_within_their_window(progress, wanted):
     facts = replace(KNOWN, progress=progress)
     for plan in (TrimPlan(), tape(3), shares(1, 1, 0.3)):
-        program = compile(replace(plan, heads=HEADS), facts)
+        program = compile_step(replace(plan, heads=HEADS), facts)
         assert [i for i, row in enumerate(program.rows) if row.heads] == wanted
         # the rest of the row is what it is without heads
         bare = [replace(row, heads=False) for row in program.rows]
-        assert bare == list(compile(plan, facts).rows)
+        assert bare == list(compile_step(plan, facts).rows)
     plan, facts = without(TrimPlan(heads=HEADS), 1)
-    skipped = compile(plan, replace(facts, progress=progress))
+    skipped = compile_step(plan, replace(facts, progress=progress))
     assert [i for i, row in enumerate(skipped.rows) if row.heads] == [i for i in wanted if i != 1]
 
 
 def test_heads_of_a_block_that_may_not_be_looked_into_are_whole():
-    program = compile(TrimPlan(heads=HEADS), replace(FACTS, inside="not here"))
+    program = compile_step(TrimPlan(heads=HEADS), replace(FACTS, inside="not here"))
     assert program.untouched and program.remarks == ("not here",)
-    assert compile(TrimPlan(heads=HEADS), replace(FACTS, mixed=True)).rows[0].heads
+    assert compile_step(TrimPlan(heads=HEADS), replace(FACTS, mixed=True)).rows[0].heads
 
 
 def test_neutral_is_every_row_is_all():
-    program = compile(TrimPlan(), FACTS)
+    program = compile_step(TrimPlan(), FACTS)
     assert program.rows == (Row(ALL, 36),) * BLOCKS
     assert program.untouched and program.whole and program.work == 1.0
     for plan in (tape(3), shares(1, 0.5, 0.4), replace(TrimPlan(), heads=HEADS)):
-        assert not compile(plan, KNOWN).untouched
+        assert not compile_step(plan, KNOWN).untouched
 
 
 # what a run is expected to do, and what it did

@@ -8,36 +8,26 @@ import torch
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
+from wantrim.engine.plan import TrimPlan
+from wantrim.engine.program import Facts, compile_step, expected_programs
+from wantrim.engine.work import plan_work
 from wantrim.kernels import reference
 from wantrim.methods.attend import Layout, pattern_pairs
 from wantrim.methods.budget import attention_share, solve_heads, solve_width, width_share
-from wantrim.methods.cost import WanShape, plan_work, planned_tokens
+from wantrim.methods.cost import WanShape
 from wantrim.methods.depth import SHAPES, BlockBudget, BlockPlan, blocks_per_step, choose_blocks
 from wantrim.methods.fingerprint import Fingerprint
 from wantrim.methods.grid import TokenGrid, gather_tokens, other_positions, scatter_tokens
 from wantrim.methods.heads import CHEAP, FULL, OFF
-from wantrim.methods.importance import IMPORTANCE, Evidence, query_count, sample_queries, score
+from wantrim.methods.importance import query_count, sample_queries
 from wantrim.methods.knapsack import BudgetTooSmall, choose, hull
-from wantrim.methods.mixes import MIXES, knobs_at, way
-from wantrim.methods.presets import preset_plan
 from wantrim.methods.profile import BINS, Profile, sigma_bin
-from wantrim.methods.restore import frame_of, frame_weights, nearest_kept
-from wantrim.methods.routers import RandomRouter
+from wantrim.methods.routers import FixedRouter, RandomRouter
 from wantrim.methods.schedule import DIRECTIONS, Schedule, progress_at, sigma_at
-from wantrim.methods.tokens import TokenPlan, select_tokens
+from wantrim.methods.shares import Shares, latent_mask, token_change
+from wantrim.methods.tokens import TokenPlan, paper_plan, select_tokens
 from wantrim.methods.width import ffn_count, ffn_multiple, kept_count, pare_width
-from wantrim.solve.dial import (
-    HIGH,
-    LOW,
-    TOLERANCE,
-    Dial,
-    Parts,
-    Run,
-    flops_cost,
-    solve,
-    split,
-    whole_steps,
-)
+from wantrim.solve.dial import HIGH, LOW, TOLERANCE, Dial, Run
 from wantrim.tests.hypotheses import few
 
 shares = st.floats(0.01, 1.0)
@@ -46,7 +36,6 @@ shifts = st.floats(0.05, 20.0)
 # samplers of other models begin far above 1
 sigmas = st.one_of(places, st.floats(0.0, 100.0))
 directions = st.sampled_from(DIRECTIONS)
-priorities = st.sampled_from(list(MIXES))
 sizes = st.integers(1, 6)
 grids = st.builds(TokenGrid, st.integers(1, 4), sizes, sizes, st.integers(0, 3))
 schedules = st.builds(Schedule, shares, directions, st.floats(0.0, 0.99), st.integers(1, 12))
@@ -139,23 +128,15 @@ def test_exactly_so_many_blocks_run_with_the_first_and_the_last(values, count):
 
 
 @given(
-    budgets,
-    st.integers(1, 12),
-    shifts,
-    st.integers(2, 40),
-    st.sampled_from(["identity", "reuse"]),
-    st.tuples(places, places).map(sorted),
+    budgets, st.integers(1, 12), shifts, st.integers(2, 40), st.tuples(places, places).map(sorted)
 )
-def test_the_first_step_that_reuses_runs_all_blocks(budget, steps, shift, blocks, skipped, ends):
-    plan = BlockPlan(RandomRouter(), budget, skipped, *ends)
+def test_blocks_are_skipped_within_the_window_alone(budget, steps, shift, blocks, ends):
+    plan = BlockPlan(RandomRouter(), budget, *ends)
     values = [sigma_at(step / steps, shift) for step in range(steps)]
     counts = blocks_per_step(plan, values, shift, blocks)
-    single = [plan.count(s, progress_at(s, shift), blocks) for s in values]
-    assert len(counts) == steps and all(2 <= count <= blocks for count in counts)
-    changed = [step for step in range(steps) if counts[step] != single[step]]
-    skips = [step for step in range(steps) if single[step] < blocks]
-    assert changed == (skips[:1] if skipped == "reuse" else [])
-    assert all(counts[step] == blocks for step in changed)
+    for sigma, count in zip(values, counts, strict=True):
+        inside = ends[0] <= progress_at(sigma, shift) <= ends[1]
+        assert count == (budget.blocks(sigma, blocks) if inside else blocks)
 
 
 # which: tokens
@@ -190,25 +171,13 @@ def test_selected_places_and_their_inverse(seed, batch, frames, positions, alpha
         assert sorted(sorted(range(positions), key=lambda i: (-row[i], i))[:keep]) == places
 
 
-@given(
-    st.integers(0, 99),
-    grids,
-    st.integers(0, 3),
-    st.integers(1, 2),
-    st.lists(st.sampled_from([n for n in IMPORTANCE if n != "attention"]), min_size=1, max_size=2),
-    st.sampled_from([0.5, 1.0]),
-    st.data(),
-)
-def test_every_latent_frame_keeps_as_many_tokens(seed, grid, after, batch, names, alpha, data):
+@given(st.integers(0, 99), grids, st.integers(0, 3), st.sampled_from([0.5, 1.0]), st.data())
+def test_every_latent_frame_keeps_as_many_tokens(seed, grid, after, alpha, data):
     length = grid.start + grid.tokens + after
-    before, change = noise(seed, 2, batch, length, 4).unbind()
-    age = noise(seed, batch, grid.tokens).mul(3).long().clamp(min=0)
-    keys, moved = noise(seed + 1, 2, batch, grid.tokens).abs().unbind()
-    evidence = Evidence(grid, before, before + change, None, keys, moved, age, seed)
     budget = data.draw(st.integers(1, grid.per_frame))
     anchored = data.draw(st.lists(st.booleans(), min_size=grid.frames, max_size=grid.frames))
-    plan = TokenPlan(Schedule(0.5), importance="+".join(names), alpha=alpha)
-    chosen = select_tokens(plan, evidence, budget, anchored)
+    scores = noise(seed, 2, grid.tokens)
+    chosen = select_tokens(scores, grid, length, budget, alpha=alpha, anchored=anchored)
     expected = [grid.per_frame if given else budget for given in anchored]
     assert list(chosen.per_frame) == expected and chosen.length == length
     outside = torch.tensor([i for i in range(length) if not 0 <= i - grid.start < grid.tokens])
@@ -216,7 +185,7 @@ def test_every_latent_frame_keeps_as_many_tokens(seed, grid, after, batch, names
         assert (row.diff() > 0).all()
         assert torch.equal(torch.cat([row, dropped]).sort().values, torch.arange(length))
         assert torch.isin(outside, row).all()
-        frames = frame_of(row[torch.isin(row, outside, invert=True)], grid)
+        frames = (row[torch.isin(row, outside, invert=True)] - grid.start) // grid.per_frame
         assert frames.bincount(minlength=grid.frames).tolist() == expected
     # elsewhere in a longer sequence, and back again
     other = replace(grid, start=data.draw(st.integers(0, 3)))
@@ -226,19 +195,20 @@ def test_every_latent_frame_keeps_as_many_tokens(seed, grid, after, batch, names
     assert torch.equal(there.dropped - other.start, chosen.dropped - grid.start)
 
 
-@given(
-    st.integers(0, 99), grids, st.lists(st.sampled_from(list(IMPORTANCE)), min_size=2, max_size=3)
-)
-def test_mixed_importances_are_means_of_ranks(seed, grid, names):
-    before = noise(seed, 1, grid.start + grid.tokens, 3)
-    one = noise(seed, 1, grid.tokens)
-    evidence = Evidence(grid, before, 2 * before, one, one, one, seed=seed)
-    mixed = score("+".join(names), evidence)
-    assert mixed.shape == (1, grid.frames, grid.per_frame)
-    # a rank's mean is that of 0..p-1, whatever was mixed
-    assert torch.allclose(mixed.mean(-1), torch.tensor((grid.per_frame - 1) / 2))
-    swapped = score("+".join(reversed(names)), evidence)
-    assert torch.allclose(mixed, swapped)
+@given(st.integers(0, 99), grids, st.tuples(*[st.integers(1, 2)] * 3), st.data())
+def test_a_tokens_change_lies_where_its_mask_does(seed, grid, patch, data):
+    """Of a latent that is a whole number of patches large, or that the embedding pads."""
+    size = [n * p for n, p in zip((grid.frames, grid.height, grid.width), patch, strict=True)]
+    # an odd edge that the patch embedding fills up
+    size = [n - data.draw(st.integers(0, p - 1)) for n, p in zip(size, patch, strict=True)]
+    kept = noise(seed, 1, grid.tokens) > 0
+    mask = latent_mask(kept, grid, size)
+    assert mask.shape == (1, 1, *size)
+    change = token_change(mask.expand(1, 3, *size).float(), grid)
+    # a token's own pixels say whether it changed
+    if size == [n * p for n, p in zip((grid.frames, grid.height, grid.width), patch, strict=True)]:
+        assert torch.equal(change > 0, kept)
+    assert change.shape == (1, grid.tokens) and (change >= 0).all()
 
 
 @given(st.integers(0, 99), st.integers(1, 12), st.integers(1, 3), st.data())
@@ -253,31 +223,6 @@ def test_what_was_gathered_is_put_back(seed, length, batch, data):
     rest = other_positions(index, length)
     assert torch.equal(other_positions(rest, length), index)
     assert torch.equal(gather_tokens(changed, rest), gather_tokens(hidden, rest))
-
-
-@given(st.integers(0, 99), grids, st.data())
-def test_restored_from_the_kept_tokens_of_the_same_latent_frame(seed, grid, data):
-    budget = data.draw(st.integers(1, grid.per_frame))
-    scores = noise(seed, 2, grid.frames, grid.per_frame)
-    keep = reference.smooth_select(scores, budget, 1.0)[0]
-    first = grid.start + torch.arange(grid.frames)[:, None] * grid.per_frame
-    kept = (keep + first).flatten(1)
-    length = grid.start + grid.tokens
-    dropped = other_positions(torch.cat([torch.arange(grid.start).expand(2, -1), kept], 1), length)
-    weights = frame_weights(kept, grid, torch.float32)
-    assert torch.allclose(weights.sum(-1), torch.ones(2, grid.frames))
-    near = kept.gather(1, nearest_kept(kept, dropped, grid))
-    assert torch.equal(frame_of(near, grid), frame_of(dropped, grid))
-
-    def squared(a, b):
-        place = (torch.stack(torch.broadcast_tensors(a, b)) - grid.start) % grid.per_frame
-        rows, columns = place // grid.width, place % grid.width
-        return (rows[0] - rows[1]) ** 2 + (columns[0] - columns[1]) ** 2
-
-    every = squared(dropped[..., None], kept[:, None])
-    same = frame_of(dropped, grid)[..., None] == frame_of(kept, grid)[:, None]
-    nearest = every.masked_fill(~same, 10**6).amin(-1)
-    assert torch.equal(squared(dropped, near), nearest)
 
 
 @given(grids, shares, st.integers(1, 300))
@@ -426,110 +371,107 @@ def test_heads_are_within_their_budget_and_every_block_keeps_one(seed, budget, g
 
 # what it costs, and the dial that asks for it
 
-plans = st.builds(
-    lambda schedule, **fields: TokenPlan(schedule, importance="rotation", **fields),
-    schedules,
-    reselect_every=st.integers(1, 20),
-    dropped_kv=st.sampled_from(["leave", "keep"]),
-    restore=st.sampled_from(["identity", "last_update"]),
-    trim_reselecting=st.booleans(),
-    anchor=st.booleans(),
-)
+
+@st.composite
+def plans(draw) -> TrimPlan:
+    """What every part of it may be; shares by sixths of the run."""
+    tokens = draw(st.none() | st.builds(TokenPlan, schedules, reselect_every=st.integers(1, 20)))
+    blocks = draw(st.none() | st.builds(BlockPlan, st.just(RandomRouter()), budgets))
+    values = draw(st.none() | st.tuples(*[st.sampled_from([0, 0.1, 0.5, 1])] * 6))
+    sixths = tuple(1 - step / 6 for step in range(6))
+    parts = None if values is None else Shares(sixths, values, draw(st.booleans()))
+    return TrimPlan(tokens, None, blocks, parts)
 
 
-@given(plans, grids, st.integers(1, 8), st.data())
-def test_a_plan_costs_at_most_the_dense_run_and_less_where_less_is_kept(plan, grid, steps, data):
-    progress = [step / steps for step in range(steps)]
-    anchored = data.draw(st.integers(0, grid.frames))
-    run = data.draw(st.lists(st.integers(2, 16), min_size=steps, max_size=steps))
-
-    def cost(plan, blocks_run=None):
-        return plan_work(TINY, plan, grid, progress, anchored, blocks_run=blocks_run).flops
-
-    dense = cost(None)
-    assert 0 < cost(plan) <= dense * (1 + 1e-9)
-    assert cost(plan, run) <= cost(plan) * (1 + 1e-9)
-    fewer = [max(2, count - 3) for count in run]
-    assert cost(plan, fewer) <= cost(plan, run) * (1 + 1e-9)
-    constant = replace(plan, schedule=replace(plan.schedule, direction="constant"))
-    less = replace(constant.schedule, keep_ratio=constant.schedule.keep_ratio * data.draw(shares))
-    if plan.dropped_kv == "leave":
-        assert cost(replace(constant, schedule=less)) <= cost(constant) * (1 + 1e-9)
-    kept = planned_tokens(plan, grid, 16, progress, anchored)
-    assert all(grid.frames <= count <= grid.tokens for counts in kept for count in counts)
+@given(plans(), grids, st.integers(1, 8), st.data())
+def test_a_plan_costs_at_most_the_dense_run(plan, grid, steps, data):
+    anchored = data.draw(st.lists(st.booleans(), min_size=grid.frames, max_size=grid.frames))
+    values = [1 - step / steps for step in range(steps)]
+    programs = expected_programs(plan, values, 1.0, grid, 16, anchored)
+    dense = expected_programs(TrimPlan(), values, 1.0, grid, 16)
+    cost, whole = (plan_work(TINY, some, plan).flops for some in (programs, dense))
+    # to choose costs a little, and may be all that a plan does
+    assert 0 < cost <= whole * 1.1 and (plan.trims_tokens or cost <= whole)
+    for program in programs:
+        assert len(program.rows) == 16 and 0 <= program.work <= 1
+        assert all(row.tokens <= grid.tokens for row in program.rows)
+        kept = {row.tokens for row in program.rows if row.run == "kept"}
+        # one choice a step, and the same number of tokens in every block
+        assert len(kept) <= 1 and min(kept, default=grid.frames) >= grid.frames
+        # nothing is left out before something chose
+        first = next((row for row in program.rows if row.run != "skip"), None)
+        assert program.partial or first is None or first.run == "all"
 
 
-@given(priorities, st.tuples(*[st.booleans()] * 3), places, places)
-def test_every_knob_only_goes_down_on_its_way(priority, free, a, b):
-    points = way(MIXES[priority], *free)
-    low, high = (knobs_at(points, x * (len(points) - 1)) for x in sorted((a, b)))
-    assert all(0 < y <= x + 1e-12 <= 1 + 1e-12 for x, y in zip(low, high, strict=True))
+@given(plans(), grids, st.sets(st.integers(1, 14)), places, st.booleans(), st.integers(0, 3))
+def test_a_program_is_made_of_what_is_known(plan, grid, skipped, progress, context, seen):
+    plan = replace(plan, blocks=BlockPlan(FixedRouter(tuple(skipped))))
+    facts = Facts(
+        1 - progress, progress, grid, 16, known=seen > 0, seen=seen, context=context,
+        skipped=frozenset(skipped),
+    )  # fmt: skip
+    program = compile_step(plan, facts)
+    assert program == compile_step(plan, facts)
+    assert not program.repeats or seen
+    assert not program.partial or (seen > 1 and context and not skipped)
+    if not program.repeats:
+        assert {i for i, row in enumerate(program.rows) if row.run == "skip"} == skipped
+    # who looks at a choice that no block goes by
+    for index, row in enumerate(program.rows):
+        behind = [r.run for r in program.rows[index + 1 :] if r.run != "skip"]
+        assert not row.choose or behind[:1] == ["kept"] or not behind or skipped
 
 
 @st.composite
 def runs(draw) -> Run:
-    steps, shift = draw(st.integers(1, 12)), draw(st.floats(0.5, 12.0))
+    steps, shift = draw(st.integers(1, 8)), draw(st.floats(0.5, 12.0))
     grid = TokenGrid(draw(st.integers(1, 21)), draw(st.integers(4, 30)), draw(st.integers(4, 52)))
     begins, ends = sorted((draw(places), draw(places)))
     assume(ends - begins > 0.02)
     values = [begins + (ends - begins) * step / steps for step in range(steps + 1)]
-    anchored = draw(st.integers(0, grid.frames))
     path = tuple(sigma_at(value, shift) for value in values)
-    return Run(TINY, grid, path, shift, draw(st.integers(1, 2)), anchored)
-
-
-PROFILE = profile_of(5, blocks=16, heads=8, head_dim=16, ffn=384)
+    return Run(
+        TINY, grid, path, shift, draw(st.integers(1, 2)), starts_given=draw(st.booleans()),
+        partial=draw(st.booleans()),
+    )  # fmt: skip
 
 
 @few
-@given(runs(), st.floats(1.0, 4.0), priorities, st.booleans(), st.integers(0, 3), st.integers(0, 3))
-def test_a_dial_meets_its_speedup_or_says_why(run, wanted, priority, knows, first, last):
-    profile = PROFILE if knows else None
-    ends = {"dense_first": first, "dense_last": last}
-    solved = solve(run, wanted, priority, profile, **ends)
+@given(runs(), st.floats(1.0, 4.0), st.integers(0, 3), st.integers(0, 3))
+def test_a_dial_meets_its_speedup_or_says_why(run, wanted, first, last):
+    dial = Dial(wanted, dense_first_steps=first, dense_last_steps=last)
+    solved = dial.solve(run)
     assert solved.reached >= 1 - 1e-9
-    assert solved.reached == pytest.approx(flops_cost(run, Parts()) / flops_cost(run, solved.parts))
-    assert (solved.why is None) == (wanted == 1.0 or abs(solved.reached / wanted - 1) <= TOLERANCE)
-    whole = whole_steps(run, solved.parts)
-    assert all(whole[:first]) and all(whole[max(0, run.steps - last) :])
-    assert wanted > 1.0 or solved.parts == Parts()
-    again = solve(run, wanted, priority, profile, **ends)
-    assert again.reached == solved.reached and again.parts.tokens == solved.parts.tokens
+    assert solved.reached == pytest.approx(run.speedup(solved.plan))
+    assert (solved.why is None) == (abs(solved.reached / wanted - 1) <= TOLERANCE)
+    found = solved.plan.shares.shares
+    assert all(
+        share == 1.0 for share in (*found[: max(1, first)], *found[run.steps - last :][:last])
+    )
+    assert wanted > 1.0 or solved.plan.neutral
+    assert dial.solve(run) == solved
 
 
 @few
-@given(st.integers(2, 16), st.data(), st.floats(1.0, 4.0), priorities, st.floats(0.5, 12.0))
-def test_both_experts_of_a_pair_save_what_one_of_them_cannot(steps, data, wanted, priority, shift):
+@given(st.integers(2, 10), st.data(), st.floats(1.0, 3.0), st.floats(0.5, 12.0))
+def test_both_experts_of_a_pair_save_what_one_of_them_cannot(steps, data, wanted, shift):
     first = data.draw(st.integers(1, steps - 1))
     path = tuple(sigma_at(step / steps, shift) for step in range(steps + 1))
     grid = TokenGrid(21, 30, 52)
     pair = [Run(TINY, grid, part, shift) for part in (path[: first + 1], path[first:])]
     solved = [
-        Dial(wanted, priority, expert=expert).solve(run)
+        Dial(wanted, expert=expert).solve(run)
         for run, expert in zip(pair, (HIGH, LOW), strict=True)
     ]
-    dense = [flops_cost(run, Parts()) for run in pair]
-    spent = sum(cost / one.reached for cost, one in zip(dense, solved, strict=True))
+    spent = sum(run.steps / one.reached for run, one in zip(pair, solved, strict=True))
     if not any(one.why for one in solved):
-        assert sum(dense) / spent == pytest.approx(wanted, rel=2 * TOLERANCE)
-    assert sum(dense) / spent <= wanted * (1 + 2 * TOLERANCE) or any(one.why for one in solved)
+        assert steps / spent == pytest.approx(wanted, rel=2 * TOLERANCE)
+    assert len({one.why for one in solved}) == 1
 
 
-@given(
-    st.floats(0.0, 0.9), places, st.tuples(places, places), st.sampled_from([(1, 1), (0.7, 1.0)])
-)
-def test_a_split_saves_what_was_asked_or_all_there_is(wanted, high, most, weights):
-    shares = [high, 1 - high]
-    saved = split(wanted, shares, most, weights)
-    assert all(0 <= a <= b for a, b in zip(saved, most, strict=True))
-    total = sum(a * b for a, b in zip(shares, saved, strict=True))
-    limit = sum(a * b for a, b in zip(shares, most, strict=True))
-    assert total == pytest.approx(min(wanted, limit), abs=1e-6)
-
-
-@given(st.sampled_from(["auto", "refresh", "paper"]), shares, grids, places)
-def test_a_budget_is_never_empty_and_follows_the_ratio(name, keep, grid, progress):
-    plan = preset_plan(name, keep)
+@given(shares, grids, places)
+def test_a_budget_is_never_empty_and_follows_the_ratio(keep, grid, progress):
+    plan = paper_plan(keep)
     budget = plan.budget(progress, grid)
     assert 1 <= budget <= grid.per_frame
     assert budget == 1 or abs(budget - plan.keep_at(progress) * grid.per_frame) <= 0.5 + 1e-9

@@ -17,7 +17,8 @@ const WORDS = {
     remarks: (count) => `${count} ${count === 1 ? "remark" : "remarks"}: see WanTrim Report`,
     legend:
       "Blocks from top to bottom, steps from left to right. Bright: on all tokens; darker: on a " +
-      "part of them; black: not run; blue edge: heads in their patterns.",
+      "part of them; black: not run (all of a step: it repeats an earlier one); blue edge: heads in " +
+      "their patterns.",
   },
   zh: {
     step: (at, of) => `第 ${at}/${of} 步`,
@@ -27,7 +28,7 @@ const WORDS = {
     tokens: (share) => `令牌工作量 ${share} %`,
     seconds: (each, whole) => `每步 ${each} 秒` + (whole ? `（完整步 ${whole} 秒）` : ""),
     remarks: (count) => `${count} 条说明，见 WanTrim 报告`,
-    legend: "从上到下是块，从左到右是步。亮：全部令牌；较暗：部分令牌；黑：未运行；蓝边：按注意力头的模式运行。",
+    legend: "从上到下是块，从左到右是步。亮：全部令牌；较暗：部分令牌；黑：未运行（整列：该步重复之前的结果）；蓝边：按注意力头的模式运行。",
   },
 }
 
@@ -59,8 +60,9 @@ export class RunMap {
       return
     }
     this.at = event.step
-    const { kept, patterned, work, tokens, whole, seconds } = event
-    this.columns.push({ kept, patterned: new Set(patterned), work, tokens, whole, seconds })
+    const { kept, patterned, repeated, work, tokens, whole, seconds } = event
+    const column = { kept, repeated, work, tokens, whole, seconds }
+    this.columns.push({ ...column, patterned: new Set(patterned) })
   }
 
   // of the run that goes on
@@ -79,7 +81,8 @@ export class RunMap {
     if (!ran.length) return this.done ? say.done(0) : ""
     const known = ran.every((column) => column.work !== null)
     const share = Math.round(100 * mean(ran.map((c) => (known ? c.work : c.tokens))))
-    const trimmed = ran.filter((column) => !column.whole)
+    // a step that repeats another takes no time worth a mean
+    const trimmed = ran.filter((column) => !column.whole && !column.repeated)
     const whole = ran.filter((column) => column.whole)
     const shown = trimmed.length ? trimmed : whole
     const reference = trimmed.length && whole.length ? seconds(whole) : null

@@ -314,12 +314,14 @@ def _diffusion_model(
         return call.repeated()
     if call is not None and call.touches_blocks:
         options = replace_blocks(options, call, len(dm.blocks))
+        run.call, run.replaced = call, options["patches_replace"]["dit"]
     if run is not None:
         run.reached = False
     # positional, because other packs' wrappers read the options as the last argument
     out = executor(x, timestep, context, clip_fea, time_dim_concat, options, **kwargs)
     if call is None:
         return out
+    run.call = run.replaced = None
     if call.first:
         call.state.reached = run.reached
     return call.output(out)

@@ -53,7 +53,7 @@ def find_room(place: str, device: torch.device, needed: Callable[[int], int]) ->
     if place == "off":
         return None
     free = comfy.model_management.get_free_memory(device) * SPARE
-    if place != "cpu":
+    if place != "cpu" or device.type == "cpu":
         for bits in (8, 4):
             if needed(bits) <= free:
                 return Room(None, bits)
@@ -109,8 +109,13 @@ class Wish:
         anchored: torch.Tensor | None,
         sigmas: torch.Tensor | None,
         engine: Engine,
+        inside: str | None = None,
     ) -> Solved | None:
-        """Give an engine its plan; its record takes in what is in the way."""
+        """Give an engine its plan; its record takes in what is in the way.
+
+        Args:
+            inside: why no block may be looked into, or None.
+        """
         record = engine.record
         if sigmas is None or len(sigmas) < 2:
             record.note(
@@ -145,7 +150,7 @@ class Wish:
             any(given[:1]) and tells_start(dm),
             self.width,
             calls,
-            partial=room is not None,
+            partial=room is not None and inside is None,
         )
         name = device_name(context.device)
         rates = device_rates(name)
@@ -172,6 +177,8 @@ class Wish:
                 f"keys and values of left out tokens, {needed(room.bits) / 1e9:.2g} GB {where} "
                 f"({room.bits} bit)"
             )
+        elif inside is not None:
+            record.note(f"{inside}; every step is whole or repeated")
         elif room is None and self.place != "off":
             record.note(
                 f"{needed(4) / 1e9:.2g} GB for the keys and values of left out tokens were not "

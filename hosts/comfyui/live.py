@@ -5,6 +5,7 @@ Only the page that queued the run is told, and only while one is there; nothing 
 
 from __future__ import annotations
 
+import logging
 import sys
 import uuid
 
@@ -12,6 +13,8 @@ from comfy_execution.utils import get_executing_context
 
 from ...engine.record import Record, Step
 from ...report.figures import step_work
+
+log = logging.getLogger(__name__)
 
 EVENT = "wantrim.step"
 # schedulers and samplers round a sigma on its way
@@ -45,11 +48,19 @@ class Live:
 
     def step(self, step: Step) -> None:
         """A step is done."""
+        try:
+            self._step(step)
+        except Exception:
+            # a page that cannot be told must not cost the run
+            log.warning("WanTrim: the page could not be told of a step", exc_info=True)
+
+    def _step(self, step: Step) -> None:
         if self._page() is None:
             return
         started = sum(sigma >= step.sigma - SAME_SIGMA for sigma in self._starts)
         self._send(
             step=max(started, 1),
+            repeated=step.repeated,
             # percent per block: 0 did not run, 100 ran on everything
             kept=[_percent(kept, step.grid.tokens) for kept in step.tokens_per_block],
             patterned=step.patterned,
@@ -62,7 +73,10 @@ class Live:
     def end(self) -> None:
         """The run is over."""
         done = self.record.finished
-        self._send(done=True, finished=done, remarks=len(self.record.notes))
+        try:
+            self._send(done=True, finished=done, remarks=len(self.record.notes))
+        except Exception:
+            log.warning("WanTrim: the page could not be told of the end", exc_info=True)
 
     def _page(self):
         """The server, when it has a page to tell."""

@@ -24,12 +24,11 @@ from ...profiles.recorder import Projections, Recorder
 from ...profiles.recording import BlockRecord, BlockWatch, CallRecord
 from .attach import attachment_of
 from .blocks import OVERRIDE
-from .variants import token_grid
+from .variants import RUN_KEY, token_grid
 
 log = logging.getLogger(__name__)
 
 KEY = "wantrim_profile"
-RUN_KEY = "wantrim_profile_run"
 # the key under which ComfyUI's compile nodes wrap the model
 COMPILE_KEY = "torch.compile"
 
@@ -166,8 +165,8 @@ def _outer_sample(executor, *args, **kwargs):
     if shift is not None:
         about["shift"] = float(shift)
     plan = attachment_of(guider.model_patcher)
-    if plan is not None and not plan.plan.neutral:
-        about["plan"] = plan.plan.describe()
+    if plan is not None and not plan.neutral:
+        about["plan"] = plan.describe()
     run = _Run(attachment.calibrate, about)
     if "multigpu_clones" in original:
         run.off = "several GPUs share a step, and each sees a part of it"

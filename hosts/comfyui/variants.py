@@ -87,6 +87,8 @@ def why_not_patched(model) -> str | None:
     return None
 
 
+# of a profile that is being recorded: every block is watched
+RUN_KEY = "wantrim_profile_run"
 # classes whose forward does something to the hidden state between two blocks
 BETWEEN = ("VaceWanModel", "WanModel_S2V", "AnimateWanModel", "WanDancerModel")
 
@@ -96,7 +98,8 @@ def sees_between_blocks(dm, transformer_options: dict) -> bool:
     replaced = transformer_options.get("patches_replace", {}).get("dit", {})
     others = any(key[0] == "double_block" for key in replaced)
     patched = transformer_options.get("patches", {}).get("double_block")
-    return bool(others or patched or type(dm).__name__ in BETWEEN)
+    recorded = RUN_KEY in transformer_options
+    return bool(others or patched or recorded or type(dm).__name__ in BETWEEN)
 
 
 def token_grid(dm, x: torch.Tensor, time_dim_concat: torch.Tensor | None, extra: dict) -> TokenGrid:

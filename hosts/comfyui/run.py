@@ -1,0 +1,98 @@
+"""One sampling run: what is known of it while it lasts, and what is said when it is over."""
+
+from __future__ import annotations
+
+import torch
+
+from ...engine.call import Call
+from ...engine.engine import Engine
+from ...report.figures import expected_speedup
+from ...solve.dial import Solved
+from .dense_step import Unmeasurable, call_sizes
+from .dial import Wish
+
+SESSION_KEY = "wantrim_session"
+# relative distance of what was done from what was expected that is said
+OFF_PLAN = 0.05
+# the host's patches that see the hidden state between two blocks
+BETWEEN = "double_block"
+
+
+class SamplingRun:
+    """The engine of one sampling run and the model's way from sigma to progress."""
+
+    def __init__(self, engine: Engine, shift: float):
+        self.engine, self.shift = engine, shift
+        # why this run computes everything
+        self.dense: str | None = None
+        # why this run looks into no block
+        self.patched: str | None = None
+        # the host runs cond and uncond in two calls, uncond first
+        self.split = False
+        self.awaits_cond = False
+        # of the call that runs, before the host rounds it to the model's dtype
+        self.latent: torch.Tensor | None = None
+        # of the call that runs: the network's own forward was entered
+        self.reached = False
+        # and the block replacements that were made for it
+        self.call: Call | None = None
+        self.replaced: dict | None = None
+        # a dial's, until the first model call
+        self.wish: Wish | None = None
+        self.solved: Solved | None = None
+        # of the first step's model calls
+        self.calls: list[dict] = []
+        self.unmeasurable: str | None = None
+
+    def note_call(self, arguments: dict) -> None:
+        """Keep the sizes of a model call that was made, if it is of the first step."""
+        if len(self.engine.record.steps) != 1 or self.unmeasurable is not None:
+            return
+        try:
+            self.calls.append(call_sizes(arguments))
+        except Unmeasurable as error:
+            self.unmeasurable = str(error)
+
+    def __deepcopy__(self, memo) -> SamplingRun:
+        return self
+
+
+def levels_of(sigmas) -> list[float]:
+    """The noise levels that a guider was given; none of what is no list of numbers."""
+    try:
+        return [float(sigma) for sigma in sigmas]
+    except (TypeError, ValueError):
+        return []
+
+
+def compare_run(run: SamplingRun, levels: int) -> None:
+    """Say where a finished run is not what the dial expected, or was never seen."""
+    record = run.engine.record
+    if not record.steps:
+        if levels > 1:
+            record.note(
+                "the model was never called through ComfyUI's hooks: another node put a forward or "
+                "a sampler of its own in its place, and nothing was trimmed"
+            )
+        return
+    expected, done = run.solved and run.solved.reached, expected_speedup(record)
+    if expected and done and abs(done / expected - 1) > OFF_PLAN:
+        record.note(
+            f"{expected:.2f}x was expected and {done:.2f}x was done: the steps that came, or what "
+            "was done in them, are not those that the sampler announced"
+        )
+
+
+@torch.compiler.disable
+def mark_network(executor, *args, **kwargs):
+    """The innermost wrapper: what comes by is answered by the network itself."""
+    given = (*args, *kwargs.values())
+    options = next((one for one in given if isinstance(one, dict) and SESSION_KEY in one), {})
+    if options:
+        run: SamplingRun = options[SESSION_KEY]
+        run.reached = True
+        own = options.get("patches_replace", {}).get("dit") is run.replaced
+        if run.call is not None and not (own and not options.get("patches", {}).get(BETWEEN)):
+            # a wrapper behind ours put something between the blocks
+            run.call.alone = False
+    return executor(*args, **kwargs)
