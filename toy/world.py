@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,10 +70,21 @@ class Scene:
         what = " and ".join(obj.phrase() for obj in self.objects)
         return f"{what} on a {self.background} background"
 
+    def phrases(self) -> list[tuple[str, str]]:
+        """(slot, phrase) of all that the text embedding sees."""
+        said = [(f"<phrase {index}>", obj.phrase()) for index, obj in enumerate(self.objects)]
+        # the background is its own phrase wherever it comes
+        return [*said, ("<ground>", f"on a {self.background} background")]
+
     @property
     def held_out(self) -> bool:
         """True for the scenes that training never sees (about an eighth of all)."""
-        return zlib.crc32(self.prompt().encode()) % HELD_OUT_EVERY == 0
+        return is_held_out(self.prompt())
+
+
+def is_held_out(prompt: str) -> bool:
+    """True for about an eighth of all prompts, the same ones everywhere."""
+    return zlib.crc32(prompt.encode()) % HELD_OUT_EVERY == 0
 
 
 def parse_prompt(prompt: str) -> Scene:
@@ -127,8 +139,13 @@ def random_scene(rng: np.random.Generator, num_objects: int = 1) -> Scene:
     return Scene(objects, str(rng.choice(list(BACKGROUNDS))))
 
 
-def held_out_scenes(count: int, seed: int = 0, num_objects: int = 1) -> list[Scene]:
+def held_out_scenes(
+    count: int, seed: int = 0, num_objects: int = 1, draw: Callable = random_scene
+) -> list[Scene]:
     """`count` different scenes that training never saw, always the same ones for a seed.
+
+    Args:
+        draw: makes a scene of a generator and a number of objects.
 
     Raises:
         ValueError: there are not so many (111 with one object).
@@ -137,7 +154,7 @@ def held_out_scenes(count: int, seed: int = 0, num_objects: int = 1) -> list[Sce
     scenes: dict[str, Scene] = {}
     misses = 0
     while len(scenes) < count:
-        scene = random_scene(rng, num_objects)
+        scene = draw(rng, num_objects)
         if scene.held_out and scene.prompt() not in scenes:
             scenes[scene.prompt()], misses = scene, 0
         elif (misses := misses + 1) > MAX_MISSES:
