@@ -39,7 +39,9 @@ def fit(world: World) -> dict[str, torch.Tensor]:
     encoder, decoder = basis / scale, (basis * scale).T
     if world is not FIRST:
         # turned towards the first world's latents, so that its tiny Wan can be the start of another
-        left, _, right = torch.linalg.svd(encoder.T @ covariance @ FIRST.load_vae().encoder.double())
+        left, _, right = torch.linalg.svd(
+            encoder.T @ covariance @ FIRST.load_vae().encoder.double()
+        )
         encoder, decoder = encoder @ left @ right, (left @ right).T @ decoder
     tensors = {"mean": mean, "encoder": encoder, "decoder": decoder}
     return {k: v.float().contiguous() for k, v in tensors.items()}

@@ -43,7 +43,9 @@ class Recipe:
 
     def side(self, step: int) -> int:
         """Side of the videos of a step, in pixels."""
-        return next((s for until, s in self.canvases if step < until * self.steps), self.canvases[-1][1])
+        return next(
+            (s for until, s in self.canvases if step < until * self.steps), self.canvases[-1][1]
+        )
 
     def rate(self, step: int, first: int = 0) -> float:
         """The learning rate of a step, 0..1: warm-up, constant, linear cooldown.

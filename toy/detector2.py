@@ -163,9 +163,7 @@ def find_object(
     velocity = np.polyfit(times, path, 1)[0] if len(times) > 1 else np.zeros(2)
     direction = max(DIRECTIONS, key=lambda d: float(velocity @ np.array(DIRECTIONS[d])))
     scores = {s: float(np.mean([mask.overlap(s) for mask in kept])) for s in SHAPES}
-    return SeenOnGround(
-        names[index], max(scores, key=scores.get), direction, scores, velocity
-    )
+    return SeenOnGround(names[index], max(scores, key=scores.get), direction, scores, velocity)
 
 
 class _Mask:
