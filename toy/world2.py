@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from . import world
-from .world import DIRECTIONS, MAX_OBJECTS, SHAPES, is_held_out
+from .world import DIRECTIONS, MAX_OBJECTS, SHAPES, Described, read_objects
 
 WIDTH = HEIGHT = 192
 PIXEL_FRAMES = 17
@@ -46,25 +46,13 @@ class Object:
 
 
 @dataclass(frozen=True)
-class Scene:
-    """What a prompt says: objects in any order, and what the camera does."""
+class Scene(Described):
+    """Objects in any order, and what the camera does."""
 
-    objects: tuple[Object, ...]
     camera: str
 
-    def prompt(self) -> str:
-        what = " and ".join(obj.phrase() for obj in self.objects)
-        return f"{what}, the camera {self.camera}"
-
-    def phrases(self) -> list[tuple[str, str]]:
-        """(slot, phrase) of all that the text embedding sees."""
-        said = [(f"<phrase {index}>", obj.phrase()) for index, obj in enumerate(self.objects)]
-        return [*said, ("<camera>", f"the camera {self.camera}")]
-
-    @property
-    def held_out(self) -> bool:
-        """True for the scenes that training never sees (about an eighth of all)."""
-        return is_held_out(self.prompt())
+    def around(self) -> tuple[str, str, str]:
+        return "<camera>", ", ", f"the camera {self.camera}"
 
 
 def parse_prompt(prompt: str) -> Scene:
@@ -75,19 +63,9 @@ def parse_prompt(prompt: str) -> Scene:
     """
     text = " ".join(re.sub(r"[,.]", " ", prompt.lower()).split())
     body, _, camera = text.rpartition(" the camera ")
-    objects = []
-    for part in body.split(" and "):
-        match = re.fullmatch(r"a (\w+) (\w+) moving (\w+)", part.strip())
-        if match is None:
-            break
-        obj = Object(*match.groups())
-        if obj.colour in COLOURS and obj.shape in SHAPES and obj.direction in DIRECTIONS:
-            objects.append(obj)
-        else:
-            break
-    else:
-        if camera in CAMERAS and len(objects) <= MAX_OBJECTS:
-            return Scene(tuple(objects), camera)
+    objects = read_objects(body, Object, (COLOURS, SHAPES, DIRECTIONS))
+    if objects and camera in CAMERAS:
+        return Scene(objects, camera)
     raise ValueError(
         f"the second toy world does not know the prompt {prompt!r}. Expected for example "
         f"{EXAMPLE!r} with colours {', '.join(COLOURS)}; shapes {', '.join(SHAPES)}; "
