@@ -7,7 +7,7 @@ from wantrim.demo import anatomy
 from wantrim.hosts.diffusers.weights import load_original
 from wantrim.toy import CHECKPOINT
 from wantrim.toy.world import held_out_scenes
-from wantrim.toy.worlds import FIRST
+from wantrim.toy.worlds import FIRST, SECOND
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +32,15 @@ def test_every_head_gets_its_ratio_and_role(model, tmp_path):
     assert all(0 <= float(row["intra_slice_ratio"]) <= 1 for row in written)
     assert (tmp_path / "head_roles.png").stat().st_size > 0
     assert all(not block._diffusers_hook.hooks for block in model.blocks)
+
+
+def test_the_second_worlds_heads_are_measured_on_its_own_grid(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(anatomy, "STEPS", 1)
+    anatomy.measure_heads(model, SECOND, SECOND.held_out_scenes(1), tmp_path)
+    ratios = [float(row["intra_slice_ratio"]) for row in rows(tmp_path / "heads.csv")]
+    assert len(ratios) == 16 * 8
+    # five latent frames: attention that does not look at time gives 0.2
+    assert 0.1 < sum(ratios) / len(ratios) < 0.6
 
 
 def test_leaving_out_a_block_changes_the_video(model, tmp_path):

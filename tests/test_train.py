@@ -180,7 +180,12 @@ def test_the_second_world_is_trained_tested_and_resumed(tmp_path):
     assert [row["step"] for row in rows] == ["1", "2"]
     assert {row["side"] for row in rows} == {"96"}
     assert all(0 <= float(row[key]) <= 1 for row in rows for key in ("shape", "camera"))
-    assert (tmp_path / "tiny_wan_2.safetensors").exists()
+    # from the weights alone, in another folder
+    recipe = SecondRecipe(steps=3, batch=1, canvases=((1.0, 96),))
+    start = tmp_path / "tiny_wan_2.safetensors"
+    train(recipe, tmp_path / "on", CPU, False, 9, dtype=torch.float32, start=start)
+    rows = list(csv.DictReader((tmp_path / "on" / "training_log.csv").open()))
+    assert [row["step"] for row in rows] == ["3"]
 
 
 def test_muon_is_torchs(tmp_path):
