@@ -11,7 +11,11 @@ import argparse
 import csv
 import logging
 import os
+import signal
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -66,6 +70,8 @@ def train(
 ):
     """Train from where `out` stands to `recipe.steps`; writes weights and log into it.
 
+    SIGTERM ends it after the step that it is in, with its state and weights written.
+
     Args:
         every: steps between saves and tests.
         start: weights to begin with where `out` has no state; None is the recipe's.
@@ -99,15 +105,17 @@ def train(
         TimeRemainingColumn(),
         TextColumn("{task.fields[said]}"),
     )
-    with Progress(*columns) as progress:
+    with Progress(*columns) as progress, asked_to_stop() as asked:
         task = progress.add_task("training", total=recipe.steps, completed=trainer.step, said="")
         for batch in data:
             side = recipe.side(trainer.step)
             with sdpa_kernel(backend):
                 losses.append(trainer.train_step(*batch))
             progress.update(task, completed=trainer.step, said=f"loss {np.mean(losses[-50:]):.4f}")
-            tested = trainer.step % every == 0 or trainer.step == recipe.steps
-            if not tested and trainer.step % recipe.log_every:
+            if stop := asked.is_set():
+                log.info("asked to stop at step %d", trainer.step)
+            tested = not stop and (trainer.step % every == 0 or trainer.step == recipe.steps)
+            if not (tested or stop) and trainer.step % recipe.log_every:
                 continue
             speed = len(losses) * recipe.batch / (time.perf_counter() - started)
             row = {
@@ -118,15 +126,29 @@ def train(
                 "samples_per_second": f"{speed:.1f}",
                 **{name.removesuffix("_ok"): "" for name in world.scores},
             }
-            if tested:
+            if tested or stop:
                 trainer.save(resume)
                 trainer.write_checkpoint(out / world.checkpoint.name)
+            if tested:
                 options = {"world": world, "side": side, "guidance": recipe.guidance}
                 scores = score_prompts(trainer.average, scenes, TEST_STEPS, 1, **options)
                 row |= {k.removesuffix("_ok"): f"{v:.3f}" for k, v in scores.items()}
             _append_row(log_path, row)
             log.info("%s", row)
             losses, started = [], time.perf_counter()
+            if stop:
+                break
+
+
+@contextmanager
+def asked_to_stop() -> Iterator[threading.Event]:
+    """Within the context SIGTERM (kill PID) sets the event instead of ending the process."""
+    asked = threading.Event()
+    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _cut_log(path: Path, step: int) -> None:

@@ -1,5 +1,7 @@
 import csv
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -188,7 +190,28 @@ def test_the_second_world_is_trained_tested_and_resumed(tmp_path):
     assert [row["step"] for row in rows] == ["3"]
 
 
-def test_muon_is_torchs(tmp_path):
+def test_a_run_that_is_told_to_stop_writes_its_state_and_goes_on(tmp_path, monkeypatch):
+    recipe, real = Recipe(steps=4, batch=1, warmup=1), Trainer.train_step
+
+    def told(self, *batch):
+        if self.step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, *batch)
+
+    monkeypatch.setattr(Trainer, "train_step", told)
+    before = signal.getsignal(signal.SIGTERM)
+    train(recipe, tmp_path, CPU, False, 100)
+    assert signal.getsignal(signal.SIGTERM) is before
+    with safe_open(tmp_path / "resume.safetensors", "pt") as file:
+        assert file.metadata()["step"] == "2"
+    monkeypatch.setattr(Trainer, "train_step", real)
+    train(recipe, tmp_path, CPU, False, 100)
+    rows = list(csv.DictReader((tmp_path / "training_log.csv").open()))
+    # no held-out scores when there is no time for them
+    assert [(row["step"], bool(row["colour"])) for row in rows] == [("2", False), ("4", True)]
+
+
+def test_muon_is_torchs():
     random = torch.Generator().manual_seed(0)
     shapes = ((8, 8), (8, 24), (24, 8), (8, 8))
     ours = [torch.nn.Parameter(torch.randn(shape, generator=random)) for shape in shapes]
