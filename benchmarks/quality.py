@@ -248,6 +248,22 @@ def _line(one: tuple, result: dict) -> str:
     )
 
 
+def add_real_weights(parser: argparse.ArgumentParser) -> None:
+    """The options that `load_subject` reads."""
+    real = parser.add_argument_group("real weights (no truth metrics)")
+    real.add_argument("--weights", help="a diffusers folder, or a Wan checkpoint (.safetensors)")
+    real.add_argument("--components", help="a diffusers folder with VAE and text encoder")
+    real.add_argument("--prompt-file", help="one prompt a line")
+    real.add_argument("--images", nargs="+", default=[], help="first images, for image-to-video")
+    real.add_argument("--width", type=int, default=832)
+    real.add_argument("--height", type=int, default=480)
+    real.add_argument("--pixel-frames", type=int, default=81)
+    real.add_argument("--guidance", type=float, default=5.0)
+    real.add_argument("--shift", type=float, default=5.0)
+    real.add_argument("--device", help="default: cuda with --weights, else cpu")
+    real.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+
+
 def parse_args(
     description: str | None = __doc__,
     bench: type[Bench] = Bench,
@@ -271,18 +287,7 @@ def parse_args(
     add("--threads", type=int, default=1, help="of torch, in each process")
     add("--work", type=Path, default=work, help="finished cases")
     add("--results", type=Path, default=RESULTS, help="folder of the CSV file")
-    real = parser.add_argument_group("real weights (no truth metrics)")
-    real.add_argument("--weights", help="a diffusers folder, or a Wan checkpoint (.safetensors)")
-    real.add_argument("--components", help="a diffusers folder with VAE and text encoder")
-    real.add_argument("--prompt-file", help="one prompt a line")
-    real.add_argument("--images", nargs="+", default=[], help="first images, for image-to-video")
-    real.add_argument("--width", type=int, default=832)
-    real.add_argument("--height", type=int, default=480)
-    real.add_argument("--pixel-frames", type=int, default=81)
-    real.add_argument("--guidance", type=float, default=5.0)
-    real.add_argument("--shift", type=float, default=5.0)
-    real.add_argument("--device", help="default: cuda with --weights, else cpu")
-    real.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    add_real_weights(parser)
     args = parser.parse_args()
     prompts, seeds = FULL if args.full else FAST
     args.prompts, args.seeds = args.prompts or prompts, args.seeds or seeds

@@ -21,18 +21,9 @@ from diffusers.video_processor import VideoProcessor
 from PIL import Image, ImageOps
 
 from ..hosts.diffusers.weights import load_original
-from ..toy import CHECKPOINT
-from ..toy.text import encode_prompt
 from ..toy.vae import ToyVAE, image_condition
-from ..toy.world import (
-    HEIGHT,
-    MAX_OBJECTS,
-    PIXEL_FRAMES,
-    WIDTH,
-    Scene,
-    held_out_scenes,
-    render,
-)
+from ..toy.world import MAX_OBJECTS, Scene
+from ..toy.worlds import FIRST, World
 from .wan_files import WanFiles, find_files
 
 PROMPTS = (
@@ -117,14 +108,15 @@ class Subject(ABC):
 
 @dataclass(frozen=True, eq=False)
 class ToySubject(Subject):
-    """The tiny Wan on held-out scenes of `objects` objects."""
+    """A tiny Wan on held-out scenes of `objects` objects."""
 
     vae: ToyVAE
     objects: int
+    world: World
 
     def items(self, task: str, prompts: int, seeds: int) -> list[Item]:
         self._check(task, prompts, seeds, MAX_TOY_PROMPTS)
-        scenes = held_out_scenes(prompts, num_objects=self.objects)
+        scenes = self.world.held_out_scenes(prompts, num_objects=self.objects)
         return [
             self._item(task, index, seed, scene)
             for seed in range(seeds)
@@ -137,10 +129,10 @@ class ToySubject(Subject):
     def _item(self, task: str, index: int, seed: int, scene: Scene) -> Item:
         prompt, first, condition = scene.prompt(), None, None
         if task == "i2v":
-            first = render(scene, np.random.default_rng([index, seed, 5]))[0]
+            first = self.world.render(scene, np.random.default_rng([index, seed, 5]))[0]
             pixels = torch.from_numpy(first).permute(2, 0, 1)[None]
-            condition = image_condition(self.vae, pixels, PIXEL_FRAMES)[0]
-        return Item(index, seed, prompt, encode_prompt(prompt), scene, condition, first)
+            condition = image_condition(self.vae, pixels, self.world.pixel_frames)[0]
+        return Item(index, seed, prompt, self.world.encode(prompt), scene, condition, first)
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,18 +188,27 @@ class RealSubject(Subject):
         return replace(item, condition=picture.condition, first_image=picture.pixels)
 
 
-def toy_subject(objects: int = 1, device: torch.device | str = "cpu") -> Subject:
-    """The tiny Wan in fp32, for text- and image-to-video of scenes that it was not trained on.
+def toy_subject(
+    objects: int = 1, device: torch.device | str = "cpu", world: World = FIRST
+) -> Subject:
+    """A tiny Wan in fp32, for text- and image-to-video of scenes that it was not trained on.
 
     Args:
         objects: in every scene, 1 to 3.
+        world: whose tiny Wan.
     """
     if not 1 <= objects <= MAX_OBJECTS:
         raise ValueError(f"objects: expected 1 to {MAX_OBJECTS}, got {objects}")
-    model = load_original(CHECKPOINT).to(device)
-    size = ((PIXEL_FRAMES - 1) // 4 + 1, HEIGHT // 8, WIDTH // 8)
+    model = load_original(world.checkpoint).to(device)
     return ToySubject(
-        CHECKPOINT.stem, model, size, ("t2v", "i2v"), None, vae=ToyVAE.load(), objects=objects
+        world.checkpoint.stem,
+        model,
+        world.latent_size(),
+        ("t2v", "i2v"),
+        None,
+        vae=world.load_vae(),
+        objects=objects,
+        world=world,
     )
 
 

@@ -1,13 +1,14 @@
-"""What the tiny Wan is like inside: `python -m wantrim.demo.anatomy`.
+"""What a tiny Wan is like inside: `python -m wantrim.demo.anatomy`, `--world 2` for the second.
 
 Writes the head roles (PARE eq. 4), the cost of leaving out one block, the adherence on held-out
-prompts and the loss curve as CSV rows and pictures into demo/tiny_wan/.
+prompts and the loss curve as CSV rows and pictures into demo/tiny_wan/ or demo/tiny_wan_2/.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import logging
 from collections import Counter
 from pathlib import Path
@@ -17,30 +18,29 @@ import numpy as np
 import torch
 
 from ..hosts.diffusers.blocks import watch_blocks
+from ..hosts.diffusers.lora import merge_lora
 from ..hosts.diffusers.sample import sample
 from ..hosts.diffusers.weights import load_original
 from ..methods.grid import TokenGrid
 from ..methods.importance import sample_queries
 from ..methods.roles import SPATIAL, TEMPORAL, intra_slice_ratio, role
 from ..methods.video_metrics import psnr
-from ..toy import CHECKPOINT
 from ..toy.metrics import adherence
-from ..toy.text import encode_prompt
-from ..toy.vae import ToyVAE
-from ..toy.world import held_out_scenes
-from .measure import LATENT_SIZE, score_prompts, to_video
+from ..toy.worlds import FIRST, WORLDS, World
+from .measure import sample_videos, score_prompts
+from .recipe import RECIPES
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
 log = logging.getLogger(__name__)
-OUT = Path(__file__).parent / "tiny_wan"
+HERE = Path(__file__).parent
 STEPS = 30
 
 
-def measure_heads(model, scenes, out: Path) -> None:
+def measure_heads(model, world: World, scenes, out: Path) -> None:
     """Intra-slice ratio per block and head, mean over prompts and the steps of their sampling."""
-    frames, height, width = LATENT_SIZE
+    size = frames, height, width = world.latent_size()
     grid = TokenGrid(frames, height // 2, width // 2)
     queries = sample_queries(grid, 1.0)
     heads = model.config.num_attention_heads
@@ -51,9 +51,9 @@ def measure_heads(model, scenes, out: Path) -> None:
         total[index] += intra_slice_ratio(q, k, grid, queries).mean(0)
         calls[index] += 1
 
-    text = torch.stack([encode_prompt(scene.prompt()) for scene in scenes])
+    text = torch.stack([world.encode(scene.prompt()) for scene in scenes])
     with watch_blocks(model, seen):
-        sample(model, text, LATENT_SIZE, steps=STEPS)
+        sample(model, text, size, steps=STEPS, guidance=RECIPES[world.name].guidance)
     ratio = (total / calls[0]).numpy()
     rows = [
         {"block": b, "head": h, "intra_slice_ratio": f"{r:.4f}", "role": role(r)}
@@ -61,13 +61,19 @@ def measure_heads(model, scenes, out: Path) -> None:
         for h, r in enumerate(line)
     ]
     _write_rows(out / "heads.csv", rows)
-    log.info("roles: %s; uniform would be %.2f", dict(Counter(r["role"] for r in rows)), 1 / frames)
+    roles = Counter(r["role"] for r in rows)
+    clear = (roles["spatial"] + roles["temporal"]) / len(rows)
+    log.info("roles: %s, %.0f %% clear; uniform is %.2f", dict(roles), 100 * clear, 1 / frames)
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4), constrained_layout=True)
     left.hist(ratio.flatten(), bins=np.linspace(0, 1, 26), color="tab:green")
     left.axvline(1 / frames, color="black", label=f"uniform attention, 1/{frames}")
     for edge in (TEMPORAL, SPATIAL):
         left.axvline(edge, color="grey", linestyle=":")
-    left.set(xlabel="intra-slice ratio (eq. 4)", ylabel="heads", title="head roles of the tiny Wan")
+    left.set(
+        xlabel="intra-slice ratio (eq. 4)",
+        ylabel="heads",
+        title=f"{world.checkpoint.stem}: {clear:.0%} clear",
+    )
     left.legend(fontsize=8)
     heat = right.imshow(ratio.T, vmin=0, vmax=1, aspect="auto", cmap="viridis")
     right.set(xlabel="block", ylabel="head", title="temporal (dark) to spatial (bright)")
@@ -76,20 +82,20 @@ def measure_heads(model, scenes, out: Path) -> None:
     plt.close(figure)
 
 
-def measure_blocks(model, scenes, out: Path) -> None:
+def measure_blocks(model, world: World, scenes, out: Path) -> None:
     """Leave out one block at every step: PSNR to the dense video, beside fewer dense steps."""
-    text = torch.stack([encode_prompt(scene.prompt()) for scene in scenes])
-    vae = ToyVAE.load()
+    guidance = RECIPES[world.name].guidance
 
     def video(steps: int):
-        return to_video(sample(model, text, LATENT_SIZE, steps=steps), vae)
+        return sample_videos(model, scenes, steps, world=world, guidance=guidance)
 
     dense = video(STEPS)
     rows = []
 
     def record(what: str, videos) -> None:
         quality = float(np.mean([psnr(a, b) for a, b in zip(videos, dense, strict=True)]))
-        scores = {k: f"{v:.3f}" for k, v in adherence(videos, scenes).items()}
+        scores = adherence(videos, scenes, world.read_scene)
+        scores = {k: f"{v:.3f}" for k, v in scores.items()}
         rows.append({"left_out": what, "psnr_db": f"{quality:.2f}", **scores})
         log.info("%s", rows[-1])
 
@@ -116,36 +122,57 @@ def measure_blocks(model, scenes, out: Path) -> None:
     plt.close(figure)
 
 
-def measure_adherence(model, prompts: int, out: Path) -> None:
-    """Colour, shape and direction on held-out prompts of one, two and three objects."""
-    rows = []
+def measure_adherence(
+    model, world: World, prompts: int, out: Path, steps: int = STEPS, guidance: float | None = None
+) -> None:
+    """What videos of held-out prompts of one, two and three objects have right.
+
+    Rows take the place of those of as many objects, steps and the same guidance.
+
+    Args:
+        guidance: None is the recipe's.
+    """
+    rows, guidance = [], RECIPES[world.name].guidance if guidance is None else guidance
     for objects in (1, 2, 3):
-        scenes = held_out_scenes(prompts if objects == 1 else prompts // 2, num_objects=objects)
-        scores = score_prompts(model, scenes, STEPS)
-        row = {"task": "t2v", "objects": objects, "prompts": len(scenes), "steps": STEPS}
+        count = prompts if objects == 1 else prompts // 2
+        scenes = world.held_out_scenes(count, num_objects=objects)
+        scores = score_prompts(model, scenes, steps, world=world, guidance=guidance)
+        row = {"task": "t2v", "objects": str(objects), "prompts": str(len(scenes))}
+        row |= {"steps": str(steps), "guidance": f"{guidance:g}"}
         rows.append(row | {key: f"{value:.3f}" for key, value in scores.items()})
         log.info("%s", rows[-1])
-    _write_rows(out / "adherence.csv", rows)
+    path, key = out / "adherence.csv", ("objects", "steps", "guidance")
+    new = {tuple(row[name] for name in key) for row in rows}
+    kept = _read_rows(path) if path.exists() else []
+    kept = [row for row in kept if tuple(row.get(name) for name in key) not in new]
+    _write_rows(path, kept + rows)
 
 
-def plot_loss(out: Path) -> None:
+def plot_loss(world: World, out: Path) -> None:
     """The loss curve from the training log that the shipped weights came with."""
-    with (out / "training_log.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows = _read_rows(out / "training_log.csv")
     figure, axis = plt.subplots(figsize=(7, 3.4), constrained_layout=True)
     axis.plot([int(r["step"]) for r in rows], [float(r["loss"]) for r in rows])
-    axis.set(
-        xlabel="step (batch 16)", ylabel="velocity MSE", title="tiny Wan: training", yscale="log"
-    )
+    title = f"{world.checkpoint.stem}: training"
+    batch = RECIPES[world.name].batch
+    axis.set(xlabel=f"step (batch {batch})", ylabel="velocity MSE", title=title, yscale="log")
+    for last, row in itertools.pairwise(rows):
+        if last.get("side") != row.get("side"):
+            axis.axvline(int(last["step"]), color="grey", linestyle=":", lw=0.8)
     scores = axis.twinx()
     scores.set(ylabel="held-out adherence", ylim=(0, 1.02))
-    for key in ("colour", "shape", "direction"):
+    for key in (name.removesuffix("_ok") for name in world.scores):
         tested = [r for r in rows if r[key]]
         points = [float(r[key]) for r in tested]
         scores.plot([int(r["step"]) for r in tested], points, "o--", ms=3, lw=0.8, label=key)
     scores.legend(fontsize=8, loc="center right")
     figure.savefig(out / "loss_curve.png", dpi=110)
     plt.close(figure)
+
+
+def _read_rows(path: Path) -> list[dict]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
 
 
 def _write_rows(path: Path, rows: list[dict]) -> None:
@@ -159,21 +186,35 @@ def _write_rows(path: Path, rows: list[dict]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--weights", type=Path, default=CHECKPOINT)
-    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--world", choices=list(WORLDS), default=FIRST.name)
+    parser.add_argument("--weights", type=Path, help="default: the world's tiny Wan")
+    parser.add_argument("--out", type=Path, help="default: demo/tiny_wan, demo/tiny_wan_2")
     parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--lora", type=Path, help="of training.four_steps, at full strength")
+    parser.add_argument("--steps", type=int, default=STEPS, help="of the adherence")
+    parser.add_argument("--guidance", type=float, help="of the adherence; 1 with a four-step LoRA")
     parser.add_argument("--only", choices=("heads", "blocks", "adherence", "loss"))
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(1)
-    args.out.mkdir(parents=True, exist_ok=True)
-    model = load_original(args.weights)
-    few = held_out_scenes(8, seed=2)
+    world = WORLDS[args.world]
+    out = args.out or HERE / world.checkpoint.stem
+    out.mkdir(parents=True, exist_ok=True)
+    few = world.held_out_scenes(8, seed=2)
+
+    def model():
+        model = load_original(args.weights or world.checkpoint)
+        if args.lora:
+            merge_lora(model, args.lora)
+        return model
+
     parts = {
-        "loss": lambda: plot_loss(args.out),
-        "heads": lambda: measure_heads(model, few, args.out),
-        "adherence": lambda: measure_adherence(model, args.prompts, args.out),
-        "blocks": lambda: measure_blocks(model, few, args.out),
+        "loss": lambda: plot_loss(world, out),
+        "heads": lambda: measure_heads(model(), world, few, out),
+        "adherence": lambda: measure_adherence(
+            model(), world, args.prompts, out, args.steps, args.guidance
+        ),
+        "blocks": lambda: measure_blocks(model(), world, few, out),
     }
     for name, part in parts.items():
         if args.only in (None, name):

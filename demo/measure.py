@@ -1,17 +1,19 @@
-"""Samples the tiny Wan and measures whether the videos show what the prompts say."""
+"""Samples a tiny Wan and measures whether the videos show what the prompts say."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from ..hosts.diffusers.sample import sample
 from ..toy.metrics import adherence
-from ..toy.text import encode_prompt
 from ..toy.vae import ToyVAE
-from ..toy.world import HEIGHT, PIXEL_FRAMES, WIDTH, Scene
+from ..toy.worlds import FIRST, World
 
-LATENT_SIZE = ((PIXEL_FRAMES - 1) // 4 + 1, HEIGHT // 8, WIDTH // 8)
+LATENT_SIZE = FIRST.latent_size()
+BATCH = 16
 
 
 def to_video(latents: torch.Tensor, vae: ToyVAE) -> np.ndarray:
@@ -19,13 +21,31 @@ def to_video(latents: torch.Tensor, vae: ToyVAE) -> np.ndarray:
     return vae.decode(latents.float().cpu()).permute(0, 2, 3, 4, 1).numpy()
 
 
-def score_prompts(
-    model, scenes: list[Scene], steps: int = 30, seed: int = 0, **options
-) -> dict[str, float]:
-    """Adherence of text-to-video samples, in batches of 16."""
-    vae, videos = ToyVAE.load(), []
-    for first in range(0, len(scenes), 16):
-        text = torch.stack([encode_prompt(s.prompt()) for s in scenes[first : first + 16]])
-        latents = sample(model, text, LATENT_SIZE, steps=steps, seed=seed + first, **options)
+def sample_videos(
+    model,
+    scenes: Sequence,
+    steps: int = 30,
+    seed: int = 0,
+    world: World = FIRST,
+    side: int | None = None,
+    **options,
+) -> list[np.ndarray]:
+    """Text-to-video samples [frames, side, side, 3] of scenes, in batches of 16.
+
+    Args:
+        side: of the videos, in pixels; None is the world's own.
+        options: as for `denoise`.
+    """
+    vae, videos = world.load_vae(), []
+    for first in range(0, len(scenes), BATCH):
+        text = torch.stack([world.encode(s.prompt()) for s in scenes[first : first + BATCH]])
+        size = world.latent_size(side)
+        latents = sample(model, text, size, steps=steps, seed=seed + first, **options)
         videos.extend(to_video(latents, vae))
-    return adherence(videos, scenes)
+    return videos
+
+
+def score_prompts(model, scenes: Sequence, steps: int = 30, seed: int = 0, **options) -> dict:
+    """Adherence of text-to-video samples, by name; options as for `sample_videos`."""
+    videos = sample_videos(model, scenes, steps, seed, **options)
+    return adherence(videos, scenes, options.get("world", FIRST).read_scene)

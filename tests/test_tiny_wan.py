@@ -7,7 +7,8 @@ import numpy as np
 from safetensors import safe_open
 
 from wantrim.demo.measure import score_prompts
-from wantrim.demo.train import TINY_WAN, Recipe
+from wantrim.demo.recipe import Recipe
+from wantrim.demo.trainer import TINY_WAN
 from wantrim.hosts.diffusers.weights import load_original
 from wantrim.toy import CHECKPOINT
 from wantrim.toy.world import held_out_scenes

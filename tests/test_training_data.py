@@ -4,8 +4,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from wantrim.demo.recipe import Recipe as DemoRecipe
 from wantrim.demo.train import Batches
-from wantrim.demo.train import Recipe as DemoRecipe
 from wantrim.toy import batches
 from wantrim.toy.world import parse_prompt
 from wantrim.training import shard_files, shards
@@ -287,7 +287,7 @@ def test_moving_a_batch_keeps_what_is_not_there(tmp_path):
 def test_the_toy_world_holds_out_its_scenes_and_has_both_tasks(monkeypatch):
     seen = []
     real = batches.encode_prompt
-    monkeypatch.setattr(batches, "encode_prompt", lambda p: seen.append(p) or real(p))
+    monkeypatch.setattr(batches, "encode_prompt", lambda p, parse: seen.append(p) or real(p))
     data = ToyDataset(8, drop_text=0.25, image_share=0.5)
     found = [data.batch(step) for step in range(12)]
     prompts = [prompt for prompt in seen if prompt]

@@ -1,4 +1,4 @@
-"""The toy world: a procedural video world with known truth, its VAE and its text embedding.
+"""The toy worlds: procedural videos with known truth, their VAEs and their text embedding.
 
 Torch and numpy only, so that the offline demo, the benchmarks, the training stages and the
 ComfyUI demo nodes can all use it.
@@ -7,6 +7,7 @@ ComfyUI demo nodes can all use it.
 from pathlib import Path
 
 CHECKPOINT = Path(__file__).parent / "tiny_wan.safetensors"
+CHECKPOINT_2 = CHECKPOINT.with_name("tiny_wan_2.safetensors")
 # what was measured about it, and what training made of it
 PROFILE = CHECKPOINT.with_name("tiny_wan_profile.safetensors")
 STUDENT = CHECKPOINT.with_name("tiny_wan_student.safetensors")

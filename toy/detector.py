@@ -2,36 +2,61 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
-from .world import BACKGROUNDS, COLOURS, DIRECTIONS, SHAPES, STRIPE_DEPTH, Object, shape_distance
+from .world import BACKGROUNDS, COLOURS, DIRECTIONS, SHAPES, STRIPE_DEPTH, Scene, shape_distance
 
 # area of each shape in units of radius squared
 SHAPE_AREA = {"circle": np.pi, "square": 2.89, "triangle": 1.71, "cross": 2.2576}
 # centre of mass of each shape below its centre, in units of radius
 SHAPE_CENTROID = {"circle": 0.0, "square": 0.0, "triangle": 0.2, "cross": 0.0}
 MIN_PIXELS = 40
+# what a prompt says of an object
+WORDS = ("colour", "shape", "direction")
 
 
 @dataclass(frozen=True)
-class Detection:
-    """What was seen. `shape_scores` are intersection over union with each shape's template."""
+class Seen:
+    """One object. `shape_scores` are intersection over union with each shape's template."""
 
     colour: str
     shape: str
     direction: str
-    speed: float
     shape_scores: dict[str, float]
+
+    def matches(self, obj) -> dict[str, bool]:
+        """What of an object of a scene was seen as the scene says it."""
+        return {f"{name}_ok": getattr(self, name) == getattr(obj, name) for name in WORDS}
+
+
+@dataclass(frozen=True)
+class Detection(Seen):
+    """One object of the first world; its speed in pixels per pixel_frame, its path [t, 2]."""
+
+    speed: float
     path: np.ndarray
 
-    def matches(self, obj: Object) -> dict[str, bool]:
-        return {
-            "colour_ok": self.colour == obj.colour,
-            "shape_ok": self.shape == obj.shape,
-            "direction_ok": self.direction == obj.direction,
-        }
+
+def every_object(scene, find: Callable[[str | None], Seen | None]) -> dict[str, bool]:
+    """What is right of all objects of a scene: colour_ok, shape_ok and direction_ok.
+
+    Args:
+        find: looks for an object of a colour, or for the largest one where the scene has only one.
+    """
+    row = {f"{name}_ok": True for name in WORDS}
+    for obj in scene.objects:
+        seen = find(obj.colour if len(scene.objects) > 1 else None)
+        matches = seen.matches(obj) if seen else dict.fromkeys(row, False)
+        row = {key: row[key] and matches[key] for key in row}
+    return row
+
+
+def read_scene(video: np.ndarray, scene: Scene) -> dict[str, bool]:
+    """Whether a video [f, h, w, 3] in 0..1 shows what the scene says; every object has to."""
+    return every_object(scene, lambda colour: detect(video, colour))
 
 
 def classify_pixels(video: np.ndarray) -> np.ndarray:
@@ -69,7 +94,7 @@ def detect(video: np.ndarray, colour: str | None = None) -> Detection | None:
     shape_scores = {s: _template_iou(s, masks, area, path, xs, ys) for s in SHAPES}
     shape = max(shape_scores, key=shape_scores.get)
     speed = float(np.linalg.norm(velocity))
-    return Detection(names[index], shape, direction, speed, shape_scores, path)
+    return Detection(names[index], shape, direction, shape_scores, speed, path)
 
 
 def _template_iou(shape, masks, area, path, xs, ys) -> float:

@@ -5,27 +5,24 @@ Videos are float arrays [frames, h, w, 3] in 0..1.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from .detector import classify_pixels, detect
-from .world import Scene
+from .detector import classify_pixels, read_scene
 
 
-def adherence(videos: Sequence[np.ndarray], scenes: Sequence[Scene]) -> dict[str, float]:
+def adherence(
+    videos: Sequence[np.ndarray], scenes: Sequence, read: Callable = read_scene
+) -> dict[str, float]:
     """Share of the videos whose colour, shape and direction are those of the prompt's object.
 
     With several objects, every one of them has to be right.
+
+    Args:
+        read: (video, scene) -> what is right, by name; of the scenes' world.
     """
-    rows = []
-    for video, scene in zip(videos, scenes, strict=True):
-        row = dict.fromkeys(("colour_ok", "shape_ok", "direction_ok"), True)
-        for obj in scene.objects:
-            seen = detect(video, obj.colour if len(scene.objects) > 1 else None)
-            matches = seen.matches(obj) if seen else dict.fromkeys(row, False)
-            row = {key: row[key] and matches[key] for key in row}
-        rows.append(row)
+    rows = [read(video, scene) for video, scene in zip(videos, scenes, strict=True)]
     return {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -19,10 +20,13 @@ def _vector(word: str) -> np.ndarray:
     return bits.standard_normal(TEXT_DIM).astype(np.float32)
 
 
-def encode_prompt(prompt: str) -> torch.Tensor:
+def encode_prompt(prompt: str, parse: Callable = parse_prompt) -> torch.Tensor:
     """Embedding [TEXT_TOKENS, TEXT_DIM] of a prompt; the empty prompt is all zeros.
 
     The phrase vector lets cross-attention tell which colour belongs to which shape.
+
+    Args:
+        parse: makes a scene of a prompt, in the grammar of its world.
 
     Raises:
         ValueError: the prompt is not of the toy grammar.
@@ -30,12 +34,8 @@ def encode_prompt(prompt: str) -> torch.Tensor:
     embedding = torch.zeros(TEXT_TOKENS, TEXT_DIM)
     if not prompt.strip():
         return embedding
-    scene = parse_prompt(prompt)
-    phrases = [obj.phrase() for obj in scene.objects] + [f"on a {scene.background} background"]
     position = 0
-    for number, phrase in enumerate(phrases):
-        # the background is its own phrase wherever it comes
-        slot = "<ground>" if number == len(scene.objects) else f"<phrase {number}>"
+    for slot, phrase in parse(prompt).phrases():
         for word in phrase.split():
             vector = _vector(word) + 0.5 * _vector(slot)
             embedding[position] = torch.from_numpy(vector)

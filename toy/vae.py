@@ -1,7 +1,7 @@
 """A fixed linear VAE on Wan's grid: 4x8x8 pixels and 3 colours to 16 latent channels.
 
-The basis is the principal components of the toy world's own pixels (fit by `python -m
-wantrim.demo.fit_vae`). The first pixel frame is a latent frame of its own, as in Wan's causal
+The basis is the principal components of a toy world's own pixels (fit by `python -m
+wantrim.demo.fit_vae`), one for each world. The first pixel frame is a latent frame of its own, as in Wan's causal
 VAE: it is encoded as if it had stood still for four frames.
 """
 
@@ -18,6 +18,7 @@ TIME_STRIDE = 4
 SPACE_STRIDE = 8
 PATCH_VALUES = TIME_STRIDE * SPACE_STRIDE * SPACE_STRIDE * 3
 VAE_FILE = Path(__file__).parent / "toy_vae.safetensors"
+VAE_FILE_2 = VAE_FILE.with_name("toy_vae_2.safetensors")
 
 # Wan2.1's published latent statistics: the hosts normalise with them, so the toy VAE speaks them
 # too and its latents reach the model with unit scale

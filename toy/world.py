@@ -7,8 +7,10 @@ occludes an earlier one.
 
 from __future__ import annotations
 
+import operator
 import re
 import zlib
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,20 +61,58 @@ class Object:
 
 
 @dataclass(frozen=True)
-class Scene:
-    """What a prompt says: objects in drawing order, and the background."""
+class Described:
+    """What a prompt says: objects, and behind them one phrase about what is around them."""
 
-    objects: tuple[Object, ...]
-    background: str
+    objects: tuple
+
+    def around(self) -> tuple[str, str, str]:
+        """(slot, what joins it to the objects, phrase) of the last phrase."""
+        raise NotImplementedError
 
     def prompt(self) -> str:
-        what = " and ".join(obj.phrase() for obj in self.objects)
-        return f"{what} on a {self.background} background"
+        _, joint, around = self.around()
+        return " and ".join(obj.phrase() for obj in self.objects) + joint + around
+
+    def phrases(self) -> list[tuple[str, str]]:
+        """(slot, phrase) of all that the text embedding sees."""
+        slot, _, around = self.around()
+        said = [(f"<phrase {index}>", obj.phrase()) for index, obj in enumerate(self.objects)]
+        # what is around is its own phrase wherever it comes
+        return [*said, (slot, around)]
 
     @property
     def held_out(self) -> bool:
         """True for the scenes that training never sees (about an eighth of all)."""
         return zlib.crc32(self.prompt().encode()) % HELD_OUT_EVERY == 0
+
+
+@dataclass(frozen=True)
+class Scene(Described):
+    """Objects in drawing order, and the background."""
+
+    background: str
+
+    def around(self) -> tuple[str, str, str]:
+        return "<ground>", " ", f"on a {self.background} background"
+
+
+def read_objects(text: str, kind: type, known: Sequence[Collection[str]]) -> tuple | None:
+    """The objects that `text` names, joined by "and"; None where it is not of the grammar.
+
+    Args:
+        kind: what is made of an object's words.
+        known: colours, shapes, directions and what else follows.
+    """
+    pattern = r"a (\w+) (\w+) moving " + " ".join([r"(\w+)"] * (len(known) - 2))
+    objects = []
+    for part in text.split(" and "):
+        match = re.fullmatch(pattern, part.strip())
+        words = match.groups() if match else ()
+        if not words or not all(map(operator.contains, known, words)):
+            return None
+        objects.append(kind(*words))
+    return tuple(objects) if len(objects) <= MAX_OBJECTS else None
 
 
 def parse_prompt(prompt: str) -> Scene:
@@ -85,24 +125,9 @@ def parse_prompt(prompt: str) -> Scene:
     text = " ".join(words)
     body, _, tail = text.rpartition(" on a ")
     background = tail.removesuffix(" background")
-    objects = []
-    for part in body.split(" and "):
-        match = re.fullmatch(r"a (\w+) (\w+) moving (\w+) (\w+)", part.strip())
-        if match is None:
-            break
-        obj = Object(*match.groups())
-        known = (
-            obj.colour in COLOURS
-            and obj.shape in SHAPES
-            and obj.direction in DIRECTIONS
-            and obj.speed in SPEEDS
-        )
-        if not known:
-            break
-        objects.append(obj)
-    else:
-        if background in BACKGROUNDS and 1 <= len(objects) <= MAX_OBJECTS:
-            return Scene(tuple(objects), background)
+    objects = read_objects(body, Object, (COLOURS, SHAPES, DIRECTIONS, SPEEDS))
+    if objects and background in BACKGROUNDS:
+        return Scene(objects, background)
     raise ValueError(
         f"the toy world does not know the prompt {prompt!r}. Expected for example "
         "'a red circle moving left slowly on a black background' with "
@@ -127,8 +152,13 @@ def random_scene(rng: np.random.Generator, num_objects: int = 1) -> Scene:
     return Scene(objects, str(rng.choice(list(BACKGROUNDS))))
 
 
-def held_out_scenes(count: int, seed: int = 0, num_objects: int = 1) -> list[Scene]:
+def held_out_scenes(
+    count: int, seed: int = 0, num_objects: int = 1, draw: Callable = random_scene
+) -> list[Scene]:
     """`count` different scenes that training never saw, always the same ones for a seed.
+
+    Args:
+        draw: makes a scene of a generator and a number of objects.
 
     Raises:
         ValueError: there are not so many (111 with one object).
@@ -137,7 +167,7 @@ def held_out_scenes(count: int, seed: int = 0, num_objects: int = 1) -> list[Sce
     scenes: dict[str, Scene] = {}
     misses = 0
     while len(scenes) < count:
-        scene = random_scene(rng, num_objects)
+        scene = draw(rng, num_objects)
         if scene.held_out and scene.prompt() not in scenes:
             scenes[scene.prompt()], misses = scene, 0
         elif (misses := misses + 1) > MAX_MISSES:

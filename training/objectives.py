@@ -25,6 +25,7 @@ class Pair:
     """Student and teacher with their hooks.
 
     Args:
+        taps, teacher_taps: None where no block is looked at or left out.
         routing: of the student, from stage II on.
         negative: text of the unconditional prompt [t, d].
         dtype: that both compute in.
@@ -32,8 +33,8 @@ class Pair:
 
     student: nn.Module
     teacher: nn.Module
-    taps: Taps
-    teacher_taps: Taps
+    taps: Taps | None
+    teacher_taps: Taps | None
     routing: Routing | None
     negative: torch.Tensor
     dtype: torch.dtype = torch.float32
