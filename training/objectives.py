@@ -76,8 +76,9 @@ Objective = Callable[[Pair, Stage, Batch, Draws], dict[str, torch.Tensor]]
 
 
 def distil(pair: Pair, stage: Stage, batch: Batch, draws: Draws) -> dict[str, torch.Tensor]:
-    """Stages I and II: the four losses, as one number each; "loss" is what is minimised.
+    """Stages I and II: the four losses (eq. 13 to 15), as one number each; "loss" is minimised.
 
+    Every sample counts alike, as in the paper, or by w(t) where the stage's `weighting` says so.
     With the stage's `tokens` the student sees only some of the tokens, as in sampling: it first
     takes the one or two steps before, without gradients, from which dropped tokens are restored
     and chosen. The batch then shares one sigma.
@@ -97,7 +98,7 @@ def distil(pair: Pair, stage: Stage, batch: Batch, draws: Draws) -> dict[str, to
     past = trimmed(pair, stage, batch, x, teacher, token_run)
     with past, pair.taps.keeping(blocks) as got:
         student = pair.ask(x, sigma, batch)
-    weight = timestep_weights(sigma)
+    weight = timestep_weights(sigma) if stage.weighting == "log" else 1.0
     terms = {
         "feature": _features(pair, got, wanted),
         "teacher": velocity_loss(student, teacher),

@@ -133,6 +133,8 @@ class Stage(Checked):
         k_min, k_max: shares of the blocks that run, at no noise and at full noise.
         content: what the router looks at beside the timestep.
         shift: flow shift of the training sigmas.
+        weighting: of the samples in the losses of "width" and "router": alike (paper), or by
+            log(1 + sigma), which leaves little of the loss to low noise (ours).
         guidance: folded into the student in the stage "steps".
         sampler_steps: that the student of the stage "steps" samples with.
         tokens: train with dropped tokens; None trains with all.
@@ -153,6 +155,7 @@ class Stage(Checked):
     k_max: float = _value(float, 0.875, low=0.0, high=1.0, above=True)
     content: str = _choice("latent", "clip", "latent", "none")
     shift: float = _value(float, 5.0, low=0.0, high=100.0, above=True)
+    weighting: str = _choice("none", "none", "log")
     guidance: float = _value(float, 5.0, low=1.0, high=100.0)
     sampler_steps: int = _value(int, 4, low=1, high=1000)
     tokens: Tokens | None = _table(Tokens, None)
