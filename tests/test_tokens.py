@@ -85,6 +85,19 @@ def test_attention_finds_the_token_that_all_look_at():
     assert select_tokens(plan(alpha=1.0), seen, 1).index.tolist() == [[5, 27]]
 
 
+@pytest.mark.parametrize(("alpha", "second"), [(1.0, 3), (0.25, 4), (0.5, 4), (0.9, 3)])
+def test_the_plans_alpha_smooths_where_tokens_are_chosen(alpha, second):
+    """TAPE's eq. 2 by hand: token 1 had 8 in the latent frame before, 0 has 4 now.
+
+    0 + 0.25 * 4 = 1 against 6 + 0.25 = 6.25; 0.5: 2 against 4.5; 0.9: 3.6 against 1.7.
+    """
+    grid = TokenGrid(2, 1, 3)
+    seen = evidence(grid, batch=1)
+    seen.change = torch.tensor([[0.0, 8.0, 0.0, 4.0, 1.0, 0.0]])
+    chosen = select_tokens(plan(alpha=alpha, importance="velocity_change"), seen, 1)
+    assert chosen.index.tolist() == [[1, second]]
+
+
 def test_random_is_the_same_for_a_seed_and_differs_between_seeds():
     grid = TokenGrid(3, 5, 5)
     first, again, other = (evidence(grid) for _ in range(3))
