@@ -8,7 +8,7 @@ from dataclasses import replace
 from .schedule import Schedule
 from .tokens import TokenPlan
 
-# TAPE as published (arXiv 2605.17837): section 3 and its experiments
+# TAPE (arXiv 2605.17837, section 3 and its experiments), with attention measured by sampled queries
 PAPER = {
     "schedule": "falling",
     "reselect_every": 10,
