@@ -17,11 +17,11 @@ from wantrim.tests.small_wan import make_origin, write_recipe
 from wantrim.tests.test_width import profile_of, set_heads
 from wantrim.toy.text import TEXT_DIM
 from wantrim.training.average import Average
-from wantrim.training.draws import Draws, shifted
+from wantrim.training.draws import Draws, noisy, shifted
 from wantrim.training.gate import Routing, Taps, new_router
 from wantrim.training.losses import feature_loss, inlier_tokens
 from wantrim.training.models import load_student, open_origin, starting_width, write_student
-from wantrim.training.objectives import Pair, distil, few_steps, noisy
+from wantrim.training.objectives import Pair, distil, few_steps
 from wantrim.training.parallel import world
 from wantrim.training.recipe import Stage, Weights
 from wantrim.training.run import load_teacher

@@ -47,7 +47,7 @@ RESERVED = 4.0
 # H100 SXM, bf16 without sparsity
 TFLOPS, UTILISATION = 989.0, 0.4
 # forwards of the teacher for one of the student; "steps" needs both prompts in each part of a step
-TEACHER_CALLS = {"width": 1, "router": 1, "steps": 2 * SUBSTEPS}
+TEACHER_CALLS = {"width": 1, "router": 1, "self_forcing": 2, "steps": 2 * SUBSTEPS}
 ROW_NAMES = {
     "weights": "student, fp32",
     "gradients": "gradients, fp32",

@@ -42,6 +42,10 @@ class Origin:
             parameter.data = parameter.data.to(dtype)
         return model.eval().requires_grad_(False)
 
+    def critic(self) -> WanTransformer3DModel:
+        """The full model in fp32, to be trained."""
+        return self.teacher(torch.float32).requires_grad_(True)
+
     def cut(self, path: Path, stage: Stage) -> None:
         """Write the student that training begins with: PARE's width, or the budget's.
 

@@ -9,14 +9,15 @@ import torch
 from torch import nn
 
 from ..hosts.diffusers.sample import sigmas_for
-from .draws import Draws, shifted
+from .draws import Draws, noisy, shifted
+from .forcing import self_forcing
 from .gate import Routing, Taps
 from .losses import feature_loss, temporal_loss, timestep_weights, velocity_loss
 from .recipe import Stage
 from .shards import Batch
 from .tokens import token_steps, trimmed
 
-# the teacher's steps between two of the student's in stage III
+# the teacher's steps between two of the student's in the stage "steps"
 SUBSTEPS = 5
 
 
@@ -27,7 +28,8 @@ class Pair:
     Args:
         routing: of the student, from stage II on.
         negative: text of the unconditional prompt [t, d].
-        dtype: that both compute in.
+        dtype: that all compute in.
+        critic: of the stage "self_forcing": a full model that learns what the student makes.
     """
 
     student: nn.Module
@@ -37,12 +39,17 @@ class Pair:
     routing: Routing | None
     negative: torch.Tensor
     dtype: torch.dtype = torch.float32
+    critic: nn.Module | None = None
 
     def ask(self, x: torch.Tensor, sigma: torch.Tensor, batch: Batch) -> torch.Tensor:
         """The student's velocity at latents x [b, c, f, h, w], its blocks chosen by the router."""
         if self.routing is not None:
             self.taps.gate = self.routing.gate(sigma, x, batch.clip)
         return velocity(self.student, x, sigma, batch, self.dtype)
+
+    def criticise(self, x: torch.Tensor, sigma: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """The critic's velocity, of what the student would have made."""
+        return velocity(self.critic, x, sigma, batch, self.dtype)
 
     def teach(self, x: torch.Tensor, sigma: torch.Tensor, batch: Batch, guidance: float = 1.0):
         """The teacher's velocity, with guidance."""
@@ -130,20 +137,13 @@ def _total(pair: Pair, terms: dict[str, torch.Tensor], stage: Stage) -> dict[str
     return {"loss": loss, **terms}
 
 
-def noisy(latents: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """Flow matching's straight path: (1 - sigma) * latents + sigma * noise, sigma [b]."""
-    s = sigma.view(-1, 1, 1, 1, 1)
-    return (1 - s) * latents + s * noise
-
-
 def few_steps(pair: Pair, stage: Stage, batch: Batch, draws: Draws) -> dict[str, torch.Tensor]:
-    """Stage III: one step of the student for several guided ones of the teacher.
+    """Ours: one step of the student for several guided ones of the teacher.
 
     Progressive distillation (Salimans and Ho, arXiv 2202.00512) with guidance folded in as Meng et
     al. do (arXiv 2210.03142), its halvings taken at once: a student's step has to end where the
-    teacher's SUBSTEPS guided steps over the same stretch end. Chosen because its target is
-    deterministic: no critic and no second trained model, so that 1,200 steps are enough and a run
-    needs no more memory than stages I and II. The paper does not say which method it took.
+    teacher's SUBSTEPS guided steps over the same stretch end. PARE's own stage III is
+    `forcing.self_forcing`; this one needs no critic, and no more memory than stages I and II.
     """
     count, shift = stage.sampler_steps, stage.shift
     ends = sigmas_for(count, shift)
@@ -167,4 +167,9 @@ def few_steps(pair: Pair, stage: Stage, batch: Batch, draws: Draws) -> dict[str,
     return _total(pair, terms, stage)
 
 
-OBJECTIVES: dict[str, Objective] = {"width": distil, "router": distil, "steps": few_steps}
+OBJECTIVES: dict[str, Objective] = {
+    "width": distil,
+    "router": distil,
+    "self_forcing": self_forcing,
+    "steps": few_steps,
+}

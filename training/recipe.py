@@ -124,7 +124,7 @@ class Stage(Checked):
     """One stage.
 
     Args:
-        kind: "width" (I), "router" (II) or "steps" (III).
+        kind: "width" (I), "router" (II), "self_forcing" (III) or "steps" (ours).
         lr: peak of the student's learning rate: warm-up, then a cosine.
         prune_ratio: share of the heads and FFN channels that goes.
         rule: as many heads in every block as the paper has it, or a budget across blocks.
@@ -135,13 +135,15 @@ class Stage(Checked):
         shift: flow shift of the training sigmas.
         weighting: of the samples in the losses of "width" and "router": alike (paper), or by
             log(1 + sigma), which leaves little of the loss to low noise (ours).
-        guidance: folded into the student in the stage "steps".
-        sampler_steps: that the student of the stage "steps" samples with.
+        guidance: folded into the student in the stages "self_forcing" and "steps".
+        sampler_steps: that the student of these stages samples with, without guidance.
+        critic_lr: peak of the critic's learning rate in the stage "self_forcing".
+        critic_updates: steps of the critic for each of the student, which both count as steps.
         tokens: train with dropped tokens; None trains with all.
         ema_decay: of the averaged weights; 0 keeps no average.
     """
 
-    kind: str = _choice(MISSING, "width", "router", "steps")
+    kind: str = _choice(MISSING, "width", "router", "self_forcing", "steps")
     steps: int = _value(int, 7000, low=1)
     lr: float = _value(float, 3e-5, low=0.0, high=1.0, above=True)
     router_lr: float = _value(float, 5e-4, low=0.0, high=1.0, above=True)
@@ -158,8 +160,15 @@ class Stage(Checked):
     weighting: str = _choice("none", "none", "log")
     guidance: float = _value(float, 5.0, low=1.0, high=100.0)
     sampler_steps: int = _value(int, 4, low=1, high=1000)
+    critic_lr: float = _value(float, 4e-7, low=0.0, high=1.0, above=True)
+    critic_updates: int = _value(int, 5, low=1, high=1000)
     tokens: Tokens | None = _table(Tokens, None)
     ema_decay: float = _value(float, 0.0, low=0.0, high=0.99999)
+
+    @property
+    def few(self) -> bool:
+        """Whether its student samples in few steps without guidance."""
+        return self.kind in ("self_forcing", "steps")
 
     def __post_init__(self):
         super().__post_init__()

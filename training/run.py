@@ -91,15 +91,17 @@ def train(
         folder = out / f"{number}-{stage.kind}"
         check_same(folder, recipe, number, data.fingerprint, world)
         if not (folder / STUDENT).exists():
+            # begins as the teacher, which knows the wanted distribution
+            critic = origin.critic() if stage.kind == "self_forcing" else None
             trainer = Trainer(
-                recipe, stage, number, world, teacher, data.negative_text, start, folder
+                recipe, stage, number, world, teacher, data.negative_text, start, folder, critic
             )
             try:
                 run_stage(trainer, data)
             finally:
                 trainer.close()
                 # before the next stage's weights come
-                del trainer
+                del trainer, critic
                 gc.collect()
         elif world.first:
             log.info("%s is done", folder.name)

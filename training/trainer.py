@@ -40,6 +40,7 @@ class Trainer:
         number: of the stage within the recipe, from 1.
         start: folder or file with the student to begin with, and its router if it has one.
         folder: of the stage; its state is loaded if there is one.
+        critic: of the stage "self_forcing": a full model in fp32, which is trained beside.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Trainer:
         negative: torch.Tensor,
         start: Path,
         folder: Path,
+        critic: nn.Module | None = None,
     ):
         self.recipe, self.stage, self.number = recipe, stage, number
         self.world, self.folder = world, folder
@@ -61,13 +63,14 @@ class Trainer:
         routing, self._mlp = self._router(start)
         # in this order: what goes on first is called last
         taps = Taps(self.student)
-        if recipe.run.checkpointing:
-            recompute_blocks(self.student)
-        if world.size > 1:
-            # moves a block at a time, and only this process's part of it
-            shard(self.student, world.mesh, dtype)
-        else:
-            self.student.to(world.device)
+        for model in [self.student] if critic is None else [self.student, critic]:
+            if recipe.run.checkpointing:
+                recompute_blocks(model)
+            if world.size > 1:
+                # moves a block at a time, and only this process's part of it
+                shard(model, world.mesh, dtype)
+            else:
+                model.to(world.device)
         # several processes compute in the low precision by FSDP's policy, one by autocast
         self.cast = nullcontext
         if world.size == 1 and dtype != torch.float32:
@@ -80,6 +83,7 @@ class Trainer:
             routing,
             negative.to(world.device),
             dtype,
+            critic,
         )
         self.trained = nn.ModuleDict({"student": self.student})
         groups = [{"params": [*self.student.parameters()], "lr": stage.lr, "peak": stage.lr}]
@@ -87,16 +91,23 @@ class Trainer:
             self.trained["router"] = routing.mlp
             rate = stage.router_lr if stage.kind == "router" else stage.lr
             groups.append({"params": [*routing.mlp.parameters()], "lr": rate, "peak": rate})
-        self.optimizer = torch.optim.AdamW(groups, weight_decay=recipe.run.weight_decay)
+        # before the critic joins: it is thrown away
         self.average = Average(self.trained, stage.ema_decay) if stage.ema_decay else None
+        self.own = [*self.trained.parameters()]
+        if critic is not None:
+            self.trained = nn.ModuleDict({**self.trained, "critic": critic})
+            rate = stage.critic_lr
+            groups.append({"params": [*critic.parameters()], "lr": rate, "peak": rate})
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=recipe.run.weight_decay)
         self.state = State(folder / "state", world, self.trained, self.optimizer, self.average)
         self.step = self.state.load()
+        self._known: dict[str, torch.Tensor] = {}
 
     def _router(self, start: Path) -> tuple[Routing | None, RouterMLP | None]:
         """The router to train, and one of the same sizes without weights to write it with."""
         stage, model = self.stage, self.header.model
         known = start / "router.safetensors"
-        if stage.kind == "width" or (stage.kind == "steps" and not known.exists()):
+        if stage.kind == "width" or (stage.few and not known.exists()):
             return None, None
         if known.exists():
             loaded = load_router(known)
@@ -119,7 +130,10 @@ class Trainer:
         return Routing(mlp, kind, BlockBudget(stage.k_min, stage.k_max)), empty
 
     def train_step(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """One optimizer step on this process's part of the batch; its terms, as means over all."""
+        """One optimizer step on this process's part of the batch; its terms, as means over all.
+
+        A term that this step has not is that of the last step that had it.
+        """
         first = self.world.rank * len(batch.latents)
         draws = Draws(self.recipe.data.seed, self.number, self.step, first)
         batch = batch.to(self.world.device)
@@ -129,8 +143,9 @@ class Trainer:
         with self.cast():
             terms = OBJECTIVES[self.stage.kind](self.pair, self.stage, batch, draws)
         terms["loss"].backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.trained.parameters(), self.recipe.run.grad_clip)
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        norm = self._clipped(self.own)
+        if self.pair.critic is not None:
+            norm = norm + self._clipped([*self.pair.critic.parameters()])
         if not torch.isfinite(norm):
             raise ValueError(
                 f"step {self.step + 1}: the gradient is {float(norm)}, and nothing was changed by "
@@ -143,7 +158,13 @@ class Trainer:
         if self.average is not None:
             self.average.update(self.step)
         values = self.world.mean(torch.stack([term.detach().float() for term in terms.values()]))
-        return dict(zip(terms, values, strict=True)) | {"grad_norm": norm.detach()}
+        self._known |= dict(zip(terms, values, strict=True)) | {"grad_norm": norm.detach()}
+        return dict(self._known)
+
+    def _clipped(self, parameters: list[nn.Parameter]) -> torch.Tensor:
+        """The norm that their gradients had together before they were clipped."""
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.recipe.run.grad_clip)
+        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
     def averaged(self):
         """Within the context, the weights that are written and sampled with."""
@@ -181,7 +202,7 @@ class Trainer:
         }
         if self.pair.routing is not None:
             said |= {"k_min": s.k_min, "k_max": s.k_max}
-        if s.kind == "steps":
+        if s.few:
             said |= {"sampler_steps": s.sampler_steps, "guidance": s.guidance, "shift": s.shift}
         if s.tokens is not None:
             said |= {"tokens": [s.tokens.keep_min, s.tokens.keep_max, s.tokens.preset]}

@@ -46,8 +46,7 @@ def draw_videos(
         )
 
     teacher = draw(pair.teacher, STEPS, stage.guidance)
-    few = stage.kind == "steps"
-    steps, guidance = (stage.sampler_steps, 1.0) if few else (STEPS, stage.guidance)
+    steps, guidance = (stage.sampler_steps, 1.0) if stage.few else (STEPS, stage.guidance)
     # training's gate would cost every block; in sampling those left out are not computed
     pair.taps.gate, plan = None, TrimPlan()
     if pair.routing is not None:
