@@ -2,11 +2,13 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
+from wantrim.hosts.diffusers.slim import load_slim
 from wantrim.hosts.slim_file import read_header
 from wantrim.hosts.slim_source import open_source
 from wantrim.methods.depth import BlockBudget
@@ -20,11 +22,11 @@ from wantrim.training.average import Average
 from wantrim.training.draws import Draws, noisy, shifted
 from wantrim.training.gate import Routing, Taps, new_router
 from wantrim.training.losses import feature_loss, inlier_tokens
-from wantrim.training.models import load_student, open_origin, starting_width, write_student
+from wantrim.training.models import open_origin, starting_width, write_student
 from wantrim.training.objectives import Pair, distil, few_steps
 from wantrim.training.parallel import world
-from wantrim.training.recipe import Stage, Weights
-from wantrim.training.run import load_teacher
+from wantrim.training.recipe import Data, Stage, Weights
+from wantrim.training.run import load_teacher, train
 from wantrim.training.toy_data import ToyDataset
 from wantrim.training.trainer import Trainer
 
@@ -40,8 +42,8 @@ def pair(folder, tmp_path):
     recipe = write_recipe(folder)
     origin = open_origin(recipe)
     origin.cut(tmp_path / "start.safetensors", recipe.stages[0])
-    student, _ = load_student(tmp_path / "start.safetensors")
-    teacher = origin.teacher(torch.float32)
+    student = load_slim(tmp_path / "start.safetensors").requires_grad_(True)
+    teacher = origin.teacher(torch.float32).fill("cpu")
     negative = torch.zeros(24, TEXT_DIM)
     torch.manual_seed(1)
     routing = Routing(new_router(4, "latent", 16), "latent", BlockBudget(0.5, 1.0))
@@ -132,6 +134,29 @@ def test_samples_count_alike_unless_the_recipe_weighs_them(pair, weighting):
     assert float(terms["data"].detach()) == pytest.approx(sum(of_samples) / 3, rel=1e-3)
 
 
+def test_an_expert_learns_at_its_own_noise_levels(pair, monkeypatch):
+    """Wan 2.2's low-noise expert: nothing above its boundary, and every part below it."""
+
+    class Seen(Exception):
+        pass
+
+    def teach(self, x, sigma, batch):
+        raise Seen(sigma)
+
+    monkeypatch.setattr(Pair, "teach", teach)
+    batch = ToyDataset(4, image_share=0.0).batch(0)
+    for low, high in ((0.0, 0.875), (0.875, 1.0), (0.2, 0.4)):
+        stage = Stage("width", 4, warmup=1, shift=5.0, sigma_min=low, sigma_max=high)
+        sigmas = []
+        for step in range(60):
+            with pytest.raises(Seen) as seen:
+                distil(pair, stage, batch, Draws(5, 1, step))
+            sigmas.append(seen.value.args[0])
+        sigma = torch.cat(sigmas)
+        assert low <= float(sigma.min()) < low + 0.1 * (high - low)
+        assert high - 0.1 * (high - low) < float(sigma.max()) <= high + 1e-6
+
+
 def test_a_token_is_an_outlier_from_three_standard_deviations():
     """Both odd ones are beyond 2.5, and only one of them beyond 3."""
     size = torch.cat([torch.tensor([9.0, 11.0]).repeat(49), torch.tensor([6.9, 13.8])])
@@ -214,7 +239,7 @@ def one_step(folder, out, kind, *changes):
     with world("cpu") as processes:
         teacher = load_teacher(origin, recipe, processes)
         made = Trainer(
-            recipe, stage, number, processes, teacher, data.negative_text, start, out / kind
+            recipe, stage, number, processes, teacher, data.negative_text, start, out / kind, origin
         )
         before = copy.deepcopy(made.trained.state_dict())
         terms = made.train_step(data.batch(0))
@@ -283,3 +308,24 @@ def test_the_average_of_the_first_steps_forgets_quickly():
         average.update(step)
         wanted = decay * wanted + (1 - decay) * step
         assert average.tensors["weight"].item() == pytest.approx(wanted)
+
+
+# a recipe without a width
+
+
+def test_a_student_whose_recipe_has_no_width_keeps_all_of_it(folder, tmp_path, caplog):
+    recipe = write_recipe(folder, "router.steps=2")
+    recipe = replace(recipe, stages=recipe.stages[1:2])
+    with world("cpu") as processes, caplog.at_level("INFO"):
+        last = train(recipe, tmp_path, processes)
+    assert "keeps all heads and channels" in caplog.text
+    header = read_header(last / "student.safetensors")
+    assert [header.width.sizes(block) for block in range(4)] == [(4, 4, 64)] * 4
+    assert header.made["prune_ratio"] == 0.0
+
+
+def test_a_header_names_the_data_and_no_folder_of_anybodys(tmp_path):
+    data = Data(folder=(str(tmp_path / "first"), str(tmp_path / "second")))
+    assert data.names == "first, second" and not data.toy
+    assert data.folders == (tmp_path / "first", tmp_path / "second")
+    assert Data(folder="toy").toy

@@ -55,6 +55,11 @@ def shifted(u: torch.Tensor, shift: float) -> torch.Tensor:
     return shift * u / (1 + (shift - 1) * u)
 
 
+def unshifted(sigma: float, shift: float) -> float:
+    """Where in 0..1 a sigma lies: what `shifted` makes it of."""
+    return sigma / (shift - (shift - 1) * sigma)
+
+
 def noisy(latents: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
     """Flow matching's straight path: (1 - sigma) * latents + sigma * noise, sigma [b]."""
     s = sigma.view(-1, 1, 1, 1, 1)

@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from diffusers import WanTransformer3DModel
 
-from ..hosts.diffusers.checkpoints import load_checkpoint
-from ..hosts.diffusers.slim import load_slim, save_slim
+from ..hosts.diffusers.checkpoints import checkpoint_config, empty_model
+from ..hosts.diffusers.slim import empty_slim, save_slim
+from ..hosts.diffusers.weights import to_diffusers_keys
 from ..hosts.slim_export import check_profile, export_slim, package_version
 from ..hosts.slim_file import SlimHeader, read_header
 from ..hosts.slim_source import Source, open_source
@@ -19,6 +19,7 @@ from ..methods.profile import Profile, load_profile
 from ..methods.routers import RouterMLP, TrainedRouter, save_router
 from ..methods.width import Width, channels, ffn_count, ffn_scores, pare_heads
 from ..toy import CHECKPOINT, PROFILE
+from .loading import Waiting
 from .recipe import TINY, Recipe, Stage
 
 
@@ -34,23 +35,26 @@ class Origin:
     source: Source
     profile: Profile
 
-    def teacher(self, dtype: torch.dtype) -> WanTransformer3DModel:
-        """The full model, frozen."""
-        model = load_checkpoint(self.source.path, dtype)
-        # all in one dtype, which sharding wants
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(dtype)
-        return model.eval().requires_grad_(False)
+    def teacher(self, dtype: torch.dtype, learns: bool = False) -> Waiting:
+        """The full model, all in one number format, which sharding wants.
 
-    def critic(self) -> WanTransformer3DModel:
-        """The full model in fp32, to be trained."""
-        return self.teacher(torch.float32).requires_grad_(True)
+        Raises:
+            ValueError: diffusers' class cannot be this model.
+        """
+        source = self.source
+        model = empty_model(checkpoint_config(source.path)).to(dtype)
+        entries = to_diffusers_keys(source.entries)
+        return Waiting(model.eval().requires_grad_(learns), source.path, entries)
 
-    def cut(self, path: Path, stage: Stage) -> None:
+    def cut(self, path: Path, stage: Stage | None) -> None:
         """Write the student that training begins with: PARE's width, or the budget's.
 
         The norms are corrected for the missing heads; the rest is left to training.
+
+        Args:
+            stage: with the share that goes; None cuts nothing.
         """
+        stage = stage or Stage("width", prune_ratio=0.0)
         export_slim(
             self.source,
             path,
@@ -103,9 +107,14 @@ def starting_width(profile: Profile, stage: Stage, signature) -> Width:
     )
 
 
-def load_student(path: Path) -> tuple[WanTransformer3DModel, SlimHeader]:
-    """A slim model in fp32, ready to be trained."""
-    return load_slim(path).requires_grad_(True), read_header(path)
+def open_student(path: Path) -> tuple[Waiting, SlimHeader]:
+    """A slim model in fp32, to be trained.
+
+    Raises:
+        ValueError: it is not a slim file that diffusers' class can be.
+    """
+    model, entries = empty_slim(path)
+    return Waiting(model.requires_grad_(True), path, entries), read_header(path)
 
 
 def write_student(

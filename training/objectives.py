@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..hosts.diffusers.sample import sigmas_for
-from .draws import Draws, noisy, shifted
+from .draws import Draws, noisy, shifted, unshifted
 from .forcing import self_forcing
 from .gate import Routing, Taps
 from .losses import feature_loss, temporal_loss, timestep_weights, velocity_loss
@@ -29,7 +29,7 @@ class Pair:
         routing: of the student, from stage II on.
         negative: text of the unconditional prompt [t, d].
         dtype: that all compute in.
-        critic: of the stage "self_forcing": a full model that learns what the student makes.
+        critic: of the stage "self_forcing": a model that learns what the student makes.
     """
 
     student: nn.Module
@@ -96,7 +96,8 @@ def distil(pair: Pair, stage: Stage, batch: Batch, draws: Draws) -> dict[str, to
         token_run = token_steps(draws.shared, stage.tokens)
         u = torch.full((len(noise),), token_run.at)
     else:
-        u = draws.uniform(len(noise))
+        low, high = (unshifted(s, stage.shift) for s in (stage.sigma_min, stage.sigma_max))
+        u = low + (high - low) * draws.uniform(len(noise))
     sigma = shifted(u, stage.shift).to(noise)
     x = noisy(batch.latents, noise, sigma)
     blocks = draws.blocks(len(pair.student.blocks), stage.feature_blocks)

@@ -16,10 +16,10 @@ from .average import Average
 from .checkpoints import State, whole_state
 from .draws import Draws
 from .gate import Routing, Taps, new_router
-from .models import load_student, write_student
+from .models import Origin, open_student, write_student
 from .objectives import OBJECTIVES, Pair
 from .parallel import World, shard
-from .recipe import Recipe, Stage
+from .recipe import Recipe, Run, Stage
 from .recompute import recompute_blocks
 from .shards import Batch
 
@@ -33,6 +33,24 @@ def learning_rate(stage: Stage, step: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - stage.warmup) / (stage.steps - stage.warmup)))
 
 
+def new_optimizer(run: Run, groups: list[dict]) -> torch.optim.Optimizer:
+    """The recipe's optimizer.
+
+    Raises:
+        ValueError: its library is not installed.
+    """
+    if run.optimizer == "adamw":
+        return torch.optim.AdamW(groups, weight_decay=run.weight_decay)
+    try:
+        from torchao.optim import AdamW8bit
+    except ImportError as error:
+        raise ValueError(
+            "optimizer: adamw8bit is torchao's, which is not installed. Install it "
+            "(pip install torchao), or take adamw"
+        ) from error
+    return AdamW8bit(groups, weight_decay=run.weight_decay)
+
+
 class Trainer:
     """A student and, from stage II on, its router.
 
@@ -40,7 +58,7 @@ class Trainer:
         number: of the stage within the recipe, from 1.
         start: folder or file with the student to begin with, and its router if it has one.
         folder: of the stage; its state is loaded if there is one.
-        critic: of the stage "self_forcing": a full model in fp32, which is trained beside.
+        origin: the full model, which a critic can begin as.
     """
 
     def __init__(
@@ -53,24 +71,27 @@ class Trainer:
         negative: torch.Tensor,
         start: Path,
         folder: Path,
-        critic: nn.Module | None = None,
+        origin: Origin,
     ):
         self.recipe, self.stage, self.number = recipe, stage, number
         self.world, self.folder = world, folder
         dtype = DTYPES[recipe.run.dtype]
         file = start / "student.safetensors" if start.is_dir() else start
-        self.student, self.header = load_student(file)
+        student, self.header = open_student(file)
+        self.student = student.model
         routing, self._mlp = self._router(start)
         # in this order: what goes on first is called last
         taps = Taps(self.student)
-        for model in [self.student] if critic is None else [self.student, critic]:
+        critic = None
+        if stage.kind == "self_forcing":
+            full = stage.critic == "full"
+            critic = origin.teacher(torch.float32, True) if full else open_student(file)[0]
+        for waiting in [student] if critic is None else [student, critic]:
             if recipe.run.checkpointing:
-                recompute_blocks(model)
+                recompute_blocks(waiting.model)
             if world.size > 1:
-                # moves a block at a time, and only this process's part of it
-                shard(model, world.mesh, dtype)
-            else:
-                model.to(world.device)
+                shard(waiting.model, world.mesh, dtype)
+            waiting.fill(world.device)
         # several processes compute in the low precision by FSDP's policy, one by autocast
         self.cast = nullcontext
         if world.size == 1 and dtype != torch.float32:
@@ -83,7 +104,7 @@ class Trainer:
             routing,
             negative.to(world.device),
             dtype,
-            critic,
+            critic and critic.model,
         )
         self.trained = nn.ModuleDict({"student": self.student})
         groups = [{"params": [*self.student.parameters()], "lr": stage.lr, "peak": stage.lr}]
@@ -95,10 +116,10 @@ class Trainer:
         self.average = Average(self.trained, stage.ema_decay) if stage.ema_decay else None
         self.own = [*self.trained.parameters()]
         if critic is not None:
-            self.trained = nn.ModuleDict({**self.trained, "critic": critic})
+            self.trained = nn.ModuleDict({**self.trained, "critic": critic.model})
             rate = stage.critic_lr
-            groups.append({"params": [*critic.parameters()], "lr": rate, "peak": rate})
-        self.optimizer = torch.optim.AdamW(groups, weight_decay=recipe.run.weight_decay)
+            groups.append({"params": [*critic.model.parameters()], "lr": rate, "peak": rate})
+        self.optimizer = new_optimizer(recipe.run, groups)
         self.state = State(folder / "state", world, self.trained, self.optimizer, self.average)
         self.step = self.state.load()
         self._known: dict[str, torch.Tensor] = {}
@@ -139,7 +160,11 @@ class Trainer:
         batch = batch.to(self.world.device)
         share = learning_rate(self.stage, self.step)
         for group in self.optimizer.param_groups:
-            group["lr"] = share * group["peak"]
+            rate = share * group["peak"]
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
         with self.cast():
             terms = OBJECTIVES[self.stage.kind](self.pair, self.stage, batch, draws)
         terms["loss"].backward()
@@ -174,7 +199,7 @@ class Trainer:
         """Write the student and its router, for ComfyUI and diffusers.
 
         Args:
-            data: name of what it was trained on, for the header.
+            data: names of what it was trained on, for the header; no paths.
         """
         with self.averaged():
             student = whole_state(self.student)

@@ -16,7 +16,7 @@ from ..methods.fingerprint import Fingerprint
 from ..methods.routers import TrainedRouter
 from ..toy.vae import ToyVAE
 from .objectives import Pair
-from .recipe import TOY, Recipe, Stage
+from .recipe import Recipe, Stage
 from .shards import Batch
 
 STEPS, FPS = 20, 8
@@ -62,7 +62,7 @@ def draw_videos(
 def write_videos(folder: Path, latents: dict[str, torch.Tensor], recipe: Recipe, step: int) -> Path:
     """Write step-N.mp4 of the toy world, else step-N.safetensors with the latents."""
     folder.mkdir(parents=True, exist_ok=True)
-    if recipe.data.folder != TOY:
+    if not recipe.data.toy:
         path = folder / f"step-{step}.safetensors"
         save_file({name: value.contiguous() for name, value in latents.items()}, path)
         return path
