@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .fingerprint import Fingerprint, width_digest
 from .profile import PER_BIN, Profile
 from .roles import TEMPORAL
 
@@ -48,6 +49,10 @@ class Width:
     @property
     def num_blocks(self) -> int:
         return len(self.self_heads)
+
+    def digest(self, model: Fingerprint) -> str:
+        """What tells this cut of a model from others, see `fingerprint.width_digest`."""
+        return width_digest(model, (self.self_heads, self.cross_heads, self.ffn_channels))
 
     def sizes(self, block_index: int) -> tuple[int, int, int]:
         """Self-attention heads, cross-attention heads and FFN channels of a block."""

@@ -15,10 +15,12 @@ from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 
 from ..hosts.comfyui.attach import attach, attachment_of
 from ..hosts.comfyui.profiling import check_profile, model_fingerprint
+from ..hosts.comfyui.slim import slim_header
 from ..hosts.comfyui.variants import SKIP_BLOCKS, check_variant
 from ..hosts.profiling import ProfileFile
 from ..hosts.session import TrimPlan
 from ..methods.depth import SHAPES, SKIPPED, BlockBudget, BlockPlan, blocks_per_step
+from ..methods.fingerprint import WHOLE
 from ..methods.routers import (
     FixedRouter,
     OnlineRouter,
@@ -40,6 +42,8 @@ WORDS = {
     "skipped:": "skipped_blocks_give:",
     "start and end": "start_percent and end_percent",
 }
+# what the inputs have at first; with a trained router it means "as that was trained"
+USUAL = {"k_min": 0.5, "k_max": 0.875, "curve": "falling", "skipped": "reuse"}
 # of 81 frames at 832x480, for the memory that the node states
 USUAL_TOKENS = 32_760
 
@@ -87,8 +91,8 @@ class WanTrimBlocks(io.ComfyNode):
                         "and k_max say. 'trained': a router file, the paper's way."
                     ),
                 ),
-                _share("k_min", 0.5, "where fewest blocks run. Paper: 0.5 (20 of 40)"),
-                _share("k_max", 0.875, "where most blocks run. Paper: 0.875 (35 of 40)"),
+                _share("k_min", USUAL["k_min"], "where fewest blocks run. Paper: 0.5 (20 of 40)"),
+                _share("k_max", USUAL["k_max"], "where most blocks run. Paper: 0.875 (35 of 40)"),
                 io.Combo.Input(
                     "curve",
                     options=list(SHAPES),
@@ -198,16 +202,19 @@ class WanTrimBlocks(io.ComfyNode):
             chosen = _router(model, router, profile)
             # made for this many blocks?
             chosen.run(len(network.blocks))
+            given = {"k_min": k_min, "k_max": k_max, "curve": curve, "skipped": skipped_blocks_give}
+            given, remarks = _settled(chosen, given)
+            skipped = given.pop("skipped")
             plan = BlockPlan(
                 chosen,
-                BlockBudget(k_min, k_max, curve),
-                skipped=skipped_blocks_give,
+                BlockBudget(*given.values()),
+                skipped=skipped,
                 start=start_percent,
                 end=end_percent,
                 memory=memory,
                 max_age=repeat_at_most,
             )
-            text = _text(model, plan, steps, scheduler, shift)
+            text = "\n".join([_text(model, plan, steps, scheduler, shift), *remarks])
         except ValueError as error:
             raise ValueError(f"{NAME}: {_shown(str(error))}") from error
         present = attachment_of(model)
@@ -265,6 +272,15 @@ def _router(model, choice: dict | str | None, profile: ProfileFile | None) -> Ro
     return (OnlineRouter if name == "online" else ProfiledRouter)(profile.profile)
 
 
+def _settled(router: Router, given: dict) -> tuple[dict, list[str]]:
+    """The budget and skipping of a run: a trained router's own, where nobody set another."""
+    conditions = getattr(router, "conditions", None)
+    if conditions is None:
+        return given, []
+    settled, overridden = conditions.settle(given, USUAL)
+    return settled, [conditions.describe(), *map(_shown, overridden)]
+
+
 def _trained(model, filename: str) -> TrainedRouter:
     path = find_file(FOLDER, filename)
     if path is None:
@@ -274,7 +290,9 @@ def _trained(model, filename: str) -> TrainedRouter:
         )
     router = _load(path, path.stat().st_mtime_ns)
     network = model.model.diffusion_model
-    reason = model_fingerprint(network).differs(router.model)
+    header = slim_header(model)
+    width = WHOLE if header is None else header.width.digest(header.model)
+    reason = replace(model_fingerprint(network), width=width).differs(router.model)
     if reason is not None:
         raise ValueError(
             f"router_file: {filename} was trained for another model than the one at 'model': "
@@ -346,7 +364,8 @@ def _file_input():
     return io.Combo.Input(
         "router_file",
         options=list_files(FOLDER),
-        tooltip="A file in models/wantrim/routers, trained for this model, or the demo's.",
+        tooltip="A file in models/wantrim/routers, trained for this model, or the demo's. k_min, k_max, "
+        "curve and skipped_blocks_give are the router's own where they are left at their defaults.",
     )
 
 

@@ -3,6 +3,7 @@
 import copy
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from torch import nn
 from wantrim.hosts.diffusers.slim import load_slim
 from wantrim.hosts.slim_file import read_header
 from wantrim.hosts.slim_source import open_source
+from wantrim.methods.conditions import Conditions
 from wantrim.methods.depth import BlockBudget
-from wantrim.methods.fingerprint import sample_modulation
+from wantrim.methods.fingerprint import WHOLE, sample_modulation
 from wantrim.methods.routers import load_router
 from wantrim.methods.width import ffn_channels, pare_heads
 from wantrim.tests.small_wan import make_origin, write_recipe
@@ -278,11 +280,24 @@ def test_the_budget_follows_the_recipe_at_both_ends(folder, tmp_path):
     assert made.pair.routing.budget == BlockBudget(0.3, 0.8)
 
 
+def test_a_router_is_written_with_what_it_was_trained_with(folder, tmp_path):
+    changes = ("router.k_min=0.3", "router.k_max=0.8", "router.shift=4.0")
+    made, _, _ = one_step(folder, tmp_path, "router", *changes)
+    # as after a run, where the processes are gone
+    made.world = SimpleNamespace(first=True, wait=lambda: None)
+    made.folder.mkdir(exist_ok=True)
+    made.write("toy")
+    router = load_router(made.folder / "router.safetensors")
+    assert router.conditions == Conditions(0.3, 0.8, "falling", "identity", 4.0)
+
+
 def test_a_student_has_its_own_fingerprint(folder, tmp_path):
     """The sample in both headers is of the tables that are written beside it."""
     made, _, _ = one_step(folder, tmp_path, "router", "router.lr=0.05")
     state = {n: v.detach().clone() for n, v in made.student.state_dict().items()}
     write_student(tmp_path, state, made.pair.routing.mlp, "latent", made.header, [], torch.float32)
+    router = load_router(tmp_path / "router.safetensors")
+    assert router.model.width == made.header.width.digest(made.header.model) != WHOLE
     tables = [state[f"blocks.{block}.scale_shift_table"] for block in range(4)]
     own = sample_modulation([*tables, state["scale_shift_table"]])
     teacher = open_source(folder / "wan.safetensors").model

@@ -14,6 +14,7 @@ from ..hosts.slim_export import check_profile, export_slim, package_version
 from ..hosts.slim_file import SlimHeader, read_header
 from ..hosts.slim_source import Source, open_source
 from ..methods.budget import solve_width
+from ..methods.conditions import Conditions
 from ..methods.fingerprint import sample_modulation
 from ..methods.profile import Profile, load_profile
 from ..methods.routers import RouterMLP, TrainedRouter, save_router
@@ -125,6 +126,8 @@ def write_student(
     header: SlimHeader,
     trained: list[dict],
     dtype: torch.dtype = torch.bfloat16,
+    *,
+    conditions: Conditions | None = None,
 ) -> None:
     """Write `student.safetensors` and, with a router, `router.safetensors` into a folder.
 
@@ -132,6 +135,7 @@ def write_student(
         student: the whole state dict, by diffusers' names.
         kind: of content that the router looks at.
         trained: what the header says about the stages.
+        conditions: that the router was trained under.
     """
     tables = [
         student[f"blocks.{index}.scale_shift_table"] for index in range(header.model.num_blocks)
@@ -142,7 +146,8 @@ def write_student(
     header = replace(header, model=model, norm_scale={}, made=made)
     # the student last: where it is, the stage is done
     if router is not None:
-        trained_router = TrainedRouter(router, kind, model)
+        own = replace(model, width=header.width.digest(model))
+        trained_router = TrainedRouter(router, kind, own, conditions)
         save_router(folder / "router.safetensors", trained_router, package_version())
     save_slim(folder / "student.safetensors", student, header, dtype)
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..hosts.slim_file import SlimHeader
+from ..methods.conditions import Conditions
 from ..methods.depth import BlockBudget
 from ..methods.routers import RouterMLP, load_router
 from .average import Average
@@ -210,11 +211,13 @@ class Trainer:
         self.world.wait()
 
     def _write(self, student: dict, router: dict | None, trained: list[dict]) -> None:
-        mlp, kind = None, None
+        mlp, kind, s = None, None, self.stage
         if router is not None:
             self._mlp.load_state_dict(router, assign=True)
             mlp, kind = self._mlp.requires_grad_(False), self.pair.routing.kind
-        write_student(self.folder, student, mlp, kind, self.header, trained)
+        # the curve and the skipping that the gate has
+        conditions = Conditions(s.k_min, s.k_max, "falling", "identity", s.shift)
+        write_student(self.folder, student, mlp, kind, self.header, trained, conditions=conditions)
 
     def _record(self, data: str) -> dict:
         s = self.stage

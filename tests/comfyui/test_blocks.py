@@ -22,6 +22,7 @@ from wantrim.hosts.comfyui.variants import SKIPPABLE, SUPPORTED
 from wantrim.hosts.past import Past
 from wantrim.hosts.profiling import ProfileFile
 from wantrim.hosts.session import TrimPlan
+from wantrim.methods.conditions import Conditions
 from wantrim.methods.depth import BlockBudget, BlockPlan, choose_blocks
 from wantrim.methods.heads import HeadPlan
 from wantrim.methods.profile import Profile
@@ -601,6 +602,33 @@ def test_a_trained_router_chooses_and_is_carried_by_the_host(router_folder):
     # read once
     again, _ = at_node(base, "trained", router_file="mine.safetensors", k_min=0.6)
     assert attachment_of(again).plan.blocks.router is loaded
+
+
+def test_a_router_is_run_as_it_was_trained_unless_somebody_says_otherwise(router_folder):
+    base, path = tiny.base_model(), router_folder / "mine.safetensors"
+    router = trained_router(base)
+    router.conditions = Conditions(0.4, 0.6, "constant", "identity", 3.0)
+    save_router(path, router)
+    # as the node is when it is put down
+    usual = {"k_max": 0.875, "skipped_blocks_give": "reuse"}
+    model, text = at_node(base, "trained", router_file=path.name, **usual)
+    plan = attachment_of(model).plan.blocks
+    assert (plan.budget, plan.skipped) == (BlockBudget(0.4, 0.6, "constant"), "identity")
+    assert text.endswith(router.conditions.describe())
+    model, text = at_node(
+        base, "trained", router_file=path.name, **usual | {"k_max": 0.7, "curve": "rising"}
+    )
+    plan = attachment_of(model).plan.blocks
+    assert (plan.budget, plan.skipped) == (BlockBudget(0.4, 0.7, "rising"), "identity")
+    assert text.splitlines()[-2:] == [
+        "k_max: 0.7 is set here; the router was trained with 0.6",
+        "curve: rising is set here; the router was trained with constant",
+    ]
+    # a student's router on its teacher, whose weights it shares
+    router.model = replace(router.model, width="another cut")
+    save_router(path, router)
+    with pytest.raises(ValueError, match="expected the full model, got a slim one"):
+        at_node(base, "trained", router_file=path.name)
 
 
 def test_a_router_of_clip_takes_the_class_embedding_of_the_image():
