@@ -22,6 +22,7 @@ class Kind:
     Args:
         name: as an artist knows it; `wantrim_{name}` holds the header.
         advice: what to do when a file is not of this kind.
+        version: that is written; all from 1 on are read.
     """
 
     name: str
@@ -35,6 +36,11 @@ class Kind:
     @property
     def format(self) -> str:
         return f"{self.key}/{self.version}"
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """All that can be read."""
+        return tuple(f"{self.key}/{version}" for version in range(1, self.version + 1))
 
 
 @contextmanager
@@ -133,7 +139,7 @@ def _parsed(path: Path, kind: Kind, text: str) -> object:
 
 
 def _model(path: Path, kind: Kind, header: object) -> Fingerprint:
-    if not isinstance(header, dict) or header.get("format") != kind.format:
+    if not isinstance(header, dict) or header.get("format") not in kind.formats:
         came = header.get("format") if isinstance(header, dict) else f"no {kind.name} header"
         raise ValueError(
             f"{path.name}: expected a WanTrim {kind.name} ({kind.format}), got {came!r:.80}. "

@@ -7,6 +7,7 @@ Wan2.2, and holds for fp8, quantised and patched weights of the same model.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
@@ -16,11 +17,18 @@ import torch
 SAMPLES = 8
 # relative distance up to which two samples are the same model: above what fp8 rounds away
 SAME = 0.04
+# `width_digest` of a model that keeps everything
+WHOLE = "whole"
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Sizes of a Wan transformer, and its sample."""
+    """Sizes of a Wan transformer, and its sample.
+
+    Args:
+        width: `width_digest` of a student: what was cut tells it from its teacher and from another
+            cut long before training moves the sample; None is not known.
+    """
 
     dim: int
     ffn_dim: int
@@ -29,13 +37,17 @@ class Fingerprint:
     in_channels: int
     out_channels: int
     sample: tuple[float, ...] = ()
+    width: str | None = None
 
     @property
     def head_dim(self) -> int:
         return self.dim // self.num_heads
 
     def to_json(self) -> dict:
-        return asdict(self) | {"sample": [float(f"{value:.6g}") for value in self.sample]}
+        said = asdict(self) | {"sample": [float(f"{value:.6g}") for value in self.sample]}
+        if self.width is None:
+            del said["width"]
+        return said
 
     @classmethod
     def from_json(cls, data: object) -> Fingerprint:
@@ -55,7 +67,10 @@ class Fingerprint:
             raise ValueError("model: expected a list of finite numbers as its sample")
         if min(data[name] for name in sizes) < 1 or data["dim"] % data["num_heads"]:
             raise ValueError(f"model: impossible sizes {data!r:.200}")
-        return cls(*(data[name] for name in sizes), tuple(float(x) for x in sample))
+        width = data.get("width")
+        if width is not None and not (isinstance(width, str) and len(width) <= 64):
+            raise ValueError(f"model: expected a digest as its width, got {width!r:.80}")
+        return cls(*(data[name] for name in sizes), tuple(float(x) for x in sample), width)
 
     def describe(self) -> str:
         return (
@@ -67,6 +82,11 @@ class Fingerprint:
         """What makes `other` another model than this one, or None."""
         if self.describe() != other.describe() or self.out_channels != other.out_channels:
             return f"expected {self.describe()}, got {other.describe()}"
+        if None not in (self.width, other.width) and self.width != other.width:
+            kinds = (
+                "the full model" if w == WHOLE else "a slim one" for w in (self.width, other.width)
+            )
+            return "expected {}, got {}: other heads and channels were cut".format(*kinds)
         mine, theirs = torch.tensor(self.sample), torch.tensor(other.sample)
         if mine.shape != theirs.shape:
             return "their samples have different lengths"
@@ -86,3 +106,17 @@ def sample_modulation(tables: Sequence[torch.Tensor]) -> tuple[float, ...]:
         index = torch.linspace(0, len(flat) - 1, SAMPLES, device=flat.device).long()
         numbers += flat[index].tolist()
     return tuple(numbers)
+
+
+def width_digest(model: Fingerprint, parts: Sequence[Sequence[Sequence[int]]]) -> str:
+    """What tells a cut of a model from others: `WHOLE`, or a checksum of what each block keeps.
+
+    Args:
+        parts: kept self-attention heads, cross-attention heads and FFN channels of every block.
+    """
+    sizes = (model.num_heads, model.num_heads, model.ffn_dim)
+    if all(len(kept) == size for part, size in zip(parts, sizes, strict=True) for kept in part):
+        return WHOLE
+    return hashlib.sha256(
+        repr([[list(kept) for kept in part] for part in parts]).encode()
+    ).hexdigest()[:16]

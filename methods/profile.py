@@ -119,8 +119,13 @@ class Profile:
         return self.mass()[..., 0]
 
     def importance(self, kind: str = "self") -> torch.Tensor:
-        """Head importance (eq. 3) of "self" or "cross" attention [l, n]."""
-        output = self.tensors[f"{kind}_output"].sum(0) / max(1, self.calls)
+        """Head importance (eq. 3) of "self" or "cross" attention [l, n].
+
+        The mean over the noise levels that were seen: the paper sums over ten bins of equally many
+        samples, and a sampler's own sigmas are nearly all in the highest of them.
+        """
+        seen = self.tensors["count"] > 0
+        output = self.mean(f"{kind}_output")[seen].sum(0) / max(1, int(seen.sum()))
         return output * self.tensors[f"{kind}_o_norm"]
 
     def merged(self, other: Profile) -> Profile:

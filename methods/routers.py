@@ -15,11 +15,13 @@ import torch
 from torch import nn
 
 from .artifact import Kind, open_artifact, save_artifact
+from .conditions import Conditions
 from .fingerprint import Fingerprint
 from .profile import BINS, Profile, sigma_bin
 from .schedule import millionths
 
-KIND = Kind("router", "Choose a file that WanTrim's training wrote.")
+# 2: the header says what the router was trained with, and of which cut
+KIND = Kind("router", "Choose a file that WanTrim's training wrote.", 2)
 # of content that a trained router may look at
 KINDS = ("clip", "latent", "none")
 
@@ -218,12 +220,15 @@ class TrainedRouter(_Budgeted):
 
     Args:
         kind: of content, one of `KINDS`.
+        conditions: that it was trained under; None where the file does not say.
     """
 
     name = "trained"
 
-    def __init__(self, mlp: RouterMLP, kind: str, model: Fingerprint):
-        self.mlp, self.kind, self.model = mlp, kind, model
+    def __init__(
+        self, mlp: RouterMLP, kind: str, model: Fingerprint, conditions: Conditions | None = None
+    ):
+        self.mlp, self.kind, self.model, self.conditions = mlp, kind, model, conditions
 
     def run(self, num_blocks: int) -> RouterRun:
         if self.mlp.num_blocks != num_blocks:
@@ -268,6 +273,8 @@ def save_router(path: Path, router: TrainedRouter, package: str = "") -> None:
     mlp = router.mlp
     sizes = [mlp.num_blocks, mlp.content_dim, mlp.hidden, mlp.time_dim]
     header = {"content": router.kind, "sizes": sizes, "package": package}
+    if router.conditions is not None:
+        header["trained"] = router.conditions.to_json()
     tensors = {name: value.detach().cpu().contiguous() for name, value in mlp.state_dict().items()}
     save_artifact(path, KIND, router.model, header, tensors)
 
@@ -290,6 +297,12 @@ def load_router(path: Path) -> TrainedRouter:
             f"{path.name}: damaged file: it is for {sizes[0]} blocks, and its model has "
             f"{model.num_blocks} blocks"
         )
+    conditions = None
+    if header.get("trained") is not None:
+        try:
+            conditions = Conditions.from_json(header["trained"])
+        except ValueError as error:
+            raise ValueError(f"{path.name}: damaged file: {error}") from error
     with torch.device("meta"):
         mlp = RouterMLP(*sizes)
     shapes = {name: value.shape for name, value in mlp.state_dict().items()}
@@ -299,7 +312,7 @@ def load_router(path: Path) -> TrainedRouter:
         if not value.is_floating_point() or not torch.isfinite(value.float()).all():
             raise ValueError(f"{path.name}: damaged file: {name} holds values that are not finite")
     mlp.load_state_dict(tensors, assign=True)
-    return TrainedRouter(mlp.requires_grad_(False), kind, model)
+    return TrainedRouter(mlp.requires_grad_(False), kind, model, conditions)
 
 
 def _plausible(sizes: object) -> bool:

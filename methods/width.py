@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .fingerprint import Fingerprint, width_digest
 from .profile import PER_BIN, Profile
 from .roles import TEMPORAL
 
@@ -48,6 +49,10 @@ class Width:
     @property
     def num_blocks(self) -> int:
         return len(self.self_heads)
+
+    def digest(self, model: Fingerprint) -> str:
+        """What tells this cut of a model from others, see `fingerprint.width_digest`."""
+        return width_digest(model, (self.self_heads, self.cross_heads, self.ffn_channels))
 
     def sizes(self, block_index: int) -> tuple[int, int, int]:
         """Self-attention heads, cross-attention heads and FFN channels of a block."""
@@ -190,32 +195,40 @@ def ffn_channels(
     """FFN channels that a block keeps (eq. 7), ascending.
 
     Greedy from the highest score down; a channel is skipped when it is too much like a kept one.
-    Where that leaves fewer than `keep`, it is done anew with a higher `tau`.
+    Where that leaves fewer than `keep`, `tau` is relaxed and the skipped channels are looked at
+    again; what was kept stays.
 
     Args:
         score: [c].
         signature: [c, 2 * dim], any float type and device; None keeps the highest scores.
+        tau: cosine up to which two channels are different.
+        relax: what is added to `tau` each time.
     """
     order = score.argsort(descending=True, stable=True)
     if signature is None or keep >= len(score):
         return tuple(sorted(order[:keep].tolist()))
-    order = order.to(signature.device)
-    while tau < 1:
-        kept = _unlike(signature, order, keep, tau)
-        if len(kept) == keep:
-            return tuple(sorted(kept.tolist()))
+    skipped = order.to(signature.device)
+    kept = skipped[:0]
+    while len(kept) < keep and tau < 1:
+        kept, skipped = _unlike(signature, kept, skipped, keep, tau)
         tau += relax
-    return tuple(sorted(order[:keep].tolist()))
+    # nothing is alike any more
+    return tuple(sorted([*kept.tolist(), *skipped[: keep - len(kept)].tolist()]))
 
 
-def _unlike(signature: torch.Tensor, order: torch.Tensor, keep: int, tau: float) -> torch.Tensor:
-    """At most `keep` of the channels in `order`, no two of them with a cosine above `tau`."""
+def _unlike(
+    signature: torch.Tensor, kept: torch.Tensor, candidates: torch.Tensor, keep: int, tau: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`kept` with those `candidates` that have no cosine above `tau` with one of them; and the rest.
+
+    Candidates are looked at in their order, until `keep` are kept.
+    """
 
     def unit(channels: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.normalize(signature[channels].float(), dim=1)
 
-    kept = order[:0]
-    for some in order.split(CHUNK):
+    rest = []
+    for some in candidates.split(CHUNK):
         mine = unit(some)
         alike = torch.zeros(len(some), dtype=torch.bool, device=some.device)
         for others in kept.split(CHUNK):
@@ -225,10 +238,12 @@ def _unlike(signature: torch.Tensor, order: torch.Tensor, keep: int, tau: float)
         for i, has in enumerate(busy):
             if has and not skipped[i]:
                 skipped |= conflicts[i]
-        kept = torch.cat([kept, some[~skipped.to(some.device)]])[:keep]
+        skipped = skipped.to(some.device)
+        rest.append(some[skipped])
+        kept = torch.cat([kept, some[~skipped]])[:keep]
         if len(kept) == keep:
             break
-    return kept
+    return kept, torch.cat(rest) if rest else candidates
 
 
 def ffn_scores(profile: Profile, by: str = "norm") -> torch.Tensor:

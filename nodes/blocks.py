@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import statistics
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -14,8 +15,10 @@ from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 
 from ..hosts.comfyui.attach import attach_part
 from ..hosts.comfyui.profiling import check_profile, model_fingerprint
+from ..hosts.comfyui.slim import slim_header
 from ..hosts.comfyui.variants import SKIP_BLOCKS, check_variant
 from ..methods.depth import SHAPES, BlockBudget, BlockPlan, blocks_per_step
+from ..methods.fingerprint import WHOLE
 from ..methods.routers import (
     FixedRouter,
     ProfiledRouter,
@@ -30,6 +33,8 @@ from .profile import ProfileSocket
 NAME = "WanTrim Blocks"
 FOLDER = "wantrim_routers"
 ROUTERS = ("profiled", "fixed", "trained")
+# what the inputs have at first; with a trained router it means "as that was trained"
+USUAL = {"k_min": 0.5, "k_max": 0.875, "curve": "falling"}
 # words of the plan -> words of the node, where they differ
 WORDS = {
     "shape": "curve",
@@ -78,8 +83,8 @@ class WanTrimBlocks(io.ComfyNode):
                         "k_min and k_max say. 'trained': a router file, the paper's way."
                     ),
                 ),
-                _share("k_min", 0.5, "where fewest blocks run. Paper: 0.5 (20 of 40)"),
-                _share("k_max", 0.875, "where most blocks run. Paper: 0.875 (35 of 40)"),
+                _share("k_min", USUAL["k_min"], "where fewest blocks run. Paper: 0.5 (20 of 40)"),
+                _share("k_max", USUAL["k_max"], "where most blocks run. Paper: 0.875 (35 of 40)"),
                 io.Combo.Input(
                     "curve",
                     options=list(SHAPES),
@@ -154,13 +159,15 @@ class WanTrimBlocks(io.ComfyNode):
             chosen = _router(model, router, profile)
             # made for this many blocks?
             chosen.run(len(network.blocks))
+            given = {"k_min": k_min, "k_max": k_max, "curve": curve}
+            given, remarks = _settled(chosen, given)
             plan = BlockPlan(
                 chosen,
-                BlockBudget(k_min, k_max, curve),
+                BlockBudget(*given.values()),
                 start=start_percent,
                 end=end_percent,
             )
-            text = _text(model, plan, steps, scheduler, shift)
+            text = "\n".join([_text(model, plan, steps, scheduler, shift), *remarks])
         except ValueError as error:
             raise ValueError(f"{NAME}: {_shown(str(error))}") from error
         return io.NodeOutput(attach_part(model, blocks=plan), text, ui={"text": (text,)})
@@ -216,6 +223,15 @@ def _router(model, choice: dict | str | None, profile: ProfileFile | None) -> Ro
     return ProfiledRouter(profile.profile)
 
 
+def _settled(router: Router, given: dict) -> tuple[dict, list[str]]:
+    """The budget and skipping of a run: a trained router's own, where nobody set another."""
+    conditions = getattr(router, "conditions", None)
+    if conditions is None:
+        return given, []
+    settled, overridden = conditions.settle(given, USUAL)
+    return settled, [conditions.describe(), *map(_shown, overridden)]
+
+
 def _trained(model, filename: str) -> TrainedRouter:
     path = find_file(FOLDER, filename)
     if path is None:
@@ -225,7 +241,9 @@ def _trained(model, filename: str) -> TrainedRouter:
         )
     router = _load(path, path.stat().st_mtime_ns)
     network = model.model.diffusion_model
-    reason = model_fingerprint(network).differs(router.model)
+    header = slim_header(model)
+    width = WHOLE if header is None else header.width.digest(header.model)
+    reason = replace(model_fingerprint(network), width=width).differs(router.model)
     if reason is not None:
         raise ValueError(
             f"router_file: {filename} was trained for another model than the one at 'model': "
@@ -290,7 +308,8 @@ def _file_input():
     return io.Combo.Input(
         "router_file",
         options=list_files(FOLDER),
-        tooltip="A file in models/wantrim/routers, trained for this model, or the demo's.",
+        tooltip="A file in models/wantrim/routers, trained for this model, or the demo's. k_min, k_max, "
+        "curve and skipped_blocks_give are the router's own where they are left at their defaults.",
     )
 
 

@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -167,18 +167,25 @@ def list_entries(path: Path) -> tuple[list[Entry], dict[str, str]]:
     return entries, metadata
 
 
-def read_tensor(path: Path, entry: Entry) -> torch.Tensor:
+def read_tensor(path: Path, entry: Entry, rows: range | None = None) -> torch.Tensor:
     """A tensor of a safetensors file, by its entry in `list_entries`.
+
+    Args:
+        rows: of its first axis, without gaps; None reads all of it.
 
     Raises:
         ValueError: the file was changed meanwhile.
     """
-    data = torch.empty(entry.size, dtype=torch.uint8)
+    shape, offset = entry.shape, entry.offset
+    if rows is not None:
+        row = replace(entry, shape=shape[1:]).size
+        shape, offset = (len(rows), *shape[1:]), offset + rows.start * row
+    data = torch.empty(replace(entry, shape=shape).size, dtype=torch.uint8)
     with path.open("rb") as file:
-        file.seek(entry.offset)
-        if file.readinto(data.numpy().data) != entry.size:
+        file.seek(offset)
+        if file.readinto(data.numpy().data) != len(data):
             raise ValueError(f"{path.name}: {entry.name}: the file was changed while it was read")
-    return data.view(DTYPES[entry.dtype]).reshape(entry.shape)
+    return data.view(DTYPES[entry.dtype]).reshape(shape)
 
 
 def write_tensors(

@@ -220,7 +220,9 @@ def test_a_part_of_the_tokens_needs_context():
 def contexts(values, **facts) -> list[str]:
     plan, found = shares(*values), []
     for step, sigma in enumerate(plan.shares.sigmas):
-        program = compile_step(plan, replace(KNOWN, sigma=sigma, seen=step, known=step > 0, **facts))
+        program = compile_step(
+            plan, replace(KNOWN, sigma=sigma, seen=step, known=step > 0, **facts)
+        )
         assert len({row.context for row in program.rows}) == 1
         found.append(program.rows[0].context)
     return found

@@ -72,14 +72,26 @@ def test_a_recipe_is_read_with_the_papers_values_where_it_says_nothing(written):
         ('name = "small"', "", "mine.toml: name: expected a text, got nothing"),
         ('name = "small"', "name = ' '", "name: expected a text, got an empty one"),
         ("[data]", "[date]", "mine.toml: date: there is no such key; expected one of name, model"),
-        ('folder = "toy"', "", "mine.toml: [data]: folder: expected a text, got nothing"),
-        ('folder = "toy"', "folder = 3", "[data]: folder: expected a text, got 3"),
+        ('folder = "toy"', "", "mine.toml: [data]: folder: expected a text, or a list of"),
+        (
+            'folder = "toy"',
+            "folder = 3",
+            "[data]: folder: expected a text, or a list of them, got 3",
+        ),
+        ('folder = "toy"', "folder = []", "[data]: folder: expected a text, or a list of them"),
+        (
+            'folder = "toy"',
+            "folder = ['a', 3]",
+            "[data]: folder: expected a text, or a list of them",
+        ),
         ('kind = "router"', 'kind = "r"', "[[stage]] number 2: kind: expected one of 'width'"),
         ("lr = 1", "lr = true", "[[stage]] number 2: lr: expected a number above 0 and at most 1"),
         ("lr = 1", "lr = nan", "number 2: lr: expected a number above 0 and at most 1, got nan"),
         ("lr = 1", "lr = 0", "number 2: lr: expected a number above 0 and at most 1, got 0"),
         ("lr = 1", "steps = 1.5", "steps: expected a whole number of 1 or more, got 1.5"),
         ("lr = 1", "prune_ratio = 1", "prune_ratio: expected a number from 0 to 0.9, got 1"),
+        ("lr = 1", "sigma_min=0.5\nsigma_max=0.5", "sigma_min: expected less than sigma_max (0.5)"),
+        ("lr = 1", "sigma_max = 0.9", "sigma_min, sigma_max: expected 0 and 1 where whole runs"),
         ("lr = 1", "k_min = 0.9", "k_min: expected at most k_max (0.875), got 0.9"),
         ("lr = 1", "steps = 50", "warmup: expected fewer than steps (50), got 100"),
         ("lr = 1", "content = 'clip'", "[[stage]] number 2: content: 'clip' looks at the first"),
@@ -115,6 +127,11 @@ def test_what_is_wrong_is_said_with_file_table_and_key(written, old, new, said):
     assert said in str(caught.value)
 
 
+def test_data_can_lie_in_several_folders(written):
+    recipe = load_recipe(written('folder = "toy"', 'folder = ["data/one", "data/two"]'))
+    assert [folder.name for folder in recipe.data.folders] == ["one", "two"]
+
+
 def test_stages_have_to_be_tables(tmp_path):
     path = tmp_path / "mine.toml"
     for stages in ("stage = []", "stage = 3", "stage = [1]", "[stage]\nkind = 'width'"):
@@ -144,29 +161,46 @@ def test_shipped_recipes_load_and_say_what_the_paper_says(name):
         assert kinds == ["width", "router", "router", "steps"]
         assert (recipe.model, recipe.data.folder, recipe.profile) == ("tiny", "toy", "")
         return
-    assert kinds == ["width", "router", "steps"]
+    expert = "_a14b_" in name
+    assert kinds == ["width", "router", "self_forcing"][: 2 if expert else 3]
     temporal = 8 if recipe.task == "t2v" else 4
     assert recipe.data.batch == 4 and recipe.run.dtype == "bf16"
     for stage in recipe.stages[:2]:
         assert stage.weights == Weights(10, 6, 1, temporal)
         assert (stage.steps, stage.lr, stage.router_lr, stage.warmup) == (7000, 3e-5, 5e-4, 100)
-    assert recipe.stages[1].content == ("latent" if recipe.task == "t2v" else "clip")
-    assert (recipe.stages[2].steps, recipe.stages[2].lr) == (1200, 2e-6)
+    clip = recipe.task == "i2v" and not expert
+    assert recipe.stages[1].content == ("clip" if clip else "latent")
+    boundary = 0.875 if recipe.task == "t2v" else 0.9
+    levels = {"high": (boundary, 1.0), "low": (0.0, boundary)}.get(name.rpartition("_")[2], (0, 1))
+    assert {(stage.sigma_min, stage.sigma_max) for stage in recipe.stages} == {levels}
+    if expert:
+        return
+    third = recipe.stages[2]
+    assert (third.kind, third.steps, third.lr, third.guidance) == ("self_forcing", 1200, 2e-6, 5)
 
 
 @pytest.mark.parametrize("name", KNOWN)
 def test_the_cost_in_a_recipes_comments_is_the_plans(name):
+    text = (SHIPPED / f"{name}.toml").read_text()
     said = re.findall(
-        r"^# (\d+) GPUs?, batch (\d+): ([\d.]+) GiB each, (\d+) hours$",
-        (SHIPPED / f"{name}.toml").read_text(),
+        r"^# (\d+) GPUs?, batch (\d+): ([\d.]+) GiB each, (\d+) hours"
+        r"(?:; stage III ([\d.]+) GiB, (\d+) hours)?$",
+        text,
         re.MULTILINE,
     )
     assert len(said) >= 2
-    for gpus, batch, size, hours in said:
+    for gpus, batch, size, hours, third, last in said:
         plans = plan_recipe(load_recipe(name), KNOWN[name], VIDEO, int(gpus))
         assert plans[0].batch == int(batch)
-        assert f"{max(plan.total for plan in plans):.1f}" == size
-        assert f"{sum(plan.hours() for plan in plans):.0f}" == hours
+        assert f"{max(plan.total for plan in plans[:2]):.1f}" == size
+        assert f"{sum(plan.hours() for plan in plans[:2]):.0f}" == hours
+        if len(plans) == 3:
+            assert (f"{plans[2].total:.1f}", f"{plans[2].hours():.0f}") == (third, last)
+    host, disk = re.search(
+        r"^# machine of 8: (\d+) GiB of memory, (\d+) GiB of disk", text, re.M
+    ).groups()
+    assert f"{max(plan.host for plan in plans):.0f}" == host
+    assert f"{max(plan.disk for plan in plans):.0f}" == disk
 
 
 def config_14b(image: bool) -> dict:
@@ -244,7 +278,7 @@ def test_kept_activations_are_what_autograd_keeps_of_diffusers_block(width):
 
 def recipe_14b(**run) -> Recipe:
     recipe = load_recipe("t2v_14b")
-    return replace(recipe, run=replace(recipe.run, **run))
+    return replace(recipe, run=replace(recipe.run, **{"optimizer": "adamw"} | run))
 
 
 def first(recipe: Recipe, gpus: int = 4, video: Video = VIDEO):
@@ -263,6 +297,40 @@ def test_a_plan_adds_up():
     # a teacher's forward, and four of a student that is about a third smaller outside of attention
     teacher = forward_flops(shape, 32760)
     assert 4 * (1 + 4 * 0.6) * teacher < plan.flops < 4 * (1 + 4 * 0.8) * teacher
+
+
+def test_what_a_stage_takes_of_a_machine_beside_its_gpus():
+    """The teacher once a machine, the student where it is written, and two saved steps."""
+    shape = KNOWN["t2v_14b"]
+    own, full = parameters(shape, slim_sizes(shape, 0.3)), parameters(shape)
+    offloaded, sharded = (first(recipe_14b(teacher=t)) for t in ("offloaded", "sharded"))
+    assert offloaded.host - sharded.host == pytest.approx(2 * full / memory.GIB)
+    assert sharded.host == pytest.approx(4 * memory.PROCESS + 4 * own / memory.GIB)
+    assert sharded.disk * memory.GIB == pytest.approx((2 * 12 + 4) * own)
+    assert first(recipe_14b(), 8).host - first(recipe_14b(), 4).host == 4 * memory.PROCESS
+    low = first(recipe_14b(optimizer="adamw8bit"))
+    assert low.rows["moments"] * memory.GIB * 4 == pytest.approx(2 * own)
+    assert low.disk * memory.GIB == pytest.approx((2 * 6 + 4) * own)
+
+
+def test_a_critic_costs_what_it_trains():
+    shape, recipe = KNOWN["t2v_14b"], recipe_14b()
+    own, full = parameters(shape, slim_sizes(shape, 0.3)), parameters(shape)
+    plans = {}
+    for critic in ("full", "student"):
+        stages = tuple(replace(stage, critic=critic) for stage in recipe.stages)
+        plans[critic] = plan_recipe(replace(recipe, stages=stages), shape, VIDEO, 4)[2]
+    for plan, trained in ((plans["full"], full), (plans["student"], own)):
+        assert plan.rows["critic"] * memory.GIB * 4 == pytest.approx(16 * trained)
+        assert plan.disk * memory.GIB == pytest.approx(24 * (own + trained) + 4 * own)
+        assert plan.rows["feature"] == 0
+    # for each of the student's updates: five rollouts of 2.5 steps and a backward pass, the critic
+    # five times, and both asked
+    teacher = forward_flops(shape, 32760)
+    often = replace(recipe.stages[2], critic_updates=1)
+    each = plan_recipe(replace(recipe, stages=(*recipe.stages[:2], often)), shape, VIDEO, 4)[2]
+    turn = (each.flops - plans["full"].flops) / 0.8 / 4
+    assert 3 * teacher + 3 * 0.6 * teacher < turn < 3 * teacher + 3 * 0.8 * teacher
 
 
 def test_more_costs_more():

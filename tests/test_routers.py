@@ -1,13 +1,15 @@
 """Routers: what each of them makes of a profile, a run, a latent or a file."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from wantrim.methods.fingerprint import Fingerprint
+from wantrim.methods.conditions import Conditions
+from wantrim.methods.fingerprint import WHOLE, Fingerprint
 from wantrim.methods.profile import BINS, Profile
 from wantrim.methods.routers import (
     KIND,
@@ -22,6 +24,7 @@ from wantrim.methods.routers import (
     residual_sizes,
     save_router,
 )
+from wantrim.methods.width import Width
 
 BLOCKS = 5
 MODEL = Fingerprint(48, 64, BLOCKS, 4, 16, 16, (0.5, -0.25))
@@ -215,3 +218,73 @@ def test_integers_in_place_of_weights_are_refused(tmp_path):
     save_file({name: value.long() for name, value in load_file(path).items()}, path, header)
     with pytest.raises(ValueError, match="not finite"):
         load_router(path)
+
+
+CONDITIONS = Conditions(0.3, 0.7, "constant", "identity", 4.0)
+USUAL = {"k_min": 0.5, "k_max": 0.875, "curve": "falling", "skipped": "reuse"}
+
+
+def test_a_router_says_what_it_was_trained_with(tmp_path):
+    path, router = tmp_path / "router.safetensors", trained()
+    router.conditions, router.model = CONDITIONS, replace(MODEL, width="abc")
+    save_router(path, router)
+    again = load_router(path)
+    assert again.conditions == CONDITIONS and again.model.width == "abc"
+    assert CONDITIONS.describe() == (
+        "The router was trained with k_min 0.3, k_max 0.7, constant, identity, shift 4."
+    )
+    for damage in ({"k_min": 0.9}, {"shift": -1}, {"k_max": "x"}, {"curve": 3}, {"more": 1}):
+        _rewritten(path, trained=CONDITIONS.to_json() | damage)
+        with pytest.raises(ValueError, match="router.safetensors: damaged file: trained: expected"):
+            load_router(path)
+
+
+def test_a_router_of_the_first_format_is_read(tmp_path):
+    path = tmp_path / "router.safetensors"
+    save_router(path, trained())
+    assert KIND.format == "wantrim_router/2"
+    _rewritten(path, format="wantrim_router/1")
+    old = load_router(path)
+    assert old.conditions is None and old.model == MODEL
+    # what it does not say does not tell it from a student
+    assert replace(MODEL, width="abc").differs(old.model) is None
+    _rewritten(path, format="wantrim_router/3")
+    with pytest.raises(ValueError, match="wantrim_router/2.*got 'wantrim_router/3'"):
+        load_router(path)
+
+
+def test_what_nobody_set_is_the_routers_own_and_the_rest_is_said():
+    assert CONDITIONS.settle(USUAL, USUAL) == (
+        {"k_min": 0.3, "k_max": 0.7, "curve": "constant", "skipped": "identity"},
+        [],
+    )
+    chosen = USUAL | {"k_max": 0.8, "skipped": "identity"}
+    settled, said = CONDITIONS.settle(chosen, USUAL)
+    assert settled == {"k_min": 0.3, "k_max": 0.8, "curve": "constant", "skipped": "identity"}
+    assert said == ["k_max: 0.8 is set here; the router was trained with 0.7"]
+
+
+def test_a_student_is_told_from_its_teacher_and_from_another_cut():
+    """By what was cut: at 3e-5 training hardly moves the sample."""
+    heads, channels = ((0, 1), (1, 3)), ((0, 1, 2), (2, 3, 4))
+    model = Fingerprint(32, 5, 2, 4, 16, 16, (0.5, -0.25))
+    cut = Width(heads, heads, channels)
+    others = [
+        replace(cut, self_heads=((0, 1), (1, 2))),
+        replace(cut, cross_heads=((0, 2), (1, 3))),
+        replace(cut, ffn_channels=((0, 1, 2), (1, 3, 4))),
+    ]
+    student = replace(model, width=cut.digest(model))
+    assert student.differs(replace(student, sample=(0.500015, -0.25003))) is None
+    for other in others:
+        said = student.differs(replace(model, width=other.digest(model)))
+        assert said == "expected a slim one, got a slim one: other heads and channels were cut"
+    every = Width(((0, 1, 2, 3),) * 2, ((0, 1, 2, 3),) * 2, ((0, 1, 2, 3, 4),) * 2)
+    teacher = replace(model, width=every.digest(model))
+    assert teacher.width == WHOLE
+    assert teacher.differs(student).startswith("expected the full model, got a slim one")
+    assert student.differs(teacher).startswith("expected a slim one, got the full model")
+    assert Fingerprint.from_json(student.to_json()) == student
+    assert "width" not in model.to_json()
+    with pytest.raises(ValueError, match="expected a digest as its width"):
+        Fingerprint.from_json(model.to_json() | {"width": 3})

@@ -302,3 +302,42 @@ def test_the_demos_batches_are_what_they_were():
     latents, condition, text = Batches(DemoRecipe(batch=16))[77]
     found = [latents.double().sum(), condition.double().sum(), text.double().sum()]
     assert [float(v) for v in found] == pytest.approx(SUMS, rel=1e-6)
+
+
+def test_several_folders_are_one_set_of_samples(tmp_path):
+    folders = [tmp_path / name for name in ("one", "other")]
+    write(folders[0], 6)
+    writer = ShardWriter(folders[1], MADE, 7, PROMPTS, 4)
+    for number in range(20, 26):
+        writer.add(f"{number}.mp4", sample(number))
+    writer.flush()
+    data = ShardDataset(folders, 2, seed=1)
+    assert len(data) == 12
+    seen = {n for step in range(data.steps_per_epoch) for n in numbers(data.batch(step))}
+    assert seen == {*range(6), *range(20, 26)}
+    assert data.fingerprint != ShardDataset(folders[0], 2).fingerprint
+    (folders[1] / "shard-00001.safetensors").write_bytes(b"no")
+    assert list(ShardDataset(folders, 2).skipped) == ["other/shard-00001.safetensors"]
+
+
+def test_folders_of_different_models_are_not_mixed(tmp_path):
+    write(tmp_path / "one")
+    writer = ShardWriter(tmp_path / "other", MADE | {"vae": "another"}, 7, PROMPTS, 4)
+    writer.add("a.mp4", sample(1))
+    writer.flush()
+    with pytest.raises(ValueError, match="other: expected samples that the same models made"):
+        ShardDataset([tmp_path / "one", tmp_path / "other"], 2)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_dropped_texts_become_the_empty_or_the_negative_prompt(tmp_path, share):
+    write(tmp_path)
+    data = ShardDataset(tmp_path, 2, drop_text=0.6, negative_share=share)
+    kinds = {"text": 0, "empty": 0, "negative": 0}
+    for step in range(300):
+        for text in data.batch(step).text:
+            kind = "negative" if torch.equal(text, data.negative_text) else "text"
+            kinds["empty" if torch.equal(text, data.empty_text) else kind] += 1
+    dropped = kinds["empty"] + kinds["negative"]
+    assert dropped / 600 == pytest.approx(0.6, abs=0.06)
+    assert kinds["negative"] / dropped == pytest.approx(share, abs=0.08)

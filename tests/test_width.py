@@ -122,6 +122,20 @@ def test_cross_attention_has_no_roles():
     assert not torch.equal(head_scores(profile), profile.importance("self"))
 
 
+def test_every_noise_level_counts_alike_however_often_it_was_recorded():
+    """Eq. 3 over the bins: one call at low noise weighs as much as 19 at high noise."""
+    profile = profile_of(blocks=1, heads=2)
+    profile.tensors["count"].zero_()
+    profile.tensors["count"][[1, 9]] = torch.tensor([1.0, 19.0])
+    for kind in ("self", "cross"):
+        profile.tensors[f"{kind}_o_norm"][0] = torch.tensor([1.0, 2.0])
+        profile.tensors[f"{kind}_output"].zero_()
+        # sums of the calls: 8 and 1 in the one, 2 and 3 in each of the 19
+        profile.tensors[f"{kind}_output"][1, 0] = torch.tensor([8.0, 1.0])
+        profile.tensors[f"{kind}_output"][9, 0] = torch.tensor([38.0, 57.0])
+        assert profile.importance(kind)[0].tolist() == pytest.approx([5.0, 4.0])
+
+
 def test_magnitude_looks_at_the_weights_alone():
     profile = profile_of()
     before = pare_heads(profile, 0.5, rule="magnitude")
@@ -160,24 +174,35 @@ def test_a_channel_like_a_kept_one_is_skipped():
     assert ffn_channels(score[:2], at_angles(0, 180), 2) == (0, 1)
 
 
-def test_tau_is_relaxed_until_the_width_is_met():
-    """cos 20 = 0.940, cos 10 = 0.985: 0 and 20 degrees are alike up to tau 0.92 and not at 0.94."""
-    score = torch.tensor([3.0, 2.0, 1.0, 0.5])
-    signature = at_angles(0, 10, 19.9, 5)
-    assert ffn_channels(score, signature, 2, relax=0.02) == (0, 2)
-    # never three of them below 1; then nothing is alike any more
+def test_tau_is_relaxed_and_what_was_kept_stays():
+    """Alike at 0.9 is less than 25.8 degrees apart, at 0.92 less than 23.1, at 0.94 less than 19.95.
+
+    Channels 0 and 2 stay at once. At 0.94 channel 1, 20 degrees from channel 2, comes in before
+    channel 3. Begun anew, 0.92 would do: channel 1 then keeps channel 2 out, and 3 stays.
+    """
+    score = torch.tensor([4.0, 3.0, 2.0, 1.0])
+    signature = at_angles(0, 25, 45, 65)
+    assert ffn_channels(score, signature, 2) == (0, 2)
     assert ffn_channels(score, signature, 3) == (0, 1, 2)
+    assert ffn_channels(score[1:], signature[1:], 2) == (0, 2)
+
+
+def test_where_nothing_is_unlike_the_highest_scores_fill_up():
+    score = torch.tensor([3.0, 2.0, 1.0, 0.5])
     assert ffn_channels(score, torch.ones(4, 2), 3) == (0, 1, 2)
+    # what was kept first stays: 3 is the only other direction
+    assert ffn_channels(score, at_angles(0, 0, 0, 90), 3) == (0, 1, 3)
 
 
-def greedy(score, signature, keep, tau):
-    """Equation 7 word for word."""
+def accepted(score, signature, kept, keep, tau):
+    """One pass of equation 7 over all that is not kept."""
     unit = torch.nn.functional.normalize(signature, dim=1)
-    kept = []
+    kept = list(kept)
     for k in sorted(range(len(score)), key=lambda i: (-float(score[i]), i)):
-        if len(kept) < keep and all(float(unit[k] @ unit[j]) <= tau for j in kept):
+        free = k not in kept and len(kept) < keep
+        if free and all(float(unit[k] @ unit[j]) <= tau for j in kept):
             kept.append(k)
-    return tuple(sorted(kept))
+    return kept
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64, 1024])
@@ -188,12 +213,11 @@ def test_it_is_the_greedy_of_the_paper_in_any_chunks(monkeypatch, chunk, keep):
     # few directions, so that many are alike
     signature = torch.randn(12, 10)[torch.randint(12, (64,))] + 0.25 * torch.randn(64, 10)
     score = torch.rand(64).round(decimals=1)
-    wanted = greedy(score, signature, keep, 0.9)
-    tau = 0.9
+    tau, wanted = 0.9, []
     while len(wanted) < keep:
+        wanted = accepted(score, signature, wanted, keep, tau)
         tau += 0.02
-        wanted = greedy(score, signature, keep, tau)
-    assert ffn_channels(score, signature, keep) == wanted
+    assert ffn_channels(score, signature, keep) == tuple(sorted(wanted))
 
 
 def test_half_precision_signatures_are_compared_in_fp32():

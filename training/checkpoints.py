@@ -85,6 +85,12 @@ class State:
         log.info("going on at step %d", steps[-1])
         return steps[-1]
 
+    def remove(self) -> None:
+        """Let go of what was saved: gigabytes that nobody needs behind the last step."""
+        self.world.wait()
+        if self.world.first:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
     def _saved(self) -> list[int]:
         names = (re.fullmatch(r"step-(\d+)", p.name) for p in self.folder.glob("step-*"))
         return sorted(int(name[1]) for name in names if name)

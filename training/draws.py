@@ -9,6 +9,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+# kinds of numbers that a sample draws
+STREAMS = 3
+
 
 class Draws:
     """What chance decides in one step of one stage.
@@ -18,17 +21,19 @@ class Draws:
     """
 
     def __init__(self, seed: int, stage: int, step: int, first: int = 0):
-        self._key, self.first = (seed, stage, step), first
+        self._key, self.step, self.first = (seed, stage, step), step, first
         # the same on every process: what the whole batch shares
         self.shared = np.random.default_rng([*self._key, 0])
 
-    def noise(self, shape: torch.Size) -> torch.Tensor:
-        """Standard normal [b, ...], a stream of its own for each sample."""
-        return torch.stack([torch.randn(shape[1:], generator=g) for g in self._own(1, shape[0])])
+    def noise(self, shape: torch.Size, use: int = 0) -> torch.Tensor:
+        """Standard normal [b, ...], a stream of its own for each sample and use."""
+        own = self._own(1 + STREAMS * use, shape[0])
+        return torch.stack([torch.randn(shape[1:], generator=g) for g in own])
 
-    def uniform(self, count: int) -> torch.Tensor:
-        """One number in 0..1 for each of `count` samples."""
-        return torch.cat([torch.rand(1, generator=g) for g in self._own(2, count)])
+    def uniform(self, count: int, use: int = 0) -> torch.Tensor:
+        """One number in 0..1 for each of `count` samples; others for another use."""
+        own = self._own(2 + STREAMS * use, count)
+        return torch.cat([torch.rand(1, generator=g) for g in own])
 
     def choice(self, count: int, options: int) -> torch.Tensor:
         """One of `options`, int64, for each of `count` samples."""
@@ -48,3 +53,14 @@ class Draws:
 def shifted(u: torch.Tensor, shift: float) -> torch.Tensor:
     """Sigmas for `u` in 0..1 under a flow shift."""
     return shift * u / (1 + (shift - 1) * u)
+
+
+def unshifted(sigma: float, shift: float) -> float:
+    """Where in 0..1 a sigma lies: what `shifted` makes it of."""
+    return sigma / (shift - (shift - 1) * sigma)
+
+
+def noisy(latents: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """Flow matching's straight path: (1 - sigma) * latents + sigma * noise, sigma [b]."""
+    s = sigma.view(-1, 1, 1, 1, 1)
+    return (1 - s) * latents + s * noise

@@ -66,7 +66,7 @@ def temporal_loss(velocity: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
 def timestep_weights(sigma: torch.Tensor) -> torch.Tensor:
     """w(t) = log(1 + t/T) for t/T = sigma [b], over its mean for evenly spread sigmas: [b].
 
-    The paper weighs timesteps so where it scores heads (eq. 3); here it weighs the samples of a
-    batch, and its mean of 1 leaves learning rates as they are.
+    Ours: the paper weighs timesteps so where it scores heads (eq. 3), and no loss. The mean of 1
+    leaves learning rates as they are.
     """
     return torch.log1p(sigma.float()) / (2 * math.log(2) - 1)

@@ -23,8 +23,9 @@ from ..slim.source import open_source
 from ..toy import CHECKPOINT
 from ..toy.text import TEXT_DIM, TEXT_TOKENS
 from .objectives import SUBSTEPS
-from .recipe import TINY, TOY, Recipe, Stage, load_recipe
+from .recipe import TINY, Recipe, Stage, load_recipe
 from .shard_files import INDEX, read_index
+from .shards import even_batch
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +35,11 @@ CLIP_TOKENS = 257
 KNOWN = {
     "t2v_14b": WanShape(5120, 13824, 40),
     "i2v_14b": WanShape(5120, 13824, 40, in_channels=36, image_tokens=CLIP_TOKENS),
+    **dict.fromkeys(
+        ("t2v_a14b_high", "t2v_a14b_low"),
+        WanShape(5120, 13824, 40),
+    ),
+    **dict.fromkeys(("i2v_a14b_high", "i2v_a14b_low"), WanShape(5120, 13824, 40, in_channels=36)),
     "t2v_1_3b": WanShape(1536, 8960, 30),
     "i2v_1_3b": WanShape(1536, 8960, 30, in_channels=36, image_tokens=CLIP_TOKENS),
 }
@@ -48,11 +54,16 @@ RESERVED = 4.0
 TFLOPS, UTILISATION = 989.0, 0.4
 # forwards of the teacher for one of the student; "steps" needs both prompts in each part of a step
 TEACHER_CALLS = {"width": 1, "router": 1, "steps": 2 * SUBSTEPS}
+# bytes of AdamW's moments for each weight, and of a saved step's
+MOMENTS = {"adamw": 8, "adamw8bit": 2}
+# Python, torch and CUDA in the machine's memory, in GiB for each process; an estimate
+PROCESS = 4.0
 ROW_NAMES = {
     "weights": "student, fp32",
     "gradients": "gradients, fp32",
-    "moments": "AdamW's moments, fp32",
+    "moments": "AdamW's moments",
     "average": "averaged weights, fp32",
+    "critic": "critic, its gradients and moments",
     "teacher": "teacher",
     "gathered": "gathered blocks",
     "inputs": "kept block inputs",
@@ -85,6 +96,8 @@ class StagePlan:
         parameters: of the student.
         rows: GiB on each GPU, by key of `ROW_NAMES`.
         flops: of a whole step.
+        host: GiB of a machine's own memory, with all the GPUs in one.
+        disk: GiB of the stage's folder: two saved steps while one is written, student and start.
     """
 
     stage: Stage
@@ -94,6 +107,8 @@ class StagePlan:
     teacher_parameters: int
     rows: dict[str, float]
     flops: float
+    host: float
+    disk: float
 
     @property
     def total(self) -> float:
@@ -148,7 +163,7 @@ def plan_stage(
         prune_ratio: of the student in this stage.
     """
     run = recipe.run
-    each = math.ceil(recipe.data.batch / gpus)
+    each = even_batch(recipe.data.batch, gpus) // gpus
     low = 2 if run.dtype == "bf16" else 4
     width = slim_sizes(shape, prune_ratio)
     own, full = parameters(shape, width), parameters(shape)
@@ -166,12 +181,25 @@ def plan_stage(
     inputs = shape.num_blocks * hidden * low if run.checkpointing else 0
     passing = PASSING * hidden * low / 2
     activations = one + passing if run.checkpointing else shape.num_blocks * one + passing
-    looked_at = min(stage.feature_blocks, shape.num_blocks) if stage.weights.feature else 0
+    moments, critic = MOMENTS[run.optimizer], 0
+    critic_parameters = full if stage.critic == "full" else own
+    if stage.kind == "self_forcing":
+        # weights and gradients in fp32; both models' graphs wait for one backward pass
+        critic = (8 + moments) * critic_parameters / gpus
+        gathered += low * teacher_block
+        whole = tokens * kept_bytes(shape, _whole(shape)) * low / 2
+        inputs *= 2
+        activations = max(activations, whole + passing)
+        if not run.checkpointing:
+            activations = shape.num_blocks * (one + whole) + passing
+    compares = stage.weights.feature and not stage.few
+    looked_at = min(stage.feature_blocks, shape.num_blocks) if compares else 0
     sizes = {
         "weights": 4 * own / gpus,
         "gradients": 4 * own / gpus,
-        "moments": 8 * own / gpus,
+        "moments": moments * own / gpus,
         "average": 4 * own / gpus if stage.ema_decay else 0,
+        "critic": critic,
         "teacher": teacher,
         "gathered": gathered,
         "inputs": inputs,
@@ -182,7 +210,18 @@ def plan_stage(
     }
     rows = {name: size / GIB for name, size in sizes.items()}
     flops = each * gpus * _sample_flops(stage, shape, video, width, run.checkpointing)
-    return StagePlan(stage, gpus, each * gpus, own, full, rows, flops)
+    # the first process gathers the student to write it
+    host = PROCESS * gpus + (4 * own + (low * full if run.teacher == "offloaded" else 0)) / GIB
+    trained = own + (critic_parameters if stage.kind == "self_forcing" else 0)
+    state = (4 + moments) * trained + (4 * own if stage.ema_decay else 0)
+    disk = (2 * state + 2 * 2 * own) / GIB
+    return StagePlan(stage, gpus, each * gpus, own, full, rows, flops, host, disk)
+
+
+def _whole(shape: WanShape) -> tuple[int, int, int]:
+    """Heads and FFN channels of a block that was not cut."""
+    heads = shape.dim // shape.head_dim
+    return heads, heads, shape.ffn_dim
 
 
 def _sample_flops(
@@ -195,9 +234,17 @@ def _sample_flops(
     # blocks that a router leaves out are computed for its gradient
     blocks = shape.num_blocks * block_flops(shape, kept, width=width)
     # forward, twice that backward, and forward again where nothing was kept
-    student = (4 if again else 3) * blocks + 3 * outside_flops(shape, tokens)
-    teacher = shape.num_blocks * block_flops(shape, tokens) + outside_flops(shape, tokens)
-    return student + TEACHER_CALLS[stage.kind] * teacher
+    times = 4 if again else 3
+    outside = outside_flops(shape, tokens)
+    whole = shape.num_blocks * block_flops(shape, tokens)
+    teacher = whole + outside
+    if stage.kind != "self_forcing":
+        return times * blocks + 3 * outside + TEACHER_CALLS[stage.kind] * teacher
+    # a rollout ends at any of its steps; the critic learns each time, the student in its turn, for
+    # which critic and guided teacher are asked
+    rollout = (stage.sampler_steps + 1) / 2 * (blocks + outside)
+    turn = (times - 1) * blocks + 2 * outside + 3 * teacher
+    return rollout + times * whole + 3 * outside + turn / stage.critic_updates
 
 
 def plan_recipe(recipe: Recipe, shape: WanShape, video: Video, gpus: int) -> list[StagePlan]:
@@ -255,16 +302,17 @@ def _shape_of(config: dict) -> WanShape:
 
 def largest_video(recipe: Recipe, size: tuple[int, int], pixel_frames: int) -> Video:
     """The largest sample of the recipe's data, or one of this size when it is not there."""
-    if recipe.data.folder == TOY:
+    if recipe.data.toy:
         return Video(5, 12, 12, TEXT_TOKENS)
-    folder = Path(recipe.data.folder)
-    if not (folder / INDEX).is_file():
+    folders = recipe.data.folders
+    if not all((folder / INDEX).is_file() for folder in folders):
         return Video((pixel_frames - 1) // 4 + 1, size[1] // 8, size[0] // 8)
-    index = read_index(folder)
-    found = [shapes["latents"][1:] for shard in index.shards for shapes in shard.shapes]
+    indexes = [read_index(folder) for folder in folders]
+    shards = [shard for index in indexes for shard in index.shards]
+    found = [shapes["latents"][1:] for shard in shards for shapes in shard.shapes]
     if not found:
-        raise ValueError(f"{folder}: expected training samples, got an empty index")
-    return Video(*max(found, key=math.prod), index.text_tokens)
+        raise ValueError(f"{recipe.data.names}: expected training samples, got an empty index")
+    return Video(*max(found, key=math.prod), indexes[0].text_tokens)
 
 
 def describe(
@@ -289,6 +337,8 @@ def describe(
         table.add_row(f"together, of {gpu_gb:g}", *said)
         hours = (f"{p.hours(tflops, utilisation):.1f}" for p in same)
         table.add_row(f"hours at {utilisation:.0%} of {tflops:g} TFLOPS", *hours)
+        table.add_row("machine's memory", *(f"{p.host:.0f}" for p in same))
+        table.add_row("disk", *(f"{p.disk:.0f}" for p in same))
         tables.append(table)
     return tables
 

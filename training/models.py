@@ -6,11 +6,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from diffusers import WanTransformer3DModel
 
-from ..hosts.diffusers.checkpoints import load_checkpoint
-from ..hosts.diffusers.slim import load_slim, save_slim
+from ..hosts.diffusers.checkpoints import checkpoint_config, empty_model
+from ..hosts.diffusers.slim import empty_slim, save_slim
+from ..hosts.diffusers.weights import to_diffusers_keys
 from ..methods.budget import solve_width
+from ..methods.conditions import Conditions
 from ..methods.fingerprint import sample_modulation
 from ..methods.profile import Profile, load_profile
 from ..methods.routers import RouterMLP, TrainedRouter, save_router
@@ -19,6 +20,7 @@ from ..slim.export import check_profile, export_slim, package_version
 from ..slim.file import SlimHeader, read_header
 from ..slim.source import Source, open_source
 from ..toy import CHECKPOINT, PROFILE
+from .loading import Waiting
 from .recipe import TINY, Recipe, Stage
 
 
@@ -34,19 +36,26 @@ class Origin:
     source: Source
     profile: Profile
 
-    def teacher(self, dtype: torch.dtype) -> WanTransformer3DModel:
-        """The full model, frozen."""
-        model = load_checkpoint(self.source.path, dtype)
-        # all in one dtype, which sharding wants
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(dtype)
-        return model.eval().requires_grad_(False)
+    def teacher(self, dtype: torch.dtype, learns: bool = False) -> Waiting:
+        """The full model, all in one number format, which sharding wants.
 
-    def cut(self, path: Path, stage: Stage) -> None:
+        Raises:
+            ValueError: diffusers' class cannot be this model.
+        """
+        source = self.source
+        model = empty_model(checkpoint_config(source.path)).to(dtype)
+        entries = to_diffusers_keys(source.entries)
+        return Waiting(model.eval().requires_grad_(learns), source.path, entries)
+
+    def cut(self, path: Path, stage: Stage | None) -> None:
         """Write the student that training begins with: PARE's width, or the budget's.
 
         The norms are corrected for the missing heads; the rest is left to training.
+
+        Args:
+            stage: with the share that goes; None cuts nothing.
         """
+        stage = stage or Stage("width", prune_ratio=0.0)
         export_slim(
             self.source,
             path,
@@ -99,9 +108,14 @@ def starting_width(profile: Profile, stage: Stage, signature) -> Width:
     )
 
 
-def load_student(path: Path) -> tuple[WanTransformer3DModel, SlimHeader]:
-    """A slim model in fp32, ready to be trained."""
-    return load_slim(path).requires_grad_(True), read_header(path)
+def open_student(path: Path) -> tuple[Waiting, SlimHeader]:
+    """A slim model in fp32, to be trained.
+
+    Raises:
+        ValueError: it is not a slim file that diffusers' class can be.
+    """
+    model, entries = empty_slim(path)
+    return Waiting(model.requires_grad_(True), path, entries), read_header(path)
 
 
 def write_student(
@@ -112,6 +126,8 @@ def write_student(
     header: SlimHeader,
     trained: list[dict],
     dtype: torch.dtype = torch.bfloat16,
+    *,
+    conditions: Conditions | None = None,
 ) -> None:
     """Write `student.safetensors` and, with a router, `router.safetensors` into a folder.
 
@@ -119,6 +135,7 @@ def write_student(
         student: the whole state dict, by diffusers' names.
         kind: of content that the router looks at.
         trained: what the header says about the stages.
+        conditions: that the router was trained under.
     """
     tables = [
         student[f"blocks.{index}.scale_shift_table"] for index in range(header.model.num_blocks)
@@ -129,7 +146,8 @@ def write_student(
     header = replace(header, model=model, norm_scale={}, made=made)
     # the student last: where it is, the stage is done
     if router is not None:
-        trained_router = TrainedRouter(router, kind, model)
+        own = replace(model, width=header.width.digest(model))
+        trained_router = TrainedRouter(router, kind, own, conditions)
         save_router(folder / "router.safetensors", trained_router, package_version())
     save_slim(folder / "student.safetensors", student, header, dtype)
 

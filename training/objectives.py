@@ -9,14 +9,15 @@ import torch
 from torch import nn
 
 from ..hosts.diffusers.sample import sigmas_for
-from .draws import Draws, shifted
+from .draws import Draws, noisy, shifted, unshifted
+from .forcing import self_forcing
 from .gate import Routing, Taps
 from .losses import feature_loss, temporal_loss, timestep_weights, velocity_loss
 from .recipe import Stage
 from .shards import Batch
 from .tokens import token_step, trimmed
 
-# the teacher's steps between two of the student's in stage III
+# the teacher's steps between two of the student's in the stage "steps"
 SUBSTEPS = 5
 
 
@@ -28,7 +29,8 @@ class Pair:
         taps, teacher_taps: None where no block is looked at or left out.
         routing: of the student, from stage II on.
         negative: text of the unconditional prompt [t, d].
-        dtype: that both compute in.
+        dtype: that all compute in.
+        critic: of the stage "self_forcing": a model that learns what the student makes.
     """
 
     student: nn.Module
@@ -38,12 +40,17 @@ class Pair:
     routing: Routing | None
     negative: torch.Tensor
     dtype: torch.dtype = torch.float32
+    critic: nn.Module | None = None
 
     def ask(self, x: torch.Tensor, sigma: torch.Tensor, batch: Batch) -> torch.Tensor:
         """The student's velocity at latents x [b, c, f, h, w], its blocks chosen by the router."""
         if self.routing is not None:
             self.taps.gate = self.routing.gate(sigma, x, batch.clip)
         return velocity(self.student, x, sigma, batch, self.dtype)
+
+    def criticise(self, x: torch.Tensor, sigma: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """The critic's velocity, of what the student would have made."""
+        return velocity(self.critic, x, sigma, batch, self.dtype)
 
     def teach(self, x: torch.Tensor, sigma: torch.Tensor, batch: Batch, guidance: float = 1.0):
         """The teacher's velocity, with guidance."""
@@ -77,8 +84,9 @@ Objective = Callable[[Pair, Stage, Batch, Draws], dict[str, torch.Tensor]]
 
 
 def distil(pair: Pair, stage: Stage, batch: Batch, draws: Draws) -> dict[str, torch.Tensor]:
-    """Stages I and II: the four losses, as one number each; "loss" is what is minimised.
+    """Stages I and II: the four losses (eq. 13 to 15), as one number each; "loss" is minimised.
 
+    Every sample counts alike, as in the paper, or by w(t) where the stage's `weighting` says so.
     With the stage's `tokens` the student computes only some of the tokens, as in sampling. The batch
     then shares one sigma.
     """
@@ -88,7 +96,8 @@ def distil(pair: Pair, stage: Stage, batch: Batch, draws: Draws) -> dict[str, to
         token_run = token_step(draws.shared, stage.tokens)
         u = torch.full((len(noise),), token_run.at)
     else:
-        u = draws.uniform(len(noise))
+        low, high = (unshifted(s, stage.shift) for s in (stage.sigma_min, stage.sigma_max))
+        u = low + (high - low) * draws.uniform(len(noise))
     sigma = shifted(u, stage.shift).to(noise)
     x = noisy(batch.latents, noise, sigma)
     blocks = draws.blocks(len(pair.student.blocks), stage.feature_blocks)
@@ -96,7 +105,7 @@ def distil(pair: Pair, stage: Stage, batch: Batch, draws: Draws) -> dict[str, to
         teacher = pair.teach(x, sigma, batch)
     with trimmed(pair.student, stage, token_run), pair.taps.keeping(blocks) as got:
         student = pair.ask(x, sigma, batch)
-    weight = timestep_weights(sigma)
+    weight = timestep_weights(sigma) if stage.weighting == "log" else 1.0
     terms = {
         "feature": _features(pair, got, wanted),
         "teacher": velocity_loss(student, teacher),
@@ -128,20 +137,13 @@ def _total(pair: Pair, terms: dict[str, torch.Tensor], stage: Stage) -> dict[str
     return {"loss": loss, **terms}
 
 
-def noisy(latents: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """Flow matching's straight path: (1 - sigma) * latents + sigma * noise, sigma [b]."""
-    s = sigma.view(-1, 1, 1, 1, 1)
-    return (1 - s) * latents + s * noise
-
-
 def few_steps(pair: Pair, stage: Stage, batch: Batch, draws: Draws) -> dict[str, torch.Tensor]:
-    """Stage III: one step of the student for several guided ones of the teacher.
+    """Ours: one step of the student for several guided ones of the teacher.
 
     Progressive distillation (Salimans and Ho, arXiv 2202.00512) with guidance folded in as Meng et
     al. do (arXiv 2210.03142), its halvings taken at once: a student's step has to end where the
-    teacher's SUBSTEPS guided steps over the same stretch end. Chosen because its target is
-    deterministic: no critic and no second trained model, so that 1,200 steps are enough and a run
-    needs no more memory than stages I and II. The paper does not say which method it took.
+    teacher's SUBSTEPS guided steps over the same stretch end. PARE's own stage III is
+    `forcing.self_forcing`; this one needs no critic, and no more memory than stages I and II.
     """
     count, shift = stage.sampler_steps, stage.shift
     ends = sigmas_for(count, shift)
@@ -165,4 +167,9 @@ def few_steps(pair: Pair, stage: Stage, batch: Batch, draws: Draws) -> dict[str,
     return _total(pair, terms, stage)
 
 
-OBJECTIVES: dict[str, Objective] = {"width": distil, "router": distil, "steps": few_steps}
+OBJECTIVES: dict[str, Objective] = {
+    "width": distil,
+    "router": distil,
+    "self_forcing": self_forcing,
+    "steps": few_steps,
+}

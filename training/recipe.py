@@ -34,8 +34,11 @@ class Expected:
     above: bool = False
     choices: tuple[str, ...] = ()
     inner: type | None = None
+    several: bool = False
 
     def __str__(self) -> str:
+        if self.several:
+            return "a text, or a list of them"
         if self.choices:
             return "one of " + ", ".join(map(repr, self.choices))
         if self.inner is not None:
@@ -51,6 +54,8 @@ class Expected:
         return said
 
     def fits(self, value: object) -> bool:
+        if self.several and isinstance(value, tuple):
+            return bool(value) and all(isinstance(one, str) and one for one in value)
         if self.choices:
             return value in self.choices if isinstance(value, str) else False
         if self.kind in (str, bool):
@@ -124,7 +129,7 @@ class Stage(Checked):
     """One stage.
 
     Args:
-        kind: "width" (I), "router" (II) or "steps" (III).
+        kind: "width" (I), "router" (II), "self_forcing" (III) or "steps" (ours).
         lr: peak of the student's learning rate: warm-up, then a cosine.
         prune_ratio: share of the heads and FFN channels that goes.
         rule: as many heads in every block as the paper has it, or a budget across blocks.
@@ -133,13 +138,20 @@ class Stage(Checked):
         k_min, k_max: shares of the blocks that run, at no noise and at full noise.
         content: what the router looks at beside the timestep.
         shift: flow shift of the training sigmas.
-        guidance: folded into the student in the stage "steps".
-        sampler_steps: that the student of the stage "steps" samples with.
+        sigma_min, sigma_max: noise levels that are trained; an expert of Wan 2.2 knows its own only.
+        weighting: of the samples in the losses of "width" and "router": alike (paper), or by
+            log(1 + sigma), which leaves little of the loss to low noise (ours).
+        guidance: folded into the student in the stages "self_forcing" and "steps".
+        sampler_steps: that the student of these stages samples with, without guidance.
+        critic: what the critic of the stage "self_forcing" begins as: the full model, or the student,
+            which takes less memory and has further to go.
+        critic_lr: peak of the critic's learning rate in the stage "self_forcing".
+        critic_updates: steps of the critic for each of the student, which both count as steps.
         tokens: train with dropped tokens; None trains with all.
         ema_decay: of the averaged weights; 0 keeps no average.
     """
 
-    kind: str = _choice(MISSING, "width", "router", "steps")
+    kind: str = _choice(MISSING, "width", "router", "self_forcing", "steps")
     steps: int = _value(int, 7000, low=1)
     lr: float = _value(float, 3e-5, low=0.0, high=1.0, above=True)
     router_lr: float = _value(float, 5e-4, low=0.0, high=1.0, above=True)
@@ -153,15 +165,36 @@ class Stage(Checked):
     k_max: float = _value(float, 0.875, low=0.0, high=1.0, above=True)
     content: str = _choice("latent", "clip", "latent", "none")
     shift: float = _value(float, 5.0, low=0.0, high=100.0, above=True)
+    sigma_min: float = _value(float, 0.0, low=0.0, high=1.0)
+    sigma_max: float = _value(float, 1.0, low=0.0, high=1.0, above=True)
+    weighting: str = _choice("none", "none", "log")
     guidance: float = _value(float, 5.0, low=1.0, high=100.0)
     sampler_steps: int = _value(int, 4, low=1, high=1000)
+    critic: str = _choice("full", "full", "student")
+    critic_lr: float = _value(float, 4e-7, low=0.0, high=1.0, above=True)
+    critic_updates: int = _value(int, 5, low=1, high=1000)
     tokens: Tokens | None = _table(Tokens, None)
     ema_decay: float = _value(float, 0.0, low=0.0, high=0.99999)
+
+    @property
+    def few(self) -> bool:
+        """Whether its student samples in few steps without guidance."""
+        return self.kind in ("self_forcing", "steps")
 
     def __post_init__(self):
         super().__post_init__()
         if self.k_min > self.k_max:
             raise ValueError(f"k_min: expected at most k_max ({self.k_max:g}), got {self.k_min:g}")
+        if self.sigma_min >= self.sigma_max:
+            raise ValueError(
+                f"sigma_min: expected less than sigma_max ({self.sigma_max:g}), got "
+                f"{self.sigma_min:g}"
+            )
+        if (self.sigma_min, self.sigma_max) != (0, 1) and (self.few or self.tokens is not None):
+            raise ValueError(
+                "sigma_min, sigma_max: expected 0 and 1 where whole runs are sampled (the stages "
+                "'self_forcing' and 'steps', and tokens): one expert cannot sample them alone"
+            )
         if self.warmup >= self.steps:
             raise ValueError(f"warmup: expected fewer than steps ({self.steps}), got {self.warmup}")
 
@@ -171,17 +204,37 @@ class Data(Checked):
     """What is trained on.
 
     Args:
-        folder: shards that `python -m wantrim.training.encode` wrote, or "toy".
-        batch: samples of a step, of all processes together.
-        drop_text: share of the samples that get the empty prompt.
+        folder: shards that `python -m wantrim.training.encode` wrote, or several folders of them, or
+            "toy".
+        batch: samples of a step, of all processes together; what they cannot share out evenly is
+            made larger.
+        drop_text: share of the samples that lose their text.
+        negative_share: share of those that get the negative prompt that people sample with, and not
+            the empty one.
         image_share: share of the samples that keep their image; below 1 only for task "both".
     """
 
-    folder: str = _value(str)
+    folder: str | tuple[str, ...] = _value(str, several=True)
     batch: int = _value(int, 4, low=1)
     seed: int = _value(int, 0, low=0)
     drop_text: float = _value(float, 0.1, low=0.0, high=1.0)
+    negative_share: float = _value(float, 0.5, low=0.0, high=1.0)
     image_share: float = _value(float, 1.0, low=0.0, high=1.0)
+
+    @property
+    def toy(self) -> bool:
+        return self.folder == TOY
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """Of shards."""
+        given = (self.folder,) if isinstance(self.folder, str) else self.folder
+        return tuple(Path(one) for one in given)
+
+    @property
+    def names(self) -> str:
+        """Of the folders, without the paths that lead there."""
+        return ", ".join(folder.name for folder in self.folders)
 
 
 @dataclass(frozen=True)
@@ -192,12 +245,16 @@ class Run(Checked):
         dtype: that is computed in; weights and optimizer stay fp32.
         checkpointing: compute a block again in the backward pass instead of keeping it.
         teacher: shared out over the GPUs, in CPU memory a block at a time, or whole on every GPU.
+        optimizer: torch's AdamW, or torchao's with moments in 8 bits.
+        keep_state: leave a stage's saved step where it is when the stage is done.
         sample_every: steps between test videos; 0 makes none.
     """
 
     dtype: str = _choice("bf16", "bf16", "fp32")
     checkpointing: bool = _value(bool, True)
     teacher: str = _choice("sharded", "sharded", "offloaded", "whole")
+    optimizer: str = _choice("adamw", "adamw", "adamw8bit")
+    keep_state: bool = _value(bool, False)
     save_every: int = _value(int, 500, low=1)
     sample_every: int = _value(int, 500, low=0)
     log_every: int = _value(int, 10, low=1)
@@ -300,6 +357,8 @@ def _build(cls: type, given: object, file: str, place: str) -> Any:
                 value = _build_list(what.inner, value, file, key)
             else:
                 value = _build(what.inner, value, file, inside)
+        elif what.several and isinstance(value, list):
+            value = tuple(value)
         elif what.kind is float and what.fits(value):
             value = float(value)
         values[name] = value

@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -17,9 +17,9 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainin
 from .log import StageLog
 from .models import Origin, open_origin
 from .parallel import World, shard
-from .recipe import TOY, Recipe
+from .recipe import Recipe
 from .shard_files import write_json
-from .shards import Batch, ShardDataset, own_rows
+from .shards import Batch, ShardDataset, even_batch
 from .toy_data import ToyDataset
 from .trainer import DTYPES, Trainer
 from .videos import draw_videos, write_videos
@@ -31,11 +31,13 @@ STUDENT = "student.safetensors"
 def open_data(recipe: Recipe, world: World) -> ToyDataset | ShardDataset:
     """The recipe's samples; the first process checks the files before the others look."""
     d = recipe.data
-    if d.folder == TOY:
+    if d.toy:
         return ToyDataset(d.batch, d.seed, d.drop_text, d.image_share)
     if not world.first:
         world.wait()
-    data = ShardDataset(Path(d.folder), d.batch, d.seed, d.drop_text, d.image_share)
+    data = ShardDataset(
+        d.folders, d.batch, d.seed, d.drop_text, d.image_share, negative_share=d.negative_share
+    )
     if world.first:
         world.wait()
     return data
@@ -72,8 +74,7 @@ def train(
             f"stages: expected some of {', '.join(stage.kind for stage in recipe.stages)}, got "
             f"{', '.join(kinds)}"
         )
-    # before anything is loaded
-    own_rows(recipe.data.batch, world.rank, world.size)
+    recipe = shared_out(recipe, world)
     data, origin = open_data(recipe, world), open_origin(recipe)
     done = [out / f"{number}-{stage.kind}" for number, stage in enumerate(recipe.stages, 1)]
     done = [folder for folder in done[: chosen[0][0] - 1] if (folder / STUDENT).exists()]
@@ -82,9 +83,11 @@ def train(
     check_fit(data, origin, world)
     if start is None:
         start = out / "start.safetensors"
-        widths = (stage for stage in recipe.stages if stage.kind == "width")
+        width = next((stage for stage in recipe.stages if stage.kind == "width"), None)
+        if width is None and world.first:
+            log.info('the recipe has no stage "width": the student keeps all heads and channels')
         if world.first and not start.exists():
-            origin.cut(start, next(widths, chosen[0][1]))
+            origin.cut(start, width)
         world.wait()
     teacher = load_teacher(origin, recipe, world)
     for number, stage in chosen:
@@ -92,7 +95,7 @@ def train(
         check_same(folder, recipe, number, data.fingerprint, world)
         if not (folder / STUDENT).exists():
             trainer = Trainer(
-                recipe, stage, number, world, teacher, data.negative_text, start, folder
+                recipe, stage, number, world, teacher, data.negative_text, start, folder, origin
             )
             try:
                 run_stage(trainer, data)
@@ -107,18 +110,29 @@ def train(
     return start
 
 
+def shared_out(recipe: Recipe, world: World) -> Recipe:
+    """The recipe with a batch that the processes can share out, which is said where it changes."""
+    batch = even_batch(recipe.data.batch, world.size)
+    if batch != recipe.data.batch and world.first:
+        log.info(
+            "a batch of %d cannot be shared out over %d processes: it becomes %d",
+            recipe.data.batch,
+            world.size,
+            batch,
+        )
+    return replace(recipe, data=replace(recipe.data, batch=batch))
+
+
 def load_teacher(origin: Origin, recipe: Recipe, world: World) -> torch.nn.Module:
     """The frozen full model, where the recipe wants it to be."""
     dtype = DTYPES[recipe.run.dtype]
     teacher = origin.teacher(dtype)
     if recipe.run.teacher == "offloaded":
-        shard(teacher, world.mesh, dtype, offload=True)
-        return teacher
+        shard(teacher.model, world.mesh, dtype, offload=True)
+        return teacher.fill("cpu", tables=world.device)
     if recipe.run.teacher == "sharded" and world.size > 1:
-        # moves a block at a time
-        shard(teacher, world.mesh, dtype)
-        return teacher
-    return teacher.to(world.device)
+        shard(teacher.model, world.mesh, dtype)
+    return teacher.fill(world.device)
 
 
 def check_fit(data: ToyDataset | ShardDataset, origin: Origin, world: World) -> None:
@@ -153,7 +167,8 @@ def check_same(folder: Path, recipe: Recipe, number: int, data: str, world: Worl
     whole, run = asdict(recipe), asdict(recipe.run)
     now = {name: whole[name] for name in ("model", "profile", "task", "data")}
     # the rest of it says how a step is computed, not what
-    now["run"] = {name: run[name] for name in ("dtype", "grad_clip", "weight_decay")}
+    said = ("dtype", "grad_clip", "weight_decay", "optimizer")
+    now["run"] = {name: run[name] for name in said}
     now = json.loads(json.dumps(now | {"stages": stages, "samples": data}))
     path = folder / "recipe.json"
     world.wait()
@@ -221,7 +236,7 @@ def run_stage(trainer: Trainer, data: ToyDataset | ShardDataset) -> None:
                 trainer.state.save(step)
             if last:
                 # a video that fails must not cost the stage
-                trainer.write(trainer.recipe.data.folder)
+                trainer.write(trainer.recipe.data.names)
             if run.sample_every and (step % run.sample_every == 0 or last):
                 batch = batch.to(world.device)
                 with trainer.averaged(), trainer.cast():
@@ -230,6 +245,8 @@ def run_stage(trainer: Trainer, data: ToyDataset | ShardDataset) -> None:
                     write_videos(folder / "videos", latents, trainer.recipe, step)
     if writer is not None:
         writer.close()
+    if not run.keep_state:
+        trainer.state.remove()
 
 
 def batches(data: ToyDataset | ShardDataset, steps: range, world: World) -> Iterator[Batch]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 
 from ..slim.file import Entry, list_entries, read_tensor
-from .shard_files import FLOATS, PROMPTS, check_shards, read_index
+from .shard_files import FLOATS, PROMPTS, Index, Shard, check_shards, read_index
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +48,11 @@ class Batch:
         return Batch(*(v if v is None else v.to(device, dtype, non_blocking=True) for v in values))
 
 
+def even_batch(batch: int, processes: int) -> int:
+    """The batch that so many processes make of one: as much for each, at least one sample."""
+    return -(-batch // processes) * processes
+
+
 def own_rows(batch: int, rank: int, world: int) -> range:
     """The rows of a global batch that are a rank's.
 
@@ -65,7 +71,7 @@ def own_rows(batch: int, rank: int, world: int) -> range:
 
 
 class ShardDataset:
-    """Batches out of a folder of shards; which ones is a function of seed and step alone.
+    """Batches out of folders of shards; which ones is a function of seed and step alone.
 
     Every sample comes up once in an epoch; the last batch of each shape is filled up with the
     first samples of its order. On several processes, make it on one of them first: the checksums
@@ -73,7 +79,8 @@ class ShardDataset:
 
     Args:
         batch: samples of all processes together.
-        drop_text: share of the samples that get the empty prompt.
+        drop_text: share of the samples that lose their text.
+        negative_share: share of those that get the negative prompt, and not the empty one.
         image_share: share of the samples that keep their image condition; the others get zeros.
 
     Attributes:
@@ -82,46 +89,56 @@ class ShardDataset:
         fingerprint: of the samples that are there; another one means other batches.
 
     Raises:
-        ValueError: no folder of shards, or none of them can be used.
+        ValueError: no folder of shards, none of them can be used, or different models made them.
     """
 
     def __init__(
         self,
-        folder: Path,
+        folder: Path | Sequence[Path],
         batch: int,
         seed: int = 0,
         drop_text: float = 0.0,
         image_share: float = 1.0,
+        negative_share: float = 0.0,
     ):
-        self.folder, self.size, self.seed = Path(folder), batch, seed
+        folders = [folder] if isinstance(folder, Path) else list(folder)
+        self.size, self.seed = batch, seed
         self.drop_text, self.image_share = drop_text, image_share
-        self.index = read_index(self.folder)
-        self.skipped: dict[str, str] = check_shards(self.folder, self.index)
-        self._shards = [s for s in self.index.shards if s.file not in self.skipped]
+        self.negative_share = negative_share
+        indexes = [read_index(one) for one in folders]
+        self.text_tokens = _same_makers(folders, indexes)
+        self.skipped: dict[str, str] = {}
+        self._shards: list[tuple[Path, Shard]] = []
+        for one, index in zip(folders, indexes, strict=True):
+            damaged = check_shards(one, index)
+            where = f"{one.name}/" if len(folders) > 1 else ""
+            self.skipped |= {where + name: why for name, why in damaged.items()}
+            self._shards += [(one, s) for s in index.shards if s.file not in damaged]
         for name, why in self.skipped.items():
             log.warning("%s: %s: the shard is skipped", name, why)
         if not self._shards:
             said = "; ".join(f"{name}: {why}" for name, why in list(self.skipped.items())[:3])
             raise ValueError(
-                f"{folder}: expected training samples, got "
+                f"{', '.join(map(str, folders))}: expected training samples, got "
                 + (f"{len(self.skipped)} damaged shards ({said})" if said else "an empty index")
                 + ". Encode the videos again with `python -m wantrim.training.encode`."
             )
         if self.skipped:
-            log.warning(
-                "%d of %d shards are damaged and skipped", len(self.skipped), len(self.index.shards)
-            )
-        self.empty_text, self.negative_text = self._read_prompts()
-        digest = hashlib.sha256("".join(s.sha256 for s in self._shards).encode())
+            total = sum(len(index.shards) for index in indexes)
+            log.warning("%d of %d shards are damaged and skipped", len(self.skipped), total)
+        self.empty_text, self.negative_text = self._read_prompts(folders[0])
+        digest = hashlib.sha256("".join(s.sha256 for _, s in self._shards).encode())
         self.fingerprint = digest.hexdigest()[:16]
         # (shard, sample in it), and which of them are of one shape
-        self._samples = [(i, j) for i, s in enumerate(self._shards) for j in range(len(s.names))]
+        self._samples = [
+            (i, j) for i, (_, shard) in enumerate(self._shards) for j in range(len(shard.names))
+        ]
         buckets: dict[str, list[int]] = {}
         for number, (i, j) in enumerate(self._samples):
             buckets.setdefault(self._shape_key(i, j), []).append(number)
         self.buckets = {key: np.array(buckets[key]) for key in sorted(buckets)}
         self._epoch: tuple[int, np.ndarray] | None = None
-        self._headers: dict[str, dict[str, Entry]] = {}
+        self._headers: dict[Path, dict[str, Entry]] = {}
 
     def __len__(self) -> int:
         """Samples that can be used."""
@@ -146,7 +163,7 @@ class ShardDataset:
         )
 
     def _shape_key(self, shard: int, sample: int) -> str:
-        shapes = dict(self._shards[shard].shapes[sample])
+        shapes = dict(self._shards[shard][1].shapes[sample])
         # texts are padded to one length
         del shapes["text"]
         return json.dumps(shapes, sort_keys=True)
@@ -166,9 +183,9 @@ class ShardDataset:
 
     def _sample(self, number: int, step: int, row: int) -> tuple:
         shard, sample = self._samples[number]
-        drop, leave = np.random.default_rng([self.seed, step, row, 2]).random(2)
+        drop, leave, which = np.random.default_rng([self.seed, step, row, 2]).random(3)
         latents = self._read(shard, sample, "latents")
-        text = self.empty_text
+        text = self.negative_text if which < self.negative_share else self.empty_text
         if drop >= self.drop_text:
             text = self._padded(self._read(shard, sample, "text"))
         condition, clip = (self._read(shard, sample, name) for name in ("condition", "clip"))
@@ -177,24 +194,24 @@ class ShardDataset:
         return latents, text, condition, clip
 
     def _read(self, shard: int, sample: int, name: str) -> torch.Tensor | None:
-        record = self._shards[shard]
+        folder, record = self._shards[shard]
         if name not in record.shapes[sample]:
             return None
-        path = self.folder / record.file
-        if record.file not in self._headers:
+        path = folder / record.file
+        if path not in self._headers:
             while len(self._headers) >= MAX_HEADERS:
                 self._headers.pop(next(iter(self._headers)))
-            self._headers[record.file] = {entry.name: entry for entry in list_entries(path)[0]}
-        entry = self._headers[record.file].get(f"{sample}.{name}")
+            self._headers[path] = {entry.name: entry for entry in list_entries(path)[0]}
+        entry = self._headers[path].get(f"{sample}.{name}")
         if entry is None or entry.shape != tuple(record.shapes[sample][name]):
             raise ValueError(f"{record.file}: the shard was changed while it was in use")
         return read_tensor(path, entry).float()
 
     def _padded(self, text: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.pad(text, (0, 0, 0, self.index.text_tokens - len(text)))
+        return torch.nn.functional.pad(text, (0, 0, 0, self.text_tokens - len(text)))
 
-    def _read_prompts(self) -> tuple[torch.Tensor, torch.Tensor]:
-        path = self.folder / PROMPTS
+    def _read_prompts(self, folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+        path = folder / PROMPTS
         entries = {entry.name: entry for entry in list_entries(path)[0]}
         found = [entries.get(name) for name in ("empty", "negative")]
         if not all(entry and entry.dtype in FLOATS and len(entry.shape) == 2 for entry in found):
@@ -203,3 +220,15 @@ class ShardDataset:
         if not (empty.isfinite().all() and negative.isfinite().all()):
             raise ValueError(f"{PROMPTS}: it has NaN or infinite values")
         return empty, negative
+
+
+def _same_makers(folders: Sequence[Path], indexes: Sequence[Index]) -> int:
+    """The length that texts are padded to, which is one where one model made the samples."""
+    first = indexes[0]
+    for folder, index in zip(folders, indexes, strict=True):
+        if (index.made, index.text_tokens) != (first.made, first.text_tokens):
+            raise ValueError(
+                f"{folder}: expected samples that the same models made as those in {folders[0]} "
+                "(task, VAE, text encoder, frame rate); encode one of them again"
+            )
+    return first.text_tokens

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..methods.conditions import Conditions
 from ..methods.depth import BlockBudget
 from ..methods.routers import RouterMLP, load_router
 from ..slim.file import SlimHeader
@@ -16,10 +17,10 @@ from .average import Average
 from .checkpoints import State, whole_state
 from .draws import Draws
 from .gate import Routing, Taps, new_router
-from .models import load_student, write_student
+from .models import Origin, open_student, write_student
 from .objectives import OBJECTIVES, Pair
 from .parallel import World, shard
-from .recipe import Recipe, Stage
+from .recipe import Recipe, Run, Stage
 from .recompute import recompute_blocks
 from .shards import Batch
 
@@ -33,6 +34,24 @@ def learning_rate(stage: Stage, step: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - stage.warmup) / (stage.steps - stage.warmup)))
 
 
+def new_optimizer(run: Run, groups: list[dict]) -> torch.optim.Optimizer:
+    """The recipe's optimizer.
+
+    Raises:
+        ValueError: its library is not installed.
+    """
+    if run.optimizer == "adamw":
+        return torch.optim.AdamW(groups, weight_decay=run.weight_decay)
+    try:
+        from torchao.optim import AdamW8bit
+    except ImportError as error:
+        raise ValueError(
+            "optimizer: adamw8bit is torchao's, which is not installed. Install it "
+            "(pip install torchao), or take adamw"
+        ) from error
+    return AdamW8bit(groups, weight_decay=run.weight_decay)
+
+
 class Trainer:
     """A student and, from stage II on, its router.
 
@@ -40,6 +59,7 @@ class Trainer:
         number: of the stage within the recipe, from 1.
         start: folder or file with the student to begin with, and its router if it has one.
         folder: of the stage; its state is loaded if there is one.
+        origin: the full model, which a critic can begin as.
     """
 
     def __init__(
@@ -52,22 +72,27 @@ class Trainer:
         negative: torch.Tensor,
         start: Path,
         folder: Path,
+        origin: Origin,
     ):
         self.recipe, self.stage, self.number = recipe, stage, number
         self.world, self.folder = world, folder
         dtype = DTYPES[recipe.run.dtype]
         file = start / "student.safetensors" if start.is_dir() else start
-        self.student, self.header = load_student(file)
+        student, self.header = open_student(file)
+        self.student = student.model
         routing, self._mlp = self._router(start)
         # in this order: what goes on first is called last
         taps = Taps(self.student)
-        if recipe.run.checkpointing:
-            recompute_blocks(self.student)
-        if world.size > 1:
-            # moves a block at a time, and only this process's part of it
-            shard(self.student, world.mesh, dtype)
-        else:
-            self.student.to(world.device)
+        critic = None
+        if stage.kind == "self_forcing":
+            full = stage.critic == "full"
+            critic = origin.teacher(torch.float32, True) if full else open_student(file)[0]
+        for waiting in [student] if critic is None else [student, critic]:
+            if recipe.run.checkpointing:
+                recompute_blocks(waiting.model)
+            if world.size > 1:
+                shard(waiting.model, world.mesh, dtype)
+            waiting.fill(world.device)
         # several processes compute in the low precision by FSDP's policy, one by autocast
         self.cast = nullcontext
         if world.size == 1 and dtype != torch.float32:
@@ -80,6 +105,7 @@ class Trainer:
             routing,
             negative.to(world.device),
             dtype,
+            critic and critic.model,
         )
         self.trained = nn.ModuleDict({"student": self.student})
         groups = [{"params": [*self.student.parameters()], "lr": stage.lr, "peak": stage.lr}]
@@ -87,16 +113,23 @@ class Trainer:
             self.trained["router"] = routing.mlp
             rate = stage.router_lr if stage.kind == "router" else stage.lr
             groups.append({"params": [*routing.mlp.parameters()], "lr": rate, "peak": rate})
-        self.optimizer = torch.optim.AdamW(groups, weight_decay=recipe.run.weight_decay)
+        # before the critic joins: it is thrown away
         self.average = Average(self.trained, stage.ema_decay) if stage.ema_decay else None
+        self.own = [*self.trained.parameters()]
+        if critic is not None:
+            self.trained = nn.ModuleDict({**self.trained, "critic": critic.model})
+            rate = stage.critic_lr
+            groups.append({"params": [*critic.model.parameters()], "lr": rate, "peak": rate})
+        self.optimizer = new_optimizer(recipe.run, groups)
         self.state = State(folder / "state", world, self.trained, self.optimizer, self.average)
         self.step = self.state.load()
+        self._known: dict[str, torch.Tensor] = {}
 
     def _router(self, start: Path) -> tuple[Routing | None, RouterMLP | None]:
         """The router to train, and one of the same sizes without weights to write it with."""
         stage, model = self.stage, self.header.model
         known = start / "router.safetensors"
-        if stage.kind == "width" or (stage.kind == "steps" and not known.exists()):
+        if stage.kind == "width" or (stage.few and not known.exists()):
             return None, None
         if known.exists():
             loaded = load_router(known)
@@ -119,18 +152,26 @@ class Trainer:
         return Routing(mlp, kind, BlockBudget(stage.k_min, stage.k_max)), empty
 
     def train_step(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """One optimizer step on this process's part of the batch; its terms, as means over all."""
+        """One optimizer step on this process's part of the batch; its terms, as means over all.
+
+        A term that this step has not is that of the last step that had it.
+        """
         first = self.world.rank * len(batch.latents)
         draws = Draws(self.recipe.data.seed, self.number, self.step, first)
         batch = batch.to(self.world.device)
         share = learning_rate(self.stage, self.step)
         for group in self.optimizer.param_groups:
-            group["lr"] = share * group["peak"]
+            rate = share * group["peak"]
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
         with self.cast():
             terms = OBJECTIVES[self.stage.kind](self.pair, self.stage, batch, draws)
         terms["loss"].backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.trained.parameters(), self.recipe.run.grad_clip)
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        norm = self._clipped(self.own)
+        if self.pair.critic is not None:
+            norm = norm + self._clipped([*self.pair.critic.parameters()])
         if not torch.isfinite(norm):
             raise ValueError(
                 f"step {self.step + 1}: the gradient is {float(norm)}, and nothing was changed by "
@@ -143,7 +184,13 @@ class Trainer:
         if self.average is not None:
             self.average.update(self.step)
         values = self.world.mean(torch.stack([term.detach().float() for term in terms.values()]))
-        return dict(zip(terms, values, strict=True)) | {"grad_norm": norm.detach()}
+        self._known |= dict(zip(terms, values, strict=True)) | {"grad_norm": norm.detach()}
+        return dict(self._known)
+
+    def _clipped(self, parameters: list[nn.Parameter]) -> torch.Tensor:
+        """The norm that their gradients had together before they were clipped."""
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.recipe.run.grad_clip)
+        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
     def averaged(self):
         """Within the context, the weights that are written and sampled with."""
@@ -153,7 +200,7 @@ class Trainer:
         """Write the student and its router, for ComfyUI and diffusers.
 
         Args:
-            data: name of what it was trained on, for the header.
+            data: names of what it was trained on, for the header; no paths.
         """
         with self.averaged():
             student = whole_state(self.student)
@@ -164,11 +211,13 @@ class Trainer:
         self.world.wait()
 
     def _write(self, student: dict, router: dict | None, trained: list[dict]) -> None:
-        mlp, kind = None, None
+        mlp, kind, s = None, None, self.stage
         if router is not None:
             self._mlp.load_state_dict(router, assign=True)
             mlp, kind = self._mlp.requires_grad_(False), self.pair.routing.kind
-        write_student(self.folder, student, mlp, kind, self.header, trained)
+        # the curve and the skipping that the gate has
+        conditions = Conditions(s.k_min, s.k_max, "falling", "identity", s.shift)
+        write_student(self.folder, student, mlp, kind, self.header, trained, conditions=conditions)
 
     def _record(self, data: str) -> dict:
         s = self.stage
@@ -181,7 +230,7 @@ class Trainer:
         }
         if self.pair.routing is not None:
             said |= {"k_min": s.k_min, "k_max": s.k_max}
-        if s.kind == "steps":
+        if s.few:
             said |= {"sampler_steps": s.sampler_steps, "guidance": s.guidance, "shift": s.shift}
         if s.tokens is not None:
             said |= {"tokens": [s.tokens.keep_min, s.tokens.keep_max, s.tokens.preset]}

@@ -16,7 +16,7 @@ from ..methods.fingerprint import Fingerprint
 from ..methods.routers import TrainedRouter
 from ..toy.vae import ToyVAE
 from .objectives import Pair
-from .recipe import TOY, Recipe, Stage
+from .recipe import Recipe, Stage
 from .shards import Batch
 
 STEPS, FPS = 20, 8
@@ -46,8 +46,7 @@ def draw_videos(
         )
 
     teacher = draw(pair.teacher, STEPS, stage.guidance)
-    few = stage.kind == "steps"
-    steps, guidance = (stage.sampler_steps, 1.0) if few else (STEPS, stage.guidance)
+    steps, guidance = (stage.sampler_steps, 1.0) if stage.few else (STEPS, stage.guidance)
     # training's gate would cost every block; in sampling those left out are not computed
     pair.taps.gate, plan = None, TrimPlan()
     if pair.routing is not None:
@@ -62,7 +61,7 @@ def draw_videos(
 def write_videos(folder: Path, latents: dict[str, torch.Tensor], recipe: Recipe, step: int) -> Path:
     """Write step-N.mp4 of the toy world, else step-N.safetensors with the latents."""
     folder.mkdir(parents=True, exist_ok=True)
-    if recipe.data.folder != TOY:
+    if not recipe.data.toy:
         path = folder / f"step-{step}.safetensors"
         save_file({name: value.contiguous() for name, value in latents.items()}, path)
         return path

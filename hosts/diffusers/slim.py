@@ -29,24 +29,35 @@ def load_slim(path: Path, dtype: torch.dtype = torch.float32) -> WanTransformer3
     Raises:
         ValueError: it is not a slim file, or of a model that diffusers' class cannot be.
     """
+    model, entries = empty_slim(path)
+    tensors = {name: read_tensor(path, entry).to(dtype) for name, entry in entries.items()}
+    model.load_state_dict(tensors, assign=True)
+    make_rope(model)
+    return model.requires_grad_(False)
+
+
+def empty_slim(path: Path) -> tuple[WanTransformer3DModel, dict[str, Entry]]:
+    """The transformer of a slim file on the meta device, and where its weights are, by their names.
+
+    Raises:
+        ValueError: as `load_slim`.
+    """
     header = read_header(path)
-    entries, _ = list_entries(path)
     kept = set(header.kept())
-    tensors = {
-        entry.name.removeprefix(PREFIX): read_tensor(path, entry).to(dtype)
-        for entry in entries
-        if entry.name not in kept
-    }
+    found = {e.name.removeprefix(PREFIX): e for e in list_entries(path)[0] if e.name not in kept}
     try:
-        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        shapes = {name: entry.shape for name, entry in found.items()}
         sizes = {"ffn_dim": header.model.ffn_dim}
         model = empty_model(config_from_shapes(shapes, header.model.num_heads) | sizes)
         narrow(model, header)
-        model.load_state_dict(to_diffusers_keys(tensors), assign=True)
+        entries = to_diffusers_keys(found)
+        # says what is missing, too much or misshapen
+        model.load_state_dict(
+            {n: torch.empty(e.shape, device="meta") for n, e in entries.items()}, assign=True
+        )
     except (ArithmeticError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path.name} does not fit diffusers' Wan: {str(error):.1000}") from error
-    make_rope(model)
-    return model.eval().requires_grad_(False)
+    return model.eval(), entries
 
 
 def save_slim(
