@@ -106,7 +106,8 @@ def test_the_default_meets_its_share_where_there_are_steps_enough(bench, task, t
         # without context in whole steps, of 20
         off = TOLERANCE * target if name == DEFAULT else 0.025 + 1e-6
         assert 1 / it.sampling.speedup(plan) == pytest.approx(target, abs=off)
-        assert plan.shares.partial == (name == DEFAULT)
+        # the solver may find whole and repeated steps best with context, too
+        assert name == DEFAULT or not plan.shares.partial
 
 
 @pytest.mark.parametrize("name", OURS)
