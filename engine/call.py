@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -17,6 +17,7 @@ from ..methods.tokens import Selection, select_tokens
 from .attention import Attend, Pair
 from .compiled import outside_graphs
 from .memory import Memory, Part, change_between
+from .places import Places
 from .plan import TrimPlan
 from .program import ALL, KEPT, READ, SKIP, UPDATE, WRITE, Program, Row
 from .record import Record, Step
@@ -60,41 +61,6 @@ class HostBlock(Protocol):
         Args:
             attend: takes over the block's attention calls; None leaves them alone.
         """
-
-
-@outside_graphs
-class Places:
-    """Where the kept tokens of a choice lie, and what was gathered for them: once, not per block.
-
-    Attributes:
-        index: int64 [b, kept] positions for every row of the batch, and of the others [b, dropped].
-    """
-
-    def __init__(self, selection: Selection, chunks: int):
-        self.selection = selection
-        self.index = selection.index.repeat(chunks, 1)
-        self.dropped = selection.dropped.repeat(chunks, 1)
-        self._taken: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._layout: Layout | None = None
-
-    def take(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Rows of a tensor [b or 1, s, ...] that is the same in every block."""
-        return self.once(tensor, lambda t: gather_tokens(t, self.index))
-
-    @torch.compiler.disable
-    def once(self, tensor: torch.Tensor, make: Callable) -> torch.Tensor:
-        """make(tensor), for the same tensor only once."""
-        known = self._taken.get(id(tensor))
-        if known is None:
-            # the tensor is held, so that its id stays its own
-            known = self._taken[id(tensor)] = (tensor, make(tensor))
-        return known[1]
-
-    def layout(self, make: Callable[[], Layout]) -> Layout:
-        """The layout of these tokens, made once."""
-        if self._layout is None:
-            self._layout = make()
-        return self._layout
 
 
 @dataclass

@@ -5,7 +5,6 @@ import re
 
 import pytest
 
-AUTO = {"method": "auto", "target": "0.67"}
 VELOCITY = "velocity_change, unsmoothed, falling, every 10 of 40, identity"
 MIXED = "velocity_change+rotation, unsmoothed, falling, every 10 of 40, identity"
 RANDOM = "random, unsmoothed, falling, every 10 of 40, identity"
@@ -17,16 +16,6 @@ def of(setting: str, **more) -> dict:
 
 # page, words with a gap for every figure; for every gap the results, the row, column and factor
 FIGURES = [
-    (
-        "README.md",
-        "the measured time fell to {:.2f} (text to video) and {:.2f} (image to video) of dense at 20 "
-        "steps, and to {:.2f} and {:.2f} at 4",
-        [
-            ("quality", AUTO | {"task": task, "steps": steps}, "time_ratio", 1)
-            for steps in ("20", "4")
-            for task in ("t2v", "i2v")
-        ],
-    ),
     (
         "README.md",
         "it keeps {:.1f} dB, a tie with the full model's {:.1f} in four steps, and moves as the dense "

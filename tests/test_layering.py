@@ -47,6 +47,7 @@ PLACES = {
     "triton": ("kernels/", "benchmarks/"),
     "diffusers": ("hosts/diffusers", *OFFLINE),
     "accelerate": ("training/",),
+    "torchao": ("training/",),
     "transformers": ("training/",),
     # what Python 3.11 has as tomllib
     "tomli": ("training/",),

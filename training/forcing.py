@@ -13,18 +13,14 @@ noise and not a new one.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from ..hosts.diffusers.sample import sigmas_for
 from .draws import Draws, noisy, shifted
 from .losses import velocity_loss
+from .pair import Pair
 from .recipe import Stage
 from .shards import Batch
-
-if TYPE_CHECKING:
-    from .objectives import Pair
 
 # noise levels at which samples are compared: the ends say nothing (DMD)
 LEVELS = (0.02, 0.98)

@@ -7,7 +7,8 @@ from math import gcd
 import torch
 
 from ...engine.attention import Attend
-from ...engine.call import Call, Places
+from ...engine.call import Call
+from ...engine.places import Places
 
 OVERRIDE = "optimized_attention_override"
 

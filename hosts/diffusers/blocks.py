@@ -11,8 +11,8 @@ from diffusers.hooks import HookRegistry, ModelHook
 from torch.overrides import TorchFunctionMode
 
 from ...engine.attention import Attend
-from ...engine.call import Places
 from ...engine.compiled import outside_graphs
+from ...engine.places import Places
 
 
 @outside_graphs

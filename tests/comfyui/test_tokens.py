@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from wantrim.engine.attention import Attend
-from wantrim.engine.call import Places
+from wantrim.engine.places import Places
 from wantrim.hosts.comfyui.blocks import OVERRIDE, _Block
 from wantrim.methods.tokens import Selection
 from wantrim.tests.comfyui import tiny
