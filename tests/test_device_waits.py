@@ -1,4 +1,4 @@
-"""A model call waits for the device once, and holds little more memory than the model alone."""
+"""A model call waits for the device once, and holds little more memory than it has to."""
 
 import pytest
 import torch
@@ -6,21 +6,19 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from wantrim.benchmarks.speed_models import Runner, build
-from wantrim.benchmarks.speed_plans import Size, plans
-from wantrim.benchmarks.speed_probes import peak_bytes
 from wantrim.engine.engine import COND, UNCOND
+from wantrim.engine.memory import context_bytes
 from wantrim.engine.plan import TrimPlan
 from wantrim.hosts.diffusers.attach import attach
-from wantrim.hosts.diffusers.weights import new_transformer
 from wantrim.methods.depth import BlockBudget, BlockPlan
-from wantrim.methods.fingerprint import Fingerprint
-from wantrim.methods.presets import preset_plan
-from wantrim.methods.profile import Profile
-from wantrim.methods.routers import OnlineRouter
+from wantrim.methods.heads import FRAME, FULL, OFF, HeadPlan
+from wantrim.methods.routers import RandomRouter
+from wantrim.methods.shares import Shares
+from wantrim.methods.tokens import paper_plan
+from wantrim.tests.small_wan import random_wan
 
-SIZE = Size("small", 48, 4, 64, 6, (3, 8, 8))
-SIGMAS = tuple(0.59 - 0.01 * step for step in range(8))
+BLOCKS, HEADS, LATENT = 6, 4, (3, 8, 8)
+SIGMAS = tuple(0.59 - 0.01 * step for step in range(6))
 aten = torch.ops.aten
 # on a GPU these cannot return before the device has caught up
 WAITING = {
@@ -144,52 +142,37 @@ def test_the_counter_sees_every_kind_of_wait():
         assert not waited.seen, (number, waited.seen)
 
 
-def online() -> TrimPlan:
-    profile = Profile.empty(Fingerprint(48, 64, SIZE.blocks, SIZE.heads, 16, 16))
-    for name in ("count", "hidden", "residual"):
-        profile.tensors[name] += 1
-    budget = BlockBudget(0.75, 0.75, "constant")
-    return TrimPlan(blocks=BlockPlan(OnlineRouter(profile), budget, "reuse"))
-
-
-PLANS = plans(SIZE) | {
-    "online": online(),
-    "paper, keys kept": TrimPlan(preset_plan("paper", 0.6, dropped_kv="keep", reselect_every=2)),
-    "demoted, chosen anew": TrimPlan(
-        preset_plan("paper", 0.6, reselect_every=2), plans(SIZE)["heads 0.7, others demoted"].heads
-    ),
-    "frame mean": TrimPlan(preset_plan("refresh", 0.6, restore="frame_mean")),
-    "auto": TrimPlan(preset_plan("auto", 0.7)),
-    "computes all": TrimPlan(preset_plan("refresh", 0.7, start=0.9)),
+DEMOTED = HeadPlan(((FRAME, "tile2", OFF, FULL),) * BLOCKS, ((FULL,) * HEADS,) * BLOCKS)
+SHARES = Shares(SIGMAS, (1, 1, 0.4, 0, 0.3, 1))
+PLANS = {
+    "shares": TrimPlan(shares=SHARES),
+    "repeats": TrimPlan(shares=Shares(SIGMAS, (1, 0, 1, 0, 0, 1))),
+    "tape": TrimPlan(paper_plan(0.6, reselect_every=2)),
+    "blocks": TrimPlan(blocks=BlockPlan(RandomRouter(), BlockBudget(0.75, 0.75))),
+    "heads": TrimPlan(heads=DEMOTED),
+    "heads and shares": TrimPlan(heads=DEMOTED, shares=SHARES),
+    "heads and tape": TrimPlan(paper_plan(0.6, reselect_every=2), DEMOTED),
+    "computes all": TrimPlan(paper_plan(0.7, start=0.9)),
 }
 
 
 def new_model(given: bool):
-    torch.manual_seed(0)
-    return new_transformer(
-        dim=48,
-        num_heads=SIZE.heads,
-        num_layers=SIZE.blocks,
-        ffn_dim=64,
-        in_dim=36 if given else 16,
-        out_dim=16,
-        text_dim=24,
-    ).requires_grad_(False)
+    return random_wan(BLOCKS, 36 if given else 16, heads=HEADS)
 
 
 def waits_per_call(model, plan: TrimPlan | None, given: bool, how: str) -> list[list[str]]:
     """What each model call waited for, after two steps that get it going."""
     roles = (COND, UNCOND) if how == "batch" else (COND,)
     draw = torch.Generator().manual_seed(1)
-    latent = torch.randn(1, 36 if given else 16, *SIZE.latent, generator=draw)
+    latent = torch.randn(1, 36 if given else 16, *LATENT, generator=draw)
     latent[:, 16:20] = 0
     latent[:, 16:20, :1] = 1
     text = torch.randn(2, 7, 24, generator=draw)
     put(*model.parameters(), *model.buffers())
     found = []
-    attachment = attach(model, plan or TrimPlan(), cond_or_uncond=roles, sigmas=SIGMAS)
+    attachment = attach(model, plan or TrimPlan(), cond_or_uncond=roles)
     with attachment, torch.no_grad():
-        for index, sigma in enumerate(SIGMAS[:5]):
+        for index, sigma in enumerate(SIGMAS):
             moved = latent * (1 - 0.01 * index)
             calls = [text[:1], text[1:]] if how == "split" else [text[: len(roles)]]
             for words in calls:
@@ -218,30 +201,34 @@ def test_the_wait_is_for_all_that_decides():
     """A call that did not wait at all could not have looked at the noise level."""
     model = new_model(False)
     alone = waits_per_call(model, None, False, "cond")
-    some = waits_per_call(model, PLANS["tokens 0.7, refresh"], False, "cond")
-    assert [len(after) - len(before) for before, after in zip(alone, some, strict=True)] == [1] * 3
+    some = waits_per_call(model, PLANS["shares"], False, "cond")
+    # a repeated step is looked at too
+    assert [len(after) - len(before) for before, after in zip(alone, some, strict=True)] == [1] * 4
 
 
-# wide enough that the latents count for little beside the hidden state, as in a real Wan
-WIDE = Size("wide", 512, 4, 2048, 4, (3, 16, 16))
-# hidden states above the model alone: what is repeated has to be held; three latents are 3/8
-HELD = {"tokens 0.7, refresh": 1, "blocks 0.75, reuse": 2, "all together": 3}
+def held_bytes(plan, prompts: int) -> list[int]:
+    """What a run holds of its earlier steps, by step."""
+    model, found = new_model(False), []
+    latent, text = torch.randn(1, 16, *LATENT), torch.randn(prompts, 7, 24)
+    roles = (COND, UNCOND)[:prompts]
+    with attach(model, plan, cond_or_uncond=roles) as attachment, torch.no_grad():
+        for sigma in SIGMAS:
+            timestep = torch.full((prompts,), 1000 * sigma)
+            model(latent.repeat(prompts, 1, 1, 1, 1) * sigma, timestep, text)
+            (part,) = attachment.engine.memory.parts.values()
+            known = [t for p in part.prompts.values() for t in (p.velocity, p.clean)]
+            known += [t for p in part.prompts.values() for c in p.context.values() for t in c]
+            found.append(sum(t.untyped_storage().nbytes() for t in known if t is not None))
+    return found
 
 
-@pytest.fixture(scope="module")
-def wide():
-    return build(WIDE)
-
-
-@pytest.mark.parametrize("name", plans(WIDE))
-def test_a_plan_holds_what_it_repeats_and_less_than_a_hidden_state_more(wide, name):
-    def peak(plan) -> int:
-        runner = Runner(wide, WIDE, plan)
-        try:
-            return peak_bytes(lambda: [runner.step() for _ in range(3)])
-        finally:
-            runner.close()
-
-    state = 4 * WIDE.grid.tokens * WIDE.dim
-    extra = (peak(plans(WIDE)[name]) - peak(None)) / state
-    assert extra < HELD.get(name, 0) + 1
+@pytest.mark.parametrize("prompts", [1, 2])
+def test_a_run_holds_two_latents_a_prompt_and_the_context_it_reads(prompts):
+    latents = prompts * 2 * 4 * 16 * 3 * 8 * 8
+    context = prompts * context_bytes(BLOCKS, 48, HEADS, 12, 8)
+    assert held_bytes(PLANS["repeats"], prompts) == [latents] * 6
+    held = held_bytes(PLANS["shares"], prompts)
+    assert held == [latents, *[latents + context] * 4, latents]
+    # of every number of keys and values a byte, and two of every head's row
+    assert context == prompts * 2 * BLOCKS * 48 * (48 + 2 * HEADS)
+    assert held_bytes(PLANS["tape"], prompts) == [0] * 6

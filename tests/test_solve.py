@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 
 from wantrim.solve.curves import Curves
-from wantrim.solve.solver import GRID, UNITS, Task, fill, solve_shares, stretch_error
+from wantrim.solve.solver import (
+    GRID,
+    UNITS,
+    Task,
+    fill,
+    solve_nearest,
+    solve_shares,
+    stretch_error,
+)
 
 SIGMAS = (0.96, 0.9, 0.8, 0.65, 0.4, 0.0)
 # most happens in the middle, errors count most at first, and half of the tokens hold most of it
@@ -32,23 +40,22 @@ def task(steps: int, whole=(0,), fresh=(0,), calls=None, **options) -> Task:
 
 
 def by_hand(one: Task, shares, curves=CURVES) -> float:
-    """Squared error of a plan: every token's distance to what it repeats, and what is left of it."""
-    error, whole, computed, hot = 0.0, 0, 0, 0.0
+    """Squared error of a plan: what every token is off by adds up until the next whole step."""
+    total, stretch, whole, computed, hot = 0.0, 0.0, 0, 0, 0.0
     for step, share in enumerate(shares):
         at, after = one.sigmas[step : step + 2]
         if share == 1.0:
-            whole, hot = step, 0.0
+            total, stretch, whole, hot = total + stretch**2, 0.0, step, 0.0
             continue
-        moved = [
-            curves.travel_at([at])[0] - curves.travel_at([one.sigmas[i]])[0]
-            for i in (whole, computed)
-        ]
-        off = (1 - hot) * moved[0] ** 2 + (hot and hot * moved[1] ** 2)
+        here, *there = curves.travel_at([at, one.sigmas[whole], one.sigmas[computed]])
+        far, near = ((here - place) ** 2 for place in there)
         left = curves.left_at(share, at)
-        error += off * left * (curves.amplified_at([at])[0] * (at - after)) ** 2 * one.calls[step]
+        off = ((1 - hot) * far + hot * near) * left if hot else far * left
+        weight = curves.amplified_at([at])[0] * (at - after)
+        stretch += weight * (off * one.calls[step]) ** 0.5
         if share > 0.0:
             computed, hot = step, 1 - left
-    return error
+    return total + stretch**2
 
 
 def spent(one: Task, shares) -> float:
@@ -127,7 +134,7 @@ LATE, EARLY, EVEN = (0.0, 0.1, 5.0, 9.0), (0.0, 5.0, 9.0, 9.1), (0.0, 1.0, 2.0, 
         (curves(EVEN, amplified=(4.0, 3.0, 2.0, 1.0)), 3, (1, 1, 1, 0)),
         (curves(EVEN, amplified=(1.0, 1.0, 2.0, 3.0)), 3, (1, 0, 1, 1)),
         # a part of the tokens is worth it where the error sits in few of them
-        (curves(EARLY, (1.0, 0.01, 0.0)), 2.9, (1, 1, 0.8, 0)),
+        (curves(EARLY, (1.0, 0.01, 0.0)), 2.9, (1, 1, 0.5, 0.3)),
         (curves(EARLY, (1.0, 0.01, 0.0)), 2.4, (1, 1, 0.3, 0)),
         # and is not where it is spread evenly
         (curves(LATE, (1.0, 0.99, 0.98)), 3.4, (1, 0, 1, 1)),
@@ -142,26 +149,28 @@ def test_four_steps_by_hand(given, budget, wanted):
 
 
 def test_the_error_of_a_stretch_by_hand():
-    """Sigmas .9, .8, .65 behind a whole step at .96: travel 0.4, then 1, 3.5, 6.25."""
+    """Behind a whole step at .96, where travel is 0.4: 1 at sigma .9 and 3.5 at .8."""
     one = task(5)
-    weights = [(2.0 * 0.1) ** 2, (1.6**0.5 * 1.5**0.5 * 0.15) ** 2]
-    first, second = stretch_error(one, CURVES, 0, (0.0, 0.0)), stretch_error(one, CURVES, 0, (0.0,))
-    assert second == pytest.approx(weights[0] * 0.6**2)
-    at = CURVES.amplified_at([0.8])[0]
-    assert first - second == pytest.approx((at * 0.15) ** 2 * 3.1**2)
-    # at .9 a fifth leaves .3 + .2 * .3 of the error; what was computed is off by what came since
-    left = CURVES.left_at(0.2, 0.9)
-    assert left == pytest.approx(0.36)
-    both = stretch_error(one, CURVES, 0, (0.2, 0.0))
+    first = 2.0 * 0.1 * 0.6
+    second = (2.0 * 1.2) ** 0.5 * 0.15
+    assert stretch_error(one, CURVES, 0, (0.0,)) == pytest.approx(first**2)
+    # in one stretch they point the same way
+    both = stretch_error(one, CURVES, 0, (0.0, 0.0))
+    assert both == pytest.approx((first + second * 3.1) ** 2)
+    # a fifth of the tokens leaves .36 of it at .9; what was computed is off by what came since
+    assert CURVES.left_at(0.2, 0.9) == pytest.approx(0.36)
     off = 0.64 * 2.5**2 + 0.36 * 3.1**2
-    assert both == pytest.approx(weights[0] * 0.6**2 * 0.36 + (at * 0.15) ** 2 * off)
+    part = stretch_error(one, CURVES, 0, (0.2, 0.0))
+    assert part == pytest.approx((first * 0.6 + second * off**0.5) ** 2)
     # two calls of a step count twice
     twice = task(5, calls=(1, 2, 1, 1, 1))
-    assert stretch_error(twice, CURVES, 0, (0.0,)) == pytest.approx(2 * second)
+    assert stretch_error(twice, CURVES, 0, (0.0,)) == pytest.approx(2 * first**2)
 
 
 def test_curves_are_linear_between_what_was_measured():
     assert CURVES.travel_at([0.96, 0.8, 0.15]).tolist() == pytest.approx([0.4, 3.5, 8.25])
+    # below what was measured it goes on: 9.1 at .25 was 9 at .5
+    assert curves(EARLY).travel_at([0.5, 0.25, 0.0]).tolist() == pytest.approx([9.0, 9.1, 9.2])
     # by ratio: half way between 2 and 1.2
     assert CURVES.amplified_at([0.8])[0] == pytest.approx((2.0 * 1.2) ** 0.5)
     # in share and in sigma
@@ -189,6 +198,16 @@ def test_what_is_left_over_is_spent(calls, factor):
     # a part never becomes none or all
     low, high = (fill(found, calls, budget * times, price)[2:4] for times in (0.1, 9))
     assert low == pytest.approx((0.1, 0.04)) and high == (0.95, 0.95)
+
+
+@pytest.mark.parametrize(
+    ("budget", "wanted"),
+    [(2.9, (1, 0, 1, 1)), (2.2, (1, 0, 1, 0)), (3.0, (1, 0, 1, 1)), (0.4, (1, 0, 0, 0))],
+)
+def test_where_nothing_near_fits_the_nearer_plan_is_taken(budget, wanted):
+    """Whole steps alone: 2 or 3 of 4, by ratio."""
+    one = Task(FOUR.sigmas, FOUR.calls, FOUR.whole, partial=False)
+    assert solve_nearest(one, curves(LATE), budget, cost) == wanted
 
 
 def test_without_a_partial_step_nothing_is_filled():

@@ -130,6 +130,7 @@ class Neighbour:
         order_matters: both orders work, and may make different videos.
         lost: of all together these do not happen; of the trims that are no more than that, nothing,
             but that the default has whole and repeated steps left.
+        answers: it gives the answers of some steps itself: those may be all that the default trims.
         steps: as many as it takes to see it act, where that is more than a few.
     """
 
@@ -140,6 +141,7 @@ class Neighbour:
     lost: tuple[str, ...] = ()
     changes: bool = True
     order_matters: bool = False
+    answers: bool = False
     steps: int | None = None
 
     def outcome(self, trim: str) -> str:
@@ -159,6 +161,7 @@ NEIGHBOURS = {
         "them; in front, it never hears of them, so that the two orders may choose other tokens.",
         says="another node's cache",
         order_matters=True,
+        answers=True,
         steps=6,
     ),
     "lazycache": Neighbour(
@@ -166,6 +169,7 @@ NEIGHBOURS = {
         "The steps that it answers never reach WanTrim; the default counts and names them.",
         says="another node's cache",
         about=(DEFAULT,),
+        answers=True,
         steps=6,
     ),
     "slg": Neighbour("Skip Layer Guidance", "Its extra pass goes by the same choice of the step."),

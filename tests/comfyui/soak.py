@@ -74,12 +74,13 @@ class Soak:
         if accident is InterruptProcessingException:
 
             def callback(index, *_):
-                if index == 1:
+                # keys and values are remembered by then
+                if index == 2:
                     raise error
 
             options["callback"] = callback
         elif accident is not None:
-            model = test_accidents.breaking(model, error, 7)
+            model = test_accidents.breaking(model, error, 31 if name == "shares" else 7)
         begun = time.process_time()
         try:
             out = test_accidents.run(model, **options)

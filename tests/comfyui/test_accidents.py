@@ -10,42 +10,48 @@ import torch
 import comfy.model_management
 from comfy.model_management import InterruptProcessingException
 from comfy_extras.nodes_model_advanced import ModelSamplingSD3
+from wantrim.engine import attention, call, engine, memory
 from wantrim.engine.plan import TrimPlan
-from wantrim.hosts import session as host_session
-from wantrim.hosts.comfyui import attach as host
 from wantrim.hosts.comfyui import blocks as host_blocks
+from wantrim.hosts.comfyui import dial as host_dial
+from wantrim.hosts.comfyui import run as host_run
 from wantrim.hosts.comfyui.attach import attach
 from wantrim.hosts.comfyui.blocks import OVERRIDE
 from wantrim.hosts.comfyui.profiling import model_fingerprint
-from wantrim.hosts.past import Past
 from wantrim.methods.depth import BlockBudget, BlockPlan
 from wantrim.methods.routers import RandomRouter, RouterMLP, TrainedRouter
-from wantrim.tests.comfyui import test_blocks, test_heads, test_wantrim, tiny
+from wantrim.tests.comfyui import put, test_heads, tiny
 
-STEPS = 3
+STEPS = 4
 PLANS = {
-    "tokens": tiny.preset,
+    "tokens": tiny.at_node,
     "heads": test_heads.trimmed,
-    "blocks": lambda model: test_blocks.at_node(model, skipped_blocks_give="reuse")[0],
-    "dial": test_wantrim.dialled,
-    "all": lambda model: attach(
-        model,
-        TrimPlan(
-            tiny.token_plan(restore="last_update", importance="rotation", trim_reselecting=True),
-            test_heads.heads(),
-            BlockPlan(RandomRouter(), BlockBudget(0.5, 0.8), skipped="reuse"),
-        ),
+    "blocks": put.routed,
+    "dial": put.dialled,
+    # remembered keys and values: written, read and made anew, read
+    "shares": lambda model: tiny.shared(model, 1.0, 1.0, 0.5, 0.3, heads=test_heads.heads()),
+    "all": lambda model: tiny.shared(
+        model, 1.0, 0.0, 1.0, 1.0,
+        tokens=tiny.token_plan(),
+        heads=test_heads.heads(),
+        blocks=BlockPlan(RandomRouter(), BlockBudget(0.5, 0.8)),
     ),
-}
+}  # fmt: skip
 plans = pytest.mark.parametrize("plan", PLANS)
 # of one run, none of which may outlive it
 OURS = (
-    host._Run,
-    host_session.Session,
-    host_session.ModelCall,
+    host_run.SamplingRun,
+    host_dial.Wish,
     host_blocks.BlockReplacement,
     host_blocks.AttentionTap,
-    Past,
+    attention.Attend,
+    call.Call,
+    call.Places,
+    call.StepState,
+    engine.Engine,
+    memory.Memory,
+    memory.Part,
+    memory.Prompt,
 )
 
 
@@ -170,8 +176,10 @@ def breaking(model, error: Exception, at: int):
 @plans
 @pytest.mark.parametrize("kind", [RuntimeError, torch.OutOfMemoryError, KeyboardInterrupt])
 def test_an_error_inside_a_block(plan, kind, untouched):
-    """In the first block, in a later one, and in the middle of the second and the last step."""
-    for at in (0, 3, 19):
+    """In the first block, in a later one, and in the middle of a later step."""
+    # in the third and the last step of the shares, which compute a part
+    later = (31, 43) if plan == "shares" else ()
+    for at in (0, 3, 19, *later):
         error = kind("in the middle of a block")
         stopped(breaking(untouched.patched, error, at), error)
         gone(untouched)

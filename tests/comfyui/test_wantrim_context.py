@@ -1,0 +1,135 @@
+"""Where the dial keeps keys and values of left out tokens, and what it does without."""
+
+import pytest
+import torch
+
+import comfy.k_diffusion.sampling
+import comfy.model_management
+import comfy.sample
+import comfy.samplers
+from wantrim.engine.memory import Part
+from wantrim.engine.program import READ, UPDATE, WRITE
+from wantrim.hosts.comfyui import dial
+from wantrim.report.words import record_text
+from wantrim.tests.comfyui import tiny
+from wantrim.tests.comfyui.put import (
+    asked,
+    dialled,
+    notes,
+)
+from wantrim.tests.comfyui.test_heads import heads
+
+GPU, RAM = torch.device("cuda", 0), torch.device("cpu")
+
+
+def rows(model) -> list[set[str]]:
+    """What each step did with remembered keys and values."""
+    return [{row.context for row in step.rows} for step in tiny.report_of(model).steps]
+
+
+@pytest.mark.parametrize("steps", [4, 12])
+def test_without_context_steps_are_whole_or_repeated(steps):
+    patched = dialled(tiny.base_model(), speedup=1.9, context="off")
+    out = tiny.ksampler(patched, steps=steps)
+    assert set(asked(patched)) == {0.0, 1.0} and rows(patched) == [{""}] * steps
+    assert tiny.report_of(patched).context is None and torch.isfinite(out).all()
+    assert not any("were not free" in note for note in notes(patched))
+
+
+def partly(model, **inputs):
+    """A dial whose run of 6 steps has partial ones."""
+    patched = dialled(model, speedup=1.3, **inputs)
+    tiny.ksampler(patched, steps=6)
+    return patched
+
+
+def test_the_record_says_where_the_context_lives(monkeypatch):
+    patched = partly(tiny.base_model())
+    tokens = tiny.FRAMES * tiny.PER_FRAME
+    # two prompts; keys and values of each block and head, 12 numbers and a scale
+    size = 2 * 2 * tiny.LAYERS * tokens * tiny.HEADS * (tiny.DIM // tiny.HEADS + 2)
+    said = "keys and values of left out tokens, {:.2g} GB in RAM ({} bit)"
+    assert tiny.report_of(patched).context == said.format(size / 1e9, 8)
+    assert f"Context: {said.format(size / 1e9, 8)}." in record_text(tiny.report_of(patched))
+    seen = set().union(*rows(patched))
+    assert WRITE in seen and seen & {READ, UPDATE}
+    expected = asked(patched)
+    # there is no other memory than the CPU's here
+    assert asked(partly(tiny.base_model(), context="gpu")) == expected
+    free = {8: size / dial.SPARE, 4: size * 8 / 14 / dial.SPARE}
+    for bits, share in ((8, 1.0), (4, 1.0), (None, 0.9)):
+        given = share * free[bits or 4]
+        monkeypatch.setattr(
+            comfy.model_management, "get_free_memory", lambda *_, given=given, **__: given
+        )
+        patched = partly(tiny.base_model())
+        if bits:
+            gigabytes = size * (1 if bits == 8 else 8 / 14) / 1e9
+            assert tiny.report_of(patched).context == said.format(gigabytes, bits)
+            assert asked(patched) == expected
+        else:
+            assert tiny.report_of(patched).context is None
+            assert set(asked(patched)) == {0.0, 1.0}
+            assert any(
+                "were not free: every step is whole or repeated" in n for n in notes(patched)
+            )
+
+
+@pytest.mark.parametrize(
+    ("place", "device", "free", "found"),
+    [
+        ("auto", GPU, (9, 9), (None, 8)),
+        ("auto", GPU, (5, 9), (None, 4)),
+        ("auto", GPU, (1, 9), (RAM, 8)),
+        ("auto", GPU, (1, 5), (RAM, 4)),
+        ("auto", GPU, (1, 1), None),
+        ("gpu", GPU, (1, 9), None),
+        ("gpu", GPU, (9, 1), (None, 8)),
+        ("cpu", GPU, (9, 9), (RAM, 8)),
+        ("cpu", GPU, (9, 1), None),
+        ("off", GPU, (9, 9), None),
+        ("auto", RAM, (0, 9), (None, 8)),
+        ("auto", RAM, (0, 1), None),
+    ],
+)
+def test_where_there_is_room(place, device, free, found, monkeypatch):
+    """Free memory of GPU and RAM in thousands of bytes; 8 bits need 4,000, 4 bits 2,000."""
+    by = {"cuda": 1000 * free[0], "cpu": 1000 * free[1]}
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda d, **_: by[d.type])
+    room = dial.find_room(place, device, lambda bits: 500 * bits)
+    assert (room and (room.device, room.bits)) == found
+
+
+def test_the_cpu_as_place_of_the_context_is_the_cpu():
+    """Where the model computes on it, it is the same place."""
+    patched = partly(tiny.base_model(), context="cpu")
+    near = partly(tiny.base_model(), context="gpu")
+    assert asked(patched) == asked(near) and len(set(asked(patched)) - {0.0, 1.0}) > 0
+    assert tiny.report_of(patched).context == tiny.report_of(near).context
+    assert torch.equal(tiny.ksampler(patched, steps=6), tiny.ksampler(near, steps=6))
+
+
+@pytest.mark.parametrize("partial", [False, True], ids=["whole step", "partial step"])
+@pytest.mark.parametrize("put_heads", [False, True], ids=["", "heads"])
+def test_out_of_memory_while_remembering_costs_the_context_alone(monkeypatch, partial, put_heads):
+    write, seen = Part.write, []
+
+    def full(self, keys, block, k, v, index):
+        if (index is not None) == partial and block == 3 and not seen:
+            seen.append(block)
+            raise torch.OutOfMemoryError
+        return write(self, keys, block, k, v, index)
+
+    monkeypatch.setattr(Part, "write", full)
+    shares = (1.0, 1.0, 0.4, 0.3, 0.0, 1.0)
+    parts = {"heads": heads()} if put_heads else {}
+    patched = tiny.shared(tiny.base_model(), *shares, **parts)
+    out = tiny.ksampler(patched, steps=6)
+    assert tiny.report_of(patched).finished and seen == [3] and torch.isfinite(out).all()
+    assert any("not enough memory for the keys and values" in note for note in notes(patched))
+    assert "everything ran as planned" not in record_text(tiny.report_of(patched))
+    # from there on what was to be computed in part is computed whole
+    assert asked(patched) == ((1.0, 1.0, 0.4, 1.0, 0.0, 1.0) if partial else (1, 1, 1, 1, 0, 1))
+    monkeypatch.undo()
+    again = tiny.ksampler(patched, steps=6)
+    assert asked(patched) == shares and not torch.equal(again, out)

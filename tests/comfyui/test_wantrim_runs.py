@@ -1,0 +1,209 @@
+"""The dial in runs of every sampler, guider and model, and beside other nodes."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import comfy.k_diffusion.sampling
+import comfy.model_management
+import comfy.sample
+import comfy.samplers
+from comfy.patcher_extension import WrappersMP
+from comfy_extras.nodes_context_windows import ContextWindowsManualNode
+from wantrim.benchmarks.flops import count_flops
+from wantrim.engine.plan import TrimPlan
+from wantrim.hosts.comfyui import dial
+from wantrim.hosts.comfyui.slim import load_slim
+from wantrim.report.words import record_text
+from wantrim.slim.cut import whole_width
+from wantrim.slim.export import export_slim
+from wantrim.slim.source import open_source
+from wantrim.solve.dial import Dial
+from wantrim.tests.comfyui import test_chaining, tiny
+from wantrim.tests.comfyui.neighbours import attention_patched, easycache, lora, shifted, slg
+from wantrim.tests.comfyui.put import (
+    asked,
+    demo_sample,
+    dialled,
+    done,
+    notes,
+    solved,
+)
+from wantrim.toy import CHECKPOINT
+
+
+@pytest.mark.parametrize("sampler", ["uni_pc", "dpmpp_2m", "euler_ancestral", "lcm"])
+def test_other_samplers(sampler):
+    """Multi-step ones, and those that add noise between the steps."""
+    patched = dialled(tiny.base_model())
+    out = tiny.ksampler(patched, steps=6, sampler=sampler)
+    assert torch.isfinite(out).all() and done(patched) == pytest.approx(1.5, rel=0.03)
+    assert torch.equal(tiny.ksampler(patched, steps=6, sampler=sampler), out)
+
+
+@pytest.mark.parametrize("sampler", ["heun", "dpm_2"])
+def test_samplers_of_two_calls_a_step_do_what_was_asked_for(sampler):
+    patched = dialled(tiny.base_model())
+    out = tiny.ksampler(patched, steps=6, sampler=sampler)
+    record = tiny.report_of(patched)
+    assert torch.isfinite(out).all() and len(record.steps) == 11
+    assert done(patched) == pytest.approx(1.5, rel=0.05)
+    assert done(patched) == pytest.approx(solved(patched).reached, rel=0.05)
+    assert not any("was done" in note for note in record.notes)
+
+
+def test_stock_samplers_of_two_calls_are_known():
+    """As many calls as each makes of the tiny model, for whatever this ComfyUI has."""
+    model, twice, more = tiny.base_model().clone(), set(), set()
+    counted = []
+    model.add_wrapper_with_key(
+        WrappersMP.DIFFUSION_MODEL, "count", lambda e, *a, **k: counted.append(1) or e(*a, **k)
+    )
+    steps = 4
+    # these go their own way: no number of steps holds
+    for name in set(comfy.samplers.KSampler.SAMPLERS) - {"dpm_fast", "dpm_adaptive", "ar_video"}:
+        counted.clear()
+        tiny.sample(model, steps=steps, cfg=1.0, sampler=name)
+        if len(counted) >= 2 * steps - 1:
+            function = comfy.samplers.sampler_object(name).sampler_function.__name__
+            # of three calls the report says that another speed-up came out than was expected
+            (twice if len(counted) <= 2 * steps else more).add(function)
+    assert {"sample_heun", "sample_dpm_2"} <= twice and more <= {"sample_seeds_3"}, more
+    assert twice <= set(dial.TWO_CALLS), twice - set(dial.TWO_CALLS)
+    functions = vars(comfy.k_diffusion.sampling)
+    assert {name for name in dial.TWO_CALLS if name in functions} >= twice
+
+
+def without(patched, key: str):
+    """A clone whose sampler keeps something for itself."""
+    changed = patched.clone()
+
+    def apply(executor, x, t, *args, **kwargs):
+        options = kwargs.get("transformer_options", args[-1] if args else {})
+        options.pop(key, None)
+        return executor(x, t, *args, **kwargs)
+
+    changed.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "changes", apply)
+    return changed
+
+
+def test_a_sampler_that_does_not_say_its_steps_trims_nothing_and_says_so():
+    patched = dialled(tiny.base_model())
+    silent = without(patched, "sample_sigmas")
+    assert torch.equal(tiny.ksampler(silent), tiny.ksampler(tiny.base_model()))
+    assert any("the sampler did not say which steps it will do" in note for note in notes(silent))
+    assert solved(silent) is None
+    assert "everything ran as planned" not in record_text(tiny.report_of(silent))
+
+
+class Listed(comfy.samplers.CFGGuider):
+    """As packs give one number for each step."""
+
+    def predict_noise(self, x, timestep, model_options={}, seed=None):  # noqa: B006
+        prompts = (self.conds["negative"], self.conds["positive"])
+        scale = self.cfg[0] if isinstance(self.cfg, list) else self.cfg
+        options = {"model_options": model_options, "seed": seed}
+        return comfy.samplers.sampling_function(
+            self.inner_model, x, timestep, *prompts, scale, **options
+        )
+
+
+def test_a_guider_with_a_list_as_cfg_is_taken():
+    patched, given, outs = dialled(tiny.base_model()), tiny.case(), []
+    for cfg in (5.0, [5.0] * 4):
+        guider = Listed(patched)
+        guider.set_conds(given.positive, given.negative)
+        guider.cfg = cfg
+        sigmas = torch.tensor([*tiny.simple_sigmas(patched, 4), 0.0])
+        noise = comfy.sample.prepare_noise(given.latent, 7)
+        sampler = comfy.samplers.sampler_object("euler")
+        outs.append(guider.sample(noise, given.latent, sampler, sigmas, disable_pbar=True, seed=7))
+        assert done(patched) == pytest.approx(1.5, rel=0.03)
+    assert torch.equal(*outs)
+
+
+@pytest.mark.parametrize(
+    ("changes", "prompts"),
+    [
+        ({}, 2),
+        ({"cfg": 1.0}, 1),
+        ({"cfg": 1.0, "model_options": {"disable_cfg1_optimization": True}}, 2),
+        ({"cfg": [1.0, 1.0]}, 2),
+        ({"cfg": None}, 2),
+        ({"cfg": "high"}, 2),
+        ({"conds": {"positive": [1]}}, 1),
+        ({"conds": {"positive": [1], "middle": [1], "negative": [1]}}, 3),
+        ({"conds": None}, 1),
+    ],
+)
+def test_a_guider_may_lack_anything(changes, prompts):
+    conds = {"positive": [1], "negative": [1]}
+    given = {"conds": conds, "cfg": 5.0, "model_options": {}, "model_patcher": tiny.base_model()}
+    guider = SimpleNamespace(**given | changes)
+    for one in (
+        guider,
+        SimpleNamespace(**{k: v for k, v in vars(guider).items() if v is not None}),
+    ):
+        found = dial.Wish.of(Dial(1.5), TrimPlan(), "auto", one, None, 3.0)
+        assert (found.prompts, found.twice) == (prompts, False)
+
+
+def test_context_windows():
+    model = ContextWindowsManualNode.execute(
+        dialled(tiny.base_model()), 3, 1, "standard_static", 1, False, "pyramid", 2, False
+    ).result[0]
+    out = tiny.ksampler(model, tiny.case(frames=7), steps=5)
+    assert torch.isfinite(out).all()
+    assert solved(model).reached == pytest.approx(1.5, rel=0.04)
+    assert done(model) == pytest.approx(solved(model).reached, rel=0.02)
+    # each window begins with a whole step of its own
+    steps, seen = tiny.report_of(model).steps, {}
+    for step in steps:
+        seen.setdefault(step.sigma, []).append(step.program.share)
+    assert len(seen) == 5 and all(len(set(shares)) == 1 for shares in seen.values())
+    assert min(map(len, seen.values())) > 1
+
+
+def test_attention_patches_of_others_leave_whole_and_repeated_steps():
+    model = attention_patched(dialled(tiny.base_model(), speedup=1.3))
+    bare = attention_patched(tiny.base_model())
+    out = tiny.ksampler(model, steps=6)
+    assert not torch.equal(out, tiny.ksampler(bare, steps=6))
+    assert set(asked(model)) == {0.0, 1.0} and tiny.report_of(model).context is None
+    [note] = [note for note in notes(model) if "attn1_patch" in note]
+    assert note.endswith("; every step is whole or repeated")
+    # no other than with context off
+    off = attention_patched(dialled(tiny.base_model(), speedup=1.3, context="off"))
+    assert torch.equal(tiny.ksampler(off, steps=6), out)
+
+
+@pytest.mark.parametrize("cfg", [1.0, 5.0])
+def test_a_slim_model(tmp_path, cfg):
+    source = open_source(CHECKPOINT)
+    kept = whole_width(source.model)
+    kept = type(kept)(
+        tuple(heads[: 3 + i % 3] for i, heads in enumerate(kept.self_heads)),
+        tuple(heads[:5] for heads in kept.cross_heads),
+        tuple(channels[::2] for channels in kept.ffn_channels),
+    )
+    export_slim(source, tmp_path / "slim.safetensors", kept)
+    slim = load_slim(str(tmp_path / "slim.safetensors"))
+    dense = count_flops(lambda: demo_sample(slim, steps=6, cfg=cfg))
+    patched = dialled(slim, speedup=1.5)
+    total = count_flops(lambda: demo_sample(patched, steps=6, cfg=cfg))
+    assert solved(patched).reached == pytest.approx(1.5, rel=0.03)
+    assert dense / total == pytest.approx(1.5, rel=0.04)
+    assert any(0 < share < 1 for share in asked(patched))
+    assert not notes(patched)
+
+
+@pytest.mark.parametrize("order", test_chaining.ORDERS)
+@pytest.mark.parametrize("neighbour", [slg, easycache, shifted, lora])
+def test_neighbours_keep_working(neighbour, order):
+    base = tiny.base_model()
+    model = dialled(neighbour(base)) if order == "in front" else neighbour(dialled(base))
+    out = tiny.ksampler(model, steps=6)
+    assert torch.isfinite(out).all()
+    assert torch.equal(tiny.ksampler(model, steps=6), out)
+    assert not torch.allclose(out, tiny.ksampler(neighbour(base), steps=6), atol=1e-3)
