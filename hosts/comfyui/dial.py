@@ -38,13 +38,13 @@ TWO_CALLS = (
 
 
 # where keys and values of left out tokens may be kept, in an artist's words
-PLACES = ("auto", "gpu", "cpu", "off")
+PLACES = ("auto", "cpu", "off")
 # share of the free memory that they may take: the model's own needs come and go
 SPARE = 0.7
 
 
 def find_room(place: str, device: torch.device, needed: Callable[[int], int]) -> Room | None:
-    """Where keys and values fit, the nearest first; None is nowhere.
+    """Where keys and values fit; None is nowhere.
 
     Args:
         place: name in `PLACES`.
@@ -52,16 +52,10 @@ def find_room(place: str, device: torch.device, needed: Callable[[int], int]) ->
     """
     if place == "off":
         return None
-    free = comfy.model_management.get_free_memory(device) * SPARE
-    if place != "cpu" or device.type == "cpu":
-        for bits in (8, 4):
-            if needed(bits) <= free:
-                return Room(None, bits)
-    ram = torch.device("cpu")
-    if device.type == "cpu" or place == "gpu":
-        return None
-    free = comfy.model_management.get_free_memory(ram) * SPARE
-    return next((Room(ram, bits) for bits in (8, 4) if needed(bits) <= free), None)
+    # what has to be fetched costs about what it saves: only who asks for it gets it
+    there = torch.device("cpu") if place == "cpu" and device.type != "cpu" else None
+    free = comfy.model_management.get_free_memory(there or device) * SPARE
+    return next((Room(there, bits) for bits in (8, 4) if needed(bits) <= free), None)
 
 
 @dataclass

@@ -192,7 +192,7 @@ def test_the_dial_has_these_inputs_in_this_order(node):
         dial["boundary"] = 0.0
     assert list(values.items()) == list(dial.items())
     options = {i.id: i.options for i in given if i.io_type == "COMBO"}
-    assert options == {"render": ["draft", "final"], "context": ["auto", "gpu", "cpu", "off"]}
+    assert options == {"render": ["draft", "final"], "context": ["auto", "cpu", "off"]}
 
 
 @by_id
