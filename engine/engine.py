@@ -96,11 +96,12 @@ class Engine:
         anchored: torch.Tensor | None = None,
         window: Hashable = None,
         prompts: Sequence[Hashable] = (),
+        unit: float = 1.0,
     ) -> Seen:
         """Read what `begin` decides by; the clock of a step is honest because of this wait.
 
         Args:
-            levels: sigmas, of any shape.
+            levels: sigmas times `unit`, of any shape.
             latent, cond_or_uncond, window, prompts: as for `begin`.
             anchored: bool [f], latent frames that are given.
         """
@@ -118,7 +119,7 @@ class Engine:
         part = self.memory.parts.get((window, _names(prompts, chunks)[decider]))
         strayed = None
         if part is not None and part.fits(own) and self.plan.trims_shares:
-            strayed = part.strayed(levels.max().float(), own)
+            strayed = part.strayed(levels.max().float() / unit, own)
         asked.append(levels.new_zeros(()) if strayed is None else strayed)
         told = torch.stack([value.to(latent.device).float() for value in asked])
         if anchored is not None:
@@ -127,7 +128,7 @@ class Engine:
         count = len(chunks) - 1
         given = tuple(value > 0 for value in rest[count + 2 :])
         return Seen(
-            largest,
+            largest / unit,
             not all(rest[:count]),
             bool(rest[count]),
             rest[count + 1],

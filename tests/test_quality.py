@@ -194,8 +194,8 @@ def test_a_finished_case_is_not_run_again_and_an_interrupted_one_is(monkeypatch,
 def test_another_solver_makes_the_default_anew_and_nothing_else(monkeypatch, tmp_path):
     only = ("--only", "fewer_steps", "default", "--targets", "0.67")
     first = run_main(monkeypatch, tmp_path, *only)
-    fill_, ran, run = dial.fill, [], Bench.run
-    monkeypatch.setattr(dial, "fill", lambda *given: tuple(0.9 * s for s in fill_(*given)))
+    solve, ran, run = dial.solve_nearest, [], Bench.run
+    monkeypatch.setattr(dial, "solve_nearest", lambda *given: tuple(0.9 * s for s in solve(*given)))
     monkeypatch.setattr(Bench, "run", lambda self, case: ran.append(case.method) or run(self, case))
     again = run_main(monkeypatch, tmp_path, *only)
     assert ran == ["default"]
@@ -261,7 +261,7 @@ def test_rows_that_cost_something_else_are_not_compared():
 def test_rows_are_added_and_newer_ones_replace_older(tmp_path):
     path = tmp_path / "some" / "quality.csv"
     row = {
-        "method": "tape",
+        "method": "tome",
         "model": "a",
         "task": "t2v",
         "steps": 4,

@@ -122,7 +122,7 @@ class _ModelHook(ModelHook):
         latent = hidden_states[:, : module.config.out_channels]
         anchored = _anchored(module, hidden_states, timestep, grid)
         # per-token timesteps (TI2V) are 0 where the latent is given
-        seen = a.engine.look(timestep.float() / 1000, latent, a.cond_or_uncond, anchored)
+        seen = a.engine.look(timestep, latent, a.cond_or_uncond, anchored, unit=1000)
         call = a.engine.begin(
             seen=seen,
             latent=latent,
