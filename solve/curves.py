@@ -35,7 +35,12 @@ class Curves:
     left: tuple[tuple[float, ...], ...]
 
     def travel_at(self, sigma: Sequence[float]) -> np.ndarray:
-        return np.interp(sigma, self.sigmas[::-1], self.travel[::-1])
+        sigmas, travel = self.sigmas, self.travel
+        if len(sigmas) > 1 and sigmas[-1] > 0.0:
+            # below the last one on as before: a few steps tell nothing of the end of many
+            slope = (travel[-1] - travel[-2]) / (sigmas[-2] - sigmas[-1])
+            sigmas, travel = (*sigmas, 0.0), (*travel, travel[-1] + slope * sigmas[-1])
+        return np.interp(sigma, sigmas[::-1], travel[::-1])
 
     def amplified_at(self, sigma: Sequence[float]) -> np.ndarray:
         return np.exp(np.interp(sigma, self.sigmas[::-1], np.log(self.amplified)[::-1]))

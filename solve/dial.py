@@ -167,7 +167,7 @@ class Dial:
         together = task_speedup(task, shares, run, plan, cost)
         why = None
         if abs(together / self.speedup - 1) > TOLERANCE:
-            why = self._why(task, plan, together)
+            why = self._why(task, plan, together, shares)
         return Solved(solved, self.speedup, reached if other is None else reached, why)
 
     def _whole(self, sigmas, shift: float, fresh: frozenset[int]) -> frozenset[int]:
@@ -187,7 +187,7 @@ class Dial:
             return (1.0,) * task.steps
         return solve_nearest(task, curves_of(run), budget, lambda share: price(share) / whole)
 
-    def _why(self, task: Task, plan: TrimPlan, together: float) -> str:
+    def _why(self, task: Task, plan: TrimPlan, together: float, shares) -> str:
         """What is in the way, in an artist's words."""
         said = []
         parts = (
@@ -201,7 +201,8 @@ class Dial:
             said.append(
                 f"what {nodes} {'decide' if len(theirs) > 1 else 'decides'} is taken as it is"
             )
-        if together < self.speedup:
+        rest = [share for step, share in enumerate(shares) if step not in task.whole]
+        if together < self.speedup and not any(rest):
             count = len(task.whole)
             said.append(
                 f"{count} of {task.steps} steps compute everything (the first of each expert, and "

@@ -33,6 +33,7 @@ TWO_CALLS = (
     "sample_dpmpp_sde_gpu",
     "sample_exp_heun_2_x0",
     "sample_exp_heun_2_x0_sde",
+    "sample_sa_solver_pece",
     "sample_seeds_2",
 )
 

@@ -69,7 +69,8 @@ def test_stock_samplers_of_two_calls_are_known():
             function = comfy.samplers.sampler_object(name).sampler_function.__name__
             # of three calls the report says that another speed-up came out than was expected
             (twice if len(counted) <= 2 * steps else more).add(function)
-    assert {"sample_heun", "sample_dpm_2"} <= twice and more <= {"sample_seeds_3"}, more
+    assert {"sample_heun", "sample_dpm_2"} <= twice and twice <= set(dial.TWO_CALLS)
+    assert more <= {"sample_seeds_3", "sample_heunpp2"}, more
     assert twice <= set(dial.TWO_CALLS), twice - set(dial.TWO_CALLS)
     functions = vars(comfy.k_diffusion.sampling)
     assert {name for name in dial.TWO_CALLS if name in functions} >= twice
