@@ -34,11 +34,10 @@ SETS = (
     ("IMAGE_TO_VIDEO", "i2v", 20),
     ("IMAGE_TO_VIDEO_UNGUIDED", "i2v", 4),
 )
-# What one repeated step costs is measured beside whole ones, which repair a part of it. Where they
-# are left out as well it costs more, and most where a video is still undecided. Tried from 1 to 4 on
-# four prompts in 20 steps: more than 1 costs image to video 4 to 6 dB, less than 3 text to video 8 to
-# 14 dB at half of the compute, and at two thirds all are within a dB.
-ALONE = {"TEXT_TO_VIDEO": 4.0}
+# `Curves.alone`: tried with the logarithm of `amplified` times 1, 2, 3 and 4 on four to twelve prompts
+# in 20 steps. In text to video 2 is best at two thirds of the compute (by 0.4 and 1.8 dB over 1 and
+# 4), and 4 at half of it (by 14 dB over 1); in image to video more than 1 costs 4 to 6 dB.
+ALONE = {"TEXT_TO_VIDEO": 3.0}
 SHARES = (0.1, 0.2, 0.35, 0.5, 0.8)
 # steps that are tried on a part of their tokens
 PARTIAL = {20: (2, 3, 5, 8, 12, 16), 4: (2, 3)}
@@ -104,7 +103,7 @@ def curves_source(rows: list[dict]) -> str:
         travel = np.concatenate([[0.0], np.cumsum([float(row["change"]) for row in own])])
         amplified = [float(row["amplified"]) for row in own]
         if steps > 4:
-            amplified = [value ** ALONE.get(name, 1.0) for value in _smooth(amplified)]
+            amplified = _smooth(amplified)
         tried = [row for row in own if row.get(f"left_{SHARES[0]:g}") not in (None, "")]
         left = [[float(row[f"left_{share:g}"]) for share in SHARES] for row in tried]
         parts.append(
