@@ -116,6 +116,7 @@ def curves_source(rows: list[dict]) -> str:
             "    left=(\n"
             + "".join(f"        {_numbers((1.0, *one, 0.0))},\n" for one in left)
             + "    ),\n"
+            f"    alone={ALONE.get(name, 0.0)},\n"
             ")\n"
         )
     head = (
