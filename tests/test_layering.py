@@ -41,6 +41,8 @@ PLACES = {
     "diffusers": ("hosts/diffusers", *OFFLINE),
     "accelerate": ("training/",),
     "transformers": ("training/",),
+    # moments in 8 bits, where a recipe asks for them
+    "torchao": ("training/",),
     # what Python 3.11 has as tomllib
     "tomli": ("training/",),
     "matplotlib": OFFLINE,
