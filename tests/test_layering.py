@@ -49,6 +49,8 @@ PLACES = {
     "accelerate": ("training/",),
     "torchao": ("training/",),
     "transformers": ("training/",),
+    # moments in 8 bits, where a recipe asks for them
+    "torchao": ("training/",),
     # what Python 3.11 has as tomllib
     "tomli": ("training/",),
     "matplotlib": OFFLINE,
