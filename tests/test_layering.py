@@ -47,7 +47,6 @@ PLACES = {
     "triton": ("kernels/", "benchmarks/"),
     "diffusers": ("hosts/diffusers", *OFFLINE),
     "accelerate": ("training/",),
-    "torchao": ("training/",),
     "transformers": ("training/",),
     # moments in 8 bits, where a recipe asks for them
     "torchao": ("training/",),
