@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from wantrim.hosts.diffusers.weights import load_original, save_original
+from wantrim.methods import routers
 from wantrim.methods.calibration import Calibration, load_calibration
 from wantrim.methods.fingerprint import Fingerprint
 from wantrim.methods.profile import Profile
@@ -379,7 +380,8 @@ def test_files_of_another_kind_or_of_a_later_format_are_refused(kind, good, tmp_
         return
     outer, body = parts(good[kind])
     key = READERS[kind].key
-    for version in (f"{key}/2", f"{key}/1.1", f"{key}/1 ", key, f"{key}/9999999999"):
+    newest = routers.KIND.version if key == routers.KIND.key else 1
+    for version in (f"{key}/{newest + 1}", f"{key}/1.1", f"{key}/1 ", key, f"{key}/9999999999"):
         text = json.dumps(json.loads(outer["__metadata__"][key]) | {"format": version})
         path.write_bytes(joined({**outer, "__metadata__": {key: text}}, body))
         with pytest.raises(ValueError, match="(?i)update WanTrim"):
