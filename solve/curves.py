@@ -6,7 +6,7 @@ All are functions of sigma, so that one recording serves every number of steps.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -25,7 +25,6 @@ class Curves:
         left: by sigma and share, the share of a repeated step's squared error that is left when
             this share of the tokens is computed, those that are expected to be off most, on
             remembered keys and values.
-        alone: how much more `amplified` counts where much is left out, see `beside`.
     """
 
     sigmas: tuple[float, ...]
@@ -34,7 +33,6 @@ class Curves:
     shares: tuple[float, ...]
     tried: tuple[float, ...]
     left: tuple[tuple[float, ...], ...]
-    alone: float = 0.0
 
     def travel_at(self, sigma: Sequence[float]) -> np.ndarray:
         sigmas, travel = self.sigmas, self.travel
@@ -46,16 +44,6 @@ class Curves:
 
     def amplified_at(self, sigma: Sequence[float]) -> np.ndarray:
         return np.exp(np.interp(sigma, self.sigmas[::-1], np.log(self.amplified)[::-1]))
-
-    def beside(self, share: float) -> Curves:
-        """The curves of a run that does this share of the work.
-
-        `amplified` was measured with one step left out, beside whole ones, which repair a part of
-        the error. Where they are left out as well it grows, and most where it is large: from three
-        quarters of the work on its logarithm, by `alone` at half of it.
-        """
-        power = 1.0 + self.alone * min(max((0.75 - share) / 0.25, 0.0), 1.5)
-        return replace(self, amplified=tuple(value**power for value in self.amplified))
 
     def left_at(self, share: float, sigma: float) -> float:
         """Share of the squared error that is left at a share of the tokens."""

@@ -185,8 +185,7 @@ class Dial:
         budget = dense / self.speedup / whole
         if budget >= sum(task.calls):
             return (1.0,) * task.steps
-        curves = curves_of(run).beside(budget / sum(task.calls))
-        return solve_nearest(task, curves, budget, lambda share: price(share) / whole)
+        return solve_nearest(task, curves_of(run), budget, lambda share: price(share) / whole)
 
     def _why(self, task: Task, plan: TrimPlan, together: float, shares) -> str:
         """What is in the way, in an artist's words."""
