@@ -267,6 +267,8 @@ class Engine:
                 "some blocks did not run as planned: another node ran them its own way, or replaced "
                 "their attention"
             )
+        # of steps that never ran it cannot be said that the plan left nothing out
+        idle = completed and not any(step.answered for step in steps)
         if completed and steps and self.plan.trims_shares:
             announced = set(filter(math.isfinite, self.plan.shares.sigmas))
             came = {self.plan.shares.place(step.sigma) for step in steps}
@@ -276,7 +278,8 @@ class Engine:
                     f"{missing} of {len(announced)} steps that the sampler announced never came to "
                     "the model: another node's cache, or a sampler that goes its own way"
                 )
-        if not completed or not steps or self.plan.neutral:
+                idle = False
+        if not idle or not steps or self.plan.neutral:
             return
         if any(not step.program.whole for step in steps):
             return

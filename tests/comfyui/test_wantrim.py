@@ -290,7 +290,7 @@ def test_defaults_of_the_nodes():
         ({"speedup": 0.5}, r"WanTrim: speedup: expected 1 \(off\) .*, got 0.5"),
         ({"speedup": 5.0}, r"WanTrim: speedup: expected 1 \(off\) to 4, got 5.0"),
         ({"speedup": float("nan")}, "WanTrim: speedup"),
-        ({"context": "disk"}, "WanTrim: context: expected auto or gpu or cpu or off, got 'disk'"),
+        ({"context": "disk"}, "WanTrim: context: expected auto or cpu or off, got 'disk'"),
         ({"render": "both"}, "WanTrim: render: expected draft or final"),
         ({"dense_first_steps": -1}, "WanTrim: dense_first_steps: expected 0 to 100"),
         ({"dense_last_steps": 1000}, "WanTrim: dense_last_steps: expected 0 to 100"),

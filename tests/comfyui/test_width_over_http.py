@@ -243,6 +243,7 @@ def test_blocks_run_as_the_text_says(server, recorded, full):
     entry = done(server, prompt)
     text, said = (entry["outputs"][key]["text"][0] for key in ("blocks", "report"))
     counts = re.search(rf"of {tiny.LAYERS}, at {STEPS} steps.*:\n([\d ]+)\n", text)[1]
-    assert counts.startswith(f"{tiny.LAYERS} ") and len(set(counts.split())) > 1
+    # a budget that falls with the noise, from the first step on
+    assert sorted(counts.split(), reverse=True) == counts.split() and len(set(counts.split())) > 1
     assert f"(per step: {counts})" in said and AS_PLANNED in said
     assert not torch.equal(latent_of(server, entry), full)
