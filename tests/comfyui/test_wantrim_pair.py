@@ -40,7 +40,7 @@ def together(*models) -> float:
 
 
 @pytest.mark.parametrize(
-    ("steps", "first", "speedup"), [(4, 2, 1.3), (8, 4, 1.4), (12, 4, 1.4), (12, 9, 1.6)]
+    ("steps", "first", "speedup"), [(4, 2, 1.3), (8, 4, 1.33), (12, 4, 1.4), (12, 9, 1.6)]
 )
 def test_a_pair_meets_one_speedup(steps, first, speedup):
     high, low = paired(tiny.base_model(), low_expert(), speedup=speedup)
@@ -83,11 +83,11 @@ def test_dense_steps_of_a_pair_are_those_of_the_whole_run():
 def test_a_boundary_by_hand_moves_the_budget():
     found = []
     for boundary in (0.0, 0.99):
-        high, low = paired(tiny.base_model(), low_expert(), boundary=boundary, speedup=1.3)
+        high, low = paired(tiny.base_model(), low_expert(), boundary=boundary, speedup=1.6)
         run_pair(high, low, 4, 8)
-        found.append(solved(high).reached)
+        found.append((asked(high), asked(low)))
     # as if the low expert had most of the steps
-    assert abs(found[1] - found[0]) > 0.01
+    assert found[1] != found[0]
 
 
 def test_expert_nodes_are_taken_on_a_pair_too():
