@@ -52,13 +52,18 @@ class Task:
 
 
 def solve_shares(
-    task: Task, curves: Curves, budget: float, cost: Callable[[float], float]
+    task: Task,
+    curves: Curves,
+    budget: float,
+    cost: Callable[[float], float],
+    least: float = 0.0,
 ) -> tuple[float, ...]:
     """The share of every step with the least expected error whose cost is within `budget`.
 
     Args:
         budget: in whole model calls.
         cost: of a model call at a share, relative to a whole one.
+        least: what a plan should cost, where there is one that does.
 
     Returns:
         The cheapest plan where nothing fits.
@@ -94,7 +99,9 @@ def solve_shares(
     end = task.steps
     if not np.isfinite(best[end]).any():
         return _cheapest(task)
-    at, found = int(best[end].argmin()), []
+    low = int(np.ceil(least * UNITS - 1e-6))
+    low = low if np.isfinite(best[end, low:]).any() else 0
+    at, found = low + int(best[end, low:].argmin()), []
     while end > 0:
         start, before, shares = came[end][at]
         found[:0] = [1.0, *shares]
@@ -167,9 +174,11 @@ def solve_nearest(
     def spent(shares: Sequence[float]) -> float:
         return sum(m * cost(share) for share, m in zip(shares, task.calls, strict=True))
 
-    below = fill(solve_shares(task, curves, budget, cost), task.calls, budget, cost)
+    wanted = budget * (1.0 - TOLERANCE)
+    below = solve_shares(task, curves, budget, cost, wanted)
+    below = fill(below, task.calls, budget, cost)
     least = spent(below)
-    if least >= budget * (1.0 - TOLERANCE):
+    if least >= wanted:
         return below
     more = budget
     while (more := more + STRIDE) < sum(task.calls):
