@@ -40,7 +40,7 @@ def together(*models) -> float:
 
 
 @pytest.mark.parametrize(
-    ("steps", "first", "speedup"), [(4, 2, 1.3), (8, 4, 1.33), (12, 4, 1.4), (12, 9, 1.6)]
+    ("steps", "first", "speedup"), [(4, 2, 1.3), (8, 4, 1.4), (12, 4, 1.4), (12, 9, 1.6)]
 )
 def test_a_pair_meets_one_speedup(steps, first, speedup):
     high, low = paired(tiny.base_model(), low_expert(), speedup=speedup)
