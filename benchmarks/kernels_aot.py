@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
 
-from ..kernels import attention, select
+from ..kernels import attention, context, select
 from ..kernels.config import config_of, most_positions
 from .table import RESULTS, merge_rows
 
@@ -69,6 +69,7 @@ def builds(target: str, dtype: torch.dtype = torch.bfloat16, head_dim: int = 128
     # of 480p, 720p and 1080p
     sizes = [size for size in (1560, 3600, 8160) if size <= most_positions(arch)]
     selects = [_select(size) for size in sizes] if dtype == torch.float32 else []
+    selects += [_rows(kernel, dtype, head_dim, bits) for kernel in ROWS for bits in (8, 4)]
     if config is None:
         return selects
     x, words = POINTERS[dtype], str(dtype).removeprefix("torch.")
@@ -107,9 +108,26 @@ def builds(target: str, dtype: torch.dtype = torch.bfloat16, head_dim: int = 128
         found.append(reading(attention.mass_kernel, config.mass, places, integers, **constants))
     groups = {"group_ptr": "*i32", "out_ptr": "*fp32"}
     found.append(reading(attention.frame_mass_kernel, config.frame, groups, counts, PATTERNS=4))
-    if dtype == torch.float32:
-        found += selects
-    return found
+    return found + selects
+
+
+ROWS = (context.store_kernel, context.join_kernel)
+
+
+def _rows(kernel, dtype: torch.dtype, head_dim: int, bits: int) -> Build:
+    """Of remembered keys and values, some of the tokens."""
+    x, strides = POINTERS[dtype], [f"stride_{t}{d}" for t in "kv" for d in "bsn"]
+    pointers = {"k_ptr": x, "v_ptr": x, "index_ptr": "*i64", "k_out_ptr": x, "v_out_ptr": x}
+    for t in "kv":
+        pointers |= {f"{t}_codes_ptr": "*u8", f"{t}_scale_ptr": "*fp16"}
+    kinds = pointers | dict.fromkeys(("tokens", "kept", "left", "heads", "held", *strides), "i32")
+    constants = {
+        "INDEXED": True, "D": head_dim, "D_PAD": triton.next_power_of_2(head_dim), "BITS": bits,
+        "TILE": context.ROWS,
+    }  # fmt: skip
+    signature = {name: kind for name, kind in kinds.items() if name in kernel.arg_names}
+    words = f"{bits} bits, {str(dtype).removeprefix('torch.')}, head_dim {head_dim}"
+    return _build(kernel, words, signature, constants, {"num_warps": context.WARPS}, strides)
 
 
 def _select(positions: int) -> Build:

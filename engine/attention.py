@@ -22,7 +22,7 @@ class Attend:
 
     Args:
         look: told self-attention's q, k and v [b, s, n, d].
-        extra: gives keys and values [b, m, n, d] that self-attention sees behind its own.
+        join: self-attention's keys and values, in place of its own k and v [b, s, n, d].
         heads: what each head computes; needs self-attention's layout.
 
     Attributes:
@@ -32,11 +32,11 @@ class Attend:
     def __init__(
         self,
         look: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None] | None = None,
-        extra: Callable[[], tuple[torch.Tensor, torch.Tensor]] | None = None,
+        join: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None,
         heads: Pair | None = None,
         layout: Layout | None = None,
     ):
-        self._look, self._extra, self._heads, self._layout = look, extra, heads, layout
+        self._look, self._join, self._heads, self._layout = look, join, heads, layout
         self.seen = False
 
     def __call__(self, q, k, v, attention: Attention) -> torch.Tensor:
@@ -47,10 +47,8 @@ class Attend:
             self.seen = True
             if self._look is not None:
                 self._look(q, k, v)
-            if self._extra is not None:
-                keys, values = self._extra()
-                k = torch.cat([k, keys.to(k)], 1)
-                v = torch.cat([v, values.to(v)], 1)
+            if self._join is not None:
+                k, v = self._join(k, v)
         if self._heads is None:
             return attention(q, k, v)
         heads = self._heads[0] if own else self._heads[1]

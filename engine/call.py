@@ -270,15 +270,15 @@ class Call:
         """What the block's attention is to do and to show; `seen` takes in what it shows."""
         if not (row.heads or row.context or row.choose):
             return None
-        look, extra = self._look(index, row, places, seen), None
+        look, join = self._look(index, row, places, seen), None
         if row.context in (READ, UPDATE) and places is not None:
 
-            def extra():
-                return self.part.read(self.keys, index, places.dropped)
+            def join(k, v):
+                return self.part.join(self.keys, index, k, v, places.dropped)
 
         if not row.heads:
-            return Attend(look, extra)
-        return Attend(look, extra, self.heads[index], self._layout(places, extra is not None))
+            return Attend(look, join)
+        return Attend(look, join, self.heads[index], self._layout(places, join is not None))
 
     def _look(self, index: int, row: Row, places: Places | None, seen: dict):
         def score(q, k, v) -> None:

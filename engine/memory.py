@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..kernels import pack_rows, unpack_rows
-from ..methods.grid import TokenGrid, gather_tokens
+from ..kernels import Packed, join_rows, store_rows
+from ..methods.grid import TokenGrid
 from ..methods.shares import expected_error, token_change
 from .compiled import outside_graphs
 
@@ -21,9 +21,6 @@ log = logging.getLogger(__name__)
 # share of a path's square that guidance and multi-step samplers do not explain: above it there was
 # noise added
 STRAYED = 0.5
-
-# codes and scales of keys, then of values
-Packed = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -209,30 +206,37 @@ class Part:
         Args:
             index: int64 [b, s], the tokens' positions; None is all.
         """
-        for key, own_k, own_v, at in zip(
-            keys, k.chunk(len(keys)), v.chunk(len(keys)), _chunks(index, len(keys)), strict=True
-        ):
-            packed = (*pack_rows(own_k, self.room.bits), *pack_rows(own_v, self.room.bits))
-            if self.room.device is not None:
-                packed = tuple(t.to(self.room.device) for t in packed)
-                at = None if at is None else at.to(self.room.device)
+        device, bits = self.room.device, self.room.bits
+        chunks = k.chunk(len(keys)), v.chunk(len(keys)), _chunks(index, len(keys))
+        for key, own_k, own_v, at in zip(keys, *chunks, strict=True):
             held = self.prompts.setdefault(key, Prompt()).context
+            if device is None:
+                into = () if at is None else (held[block], at)
+                held[block] = store_rows(own_k, own_v, bits, *into)
+                continue
+            packed = tuple(t.to(device) for t in store_rows(own_k, own_v, bits))
             if at is None:
                 held[block] = packed
                 continue
+            sample = torch.arange(len(at), device=device)[:, None]
             for into, new in zip(held[block], packed, strict=True):
-                places = at.view(*at.shape, *[1] * (new.ndim - 2)).expand_as(new)
-                into.scatter_(1, places, new)
+                into[sample, at.to(device)] = new
 
-    def read(self, keys, block: int, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Remembered keys and values [b, m, n, d] of tokens `index` [b, m]."""
-        parts, bits = [], self.room.bits
-        for key, at in zip(keys, _chunks(index, len(keys)), strict=True):
+    def join(
+        self, keys, block: int, k, v, index: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [b, s, n, d], and behind them the remembered ones of tokens `index` [b, m]."""
+        size = (len(k), k.shape[1] + index.shape[1], *k.shape[2:])
+        out = k.new_empty(size), v.new_empty(size)
+        chunks = (t.chunk(len(keys)) for t in (k, v, index, *out))
+        for key, own_k, own_v, at, out_k, out_v in zip(keys, *chunks, strict=True):
             held = self.prompts[key].context[block]
-            there = at.to(held[0].device)
-            some = [gather_tokens(t, there).to(at.device) for t in held]
-            parts.append((unpack_rows(*some[:2], bits), unpack_rows(*some[2:], bits)))
-        return torch.cat([k for k, _ in parts]), torch.cat([v for _, v in parts])
+            if self.room.device is not None:
+                sample = torch.arange(len(at), device=held[0].device)[:, None]
+                there = at.to(held[0].device)
+                held, at = tuple(t[sample, there].to(k.device) for t in held), None
+            join_rows(own_k, own_v, held, at, self.room.bits, (out_k, out_v))
+        return out
 
     def forget_context(self) -> None:
         """Let go of all keys and values."""

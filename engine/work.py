@@ -86,8 +86,8 @@ def _row_work(shape, row: Row, program: Program, patterns, sizes) -> Work:
         # read in full, written packed
         moved += row.tokens * inner * (2 + PACKED)
     if extra:
-        # taken packed, written in full, then put behind those of the kept tokens
-        moved += inner * (extra * (2 * PACKED + 2) + 2 * 2 * grid.tokens)
+        # those of the kept tokens, the packed ones, and both behind each other
+        moved += inner * (2 * row.tokens + PACKED * extra + 2 * grid.tokens)
     return work + Work(moved=moved)
 
 

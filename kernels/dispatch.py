@@ -20,6 +20,8 @@ log = logging.getLogger(__name__)
 BACKENDS = ("auto", "torch", "triton")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MOST_HEAD_DIM = 128
+# kernels whose tiles depend on the GPU
+ATTENTION = ("token_mass", "frame_mass")
 # what a kernel may differ from its reference by, as a share of the largest value
 CLOSE = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 # why a kernel declined or was dropped, by what was asked of it; None where it agreed
@@ -64,6 +66,33 @@ def smooth_select(
     return _choose("smooth_select", backend, scores, scores.shape[-1])(scores, keep, alpha)
 
 
+def store_rows(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bits: int,
+    held: reference.Packed | None = None,
+    index: torch.Tensor | None = None,
+    *,
+    backend: str = "auto",
+) -> reference.Packed:
+    """`reference.store_rows`."""
+    return _choose("store_rows", backend, k, k.shape[-1])(k, v, bits, held, index)
+
+
+def join_rows(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    held: reference.Packed,
+    index: torch.Tensor | None,
+    bits: int,
+    out: tuple[torch.Tensor, torch.Tensor],
+    *,
+    backend: str = "auto",
+) -> None:
+    """`reference.join_rows`."""
+    _choose("join_rows", backend, k, k.shape[-1])(k, v, held, index, bits, out)
+
+
 def why_not(name: str, tensor: torch.Tensor, size: int) -> str | None:
     """Why Triton's kernel `name` cannot take this tensor, or None.
 
@@ -87,7 +116,7 @@ def why_not(name: str, tensor: torch.Tensor, size: int) -> str | None:
         return f"{tensor.dtype} is none of bfloat16, float16, float32"
     elif size > MOST_HEAD_DIM or size % 2:
         return f"heads of {size} channels are not even, or more than {MOST_HEAD_DIM}"
-    elif config_of(arch, tensor.dtype) is None:
+    elif name in ATTENTION and config_of(arch, tensor.dtype) is None:
         return f"no tiles are known for {tensor.dtype} on this GPU ({arch})"
     return _check(name, tensor, size)
 
@@ -137,10 +166,10 @@ def _architecture(device: torch.device) -> int | str | None:
 def _kernel(name: str, tensor: torch.Tensor) -> Callable:
     """Triton's function of this name, with its tiles."""
     # Triton has no wheels for Windows and macOS, and takes a while to import
-    from . import attention, select
+    from . import attention, context, select
 
-    if name == "smooth_select":
-        return select.smooth_select
+    if name not in ATTENTION:
+        return getattr(select if name == "smooth_select" else context, name)
     arch = _architecture(tensor.device)
     config: Config = INTERPRETED if arch is None else config_of(arch, tensor.dtype)
     run = getattr(attention, name)
@@ -152,10 +181,9 @@ def _check(name: str, tensor: torch.Tensor, size: int) -> str | None:
     asked = (name, tensor.device, tensor.dtype, size)
     if asked in _checked:
         return _checked[asked]
-    arguments, options = _small(name, tensor.device, tensor.dtype, size)
-    want = getattr(reference, name)(*arguments, **options)
+    want = _try(getattr(reference, name), name, tensor, size)
     try:
-        got = _kernel(name, tensor)(*arguments, **options)
+        got = _try(_kernel(name, tensor), name, tensor, size)
         _checked[asked] = _difference(got, want, tensor.dtype)
     except Exception as error:
         # whatever a compiler or a driver raises, the reference can do the work
@@ -165,8 +193,19 @@ def _check(name: str, tensor: torch.Tensor, size: int) -> str | None:
     return _checked[asked]
 
 
-def _small(name: str, device: torch.device, dtype: torch.dtype, size: int):
-    """Arguments of a kernel, small and awkward, the same every time."""
+def _try(run: Callable, name: str, tensor: torch.Tensor, size: int) -> tuple[torch.Tensor, ...]:
+    """What a kernel or its reference makes of small inputs."""
+    found = []
+    for arguments, options in _small(name, tensor.device, tensor.dtype, size):
+        result = run(*arguments, **options)
+        # what is joined is put into the last argument
+        result = arguments[-1] if name == "join_rows" else result
+        found += result if isinstance(result, tuple) else (result,)
+    return tuple(found)
+
+
+def _small(name: str, device: torch.device, dtype: torch.dtype, size: int) -> list[tuple]:
+    """Arguments and options to try a kernel with, small and awkward, the same every time."""
     random = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> torch.Tensor:
@@ -175,22 +214,33 @@ def _small(name: str, device: torch.device, dtype: torch.dtype, size: int):
     if name == "smooth_select":
         # few levels, so that there are ties
         scores = draw(2, 3, min(size, 517)).mul(4).round()
-        return (scores, max(1, scores.shape[-1] // 3), 0.5), {}
+        return [((scores, max(1, scores.shape[-1] // 3), 0.5), {})]
+    if name in ("store_rows", "join_rows"):
+        return [_small_rows(name, draw, size, bits) for bits in (8, 4)]
     grid = (3, 7, 11)
     tokens = math.prod(grid)
     index = torch.arange(0, tokens, 3, device=device)
     options = {"exclude_radius": 1} if name == "token_mass" else {}
     q, k = draw(2, tokens + 5, 2, size), draw(2, tokens + 5, 2, size)
-    return (q, k, grid, index), {"start": 2, **options}
+    return [((q, k, grid, index), {"start": 2, **options})]
+
+
+def _small_rows(name: str, draw: Callable, size: int, bits: int) -> tuple:
+    k, v = draw(2, 19, 3, size), draw(2, 19, 3, size)
+    held = reference.store_rows(draw(2, 40, 3, size), draw(2, 40, 3, size), bits)
+    index = torch.arange(0, 38, 2)
+    index = torch.stack([index, index.flip(0) + 1]).to(k.device)
+    if name == "store_rows":
+        return (k, v, bits, held, index), {}
+    return (k, v, held, index, bits, (draw(2, 38, 3, size), draw(2, 38, 3, size))), {}
 
 
 def _difference(got, want, dtype: torch.dtype) -> str | None:
     """Why two results are not alike, or None."""
-    got, want = (x if isinstance(x, tuple) else (x,) for x in (got, want))
     for one, other in zip(got, want, strict=True):
         if not one.is_floating_point():
             if not torch.equal(one, other):
-                return "it chose other tokens than the torch reference on a small input"
+                return "its whole numbers are not those of the torch reference on a small input"
             continue
         off = (one.double() - other.double()).abs().max() / other.double().abs().max()
         # also true for NaN

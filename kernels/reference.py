@@ -9,6 +9,8 @@ import torch
 # scores held at once: queries x keys x heads x batch
 CHUNK_SCORES = 1 << 24
 HALF_MAX = 65504.0
+# codes and scales of keys, then of values: [b, s, n, d * bits / 8] and [b, s, n], contiguous
+Packed = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def token_mass(
@@ -181,7 +183,7 @@ def pack_rows(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
         codes uint8 [..., d * bits / 8] and scales fp16 [...].
     """
     most = 2 ** (bits - 1) - 1
-    wide = x.float()
+    wide = x.float().contiguous()
     # what is too large for fp16 is cut off, and spoils no number beside it
     scale = (wide.abs().amax(-1) / most).clamp(1e-7, HALF_MAX / (most + 1)).half()
     codes = (wide / scale.float()[..., None]).round_().clamp_(-most, most) + (most + 1)
@@ -196,3 +198,50 @@ def unpack_rows(codes: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Te
     if bits == 4:
         codes = torch.stack([codes & 15, codes >> 4], -1).flatten(-2)
     return (codes.half() - 2 ** (bits - 1)) * scale[..., None]
+
+
+def store_rows(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bits: int,
+    held: Packed | None = None,
+    index: torch.Tensor | None = None,
+) -> Packed:
+    """Keys and values [b, s, n, d] in `bits` bits a number, as `pack_rows`; d even.
+
+    Args:
+        held: where to put them, in place, at `index`; None makes it, of these s tokens.
+        index: int64 [b, s], their positions there, each once.
+
+    Returns:
+        `held`.
+    """
+    packed = (*pack_rows(k, bits), *pack_rows(v, bits))
+    if held is None:
+        return packed
+    sample = torch.arange(len(index), device=index.device)[:, None]
+    for into, new in zip(held, packed, strict=True):
+        into[sample, index] = new
+    return held
+
+
+def join_rows(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    held: Packed,
+    index: torch.Tensor | None,
+    bits: int,
+    out: tuple[torch.Tensor, torch.Tensor],
+) -> None:
+    """Keys and values [b, s, n, d], and behind them remembered ones, into `out` [b, s + m, n, d].
+
+    Args:
+        index: int64 [b, m], positions in `held`; None is all in order.
+        out: contiguous, in the dtype of k and v.
+    """
+    if index is not None:
+        sample = torch.arange(len(index), device=index.device)[:, None]
+        held = tuple(t[sample, index] for t in held)
+    for into, own, codes, scale in ((out[0], k, *held[:2]), (out[1], v, *held[2:])):
+        into[:, : own.shape[1]] = own
+        into[:, own.shape[1] :] = unpack_rows(codes, scale, bits)

@@ -12,7 +12,7 @@ from itertools import accumulate
 
 import torch
 
-from .grid import TokenGrid, gather_tokens
+from .grid import TokenGrid
 from .heads import FRAME, FULL, OFF, TILES
 
 # q, k, v [b, s, n, d] -> [b, s, n, d], for any number of heads
@@ -146,14 +146,13 @@ class HeadGroups:
         self._index: dict[torch.device, dict[str, torch.Tensor]] = {}
 
     def on(self, device: torch.device) -> dict[str, torch.Tensor]:
-        """Heads of every pattern but OFF."""
+        """Heads of every pattern."""
         if device not in self._index:
-            names = sorted(set(self.patterns) - {OFF})
             self._index[device] = {
                 name: torch.tensor(
                     [h for h, pattern in enumerate(self.patterns) if pattern == name], device=device
                 )
-                for name in names
+                for name in sorted(set(self.patterns))
             }
         return self._index[device]
 
@@ -177,41 +176,43 @@ class HeadGroups:
             raise ValueError(
                 f"heads: expected a plan for {q.shape[2]} heads, got {len(self.patterns)}"
             )
-        out = torch.zeros_like(q)
+        out = torch.empty_like(q)
         for name, heads in self.on(q.device).items():
-            some = (t.index_select(2, heads) for t in (q, k, v))
-            part = _within(*some, layout, name, attention) if name != FULL else attention(*some)
-            out.index_copy_(2, heads, part.to(out.dtype))
+            if name == OFF:
+                out.index_fill_(2, heads, 0.0)
+            elif name == FULL:
+                _put(out, attention(*(t.index_select(2, heads) for t in (q, k, v))), heads)
+            else:
+                _within(out, q, k, v, heads, layout, name, attention)
         return out
 
 
-def _within(q, k, v, layout: Layout, pattern: str, attention: Attention) -> torch.Tensor:
+def _within(out, q, k, v, heads, layout: Layout, pattern: str, attention: Attention) -> None:
     """Every grid token sees its group and what lies outside the grid; that sees everything."""
     own, rest = layout.groups(pattern, q.device)
     outside = layout.before + layout.after
     kept = sum(own.sizes)
     simple = own.order is None and rest is None and not outside
     if simple and len(set(own.sizes)) == 1:
-        groups = (t.unflatten(1, (len(own.sizes), -1)).flatten(0, 1) for t in (q, k, v))
-        return attention(*groups).unflatten(0, (len(q), -1)).flatten(1, 2)
+        some = (t.index_select(2, heads) for t in (q, k, v))
+        groups = (t.unflatten(1, (len(own.sizes), -1)).flatten(0, 1) for t in some)
+        _put(out, attention(*groups).unflatten(0, (len(q), -1)).flatten(1, 2), heads)
+        return
     if own.order is None:
         own = Groups(torch.arange(kept, device=q.device)[None], own.sizes)
-    out = torch.empty_like(q)
     if outside:
-        apart = _outside(layout, kept, q.device)
-        out.index_copy_(1, apart, attention(q.index_select(1, apart), k, v))
-        extra = [t.index_select(1, apart) for t in (k, v)]
+        apart = _outside(layout, kept, q.device)[None, None]
+        some = _take(q, heads, apart), k.index_select(2, heads), v.index_select(2, heads)
+        _put(out, attention(*some), heads, apart)
+        extra = [_take(t, heads, apart) for t in (k, v)]
     for index, behind, count in _classes(own, rest):
         keys = index if behind is None else torch.cat([index, behind], -1)
-        parts = [_take(q, index, count), *(_take(t, keys, count) for t in (k, v))]
+        parts = [_take(q, heads, index), _take(k, heads, keys), _take(v, heads, keys)]
         if outside:
             for at, t in enumerate(extra, 1):
                 shared = t[:, None].expand(-1, count, -1, -1, -1).flatten(0, 1)
                 parts[at] = torch.cat([parts[at], shared], 1)
-        result = attention(*parts).unflatten(0, (len(q), count)).flatten(1, 2)
-        flat = index.flatten(1)[..., None, None].expand(len(q), -1, *result.shape[2:])
-        out.scatter_(1, flat, result)
-    return out
+        _put(out, attention(*parts), heads, index)
 
 
 def _outside(layout: Layout, kept: int, device: torch.device) -> torch.Tensor:
@@ -236,9 +237,24 @@ def _members(groups: Groups, members: list[int]) -> torch.Tensor:
     return torch.stack(parts, 1)
 
 
-def _take(tensor: torch.Tensor, index: torch.Tensor, count: int) -> torch.Tensor:
-    """[b, s, n, d] at positions [b or 1, groups, size] -> [b * groups, size, n, d]."""
-    flat = index.flatten(1)
-    if len(flat) != len(tensor):
-        return tensor.index_select(1, flat[0]).unflatten(1, (count, -1)).flatten(0, 1)
-    return gather_tokens(tensor, flat).unflatten(1, (count, -1)).flatten(0, 1)
+def _take(tensor: torch.Tensor, heads: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Heads of [b, s, n, d] at positions [b or 1, groups, size] -> [b * groups, size, heads, d].
+
+    Both at once, so that they are read and written once.
+    """
+    return tensor[_samples(tensor, index), index[..., None], heads].flatten(0, 1)
+
+
+def _put(out: torch.Tensor, result, heads: torch.Tensor, index=None) -> None:
+    """The inverse of `_take`, into `out` [b, s, n, d]; without an index all positions."""
+    result = result.to(out.dtype)
+    if index is None:
+        out.index_copy_(2, heads, result)
+        return
+    groups = result.unflatten(0, (len(out), -1))
+    out[_samples(out, index), index[..., None], heads] = groups
+
+
+def _samples(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Number of each sample, beside positions [b or 1, groups, size] and heads."""
+    return torch.arange(len(tensor), device=index.device)[:, None, None, None]

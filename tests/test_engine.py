@@ -16,6 +16,7 @@ from wantrim.engine.program import KEPT, MIXED, NOT_REMEMBERED, SKIP
 from wantrim.engine.record import Record
 from wantrim.hosts.diffusers.attach import attach
 from wantrim.hosts.diffusers.weights import load_original
+from wantrim.kernels import reference
 from wantrim.methods.depth import BlockPlan
 from wantrim.methods.grid import TokenGrid
 from wantrim.methods.heads import FULL, OFF, HeadPlan
@@ -486,14 +487,14 @@ def test_keys_and_values_are_held_no_longer_than_a_later_step_reads_them(wan):
 @pytest.mark.parametrize("at", [0, 3, 21, 23])
 def test_out_of_memory_a_run_goes_on_without_context(wan, monkeypatch, at):
     """Each of two prompts packs keys and values of five blocks in a step: 20 a step."""
-    packs, count = memory.pack_rows, iter(range(10_000))
+    packs, count = reference.pack_rows, iter(range(10_000))
 
     def full(x, bits):
         if next(count) >= at:
             raise torch.OutOfMemoryError("planted")
         return packs(x, bits)
 
-    monkeypatch.setattr(memory, "pack_rows", full)
+    monkeypatch.setattr(reference, "pack_rows", full)
     found, record = run(wan, TrimPlan(shares=Shares(SIGMAS, (1, 1, 0.4, 0.3, 0, 0.4))))
     assert OUT_OF_MEMORY in record.notes
     assert all(out.isfinite().all() for step in found for out in step)

@@ -1,3 +1,4 @@
+import functools
 import logging
 import math
 import re
@@ -270,17 +271,43 @@ def test_rows_that_lie_apart_in_memory_are_packed_alike(bits):
     assert torch.equal(some, unpack_rows(codes, scale, bits)[:, [0, 2]])
 
 
-NAMES = ("token_mass", "frame_mass", "smooth_select")
+@BITS
+@DTYPES
+def test_rows_are_stored_where_they_belong_and_joined_behind_others(bits, dtype):
+    torch.manual_seed(3)
+    k, v = torch.randn(2, 2, 9, 3, 12).to(dtype)
+    held = kernels.store_rows(k, v, bits)
+    assert [t.shape for t in held[:2]] == [(2, 9, 3, 12 * bits // 8), (2, 9, 3)]
+    # each sample its own tokens, in any order
+    index = torch.tensor([[0, 5, 7], [8, 1, 2]])
+    new_k, new_v = torch.randn(2, 2, 3, 3, 12).to(dtype)
+    assert kernels.store_rows(new_k, new_v, bits, held, index) is held
+    sample = torch.arange(2)[:, None]
+    k[sample, index], v[sample, index] = new_k, new_v
+    assert all(map(torch.equal, held, kernels.store_rows(k, v, bits)))
+    out = torch.full((2, 2, 7, 3, 12), float("nan")).to(dtype)
+    left = torch.tensor([[1, 2, 3, 4], [7, 6, 5, 0]])
+    kernels.join_rows(new_k, new_v, held, left, bits, (out[0], out[1]))
+    for joined, own, whole in ((out[0], new_k, k), (out[1], new_v, v)):
+        assert torch.equal(joined[:, :3], own)
+        back = unpack_rows(*pack_rows(whole, bits), bits).to(dtype)
+        assert torch.equal(joined[:, 3:], back[sample, left])
+    some = tuple(t[sample, left] for t in held)
+    again = torch.empty_like(out)
+    kernels.join_rows(new_k, new_v, some, None, bits, (again[0], again[1]))
+    assert torch.equal(out, again)
+
+
+NAMES = ("token_mass", "frame_mass", "smooth_select", "store_rows", "join_rows")
 
 
 def call(name, backend):
     size = 40 if name == "smooth_select" else 16
-    arguments, options = dispatch._small(name, torch.device("cpu"), torch.float32, size)
-    return getattr(kernels, name)(*arguments, **options, backend=backend)
+    run = functools.partial(getattr(kernels, name), backend=backend)
+    return dispatch._try(run, name, torch.zeros(1), size)
 
 
 def same(one, other):
-    one, other = (x if isinstance(x, tuple) else (x,) for x in (one, other))
     return all(map(torch.equal, one, other))
 
 
@@ -320,7 +347,10 @@ def broken(*arguments, **options):
 
 @pytest.mark.parametrize(
     ("kernel", "why"),
-    [(wrong, "it chose other tokens than the torch reference"), (broken, "OSError: no compiler")],
+    [
+        (wrong, "its whole numbers are not those of the torch reference"),
+        (broken, "OSError: no compiler"),
+    ],
 )
 def test_a_kernel_that_disagrees_is_dropped_and_the_log_says_so(as_if, caplog, kernel, why):
     calls = []

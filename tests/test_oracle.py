@@ -89,8 +89,8 @@ def both(model, plan, grid, size, text, alone=True, batch=1):
 @torch.no_grad()
 def test_small_wan(name, alone, monkeypatch):
     # remembered in full, so that only the order of sums differs
-    monkeypatch.setattr("wantrim.engine.memory.pack_rows", lambda x, bits: (x, x[..., 0]))
-    monkeypatch.setattr("wantrim.engine.memory.unpack_rows", lambda codes, scale, bits: codes)
+    monkeypatch.setattr("wantrim.kernels.reference.pack_rows", lambda x, bits: (x, x[..., 0]))
+    monkeypatch.setattr("wantrim.kernels.reference.unpack_rows", lambda codes, scale, bits: codes)
     text = torch.randn(2, 7, 24, generator=torch.Generator().manual_seed(9))
     pairs, record = both(
         small_wan(16), PLANS[name], GRID, SIZE, text.repeat_interleave(2, 0), alone, 2

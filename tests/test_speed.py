@@ -172,12 +172,12 @@ def test_kept_tokens_go_short_from_block_to_block(wide):
     assert len(every_ten) == 27 and mean.launches <= 2 and mean.moved <= 1.6
 
 
-# demoted ones are taken out by pattern and again by tile (methods/attend.py)
-@pytest.mark.parametrize(("others", "most"), [("off", 8), ("demoted", 12)])
-def test_heads_that_are_off_move_eight_hidden_states_at_most(wide, others, most):
+@pytest.mark.parametrize("others", ["off", "demoted"])
+def test_heads_move_eight_hidden_states_at_most(wide, others):
     found = trimmed_blocks(wide, WIDE, plans(WIDE)[f"heads 0.7, others {others}"])
     assert len(found) == 30
-    assert 0 < sum(cost.moved for cost in found) / len(found) <= most
+    # and a token's positions, 8 bytes beside its 1,920, made and read
+    assert 0 < sum(cost.moved for cost in found) / len(found) <= 8 + 8 * 8 / 1920
 
 
 def test_only_the_small_size_can_be_timed_from_end_to_end(tmp_path, monkeypatch):

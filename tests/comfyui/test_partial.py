@@ -10,7 +10,8 @@ import comfy.model_management
 from wantrim.engine import memory
 from wantrim.hosts.comfyui.attach import SESSION_KEY
 from wantrim.hosts.comfyui.blocks import OVERRIDE
-from wantrim.kernels import pack_rows, unpack_rows
+from wantrim.kernels import reference
+from wantrim.kernels.reference import pack_rows, unpack_rows
 from wantrim.nodes.wantrim import WanTrim
 from wantrim.tests.comfyui import tiny
 from wantrim.tests.comfyui.passes import look_inside, lost_places, observed
@@ -132,11 +133,11 @@ def test_four_bits_are_nearer_to_exact_than_nothing_and_eight_are_nearer_still(m
         monkeypatch.setattr(memory, "Room", lambda bits=bits: real(None, bits))
         outs[bits], _, report = watched(tiny.case(), *values)
         assert not report.notes
-    monkeypatch.setattr(memory, "pack_rows", lambda x, bits: (x.clone(), x[..., :1].clone()))
-    monkeypatch.setattr(memory, "unpack_rows", lambda codes, scales, bits: codes)
+    monkeypatch.setattr(reference, "pack_rows", lambda x, bits: (x.clone(), x[..., :1].clone()))
+    monkeypatch.setattr(reference, "unpack_rows", lambda codes, scales, bits: codes)
     exact, _, _ = watched(tiny.case(), *values)
     # with nothing remembered the others would not be seen
-    monkeypatch.setattr(memory, "unpack_rows", lambda codes, scales, bits: codes * 0)
+    monkeypatch.setattr(reference, "unpack_rows", lambda codes, scales, bits: codes * 0)
     outs[0], _, _ = watched(tiny.case(), *values)
     errors = {bits: float((out - exact).square().mean()) for bits, out in outs.items()}
     assert 0 < errors[8] < 0.1 * errors[4] < 0.1 * errors[0]
@@ -237,7 +238,7 @@ def test_memory_that_runs_out_leaves_a_finished_run_and_a_remark(at, monkeypatch
             raise torch.OutOfMemoryError("no room")
         return pack_rows(x, bits)
 
-    monkeypatch.setattr(memory, "pack_rows", short)
+    monkeypatch.setattr(reference, "pack_rows", short)
     base = tiny.base_model().clone()
     held = contexts(base)
     patched = tiny.shared(base, 1, 1, 0.4, 0.4, 0, 0.4)
@@ -264,7 +265,7 @@ def test_memory_that_runs_out_in_a_partial_step_still_gives_that_step(monkeypatc
             raise torch.OutOfMemoryError("no room")
         return pack_rows(x, bits)
 
-    monkeypatch.setattr(memory, "pack_rows", short)
+    monkeypatch.setattr(reference, "pack_rows", short)
     patched = tiny.shared(tiny.base_model(), 1, 1, 0.4, 0.4, 0.4)
     out = tiny.sample(patched, steps=5)
     assert torch.isfinite(out).all() and tiny.report_of(patched).finished

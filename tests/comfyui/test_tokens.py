@@ -50,7 +50,11 @@ def keys_of_the_others(args, extra, places: Places) -> Attend:
 
     whole = _Block(args, extra, None, args["transformer_options"])
     whole.run(args["img"], None, Attend(look))
-    return Attend(extra=lambda: tuple(seen))
+
+    def join(k, v):
+        return torch.cat([k, seen[0]], 1), torch.cat([v, seen[1]], 1)
+
+    return Attend(join=join)
 
 
 def mask_keys(dropped: torch.Tensor):

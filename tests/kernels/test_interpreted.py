@@ -34,7 +34,7 @@ def guard(monkeypatch):
         value = float("nan") if made.is_floating_point() else torch.iinfo(dtype).max // 3
         return guard(made.fill_(value))
 
-    for module in ("attention", "select"):
+    for module in ("attention", "context", "select"):
         target = __import__(f"wantrim.kernels.{module}", fromlist=["torch"])
         fake = type("Torch", (), {"__getattr__": lambda self, name: getattr(torch, name)})()
         fake.empty = poisoned
@@ -175,6 +175,66 @@ def test_smooth_select_orders_what_is_no_number_as_a_sort_does(guard):
     for keep in range(1, row.numel() + 1):
         got = kernels.smooth_select(guard(scores), keep, 0.5, backend="triton")
         assert all(map(torch.equal, got, kernels.smooth_select(scores, keep, 0.5)))
+
+
+# tokens, kept ones, heads, head_dim, batch
+ROWS = [(1, 1, 1, 12, 1), (7, 3, 3, 16, 2), (40, 23, 2, 128, 1), (63, 62, 5, 40, 2)]
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(
+    "size, dtype, strided", [(size, DTYPES[i % 3], i % 2) for i, size in enumerate(ROWS)]
+)
+def test_remembered_rows_are_the_references_to_the_bit(size, dtype, bits, strided, guard):
+    tokens, kept, heads, dim, batch = size
+    random = torch.Generator().manual_seed(tokens)
+
+    def draw(count):
+        wide = torch.randn(batch, count, heads, dim + 3 * strided, generator=random)
+        # rows from a thousandth to a thousand, some numbers ties between two codes
+        scale = 10.0 ** torch.randint(-3, 4, (batch, count, heads, 1), generator=random)
+        return guard((wide * scale).to(dtype)[..., :dim])
+
+    k, v = draw(tokens), draw(tokens)
+    got = kernels.store_rows(k, v, bits, backend="triton")
+    want = kernels.store_rows(k, v, bits, backend="torch")
+    assert all(map(torch.equal, got, want))
+    order = torch.stack([torch.randperm(tokens, generator=random) for _ in range(batch)])
+    index, left = guard(order[:, :kept]), guard(order[:, kept:])
+    new_k, new_v = draw(kept), draw(kept)
+    kernels.store_rows(new_k, new_v, bits, got, index, backend="triton")
+    kernels.store_rows(new_k, new_v, bits, want, index, backend="torch")
+    assert all(map(torch.equal, got, want))
+    for at in (left, None):
+        behind = tokens if at is None else tokens - kept
+        outs = [
+            [
+                guard(torch.full((batch, kept + behind, heads, dim), float("nan")).to(dtype))
+                for _ in "kv"
+            ]
+            for _ in range(2)
+        ]
+        kernels.join_rows(new_k, new_v, got, at, bits, tuple(outs[0]), backend="triton")
+        kernels.join_rows(new_k, new_v, want, at, bits, tuple(outs[1]), backend="torch")
+        # the interpreter cuts off where a GPU rounds to bf16
+        step = 2**-7 if dtype == torch.bfloat16 else 0.0
+        for one, other in zip(*outs, strict=True):
+            torch.testing.assert_close(one, other, rtol=step, atol=0.0)
+            assert torch.equal(one[:, :kept], other[:, :kept])
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_remembered_rows_that_are_no_numbers_or_huge(bits, guard):
+    row = torch.tensor([1.5, -2.5, 0.5, 3e38, float("inf"), -float("inf"), float("nan"), 0.0])
+    # one row a head
+    k = torch.stack([row.roll(i)[:4] for i in range(8)])[None, None]
+    outs = []
+    for backend in ("triton", "torch"):
+        held = kernels.store_rows(guard(k), guard(-k), bits, backend=backend)
+        out = [guard(torch.zeros(1, 2, 8, 4)) for _ in "kv"]
+        kernels.join_rows(k, k, held, None, bits, tuple(out), backend=backend)
+        outs.append([t.nan_to_num(7.0, 8.0, 9.0) for t in out])
+    assert all(map(torch.equal, *outs))
 
 
 @triton.jit
