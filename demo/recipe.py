@@ -68,13 +68,13 @@ class SecondRecipe(Recipe):
     log_every: ClassVar[int] = 50
 
     world: str = SECOND.name
-    canvases: tuple[tuple[float, int], ...] = ((0.2, 96), (0.6, 128), (1.0, SECOND.side))
+    canvases: tuple[tuple[float, int], ...] = ((0.35, 96), (0.75, 128), (1.0, SECOND.side))
     guidance: float = 5.0
     steps: int = 5600
     lr_matrix: float = 4e-3
     lr_other: float = 1.5e-3
     # within the last canvas
-    cooldown: float = 0.35
+    cooldown: float = 0.25
 
 
 RECIPES = {recipe.world: recipe for recipe in (Recipe(), SecondRecipe())}
