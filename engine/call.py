@@ -12,6 +12,7 @@ import torch
 from ..methods.attend import Layout
 from ..methods.grid import TokenGrid, gather_tokens, scatter_tokens
 from ..methods.importance import attention_received
+from ..methods.role_plan import measure_roles
 from ..methods.shares import latent_mask
 from ..methods.tokens import Selection, select_tokens
 from .attention import Attend, Pair
@@ -82,6 +83,8 @@ class StepState:
     choices: list[Selection | None] = field(default_factory=list)
     # whether the first call came to the model, or another node answered it; None is not known
     reached: bool | None = None
+    # by block: what each pattern would keep of each head [n, patterns]
+    masses: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
 @outside_graphs
@@ -144,7 +147,10 @@ class Call:
     @property
     def touches_blocks(self) -> bool:
         """False when this call's blocks run as they are: then the host's model runs untouched."""
-        return any(row.run != ALL or row.choose or row.heads or row.context for row in self.rows)
+        return any(
+            row.run != ALL or row.choose or row.heads or row.context or row.measure
+            for row in self.rows
+        )
 
     def repeated(self) -> torch.Tensor:
         """The velocities of a step that computes nothing [b, c, f, h, w]."""
@@ -261,14 +267,15 @@ class Call:
     def _ran(self, index: int, row: Row, attend: Attend | None = None) -> None:
         if not self.first:
             return
-        if (row.heads or row.context) and (attend is None or not attend.seen):
-            row = replace(row, heads=False, context="")
+        asked = row.heads or row.context or row.measure
+        if asked and (attend is None or not attend.seen):
+            row = replace(row, heads=False, context="", measure=False)
         self.state.rows[index] = row
         self.state.choices.append(self.current if row.run == KEPT else None)
 
     def _attend(self, index: int, row: Row, places: Places | None, seen: dict) -> Attend | None:
         """What the block's attention is to do and to show; `seen` takes in what it shows."""
-        if not (row.heads or row.context or row.choose):
+        if not (row.heads or row.context or row.choose or row.measure):
             return None
         look, join = self._look(index, row, places, seen), None
         if row.context in (READ, UPDATE) and places is not None:
@@ -289,6 +296,9 @@ class Call:
                 plan.query_ratio, plan.exclude_radius, plan.min_queries,
             )  # fmt: skip
 
+        def measure(q, k, v) -> None:
+            self.state.masses[index] = measure_roles(self._own(q), self._own(k), self.grid)
+
         def keep(q, k, v) -> None:
             try:
                 self.part.write(self.keys, index, k, v, None if places is None else places.index)
@@ -298,6 +308,8 @@ class Call:
                 self.record.note(OUT_OF_MEMORY)
 
         wanted = [score] if row.choose and index not in self.state.selections else []
+        if row.measure and self.first:
+            wanted.append(measure)
         if row.context in (WRITE, UPDATE) and not self.memory.lost:
             wanted.append(keep)
         if not wanted:

@@ -16,6 +16,7 @@ import torch
 from ..methods.budget import attention_share
 from ..methods.depth import choose_blocks
 from ..methods.grid import TokenGrid
+from ..methods.heads import HeadPlan
 from ..methods.routers import Content
 from .attention import head_groups
 from .call import Call, Shared, StepState
@@ -72,6 +73,10 @@ class Engine:
         self.now: StepState | None = None
         self._shared = Shared(plan, record)
         self._began = 0.0
+        # what patterns keep of heads, by block, and the plan that follows from it
+        self._masses: dict[int, torch.Tensor] = {}
+        self._heads: HeadPlan | None = None
+        self._measured = False
         # whether a block ever ran through us
         self._asked = False
         self._started = time.perf_counter()
@@ -81,7 +86,9 @@ class Engine:
         """Go by this plan; later only when it cannot be made before the first model call."""
         self.plan, self._router = plan, None
         self._shared.plan = plan
-        self._shared.heads = head_groups(plan.heads) if plan.trims_heads else None
+        self._shared.heads, self._heads = None, None
+        if plan.trims_heads and not plan.finds_roles:
+            self._shared.heads = head_groups(plan.heads)
         self.record.plan, self.record.planned = plan, plan.describe()
 
     @property
@@ -124,8 +131,11 @@ class Engine:
         told = torch.stack([value.to(latent.device).float() for value in asked])
         if anchored is not None:
             told = torch.cat([told, anchored.to(told)])
-        largest, *rest = told.tolist()
-        count = len(chunks) - 1
+        masses = {} if last is None else last.masses
+        count, known = len(chunks) - 1, len(told)
+        told = torch.cat([told, *(mass.flatten().to(told) for mass in masses.values())]).cpu()
+        self._take_masses(masses, told[known:])
+        largest, *rest = told[:known].tolist()
         given = tuple(value > 0 for value in rest[count + 2 :])
         return Seen(
             largest / unit,
@@ -183,12 +193,14 @@ class Engine:
             part.noisy |= seen.strayed > STRAYED
             keys = [(*pair, 1) for pair in zip(names, cond_or_uncond, strict=True)]
             clip = None if clip is None else clip.chunk(len(chunks))[decider]
+            self._find_roles(grid, num_blocks)
             facts = Facts(
                 sigma, progress, grid, num_blocks, seen.anchored, inside, seen.mixed,
                 known=part.known(keys), seen=part.seen,
                 begun=any(one.sigma != sigma and not one.answered for one in self.record.steps),
                 context=not self.memory.lost,
                 skipped=self._skipped(sigma, progress, Content(own, clip), num_blocks),
+                heads=self._heads,
             )  # fmt: skip
             program = compile_step(self.plan, facts)
             if program.partial and not part.has_context(keys):
@@ -197,7 +209,7 @@ class Engine:
             self.record.steps.append(step)
             for remark in program.remarks:
                 self.record.note(remark)
-            if self.plan.trims_heads and self.record.attention_share is None:
+            if self._shared.heads and self.record.attention_share is None:
                 share = attention_share(self.plan.heads, grid, text_tokens=0)
                 self.record.attention_share = share
             if self.memory.lost or not self._needs_context(program, sigma):
@@ -218,6 +230,23 @@ class Engine:
             state.passes[pair] += 1
             keys.append((*pair, state.passes[pair]))
         return Call(self._shared, state, grid, chunks, keys, decider, alone)
+
+    def _take_masses(self, masses: dict[int, torch.Tensor], told: torch.Tensor) -> None:
+        """Take in what a step measured, as it was read [numbers]; it is used from the next one on."""
+        parts = told.split([mass.numel() for mass in masses.values()])
+        for (block, mass), own in zip(masses.items(), parts, strict=True):
+            self._masses[block] = own.view(mass.shape)
+        self._measured |= bool(masses)
+        masses.clear()
+
+    def _find_roles(self, grid: TokenGrid, num_blocks: int) -> None:
+        """Heads by what was measured last."""
+        if not self._measured:
+            return
+        self._measured = False
+        self._heads = self.plan.heads.solved(self._masses, grid, num_blocks)
+        self._shared.heads = head_groups(self._heads)
+        self.record.attention_share = attention_share(self._heads, grid, text_tokens=0)
 
     def _needs_context(self, program: Program, sigma: float) -> bool:
         """Whether this step or a later one reads keys and values that are there."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ..methods.depth import BlockPlan
 from ..methods.heads import OFF, PATTERNS, HeadPlan
+from ..methods.role_plan import RolePlan
 from ..methods.shares import Shares
 from ..methods.tokens import TokenPlan
 
@@ -16,11 +17,12 @@ class TrimPlan:
 
     Args:
         tokens: TAPE's token pruning, in the steps that compute something.
+        heads: the pattern of every head, or a budget for patterns that are found in the run.
         shares: of the tokens, by step.
     """
 
     tokens: TokenPlan | None = None
-    heads: HeadPlan | None = None
+    heads: HeadPlan | RolePlan | None = None
     blocks: BlockPlan | None = None
     shares: Shares | None = None
 
@@ -39,6 +41,11 @@ class TrimPlan:
     @property
     def trims_blocks(self) -> bool:
         return self.blocks is not None and not self.blocks.neutral
+
+    @property
+    def finds_roles(self) -> bool:
+        """Whether the run has to measure what its heads do."""
+        return self.trims_heads and isinstance(self.heads, RolePlan)
 
     @property
     def neutral(self) -> bool:
@@ -90,7 +97,9 @@ def _describe_tokens(t: TokenPlan) -> str:
     )
 
 
-def _describe_heads(plan: HeadPlan) -> str:
+def _describe_heads(plan: HeadPlan | RolePlan) -> str:
+    if isinstance(plan, RolePlan):
+        return f"heads by their roles, {plan.keep_ratio:.0%} of self-attention left"
     counts = ", ".join(f"{plan.count(name)} {name}" for name in PATTERNS if plan.count(name))
     cross = sum(heads.count(OFF) for heads in plan.cross_attention)
     return f"heads {counts}" + (f", {cross} cross-attention heads off" if cross else "")

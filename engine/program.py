@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ..methods.grid import TokenGrid
+from ..methods.heads import HeadPlan
 from ..methods.schedule import progress_at
 from .plan import TrimPlan
 
@@ -29,6 +30,7 @@ class Row:
         choose: tokens are chosen by what this block shows, for the blocks behind it.
         heads: its heads run in their patterns.
         context: what is done with remembered keys and values; "" is nothing.
+        measure: it shows what its heads do.
     """
 
     run: str = ALL
@@ -36,6 +38,7 @@ class Row:
     choose: bool = False
     heads: bool = False
     context: str = ""
+    measure: bool = False
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class Program:
         share: of the tokens that the step was to compute; 0 repeats the velocity.
         anchored: latent frames that keep all their tokens.
         remembers: what the model gives is needed by a later step.
+        heads: what they run in where their row says so; None is not known, or not planned.
         remarks: what was planned otherwise, and why.
     """
 
@@ -56,6 +60,7 @@ class Program:
     share: float = 1.0
     anchored: int = 0
     remembers: bool = False
+    heads: HeadPlan | None = None
     remarks: tuple[str, ...] = ()
 
     @property
@@ -76,7 +81,7 @@ class Program:
     @property
     def untouched(self) -> bool:
         """Whether the host's model may run without us: neutral is every row is all."""
-        return self.whole and not any(row.choose or row.context for row in self.rows)
+        return self.whole and not any(row.choose or row.context or row.measure for row in self.rows)
 
     @property
     def work(self) -> float:
@@ -102,6 +107,7 @@ class Facts:
         context: keys and values of all tokens could be remembered.
         remembered: those of every prompt of the call are, if that is asked.
         skipped: blocks that the router leaves out; None is not known yet, only how many.
+        heads: patterns that were found in this run; None is none yet.
     """
 
     sigma: float
@@ -117,6 +123,7 @@ class Facts:
     context: bool = True
     remembered: bool = True
     skipped: frozenset[int] | None = frozenset()
+    heads: HeadPlan | None = None
 
 
 MIXED = "prompts of different areas of the picture came in one model call: all tokens were computed there"
@@ -149,10 +156,7 @@ def compile_step(plan: TrimPlan, facts: Facts) -> Program:
             if anchored == grid.frames:
                 remarks.append(ALL_GIVEN)
                 budget, anchored = grid.per_frame, 0
-    heads = plan.trims_heads and plan.heads.trims_at(facts.progress)
-    if heads and facts.inside:
-        remarks.append(facts.inside)
-        heads = False
+    heads, patterned, measured = _heads(plan, facts, share, remarks)
     kept = anchored * grid.per_frame + (grid.frames - anchored) * budget
     if share == 0.0:
         rows = [Row(SKIP)] * facts.num_blocks
@@ -166,11 +170,16 @@ def compile_step(plan: TrimPlan, facts: Facts) -> Program:
     rows = [
         Row(SKIP)
         if index in skipped or row.run == SKIP
-        else replace(row, heads=heads and plan.heads.changes(index), context=context)
+        else replace(
+            row,
+            heads=patterned and heads.changes(index),
+            context=context,
+            measure=measured and row.run == ALL,
+        )
         for index, row in enumerate(rows)
     ]
     remembers = plan.shares is not None and not plan.shares.neutral
-    return Program(tuple(rows), grid, budget, share, anchored, remembers, tuple(remarks))
+    return Program(tuple(rows), grid, budget, share, anchored, remembers, heads, tuple(remarks))
 
 
 def _share(plan: TrimPlan, facts: Facts, remarks: list[str]) -> float:
@@ -192,6 +201,22 @@ def _share(plan: TrimPlan, facts: Facts, remarks: list[str]) -> float:
         if why is not None or facts.seen < 2:
             return 1.0
     return share
+
+
+def _heads(
+    plan: TrimPlan, facts: Facts, share: float, remarks: list[str]
+) -> tuple[HeadPlan | None, bool, bool]:
+    """The step's patterns, whether heads run in them, and whether it measures what they do."""
+    if not plan.trims_heads:
+        return None, False, False
+    heads = facts.heads if plan.finds_roles else plan.heads
+    within = plan.heads.trims_at(facts.progress)
+    if facts.inside:
+        if within:
+            remarks.append(facts.inside)
+        return heads, False, False
+    measured = plan.finds_roles and share == 1.0 and not facts.mixed
+    return heads, within and heads is not None, measured
 
 
 def _context(plan: TrimPlan, facts: Facts, share: float) -> str:
@@ -251,6 +276,7 @@ def expected_programs(
         facts = Facts(
             sigma, progress_at(sigma, shift), grid, num_blocks, anchored,
             known=seen > 0, seen=seen, skipped=None,
+            heads=plan.heads.expected(grid, num_blocks) if plan.finds_roles and seen else None,
         )  # fmt: skip
         programs.append(compile_step(plan, facts))
         seen += not programs[-1].repeats

@@ -9,6 +9,7 @@ from ..methods.cost import ROTARY_NUMBERS, WanShape, Work, block_work, outside_f
 from ..methods.grid import TokenGrid
 from ..methods.heads import FRAME, FULL, OFF, TILES, HeadPlan
 from ..methods.importance import query_count
+from ..methods.role_plan import measured_queries
 from ..methods.width import Width
 from .plan import TrimPlan
 from .program import KEPT, READ, SKIP, UPDATE, WRITE, Program, Row
@@ -43,13 +44,16 @@ def program_work(
         if row.run == SKIP:
             continue
         sizes = None if width is None else width.sizes(index)
-        patterns = _patterns(plan.heads, index) if row.heads else None
+        patterns = _patterns(program.heads, index) if row.heads else None
         key = (row.tokens, row.context, patterns, sizes)
         if key not in known:
             known[key] = _row_work(shape, row, program, patterns, sizes)
         total += known[key] * prompts
         if row.choose:
-            total += _choosing(shape, plan, program.grid, sizes)
+            queries = query_count(program.grid, plan.tokens.query_ratio, plan.tokens.min_queries)
+            total += _scores(shape, queries, program.grid, sizes)
+        if row.measure:
+            total += _scores(shape, measured_queries(program.grid), program.grid, sizes)
     return total + _moving(shape, rows, program.grid) * prompts
 
 
@@ -106,9 +110,8 @@ def _moving(shape: WanShape, rows: Sequence[Row], grid: TokenGrid) -> Work:
     return Work(moved=moved)
 
 
-def _choosing(shape: WanShape, plan: TrimPlan, grid: TokenGrid, sizes) -> Work:
-    """Attention scores of a block that chooses tokens by them."""
-    queries = query_count(grid, plan.tokens.query_ratio, plan.tokens.min_queries)
+def _scores(shape: WanShape, queries: int, grid: TokenGrid, sizes) -> Work:
+    """Attention scores of some queries, by which a block chooses tokens or measures its heads."""
     inner = shape.dim if sizes is None else sizes[0] * shape.head_dim
     return Work(attention=2 * queries * grid.tokens * inner)
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..hosts.comfyui.attach import attach_part
-from ..hosts.comfyui.profiling import check_profile
+from ..hosts.comfyui.profiling import check_profile, model_fingerprint
 from ..hosts.comfyui.slim import refuse_slim
 from ..hosts.comfyui.variants import check_variant
 from ..methods.budget import attention_share, solve_heads
 from ..methods.grid import TokenGrid
 from ..methods.heads import OFF, PATTERNS, HeadPlan
 from ..methods.profile import Profile
+from ..methods.role_plan import RolePlan
 from ..methods.width import pare_heads
 from ..profiles.recorder import ProfileFile
 from .profile import ProfileSocket
@@ -29,8 +30,10 @@ class WanTrimHeads(io.ComfyNode):
             display_name=NAME,
             category="model/patch/wan",
             description=(
-                "Gives each attention head of a Wan model only the attention that its role needs, "
-                "as measured in a profile (PARE, arXiv 2605.27336, and beyond). No training; works "
+                "Gives each attention head of a Wan model only the attention that its role needs: "
+                "its own latent frame, or a tile of the picture through all frames (PARE, arXiv "
+                "2605.27336, and beyond). Roles are measured in the run's own whole steps, or taken "
+                "from a profile. No training; works "
                 "with LoRAs, fp8 and WanTrim Tokens. Place it after the LoRA and before "
                 "ModelSamplingSD3, one per expert on Wan2.2. The video will change; prune ratio 0 "
                 "changes nothing at all."
@@ -48,7 +51,12 @@ class WanTrimHeads(io.ComfyNode):
                 io.Model.Input("model", tooltip="A Wan 2.1 or 2.2 model, after its LoRAs."),
                 ProfileSocket.Input(
                     "profile",
-                    tooltip="From WanTrim Load Profile: what was measured about this model.",
+                    optional=True,
+                    tooltip=(
+                        "From WanTrim Load Profile: what was measured about this model. Without it "
+                        "the first step of each run computes all attention and measures the roles, "
+                        "and heads are never off."
+                    ),
                 ),
                 io.Float.Input(
                     "prune_ratio",
@@ -70,7 +78,7 @@ class WanTrimHeads(io.ComfyNode):
                         "'demote': a head keeps to its own latent frame, or to a tile of the picture "
                         "through all frames, before it is dropped. 'drop': heads are whole or off, "
                         "where the whole model misses them least. 'paper': PARE's rule, equally many "
-                        "heads off in every block."
+                        "heads off in every block. The last two need a profile."
                     ),
                 ),
             ],
@@ -83,10 +91,17 @@ class WanTrimHeads(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, profile: ProfileFile, prune_ratio: float, method: str) -> io.NodeOutput:
+    def execute(
+        cls,
+        model,
+        profile: ProfileFile | None = None,
+        prune_ratio: float = 0.3,
+        method: str = "demote",
+    ) -> io.NodeOutput:
         check_variant(model, NAME, "trim the heads of")
         refuse_slim(model, NAME)
-        check_profile(model, profile.profile, NAME)
+        if profile is not None:
+            check_profile(model, profile.profile, NAME)
         # a linked value passes by what ComfyUI checks
         if not 0.0 <= prune_ratio <= MAX_PRUNE:
             raise ValueError(f"{NAME}: prune_ratio: expected 0 to {MAX_PRUNE}, got {prune_ratio}")
@@ -94,6 +109,16 @@ class WanTrimHeads(io.ComfyNode):
             raise ValueError(
                 f"{NAME}: method: expected one of {', '.join(METHODS)}, got {method!r}"
             )
+        if profile is None:
+            if method != "demote":
+                raise ValueError(
+                    f"{NAME}: method '{method}' drops heads by their importance, which only a "
+                    "profile tells: connect WanTrim Load Profile, or choose 'demote'"
+                )
+            roles = RolePlan(
+                1 - prune_ratio, model_fingerprint(model.model.diffusion_model).num_heads
+            )
+            return io.NodeOutput(attach_part(model, heads=roles), _online_text(prune_ratio))
         size = _size(profile.profile)
         try:
             heads = plan_heads(profile.profile, *size, prune_ratio, method)
@@ -135,6 +160,16 @@ def _size(profile: Profile) -> tuple[TokenGrid, int]:
 
 def _is_size(value: object) -> bool:
     return type(value) is int and 0 < value < 1 << 16
+
+
+def _online_text(prune_ratio: float) -> str:
+    if prune_ratio == 0:
+        return "Prune ratio 0: every head computes all of its attention."
+    return (
+        "The first step of each run computes all attention and measures what every head looks at; "
+        f"from the second on {1 - prune_ratio:.0%} of self-attention is left. WanTrim Report says "
+        "what the heads did."
+    )
 
 
 def _text(plan: HeadPlan, grid: TokenGrid, context: int) -> str:

@@ -209,7 +209,7 @@ def report_json(record: Record) -> dict:
 
 
 def _step_json(record: Record, step: Step) -> dict:
-    planned, done = (_rows_json(record, rows) for rows in (step.program.rows, step.rows))
+    planned, done = (_rows_json(step, rows) for rows in (step.program.rows, step.rows))
     return {
         "sigma": step.sigma,
         "progress": step.progress,
@@ -227,15 +227,15 @@ def _step_json(record: Record, step: Step) -> dict:
     }
 
 
-def _rows_json(record: Record, rows: Sequence[Row]) -> dict:
+def _rows_json(step: Step, rows: Sequence[Row]) -> dict:
     found: dict = {
         "blocks": sum(row.run != SKIP for row in rows),
         "tokens_per_block": [row.tokens for row in rows],
     }
-    if record.plan is not None and record.plan.trims_heads:
+    if step.program.heads is not None:
         ran = [index for index, row in enumerate(rows) if row.run != SKIP]
         patterned = [index for index in ran if rows[index].heads]
-        found["heads"] = _heads(record.plan.heads, ran, patterned)
+        found["heads"] = _heads(step.program.heads, ran, patterned)
     return found
 
 

@@ -182,7 +182,7 @@ class Dial:
         dense = sum(task.calls) * _price(run, TrimPlan(), cost)(1.0)
         # in whole calls of the plan that others made
         whole = price(1.0)
-        budget = dense / self.speedup / whole
+        budget = dense / self.speedup / whole - _measuring(task, run, plan, cost) / whole
         if budget >= sum(task.calls):
             return (1.0,) * task.steps
         return solve_nearest(task, curves_of(run), budget, lambda share: price(share) / whole)
@@ -239,13 +239,24 @@ def _price(run: Run, plan: TrimPlan, cost: Cost) -> Callable[[float], float]:
     return price
 
 
+def _measuring(task: Task, run: Run, plan: TrimPlan, cost: Cost) -> float:
+    """What first steps cost more than other whole ones: heads are measured there, and run in full."""
+    if not plan.finds_roles:
+        return 0.0
+    program = expected_programs(
+        plan, run.sigmas[:1], run.shift, run.grid, run.shape.num_blocks, run.anchored
+    )[0]
+    first = cost(program_work(run.shape, program, plan, run.prompts, width=run.width))
+    return (first - _price(run, plan, cost)(1.0)) * sum(task.calls[step] for step in task.fresh)
+
+
 def task_speedup(
     task: Task, shares: Sequence[float], run: Run, plan: TrimPlan, cost: Cost
 ) -> float:
     """What shares of all steps of a task come to, both experts together."""
     price, dense = _price(run, plan, cost), _price(run, TrimPlan(), cost)(1.0)
     spent = sum(price(share) * count for share, count in zip(shares, task.calls, strict=True))
-    return sum(task.calls) * dense / spent
+    return sum(task.calls) * dense / (spent + _measuring(task, run, plan, cost))
 
 
 def other_slice(run: Run, expert: str, boundary: float = 0.0) -> Run | None:

@@ -255,7 +255,8 @@ def test_patterns_cost_their_share_of_the_pairs():
 
     def cost(pattern: str) -> float:
         plan = TrimPlan(heads=HeadPlan(((pattern,) * 12,), ((OFF,) * 12,)))
-        return program_work(shape, Program((Row(ALL, 256, heads=True),), grid, 64), plan).flops
+        rows = (Row(ALL, 256, heads=True),)
+        return program_work(shape, Program(rows, grid, 64, heads=plan.heads), plan).flops
 
     attention = 4 * 256**2 * 1536
     assert cost("full") - cost(OFF) == attention

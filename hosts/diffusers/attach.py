@@ -80,7 +80,7 @@ def attach(
             f"model: expected diffusers' WanTransformer3DModel, got {type(model).__name__}: "
             "WanTrim cannot drop tokens there"
         )
-    if plan.trims_heads:
+    if plan.trims_heads and not plan.finds_roles:
         check_heads(plan.heads, len(model.blocks), model.config.num_attention_heads)
     attachment = Attachment(model, plan, cond_or_uncond, shift)
     attachment.detach()

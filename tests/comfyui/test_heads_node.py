@@ -12,7 +12,9 @@ from wantrim.nodes import demo
 from wantrim.nodes.heads import METHODS, WanTrimHeads
 from wantrim.nodes.profile import DEMO, WanTrimLoadProfile, WanTrimProfile
 from wantrim.nodes.tokens import WanTrimTokens
+from wantrim.nodes.wantrim import WanTrim
 from wantrim.profiles.recorder import ProfileFile
+from wantrim.report.figures import expected_speedup
 from wantrim.slim.cut import whole_width
 from wantrim.slim.export import export_slim
 from wantrim.slim.source import open_source
@@ -39,6 +41,11 @@ def sample(model) -> torch.Tensor:
     return tiny.ksampler(model, tiny.Case(*prompts, tiny.empty_latent(5, 12, 12)), steps=2)
 
 
+def long(model) -> torch.Tensor:
+    prompts = [demo.WanTrimDemoPrompt.execute(text).result[0] for text in (demo.PROMPT, "")]
+    return tiny.ksampler(model, tiny.Case(*prompts, tiny.empty_latent(5, 12, 12)), steps=10)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_prune_ratio_zero_is_exact(model, profile, method):
     patched = heads(model, profile, 0.0, method)[0]
@@ -63,6 +70,32 @@ def test_every_method_trims_as_much_as_it_says(model, profile, method):
         assert any(name not in (FULL, OFF) for block in plan.self_attention for name in block)
     else:
         assert {name for block in plan.self_attention for name in block} == {FULL, OFF}
+
+
+def test_without_a_profile_the_first_step_measures_and_the_others_are_trimmed(model):
+    patched, text = heads(model, None, 0.4)
+    assert "first step" in text and "60%" in text
+    dense, out = sample(model), sample(patched)
+    assert torch.isfinite(out).all() and not torch.allclose(out, dense, atol=1e-2)
+    report = attachment_of(patched).record
+    assert [step.whole for step in report.steps] == [True, False] and not report.notes
+    assert 0.5 < report.attention_share <= 0.6
+    names = {n for block in report.steps[1].program.heads.self_attention for n in block}
+    assert FULL in names and OFF not in names and len(names) > 1
+    # beside a dial's repeated and partial steps, in any order
+    one = WanTrim.execute(patched, 1.6, "draft", 0, 0).result[0]
+    other = heads(WanTrim.execute(model, 1.6, "draft", 0, 0).result[0], None, 0.4)[0]
+    assert torch.equal(*(long(m) for m in (one, other)))
+    report = attachment_of(one).record
+    assert not report.notes and report.attention_share <= 0.6
+    assert 0.97 < expected_speedup(report) / 1.6 < 1.03
+    assert torch.equal(sample(heads(model, None, 0.0)[0]), dense)
+
+
+@pytest.mark.parametrize("method", ["drop", "paper"])
+def test_what_drops_heads_needs_a_profile(model, method):
+    with pytest.raises(ValueError, match=f"WanTrim Heads: method '{method}' .*Load Profile"):
+        heads(model, None, 0.3, method)
 
 
 def test_tokens_and_heads_nodes_in_both_orders(model, profile):

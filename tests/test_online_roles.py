@@ -1,0 +1,172 @@
+"""Heads by roles that are found in the run, on real small models."""
+
+import pytest
+import torch
+
+from wantrim.engine.plan import TrimPlan
+from wantrim.engine.program import Facts, compile_step, expected_programs
+from wantrim.engine.work import program_work
+from wantrim.hosts.diffusers.attach import attach
+from wantrim.methods.attend import pattern_pairs
+from wantrim.methods.budget import attention_share
+from wantrim.methods.cost import WanShape
+from wantrim.methods.grid import TokenGrid
+from wantrim.methods.heads import CHEAP, FRAME, FULL, HeadPlan
+from wantrim.methods.role_plan import RolePlan, measure_roles
+from wantrim.methods.shares import Shares
+from wantrim.solve.dial import Dial, Run
+from wantrim.tests.small_wan import SIZE, noise, random_wan, words
+
+GRID = TokenGrid(3, 4, 6)
+SIGMAS = (1.0, 0.8, 0.6, 0.3)
+
+
+def test_a_budget_goes_to_the_heads_whose_attention_goes_astray():
+    mass = torch.full((3, len(CHEAP)), 0.2)
+    mass[1, CHEAP.index(FRAME)] = 0.97
+    mass[2, CHEAP.index("tile2")] = 0.9
+    full, frame, tile = (pattern_pairs(name, GRID) for name in (FULL, FRAME, "tile2"))
+    # room for one full head, for one in each of two patterns, and not for two full ones
+    keep = (full + frame + tile) / (3 * full)
+    plan = RolePlan(keep, 3, 0.1, 0.9).solved({0: mass}, GRID, 1)
+    assert plan.self_attention == ((FULL, FRAME, "tile2"),)
+    assert plan.cross_attention == ((FULL,) * 3,) and (plan.start, plan.end) == (0.1, 0.9)
+    # what was not measured stays, and counts
+    plan = RolePlan(0.5 + keep / 2, 3).solved({1: mass}, GRID, 2)
+    assert plan.self_attention == ((FULL,) * 3, (FULL, FRAME, "tile2"))
+    # less than the cheapest patterns cost is not possible
+    plan = RolePlan(0.01, 3).solved({0: mass}, GRID, 1)
+    least = min(pattern_pairs(name, GRID) for name in CHEAP)
+    assert attention_share(plan, GRID, 0) == least / full
+
+
+@pytest.mark.parametrize("keep", [0.3, 0.55, 0.9])
+def test_what_is_expected_costs_what_was_asked(keep):
+    grid = TokenGrid(21, 30, 52)
+    plan = RolePlan(keep, 12).expected(grid, 30)
+    assert attention_share(plan, grid, 0) == pytest.approx(keep, abs=0.01)
+    fulls = [heads.count(FULL) for heads in plan.self_attention]
+    assert max(fulls) - min(fulls) <= 1
+
+
+@pytest.fixture(scope="module")
+def wan():
+    return random_wan(5)
+
+
+def sampled(wan, plan, attached=None, guidance=True):
+    both = (0, 1) if guidance else (0,)
+    seen, text = [], words(2 if guidance else 1)
+    x = noise(1, 16, *SIZE)
+    with attach(wan, plan, cond_or_uncond=both) as attachment, torch.no_grad():
+        for sigma in SIGMAS:
+            rows = x.expand(len(both), *x.shape[1:]).contiguous()
+            step = torch.full((len(both),), sigma * 1000)
+            out = wan(rows, step, text, return_dict=False)[0]
+            x = x - 0.2 * out[:1]
+            seen.append(out)
+            if attached is not None:
+                attached(attachment.engine)
+        record = attachment.engine.record
+    return seen, record
+
+
+def test_the_first_step_is_exact_and_the_others_run_in_what_was_measured(wan):
+    dense, _ = sampled(wan, TrimPlan())
+    keep, plans = 0.6, []
+    roles = RolePlan(keep, wan.config.num_attention_heads)
+    out, record = sampled(wan, TrimPlan(heads=roles), lambda engine: plans.append(engine._heads))
+    assert torch.equal(out[0], dense[0])
+    assert all(not torch.equal(a, b) for a, b in zip(out[1:], dense[1:], strict=True))
+    assert plans[0] is None and isinstance(plans[-1], HeadPlan)
+    assert [step.whole for step in record.steps] == [True, False, False, False]
+    assert all(step.as_planned for step in record.steps) and not record.notes
+    assert record.attention_share <= keep
+    # with these very patterns from the second step on
+    grid = record.steps[0].grid
+    for step, plan in zip(record.steps[1:], plans[1:], strict=True):
+        assert step.program.heads == plan
+        assert attention_share(plan, grid, 0) <= keep
+    # measured anew in every whole step: the roles of a random model drift with what it is given
+    assert all(row.measure for step in record.steps for row in step.rows)
+
+
+def test_what_is_measured_is_the_conditional_prompts_attention(wan, monkeypatch):
+    seen = []
+
+    def watched(q, k, grid):
+        seen.append((q.clone(), k.clone()))
+        return measure_roles(q, k, grid)
+
+    monkeypatch.setattr("wantrim.engine.call.measure_roles", watched)
+    roles = RolePlan(0.6, wan.config.num_attention_heads)
+    sampled(wan, TrimPlan(heads=roles))
+    assert len(seen) == len(SIGMAS) * len(wan.blocks)
+    q, k = seen[0]
+    assert len(q) == len(k) == 1
+    grid = TokenGrid(SIZE[0], SIZE[1] // 2, SIZE[2] // 2)
+    scores = torch.einsum("bmnd,bsnd->bnms", q.double(), k.double()) / q.shape[-1] ** 0.5
+    attention = scores.softmax(-1)[0]
+    frame = torch.arange(grid.tokens) // grid.per_frame
+    own = (attention * (frame[:, None] == frame)).sum(-1)
+    assert grid.tokens <= 256
+    got = measure_roles(q, k, grid)[:, CHEAP.index(FRAME)].double()
+    # of a sample of the queries
+    assert (got - own.mean(-1)).abs().max() < 0.05 and (got - got.mean()).abs().max() > 1e-4
+
+
+def test_neutral_is_the_untouched_model(wan):
+    roles = RolePlan(1.0, wan.config.num_attention_heads)
+    dense, _ = sampled(wan, TrimPlan())
+    out, record = sampled(wan, TrimPlan(heads=roles))
+    assert all(map(torch.equal, out, dense)) and not record.notes
+
+
+def test_partial_and_repeated_steps_run_in_the_patterns_and_measure_nothing(wan):
+    roles = RolePlan(0.6, wan.config.num_attention_heads)
+    plan = TrimPlan(heads=roles, shares=Shares(SIGMAS, (1, 1, 0.5, 0)))
+    _, record = sampled(wan, plan)
+    rows = [step.rows for step in record.steps]
+    assert [all(row.measure for row in one) for one in rows] == [True, True, False, False]
+    assert [any(row.heads for row in one) for one in rows] == [False, True, True, False]
+    assert all(step.as_planned for step in record.steps) and not record.notes
+
+
+def test_outside_their_window_heads_are_measured_and_left_alone():
+    roles = RolePlan(0.6, 4, start=0.5)
+    plan = TrimPlan(heads=roles)
+    for progress, wanted in ((0.2, False), (0.7, True)):
+        facts = Facts(0.8, progress, GRID, 4, heads=roles.expected(GRID, 4))
+        rows = compile_step(plan, facts).rows
+        assert all(row.measure for row in rows) and any(row.heads for row in rows) == wanted
+        blind = compile_step(plan, Facts(0.8, progress, GRID, 4, inside="another node"))
+        assert not any(row.measure or row.heads for row in blind.rows)
+        assert bool(blind.remarks) == wanted
+
+
+def test_to_measure_costs_less_than_a_percent_of_a_step():
+    shape, grid = WanShape(5120, 13824, 40), TokenGrid(21, 30, 52)
+    plan = TrimPlan(heads=RolePlan(0.5, 40))
+    first, second = expected_programs(plan, (1.0, 0.9), 1.0, grid, 40)
+    dense = program_work(shape, compile_step(TrimPlan(), Facts(1.0, 0.0, grid, 40)), TrimPlan())
+    added = program_work(shape, first, plan).flops - dense.flops
+    assert 0 < added < 0.01 * dense.flops
+    left = program_work(shape, second, plan).attention - added
+    # cross-attention is not trimmed
+    own, cross = 4 * grid.tokens**2 * 5120 * 40, 4 * grid.tokens * 512 * 5120 * 40
+    assert left == pytest.approx(0.5 * own + cross, rel=0.01)
+
+
+@pytest.mark.parametrize("steps", [4, 12])
+def test_a_dial_counts_the_first_step_that_measures(steps):
+    shape, grid = WanShape(5120, 13824, 40), TokenGrid(21, 45, 80)
+    sigmas = tuple(1.0 - i / steps for i in range(steps + 1))
+    heads = TrimPlan(heads=RolePlan(0.5, 40))
+    run = Run(shape, grid, sigmas, prompts=1)
+    alone = run.speedup(heads)
+    # three of four steps at half of the attention
+    assert 1.0 < alone < 1.6
+    wanted = alone * 1.3
+    solved = Dial(wanted).solve(run, heads)
+    assert solved.reached == pytest.approx(wanted, rel=0.03) and solved.why is None
+    assert solved.plan.heads == heads.heads and min(solved.plan.shares.shares) < 1.0
