@@ -24,9 +24,9 @@ from ..solve.dial import flops
 from .speed_gpu import ask_for_gpu, gpu_rows, rows_to_fill
 from .speed_models import Runner, build, sharing
 from .speed_plans import ATTACHED, PAPER, PARTIAL, REPEATED, WHOLE, Size, plans, ratio, steady_work
-from .speed_probes import interval, overhead, peak_bytes, take_turns, trimmed_blocks
+from .speed_probes import interval, overhead, take_turns, trimmed_blocks
 from .table import RESULTS, commit, merge_rows, read_rows
-from .traffic import Traffic
+from .traffic import Traffic, peak_bytes
 
 log = logging.getLogger(__name__)
 COLUMNS = (

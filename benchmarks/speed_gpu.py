@@ -21,7 +21,8 @@ from ..solve.floor import Rates, device_rates
 from .speed_comfyui import time_in_comfyui
 from .speed_models import Runner, build
 from .speed_plans import PAPER, PARTIAL, SHARE, WHOLE, Size, plans, ratio, steady_work
-from .speed_probes import peak_bytes, take_turns
+from .speed_probes import take_turns
+from .traffic import peak_bytes
 
 log = logging.getLogger(__name__)
 Row = dict[str, object]

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 
@@ -15,7 +13,7 @@ from ..engine.plan import TrimPlan
 from ..engine.program import KEPT
 from .speed_models import Runner
 from .speed_plans import WHOLE, Size
-from .traffic import Traffic, watch_blocks
+from .traffic import Traffic, no_collection, watch_blocks
 
 
 def timed(runner: Runner) -> float:
@@ -35,17 +33,6 @@ def timed(runner: Runner) -> float:
 def sync(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-@contextmanager
-def no_collection():
-    """A garbage collection is nobody's forward."""
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 def take_turns(
@@ -109,30 +96,3 @@ def trimmed_blocks(model, size: Size, plan: TrimPlan) -> list[Traffic]:
         for row, cost in found
         if row.run == KEPT or row.heads
     ]
-
-
-def peak_bytes(work: Callable[[], object]) -> int:
-    """Most memory that `work` held at once beyond what there was before, in bytes.
-
-    On a GPU what the allocator saw; on the CPU what torch's profiler saw of its allocator.
-    """
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        work()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    # what a collection frees meanwhile is not this work's
-    with (
-        no_collection(),
-        torch.profiler.profile(activities=activities, profile_memory=True) as seen,
-    ):
-        work()
-    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = most = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        most = max(most, held)
-    return most

@@ -7,6 +7,7 @@ what it reads depends on the kernel.
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -144,3 +145,41 @@ class _Given:
     def run(self, hidden, places, attend):
         self.ran = hidden, places
         return self._host.run(hidden, places, attend)
+
+
+@contextmanager
+def no_collection():
+    """A garbage collection is nobody's forward."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    """Most memory that `work` held at once beyond what there was before, in bytes.
+
+    On a GPU what the allocator saw; on the CPU what torch's profiler saw of its allocator.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        work()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    # what a collection frees meanwhile is not this work's
+    with (
+        no_collection(),
+        torch.profiler.profile(activities=activities, profile_memory=True) as seen,
+    ):
+        work()
+    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = most = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most

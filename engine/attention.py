@@ -24,6 +24,7 @@ class Attend:
         look: told self-attention's q, k and v [b, s, n, d].
         join: self-attention's keys and values, in place of its own k and v [b, s, n, d].
         heads: what each head computes; needs self-attention's layout.
+        show: told self-attention's q and k, and what came out of it [b, s, n, d].
 
     Attributes:
         seen: whether self-attention came by.
@@ -35,14 +36,16 @@ class Attend:
         join: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None,
         heads: Pair | None = None,
         layout: Layout | None = None,
+        show: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None] | None = None,
     ):
         self._look, self._join, self._heads, self._layout = look, join, heads, layout
-        self.seen = False
+        self._show, self.seen = show, False
 
     def __call__(self, q, k, v, attention: Attention) -> torch.Tensor:
         """One attention call of the block; the result is [b, s, n, d]."""
         # another node may put more attention calls in front, on keys of another length
         own = not self.seen and q.shape[1] == k.shape[1]
+        queries, keys = q, k
         if own:
             self.seen = True
             if self._look is not None:
@@ -50,9 +53,13 @@ class Attend:
             if self._join is not None:
                 k, v = self._join(k, v)
         if self._heads is None:
-            return attention(q, k, v)
-        heads = self._heads[0] if own else self._heads[1]
-        return heads.attend(q, k, v, attention, self._layout if own else None)
+            out = attention(q, k, v)
+        else:
+            heads = self._heads[0] if own else self._heads[1]
+            out = heads.attend(q, k, v, attention, self._layout if own else None)
+        if own and self._show is not None:
+            self._show(queries, keys, out)
+        return out
 
 
 def head_groups(plan: HeadPlan) -> list[Pair | None]:

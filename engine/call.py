@@ -83,8 +83,8 @@ class StepState:
     choices: list[Selection | None] = field(default_factory=list)
     # whether the first call came to the model, or another node answered it; None is not known
     reached: bool | None = None
-    # by block: what each pattern would keep of each head [n, patterns]
-    masses: dict[int, torch.Tensor] = field(default_factory=dict)
+    # by block: what its heads do
+    shown: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
 @outside_graphs
@@ -277,15 +277,29 @@ class Call:
         """What the block's attention is to do and to show; `seen` takes in what it shows."""
         if not (row.heads or row.context or row.choose or row.measure):
             return None
-        look, join = self._look(index, row, places, seen), None
+        look, show = self._look(index, row, places, seen), self._show(index, row)
+        join = None
         if row.context in (READ, UPDATE) and places is not None:
 
             def join(k, v):
                 return self.part.join(self.keys, index, k, v, places.dropped)
 
         if not row.heads:
-            return Attend(look, join)
-        return Attend(look, join, self.heads[index], self._layout(places, join is not None))
+            return Attend(look, join, show=show)
+        layout = self._layout(places, join is not None)
+        return Attend(look, join, self.heads[index], layout, show)
+
+    def _show(self, index: int, row: Row):
+        """Takes in what a block's heads do."""
+        if not (row.measure and self.first):
+            return None
+
+        @torch.no_grad()
+        def show(q, k, out) -> None:
+            parts = (self._own(t) for t in (q, k, out))
+            self.state.shown[index] = measure_roles(*parts, self.grid)
+
+        return show
 
     def _look(self, index: int, row: Row, places: Places | None, seen: dict):
         def score(q, k, v) -> None:
@@ -296,9 +310,6 @@ class Call:
                 plan.query_ratio, plan.exclude_radius, plan.min_queries,
             )  # fmt: skip
 
-        def measure(q, k, v) -> None:
-            self.state.masses[index] = measure_roles(self._own(q), self._own(k), self.grid)
-
         def keep(q, k, v) -> None:
             try:
                 self.part.write(self.keys, index, k, v, None if places is None else places.index)
@@ -308,8 +319,6 @@ class Call:
                 self.record.note(OUT_OF_MEMORY)
 
         wanted = [score] if row.choose and index not in self.state.selections else []
-        if row.measure and self.first:
-            wanted.append(measure)
         if row.context in (WRITE, UPDATE) and not self.memory.lost:
             wanted.append(keep)
         if not wanted:

@@ -16,7 +16,7 @@ import torch
 from ..methods.budget import attention_share
 from ..methods.depth import choose_blocks
 from ..methods.grid import TokenGrid
-from ..methods.heads import HeadPlan
+from ..methods.heads import OFF, HeadPlan
 from ..methods.routers import Content
 from .attention import head_groups
 from .call import Call, Shared, StepState
@@ -73,8 +73,8 @@ class Engine:
         self.now: StepState | None = None
         self._shared = Shared(plan, record)
         self._began = 0.0
-        # what patterns keep of heads, by block, and the plan that follows from it
-        self._masses: dict[int, torch.Tensor] = {}
+        # what heads do, by block, and the plan that follows from it
+        self._shown: dict[int, torch.Tensor] = {}
         self._heads: HeadPlan | None = None
         self._measured = False
         # whether a block ever ran through us
@@ -131,10 +131,10 @@ class Engine:
         told = torch.stack([value.to(latent.device).float() for value in asked])
         if anchored is not None:
             told = torch.cat([told, anchored.to(told)])
-        masses = {} if last is None else last.masses
+        shown = {} if last is None else last.shown
         count, known = len(chunks) - 1, len(told)
-        told = torch.cat([told, *(mass.flatten().to(told) for mass in masses.values())]).cpu()
-        self._take_masses(masses, told[known:])
+        told = torch.cat([told, *(one.flatten().to(told) for one in shown.values())]).cpu()
+        self._take_shown(shown, told[known:])
         largest, *rest = told[:known].tolist()
         given = tuple(value > 0 for value in rest[count + 2 :])
         return Seen(
@@ -159,6 +159,7 @@ class Engine:
         clip: torch.Tensor | None = None,
         inside: str | None = None,
         alone: bool = True,
+        by_frame: bool = False,
         seen: Seen | None = None,
     ) -> Call:
         """Start a model call.
@@ -173,6 +174,7 @@ class Engine:
             clip: class embedding of a given image [b, c], chunks like those of `latent`.
             inside: why no block may be looked into, or None.
             alone: nobody else touches the hidden state between the blocks.
+            by_frame: the host modulates each latent frame apart.
             seen: what `look` saw of this call; None to look now, with no latent frame given.
         """
         if seen is None:
@@ -201,6 +203,7 @@ class Engine:
                 context=not self.memory.lost,
                 skipped=self._skipped(sigma, progress, Content(own, clip), num_blocks),
                 heads=self._heads,
+                by_frame=by_frame,
             )  # fmt: skip
             program = compile_step(self.plan, facts)
             if program.partial and not part.has_context(keys):
@@ -231,20 +234,25 @@ class Engine:
             keys.append((*pair, state.passes[pair]))
         return Call(self._shared, state, grid, chunks, keys, decider, alone)
 
-    def _take_masses(self, masses: dict[int, torch.Tensor], told: torch.Tensor) -> None:
+    def _take_shown(self, shown: dict[int, torch.Tensor], told: torch.Tensor) -> None:
         """Take in what a step measured, as it was read [numbers]; it is used from the next one on."""
-        parts = told.split([mass.numel() for mass in masses.values()])
-        for (block, mass), own in zip(masses.items(), parts, strict=True):
-            self._masses[block] = own.view(mass.shape)
-        self._measured |= bool(masses)
-        masses.clear()
+        parts = told.split([one.numel() for one in shown.values()])
+        for (block, one), own in zip(shown.items(), parts, strict=True):
+            now, before = own.view(one.shape), self._shown.get(block)
+            if before is not None and self._heads is not None:
+                # heads that are off show nothing of what they would add
+                off = torch.tensor([name == OFF for name in self._heads.self_attention[block]])
+                now[:, 0] = torch.where(off, before[:, 0], now[:, 0])
+            self._shown[block] = now
+        self._measured |= bool(shown)
+        shown.clear()
 
     def _find_roles(self, grid: TokenGrid, num_blocks: int) -> None:
         """Heads by what was measured last."""
         if not self._measured:
             return
         self._measured = False
-        self._heads = self.plan.heads.solved(self._masses, grid, num_blocks)
+        self._heads = self.plan.heads.solved(self._shown, grid, num_blocks)
         self._shared.heads = head_groups(self._heads)
         self.record.attention_share = attention_share(self._heads, grid, text_tokens=0)
 

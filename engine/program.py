@@ -108,6 +108,8 @@ class Facts:
         remembered: those of every prompt of the call are, if that is asked.
         skipped: blocks that the router leaves out; None is not known yet, only how many.
         heads: patterns that were found in this run; None is none yet.
+        by_frame: the host modulates each latent frame apart, and spreads that over equally many
+            tokens.
     """
 
     sigma: float
@@ -124,8 +126,12 @@ class Facts:
     remembered: bool = True
     skipped: frozenset[int] | None = frozenset()
     heads: HeadPlan | None = None
+    by_frame: bool = False
 
 
+# parts of a latent frame in which its budget is counted where tokens share rows of modulation: so
+# coarse that the rows take less room than the dropped tokens leave
+PARTS = 24
 MIXED = "prompts of different areas of the picture came in one model call: all tokens were computed there"
 ALL_GIVEN = "every latent frame is given and anchored: all tokens were computed"
 NOT_REMEMBERED = (
@@ -156,6 +162,10 @@ def compile_step(plan: TrimPlan, facts: Facts) -> Program:
             if anchored == grid.frames:
                 remarks.append(ALL_GIVEN)
                 budget, anchored = grid.per_frame, 0
+            elif facts.by_frame:
+                most = max(1, grid.per_frame // PARTS)
+                group = max(n for n in range(1, most + 1) if grid.per_frame % n == 0)
+                budget = max(group, budget // group * group)
     heads, patterned, measured = _heads(plan, facts, share, remarks)
     kept = anchored * grid.per_frame + (grid.frames - anchored) * budget
     if share == 0.0:
@@ -276,7 +286,7 @@ def expected_programs(
         facts = Facts(
             sigma, progress_at(sigma, shift), grid, num_blocks, anchored,
             known=seen > 0, seen=seen, skipped=None,
-            heads=plan.heads.expected(grid, num_blocks) if plan.finds_roles and seen else None,
+            heads=plan.heads.expected(num_blocks) if plan.finds_roles and seen else None,
         )  # fmt: skip
         programs.append(compile_step(plan, facts))
         seen += not programs[-1].repeats

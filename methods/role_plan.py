@@ -1,7 +1,7 @@
 """Heads by the role that they show in the run itself (ours; the roles are PARE's, arXiv 2605.27336).
 
-A whole step measures, from a few queries, what each cheap pattern would keep of each head's
-attention. From the next step on the heads whose attention stays where a pattern looks run in it.
+A whole step measures, from a few queries, how much each head adds and what each cheap pattern
+would keep of its attention. From the next step on a budget goes to the heads that need it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from ..kernels import frame_mass
 from .attend import pattern_pairs
 from .grid import TokenGrid
-from .heads import CHEAP, FULL, TILES, HeadPlan
+from .heads import CHEAP, FULL, OFF, TILES, HeadPlan
 from .importance import query_count, sample_queries
 from .knapsack import choose
 
@@ -56,47 +56,47 @@ class RolePlan:
         """Whether a step at this progress is trimmed."""
         return not self.neutral and self.start <= progress <= self.end
 
-    def expected(self, grid: TokenGrid, num_blocks: int) -> HeadPlan:
-        """What a run costs before its roles are known: whole heads and cheap ones, spread evenly."""
-        full = pattern_pairs(FULL, grid)
-        cheap = min(CHEAP, key=lambda name: pattern_pairs(name, grid))
-        least = pattern_pairs(cheap, grid)
+    def expected(self, num_blocks: int) -> HeadPlan:
+        """What a run costs before its roles are known: heads that are full or off, spread evenly."""
         total = num_blocks * self.num_heads
-        room = 1.0 if full == least else (self.keep_ratio * full - least) / (full - least)
-        whole = math.floor(total * min(1.0, max(0.0, room)) + 1e-6)
+        whole = math.floor(total * self.keep_ratio + 1e-6)
         names = [
-            FULL if (at + 1) * whole // total > at * whole // total else cheap
-            for at in range(total)
+            FULL if (at + 1) * whole // total > at * whole // total else OFF for at in range(total)
         ]
         return _plan(names, self.num_heads, self.start, self.end)
 
     def solved(
-        self, mass: Mapping[int, torch.Tensor], grid: TokenGrid, num_blocks: int
+        self, shown: Mapping[int, torch.Tensor], grid: TokenGrid, num_blocks: int
     ) -> HeadPlan:
-        """The pattern of every head: the most attention kept within the budget.
+        """The pattern of every head, for the most of what heads add within the budget.
 
-        A pattern that keeps mass m is worth 2 m - 1: the rest of the attention goes astray.
+        A head is worth its share in what its block's heads add. A cheap pattern that keeps attention
+        mass m keeps 2 m - 1 of it, as the rest of the attention goes astray; one that is off keeps
+        nothing. Each block keeps at least one head that is not off.
 
         Args:
-            mass: by block what each pattern of `CHEAP` keeps [n, patterns]; heads of blocks that are
-                not there stay full.
+            shown: by block what `measure_roles` gave; heads of blocks that are not there stay full.
         """
-        names = (*CHEAP, FULL)
+        names = (OFF, *CHEAP, FULL)
         pairs = [pattern_pairs(name, grid) for name in names]
         groups = []
         for block in range(num_blocks):
-            if block not in mass:
+            if block not in shown:
                 groups += [[(pairs[-1], 1.0)]] * self.num_heads
                 continue
-            worth = (2 * mass[block].double() - 1).clamp(0, 1).tolist()
-            groups += [list(zip(pairs, (*kept, 1.0), strict=True)) for kept in worth]
-        # what is cheapest has to fit
-        least = sum(min(cost for cost, _ in options) for options in groups)
-        budget = max(least, math.floor(self.keep_ratio * pairs[-1] * len(groups) + 1e-6))
-        options = choose(groups, budget)
+            added, mass = shown[block].double().split([1, len(CHEAP)], 1)
+            share = added / added.sum().clamp(min=1e-30)
+            kept = torch.cat([0 * share, (2 * mass - 1).clamp(0, 1) * share, share], 1)
+            groups += [list(zip(pairs, values, strict=True)) for values in kept.tolist()]
+        needed = [range(at, at + self.num_heads) for at in range(0, len(groups), self.num_heads)]
+        budget = math.floor(self.keep_ratio * pairs[-1] * len(groups) + 1e-6)
+        # less than a head in every block, and all of those that were not seen, is not possible
+        least = sum(group[-1][0] for group in groups if len(group) == 1) + num_blocks * pairs[-1]
         chosen = [
             FULL if len(group) == 1 else names[option]
-            for group, option in zip(groups, options, strict=True)
+            for group, option in zip(
+                groups, choose(groups, max(budget, least), needed), strict=True
+            )
         ]
         return _plan(chosen, self.num_heads, self.start, self.end)
 
@@ -106,15 +106,22 @@ def _plan(names: list[str], heads: int, start: float, end: float) -> HeadPlan:
     return HeadPlan(own, ((FULL,) * heads,) * len(own), start, end)
 
 
-def measure_roles(q: torch.Tensor, k: torch.Tensor, grid: TokenGrid) -> torch.Tensor:
-    """Attention mass that each pattern of `CHEAP` keeps, mean over samples: fp32 [n, patterns].
+def measure_roles(
+    q: torch.Tensor, k: torch.Tensor, out: torch.Tensor, grid: TokenGrid
+) -> torch.Tensor:
+    """What each head adds, and what each pattern of `CHEAP` keeps: fp32 [n, 1 + patterns].
+
+    The first is the root mean square of its output (eq. 3, without the output projection's norm),
+    the others are its attention mass within the pattern; both of sampled queries of all samples.
 
     Args:
-        q, k: self-attention's [b, s, n, d] after RoPE, of all tokens.
+        q, k, out: self-attention's [b, s, n, d], q and k after RoPE, of all tokens.
     """
     index = sample_queries(grid, QUERY_RATIO, MIN_QUERIES).to(q.device, non_blocking=True)
     size = (grid.frames, grid.height, grid.width)
-    return frame_mass(q, k, size, index, start=grid.start, tiles=tuple(TILES.values())).mean(0)
+    mass = frame_mass(q, k, size, index, start=grid.start, tiles=tuple(TILES.values())).mean(0)
+    added = out.index_select(1, index + grid.start).float().square().mean((0, 1, 3)).sqrt()
+    return torch.cat([added[:, None], mass], 1)
 
 
 def measured_queries(grid: TokenGrid) -> int:

@@ -54,8 +54,7 @@ class WanTrimHeads(io.ComfyNode):
                     optional=True,
                     tooltip=(
                         "From WanTrim Load Profile: what was measured about this model. Without it "
-                        "the first step of each run computes all attention and measures the roles, "
-                        "and heads are never off."
+                        "the first step of each run computes all attention and measures the roles."
                     ),
                 ),
                 io.Float.Input(

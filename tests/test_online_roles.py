@@ -11,7 +11,7 @@ from wantrim.methods.attend import pattern_pairs
 from wantrim.methods.budget import attention_share
 from wantrim.methods.cost import WanShape
 from wantrim.methods.grid import TokenGrid
-from wantrim.methods.heads import CHEAP, FRAME, FULL, HeadPlan
+from wantrim.methods.heads import CHEAP, FRAME, FULL, OFF, HeadPlan
 from wantrim.methods.role_plan import RolePlan, measure_roles
 from wantrim.methods.shares import Shares
 from wantrim.solve.dial import Dial, Run
@@ -21,29 +21,38 @@ GRID = TokenGrid(3, 4, 6)
 SIGMAS = (1.0, 0.8, 0.6, 0.3)
 
 
-def test_a_budget_goes_to_the_heads_whose_attention_goes_astray():
-    mass = torch.full((3, len(CHEAP)), 0.2)
-    mass[1, CHEAP.index(FRAME)] = 0.97
-    mass[2, CHEAP.index("tile2")] = 0.9
+def shown(added, **patterns) -> torch.Tensor:
+    """Of heads that add so much; by pattern the mass that it keeps of each."""
+    rows = torch.full((len(added), 1 + len(CHEAP)), 0.2)
+    rows[:, 0] = torch.tensor(added)
+    for name, mass in patterns.items():
+        rows[:, 1 + CHEAP.index(name)] = torch.tensor(mass)
+    return rows
+
+
+def test_a_budget_goes_where_it_keeps_most():
     full, frame, tile = (pattern_pairs(name, GRID) for name in (FULL, FRAME, "tile2"))
-    # room for one full head, for one in each of two patterns, and not for two full ones
-    keep = (full + frame + tile) / (3 * full)
-    plan = RolePlan(keep, 3, 0.1, 0.9).solved({0: mass}, GRID, 1)
-    assert plan.self_attention == ((FULL, FRAME, "tile2"),)
-    assert plan.cross_attention == ((FULL,) * 3,) and (plan.start, plan.end) == (0.1, 0.9)
+    # the fourth adds least, and no pattern fits it
+    four = shown([1.0, 1.0, 1.0, 0.1], frame=[0.2, 0.97, 0.2, 0.3], tile2=[0.2, 0.2, 0.9, 0.3])
+    keep = (full + frame + tile) / (4 * full)
+    plan = RolePlan(keep, 4, 0.1, 0.9).solved({0: four}, GRID, 1)
+    assert plan.self_attention == ((FULL, FRAME, "tile2", OFF),)
+    assert plan.cross_attention == ((FULL,) * 4,) and (plan.start, plan.end) == (0.1, 0.9)
+    # blocks count alike, whatever the size of what they add
+    more = RolePlan(keep, 4).solved({0: four, 1: four * torch.tensor([9.0, 1, 1, 1, 1])}, GRID, 2)
+    assert more.self_attention == plan.self_attention * 2
     # what was not measured stays, and counts
-    plan = RolePlan(0.5 + keep / 2, 3).solved({1: mass}, GRID, 2)
-    assert plan.self_attention == ((FULL,) * 3, (FULL, FRAME, "tile2"))
-    # less than the cheapest patterns cost is not possible
-    plan = RolePlan(0.01, 3).solved({0: mass}, GRID, 1)
-    least = min(pattern_pairs(name, GRID) for name in CHEAP)
-    assert attention_share(plan, GRID, 0) == least / full
+    plan = RolePlan(0.5 + keep / 2, 4).solved({1: four}, GRID, 2)
+    assert plan.self_attention == ((FULL,) * 4, (FULL, FRAME, "tile2", OFF))
+    # a block keeps a head
+    alone = RolePlan(0.01, 4).solved({0: four, 1: four}, GRID, 2).self_attention
+    assert all(set(heads) != {OFF} for heads in alone)
 
 
 @pytest.mark.parametrize("keep", [0.3, 0.55, 0.9])
 def test_what_is_expected_costs_what_was_asked(keep):
     grid = TokenGrid(21, 30, 52)
-    plan = RolePlan(keep, 12).expected(grid, 30)
+    plan = RolePlan(keep, 12).expected(30)
     assert attention_share(plan, grid, 0) == pytest.approx(keep, abs=0.01)
     fulls = [heads.count(FULL) for heads in plan.self_attention]
     assert max(fulls) - min(fulls) <= 1
@@ -94,25 +103,46 @@ def test_the_first_step_is_exact_and_the_others_run_in_what_was_measured(wan):
 def test_what_is_measured_is_the_conditional_prompts_attention(wan, monkeypatch):
     seen = []
 
-    def watched(q, k, grid):
-        seen.append((q.clone(), k.clone()))
-        return measure_roles(q, k, grid)
+    def watched(q, k, out, grid):
+        seen.append((q.clone(), k.clone(), out.clone()))
+        return measure_roles(q, k, out, grid)
 
     monkeypatch.setattr("wantrim.engine.call.measure_roles", watched)
     roles = RolePlan(0.6, wan.config.num_attention_heads)
     sampled(wan, TrimPlan(heads=roles))
     assert len(seen) == len(SIGMAS) * len(wan.blocks)
-    q, k = seen[0]
-    assert len(q) == len(k) == 1
+    q, k, out = seen[0]
+    assert len(q) == len(k) == len(out) == 1
     grid = TokenGrid(SIZE[0], SIZE[1] // 2, SIZE[2] // 2)
     scores = torch.einsum("bmnd,bsnd->bnms", q.double(), k.double()) / q.shape[-1] ** 0.5
     attention = scores.softmax(-1)[0]
     frame = torch.arange(grid.tokens) // grid.per_frame
     own = (attention * (frame[:, None] == frame)).sum(-1)
     assert grid.tokens <= 256
-    got = measure_roles(q, k, grid)[:, CHEAP.index(FRAME)].double()
+    added, mass = measure_roles(q, k, out, grid).double()[:, [0, 1 + CHEAP.index(FRAME)]].unbind(1)
     # of a sample of the queries
-    assert (got - own.mean(-1)).abs().max() < 0.05 and (got - got.mean()).abs().max() > 1e-4
+    assert (mass - own.mean(-1)).abs().max() < 0.05 and (mass - mass.mean()).abs().max() > 1e-4
+    torch.testing.assert_close(
+        added, out[0].double().square().mean((0, 2)).sqrt(), rtol=0.2, atol=0
+    )
+
+
+def test_heads_that_are_off_keep_what_they_added_when_they_ran(wan, monkeypatch):
+    found = []
+
+    def solved(self, shown, grid, blocks):
+        found.append({block: one[:, 0].clone() for block, one in shown.items()})
+        return plan
+
+    heads = (OFF, *(FULL,) * (wan.config.num_attention_heads - 1))
+    plan = HeadPlan((heads,) * len(wan.blocks), ((FULL,) * len(heads),) * len(wan.blocks))
+    monkeypatch.setattr(RolePlan, "solved", solved)
+    sampled(wan, TrimPlan(heads=RolePlan(0.6, len(heads))))
+    assert len(found) == 3
+    for one in found[1:]:
+        for block, added in one.items():
+            assert added[0] == found[0][block][0] > 0
+            assert not torch.equal(added[1:], found[0][block][1:])
 
 
 def test_neutral_is_the_untouched_model(wan):
@@ -136,7 +166,7 @@ def test_outside_their_window_heads_are_measured_and_left_alone():
     roles = RolePlan(0.6, 4, start=0.5)
     plan = TrimPlan(heads=roles)
     for progress, wanted in ((0.2, False), (0.7, True)):
-        facts = Facts(0.8, progress, GRID, 4, heads=roles.expected(GRID, 4))
+        facts = Facts(0.8, progress, GRID, 4, heads=roles.expected(4))
         rows = compile_step(plan, facts).rows
         assert all(row.measure for row in rows) and any(row.heads for row in rows) == wanted
         blind = compile_step(plan, Facts(0.8, progress, GRID, 4, inside="another node"))

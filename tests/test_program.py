@@ -328,3 +328,20 @@ def test_of_blocks_that_a_router_picks_the_number_is_expected():
     assert [step.blocks_run for step in record.steps] == [p.blocks_run for p in programs]
     assert all(step.as_planned for step in record.steps)
     assert len({step.blocks_run for step in record.steps}) > 1
+
+
+@pytest.mark.parametrize(("height", "width", "group"), [(22, 40, 22), (15, 26, 15), (17, 19, 1)])
+def test_tokens_beside_given_frames_come_in_groups_where_modulation_is_by_frame(
+    height, width, group
+):
+    grid = TokenGrid(3, height, width)
+    plan = TrimPlan(TokenPlan(schedule=Schedule(0.66, "constant")))
+    options = {"anchored": (True, False, False)}
+    free, grouped = (
+        compile_step(plan, Facts(0.5, 0.5, grid, 4, **options, by_frame=by_frame)).budget
+        for by_frame in (False, True)
+    )
+    assert free == plan.tokens.budget(0.5, grid) and (group == 1 or free % group)
+    assert grouped % group == 0 and 0 <= free - grouped < group
+    # nothing is given: all latent frames keep equally many
+    assert compile_step(plan, Facts(0.5, 0.5, grid, 4, by_frame=True)).budget == free

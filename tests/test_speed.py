@@ -20,13 +20,12 @@ from wantrim.benchmarks.speed_plans import (
 from wantrim.benchmarks.speed_probes import (
     interval,
     overhead,
-    peak_bytes,
     take_turns,
     trimmed_blocks,
 )
 from wantrim.benchmarks.summary import speed_table
 from wantrim.benchmarks.table import read_rows
-from wantrim.benchmarks.traffic import Traffic, count_traffic
+from wantrim.benchmarks.traffic import Traffic, count_traffic, peak_bytes
 from wantrim.engine.plan import TrimPlan
 from wantrim.kernels import reference
 from wantrim.methods.tokens import paper_plan

@@ -377,6 +377,7 @@ def _begin(
         clip=None if clip_fea is None else clip_fea[:, 0],
         inside=inside,
         alone=not sees_between_blocks(dm, options),
+        by_frame=timestep.ndim > 1,
     )
 
 

@@ -9,9 +9,13 @@ are gathered wrongly.
 import pytest
 import torch
 
+from wantrim.benchmarks.traffic import peak_bytes
 from wantrim.engine.attention import Attend
 from wantrim.engine.places import Places
+from wantrim.engine.plan import TrimPlan
+from wantrim.engine.program import Facts, compile_step
 from wantrim.hosts.comfyui.blocks import OVERRIDE, _Block
+from wantrim.methods.grid import TokenGrid
 from wantrim.methods.tokens import Selection
 from wantrim.tests.comfyui import tiny
 
@@ -35,10 +39,10 @@ def some_tokens(batch: int, length: int, counts=COUNTS["groups of two"]) -> Plac
     return Places(Selection(torch.stack(rows), length, counts), 1)
 
 
-def run(args, extra, places: Places, attend: Attend | None = None) -> torch.Tensor:
-    """The block on the kept tokens, as the engine runs it."""
-    block = _Block(args, extra, None, args["transformer_options"])
-    return block.run(rows(args["img"], places.index), places, attend)
+def run(args, extra, places: Places | None, attend: Attend | None = None) -> torch.Tensor:
+    """The block on the kept tokens, or on all, as the engine runs it."""
+    block, hidden = _Block(args, extra, None, args["transformer_options"]), args["img"]
+    return block.run(hidden if places is None else rows(hidden, places.index), places, attend)
 
 
 def keys_of_the_others(args, extra, places: Places) -> Attend:
@@ -116,6 +120,25 @@ def test_kept_tokens_alone_come_out_as_with_the_others_masked(kind, batch, count
         assert torch.allclose(some, rows(masked, places.index), atol=1e-4)
 
     compare_in_a_block(tiny.base_model(kind), tiny.case(kind, batch=batch), compare)
+
+
+def test_a_block_that_is_modulated_by_frame_holds_no_more_than_the_whole_one():
+    """With the counts that a program has beside a given frame; by token the rows would not fit."""
+    grid = TokenGrid(tiny.FRAMES, 16, 20)
+    facts = Facts(0.5, 0.5, grid, tiny.LAYERS, (True, False, False), by_frame=True)
+    budget = compile_step(TrimPlan(tiny.token_plan(0.55)), facts).budget
+    peaks = {}
+
+    def compare(args, extra):
+        peaks["whole"] = peak_bytes(lambda: run(args, extra, None))
+        for free in (budget, budget - 1):
+            places = some_tokens(*args["img"].shape[:2], (grid.per_frame, free, free))
+            # what is gathered once a choice counts too
+            peaks[free] = peak_bytes(lambda places=places: run(args, extra, places))
+
+    given = tiny.case("ti2v", height=32, width=40)
+    compare_in_a_block(tiny.base_model("ti2v"), given, compare)
+    assert peaks[budget] <= peaks["whole"] < peaks[budget - 1]
 
 
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
