@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib
@@ -27,7 +28,7 @@ def plot_methods(rows: Sequence[dict[str, str]], path: Path) -> None:
     """
     names = {name: label.replace("*", "") for name, label in HEADLINE.items() if name != "dense"}
     looks = {}
-    for name, colour in zip(names, plt.get_cmap("Dark2").colors, strict=True):
+    for name, colour in zip(names, cycle(plt.get_cmap("Dark2").colors), strict=False):
         own = name in OURS
         looks[name] = {"color": colour, "marker": "o" if own else "s", "ls": "-" if own else ":"}
     looks["fewer_steps"] = {"color": "black", "marker": "D", "ls": "--"}

@@ -54,7 +54,7 @@ log = logging.getLogger(__name__)
 FULL = {"1": (32, 2), "2": (12, 1)}
 # the fast subset: prompts, seeds and methods, in 4 and 20 steps at the study's target
 FAST = {
-    "1": (4, 1, ("fewer_steps", DEFAULT, PAPER, "easycache", "sea_cache", "zeus_like")),
+    "1": (3, 1, ("fewer_steps", DEFAULT, PAPER, "easycache", "sea_cache", "zeus_like")),
     "2": (3, 1, ("fewer_steps", DEFAULT, "easycache")),
 }
 

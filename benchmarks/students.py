@@ -24,9 +24,10 @@ from .cases import DENSE, POINTS, Case
 from .quality import parse_args, refuse_rows, run_cases
 from .table import COLUMNS
 
-RUNS = Path("out/training/tiny")
+RUNS = Path("out/training")
 FEW_STEPS = 4
 STAGES = ("1-width", "2-router", "3-router", "4-steps")
+FORCING = "tiny_forcing/1-self_forcing"
 # shares of dense FLOPs that the kinds of students have, about
 WIDTH, ROUTED, FEW = 0.75, 0.5, 0.1
 
@@ -49,7 +50,7 @@ class StudentCase(Case):
 
 def all_cases() -> list[Case]:
     """Every row, the most telling first."""
-    one, _, two, three = STAGES
+    one, _, two, three = (f"tiny/{name}" for name in STAGES)
     few = {"steps": FEW_STEPS, "guidance": 1.0}
 
     def student(setting: str, target: float, path: str = "", **options) -> StudentCase:
@@ -59,10 +60,11 @@ def all_cases() -> list[Case]:
         student("stage II", ROUTED, two, router="trained"),
         student("stage II's student, random blocks", ROUTED, two, router="random"),
         student("stage I", WIDTH, one),
-        student("cut, not trained", WIDTH, "start.safetensors"),
+        student("cut, not trained", WIDTH, "tiny/start.safetensors"),
         student("full model, 4 steps", FEW, **few),
         student("full model, 4 steps, guided", FEW, steps=FEW_STEPS),
         student("stage III, 4 steps", FEW, three, router="trained", **few),
+        student("self-forcing, 4 steps", FEW, FORCING, router="trained", **few),
         *(Case("fewer_steps", target) for target in (WIDTH, ROUTED)),
     ]
 

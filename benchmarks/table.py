@@ -31,8 +31,6 @@ COLUMNS = (
     "first_frame_db", "colour_ok", "shape_ok", "direction_ok", "camera_ok",
     "commit", "torch", "device",
 )  # fmt: skip
-# method in old rows -> its name now
-RENAMED = {"tape": "paper"}
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
@@ -40,11 +38,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    for row in rows:
-        if row.get("method") in RENAMED:
-            row["method"] = RENAMED[row["method"]]
-    return rows
+        return list(csv.DictReader(file))
 
 
 def merge_rows(path: Path, rows: Sequence[dict[str, object]], columns=COLUMNS, key=KEY) -> None:

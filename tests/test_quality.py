@@ -357,18 +357,6 @@ def test_columns_that_only_a_file_has_stay(tmp_path):
     assert path.read_text() == "a,c,b\n1,,2\n3,4,\n"
 
 
-def test_an_old_row_has_todays_name_and_is_replaced_by_todays_row(tmp_path):
-    path = tmp_path / "quality.csv"
-    row = dict.fromkeys(COLUMNS, "") | {"method": "tape", "target": "0.5", "psnr_db": "20"}
-    merge_rows(path, [row])
-    assert [r["method"] for r in read_rows(path)] == ["paper"]
-    merge_rows(path, [row | {"method": "paper", "psnr_db": "21"}, row | {"method": "auto"}])
-    assert [(r["method"], r["psnr_db"]) for r in read_rows(path)] == [
-        ("paper", "21"),
-        ("auto", "20"),
-    ]
-
-
 def test_rows_name_the_code_that_made_them_and_rows_are_no_code(tmp_path):
     def git(*words):
         who = ("-c", "user.name=a", "-c", "user.email=a@example.org")

@@ -39,7 +39,7 @@ def runs(tmp_path_factory):
     made = folder / "tiny" / "3-router"
     made.mkdir()
     write_student(made, weights, router, "latent", header, said)
-    return folder / "tiny"
+    return folder
 
 
 def test_flops_are_the_predicted_ones_and_the_full_model_is_left_as_it_was(
