@@ -198,17 +198,21 @@ def zeus_like(
 ) -> Iterator[None]:
     """After ZEUS (arXiv 2604.01552): skipped steps extrapolate the output, then repeat it, in turn.
 
-    Which steps are computed is set before the run: the first fifth, of the others as many as are
-    still asked for, evenly spread, and the last one if any. Extrapolating both rows extrapolates
-    the guided output.
+    Which steps are computed is set before the run: the first fifth, and of the others as many as
+    are still asked for, evenly spread and two or more in a row, since what is extrapolated is the
+    difference of two outputs. Extrapolating both rows extrapolates the guided output.
 
     Args:
         computed: share of the steps that are computed; 1 computes all.
     """
     warmup = a_fifth(steps)
-    share = max(0, round(computed * steps) - warmup) / max(1, steps - warmup)
-    # a little more, or the last step would be lost in rounding
-    spread = [int((step + 1) * share + 1e-6) > int(step * share + 1e-6) for step in range(steps)]
-    hook = _ZeusHook([True] * warmup + spread[: steps - warmup])
+    further = max(0, round(computed * steps) - warmup)
+    skipped = steps - warmup - further
+    runs = max(1, min(-(-skipped // 2), further // 2))
+    pattern = [True] * warmup
+    for run in range(runs):
+        for does, count in ((False, skipped), (True, further)):
+            pattern += [does] * (count * (run + 1) // runs - count * run // runs)
+    hook = _ZeusHook(pattern)
     with one_video(model, OneVideo(steps), (model, hook)):
         yield
