@@ -5,6 +5,12 @@ import re
 
 import pytest
 
+VELOCITY = "velocity_change, unsmoothed, falling, every 10 of 40, identity"
+RANDOM = "random, unsmoothed, falling, every 10 of 40, identity"
+STUDY = {"target": "0.67", "task": "t2v", "steps": "20"}
+BLOCKS = {"setting": "falling, identity", "target": "0.75", "steps": "20"}
+
+
 # page, words with a gap for every figure; for every gap the results, the row, column and factor
 FIGURES = [
     (
@@ -22,6 +28,40 @@ FIGURES = [
         "README.md",
         "a slim model cut to 0.75 of its weights goes from {:.1f} to {:.1f} dB by training",
         [("students", {"setting": s}, "psnr_db", 1) for s in ("cut, not trained", "stage I")],
+    ),
+    (
+        "benchmarks/README.md",
+        "choosing by change ({:.1f} dB) beats random ({:.1f})",
+        [("old/tokens", STUDY | {"setting": name}, "psnr_db", 1) for name in (VELOCITY, RANDOM)],
+    ),
+    (
+        "benchmarks/README.md",
+        "skipped blocks chosen by the profile keep {:.1f} dB and random ones {:.1f}",
+        [("old/depth", BLOCKS | {"method": m}, "psnr_db", 1) for m in ("profiled", "random")],
+    ),
+    (
+        "benchmarks/README.md",
+        "a slim checkpoint at {:.2f} of the FLOPs keeps {:.1f} dB at 4 steps",
+        [
+            ("old/width", {"method": "slim_budget_flops", "target": "0.7", "steps": "4"}, name, 1)
+            for name in ("flops_ratio", "psnr_db")
+        ],
+    ),
+    (
+        "benchmarks/README.md",
+        "a model cut to 0.75 of its weights from {:.1f} to {:.1f} dB",
+        [("students", {"setting": s}, "psnr_db", 1) for s in ("cut, not trained", "stage I")],
+    ),
+    (
+        "benchmarks/README.md",
+        "four distilled steps keep {:.1f} dB, a tie with the full model's {:.1f} in four steps, the "
+        "motion ({:.2f}), and the shape in {:.0f} %",
+        [
+            ("students", {"setting": "stage III, 4 steps"}, "psnr_db", 1),
+            ("students", {"setting": "full model, 4 steps"}, "psnr_db", 1),
+            ("students", {"setting": "stage III, 4 steps"}, "motion_ratio", 1),
+            ("students", {"setting": "stage III, 4 steps"}, "shape_ok", 100),
+        ],
     ),
 ]  # fmt: skip
 
