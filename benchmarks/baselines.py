@@ -1,4 +1,4 @@
-"""What the peers of WanTrim share, and the simplest of them: blocks that are left out.
+"""What the peers of WanTrim share: hooks for one video, and the search for a knob.
 
 Every peer is a context manager `name(model, *, steps, shift, **knobs)` on diffusers' Wan. One video
 of `steps` model calls is sampled within; leaving it, by an exception too, takes every hook off.
@@ -8,7 +8,7 @@ of the run, as for our own plans; none of the peers looks at it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -73,32 +73,6 @@ def packed(out: torch.Tensor, kwargs: dict):
     """The model's output in the shape that the keywords of its call ask for."""
     as_tuple = kwargs.get("return_dict") is False
     return (out,) if as_tuple else Transformer2DModelOutput(sample=out)
-
-
-class _Identity(ModelHook):
-    def new_forward(self, module, hidden_states, *args, **kwargs):
-        return hidden_states
-
-
-@contextmanager
-def static_blocks(
-    model: WanTransformer3DModel, *, steps: int, shift: float, skip: Sequence[int]
-) -> Iterator[None]:
-    """Blocks that are the identity at every step and are not computed at all.
-
-    Args:
-        skip: indices of the blocks, from 0.
-
-    Raises:
-        ValueError: there is no such block, or it is there twice.
-    """
-    if len(set(skip)) != len(skip) or not set(skip) <= set(range(len(model.blocks))):
-        raise ValueError(
-            f"skip: expected different blocks of 0 to {len(model.blocks) - 1}, got {tuple(skip)}"
-        )
-    hooks = [(model.blocks[index], _Identity()) for index in skip]
-    with one_video(model, OneVideo(steps), *hooks):
-        yield
 
 
 def knob_for(

@@ -22,7 +22,7 @@ from ..solve.dial import Run
 from .cases import Case, Point, solve_plan
 from .flops import count_flops
 from .metrics import measure, summarise
-from .peers import PEERS, Method, Tuner
+from .peers import CALIBRATED, PEERS, Method, Tuner
 from .subjects import Item, Subject
 
 log = logging.getLogger(__name__)
@@ -59,9 +59,6 @@ class Bench:
         made_of: stands for the model, the prompts and the size in the names of what is kept.
     """
 
-    # a study of its own may begin later, on videos that nothing was chosen on
-    first_prompt = 0
-
     def __init__(
         self,
         subject: Subject,
@@ -77,8 +74,7 @@ class Bench:
         self.model, self.guidance = subject.model, point.guidance
         # further columns of the case that runs
         self.facts: dict[str, float] = {}
-        everything = subject.items(task, self.first_prompt + prompts, seeds)
-        self.items = [item for item in everything if item.prompt_index >= self.first_prompt]
+        self.items = subject.items(task, prompts, seeds)
         self.prompts, self.seeds = prompts, seeds
         self.name = (
             f"{task}_{point.steps}_{point.guidance:g}_{point.shift:g}_{prompts}x{seeds}_{made_of}"
@@ -152,14 +148,13 @@ class Bench:
             measure(
                 self.subject.to_video(got)[0],
                 self.subject.to_video(want[None])[0],
-                item.scene,
+                self.subject.reader(item),
                 item.first_image,
             )
             for got, want, item in zip(rows, dense, self.items, strict=True)
         ]
         clusters = [item.prompt_index for item in self.items]
         row = {
-            "group": case.group,
             "method": case.method,
             "setting": case.setting,
             "knob": knob,
@@ -167,6 +162,7 @@ class Bench:
             "task": self.task,
             "steps": self.point.steps,
             "guidance": self.point.guidance,
+            "shift": self.point.shift,
             "prompts": self.prompts,
             "seeds": self.seeds,
             "target": case.target,
@@ -191,9 +187,7 @@ class Bench:
         if case.method == "fewer_steps":
             steps = max(1, round(case.target * steps))
             return f"{steps} steps", nullcontext, steps, steps / self.point.steps
-        if case.method in PEERS:
-            if PEERS[case.method].guided and self.point.guidance == 1:
-                raise ValueError(f"{case.method} works on the unconditional row, and there is none")
+        if case.method in PEERS | CALIBRATED:
             knob, method = self._tune(case)
             return knob, method, steps, ""
         plan = solve_plan(case, self.sampling)
@@ -231,8 +225,7 @@ class Bench:
         # a quick look may tune roughly, or tuning would be most of its time
         count = max(1, min(TUNE_ON, self.prompts // 8))
         try:
-            seen = self.first_prompt + self.prompts
-            return self.subject.items(self.task, seen + count, 1)[-count:]
+            return self.subject.items(self.task, self.prompts + count, 1)[-count:]
         except ValueError:
             return self.items[:count]
 

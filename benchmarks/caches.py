@@ -1,6 +1,6 @@
 """Step caches on diffusers' Wan, written from their papers. The form is that of `baselines`.
 
-Both decide from the conditional row, and compute or reuse both rows together.
+All compute or reuse both rows together; EasyCache and TeaCache decide from the conditional row.
 """
 
 from __future__ import annotations
@@ -168,4 +168,51 @@ def teacache(
         for index, block in enumerate(model.blocks)
     ]
     with one_video(model, OneVideo(steps), (model.blocks[0].attn1, _TeaModulated(state)), *hooks):
+        yield
+
+
+class _ZeusHook(ModelHook):
+    def __init__(self, computed: list[bool]):
+        super().__init__()
+        self.computed = computed
+        self.step = self.skipped = 0
+        # outputs of the last two steps
+        self.before = self.last = None
+
+    def new_forward(self, module, *args, **kwargs):
+        if self.computed[self.step]:
+            forward = self.fn_ref.original_forward
+            out, self.skipped = forward(*args, **{**kwargs, "return_dict": False})[0], 0
+        else:
+            extrapolates = self.skipped % 2 == 0 and self.before is not None
+            out = 2 * self.last - self.before if extrapolates else self.last
+            self.skipped += 1
+        self.step += 1
+        self.before, self.last = self.last, out
+        return packed(out, kwargs)
+
+
+@contextmanager
+def zeus_like(
+    model: WanTransformer3DModel, *, steps: int, shift: float, computed: float
+) -> Iterator[None]:
+    """After ZEUS (arXiv 2604.01552): skipped steps extrapolate the output, then repeat it, in turn.
+
+    Which steps are computed is set before the run: the first fifth, and of the others as many as
+    are still asked for, evenly spread and two or more in a row, since what is extrapolated is the
+    difference of two outputs. Extrapolating both rows extrapolates the guided output.
+
+    Args:
+        computed: share of the steps that are computed; 1 computes all.
+    """
+    warmup = a_fifth(steps)
+    further = max(0, round(computed * steps) - warmup)
+    skipped = steps - warmup - further
+    runs = max(1, min(-(-skipped // 2), further // 2))
+    pattern = [True] * warmup
+    for run in range(runs):
+        for does, count in ((False, skipped), (True, further)):
+            pattern += [does] * (count * (run + 1) // runs - count * run // runs)
+    hook = _ZeusHook(pattern)
+    with one_video(model, OneVideo(steps), (model, hook)):
         yield

@@ -107,6 +107,23 @@ def measure(
     return rows
 
 
+def concentration_table(rows: Sequence[dict[str, str]]) -> str:
+    """Shares of the change in the most changing tokens, at a quarter, half and three of the run."""
+    tops = " / ".join(f"{round(100 * share)}" for share in SHARES)
+    quarters = (0.25, 0.5, 0.75)
+    heads = ["model", "task", *(f"at {round(100 * q)} % of the steps" for q in quarters)]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    runs = dict.fromkeys(tuple(r[name] for name in KEY[:-1]) for r in rows)
+    for run in runs:
+        mine = {r["step"]: r for r in rows if tuple(r[name] for name in KEY[:-1]) == run}
+        cells = [run[0].replace("_", " "), run[1]]
+        for quarter in quarters:
+            r = mine[str(round(quarter * int(run[2])))]
+            cells.append(" / ".join(f"{100 * float(r[name]):.0f}" for name in TOPS) + " %")
+        lines.append("| " + " | ".join(cells) + " |")
+    return f"In the top {tops} % of the tokens:\n\n" + "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--world", choices=list(WORLDS), default=FIRST.name, help="of the tiny Wan")

@@ -13,16 +13,14 @@ from itertools import pairwise
 import torch
 from diffusers import WanTransformer3DModel
 from diffusers.hooks import (
-    FasterCacheConfig,
     FirstBlockCacheConfig,
     MagCacheConfig,
     ModelHook,
     PyramidAttentionBroadcastConfig,
     SeaCacheConfig,
-    TaylorSeerCacheConfig,
 )
 
-from .baselines import OneVideo, a_fifth, one_video, packed
+from .baselines import OneVideo, one_video
 
 
 @contextmanager
@@ -125,37 +123,6 @@ def mag_cache(
 
 
 @contextmanager
-def taylorseer(
-    model: WanTransformer3DModel,
-    *,
-    steps: int,
-    shift: float,
-    every: int,
-    warmup: int | None = None,
-    order: int = 1,
-) -> Iterator[None]:
-    """diffusers' TaylorSeer (arXiv 2503.06923): predicts every attention and feed-forward output.
-
-    diffusers' own patterns match no module of Wan, so that the modules are named here.
-
-    Args:
-        every: steps from one computed step to the next; 1 computes all. diffusers predicts the
-            step right after the warm-up and computes the one after that.
-        warmup: first steps that are computed; None is a fifth of them.
-        order: of the Taylor series.
-    """
-    config = TaylorSeerCacheConfig(
-        cache_interval=every,
-        disable_cache_before_step=a_fifth(steps) if warmup is None else warmup,
-        max_order=order,
-        taylor_factors_dtype=torch.float32,
-        cache_identifiers=[r"blocks\.\d+\.(attn1|attn2|ffn)"],
-    )
-    with _diffusers_cache(model, OneVideo(steps), config):
-        yield
-
-
-@contextmanager
 def pyramid_attention_broadcast(
     model: WanTransformer3DModel,
     *,
@@ -223,72 +190,4 @@ def sea_cache(
         raw_vision_callback=lambda module, args, kwargs: [args[0][0, :channels]],
     )
     with _diffusers_cache(model, OneVideo(steps), config, (model, _StepCount(steps))):
-        yield
-
-
-class _UncondFirst(ModelHook):
-    """Calls the model as FasterCache expects it: by keyword, the unconditional row first."""
-
-    def __init__(self, guided: bool):
-        super().__init__()
-        self.guided = guided
-
-    def new_forward(self, module, hidden_states, timestep, encoder_hidden_states, **kwargs):
-        if self.guided and len(hidden_states) != 2:
-            raise ValueError(
-                "guided: expected a conditional and an unconditional row, got "
-                f"{len(hidden_states)}; without guidance pass guided=False"
-            )
-        out = self.fn_ref.original_forward(
-            hidden_states=hidden_states.flip(0),
-            timestep=timestep.flip(0),
-            encoder_hidden_states=encoder_hidden_states.flip(0),
-            **{**kwargs, "return_dict": False},
-        )[0].flip(0)
-        return packed(out, kwargs)
-
-
-@contextmanager
-def faster_cache(
-    model: WanTransformer3DModel,
-    *,
-    steps: int,
-    shift: float,
-    uncond_every: int = 5,
-    attention_every: int = 2,
-    uncond_timesteps: tuple[float, float] = (-1, 641),
-    attention_timesteps: tuple[float, float] = (-1, 681),
-    guided: bool = True,
-) -> Iterator[None]:
-    """diffusers' FasterCache (arXiv 2410.19355): estimates the unconditional row and attention.
-
-    Self-attention is reused only in the steps whose unconditional row is estimated.
-
-    Args:
-        uncond_every: steps from one computed unconditional row to the next; 1 computes all.
-        attention_every: steps from one computed self-attention to the next.
-        uncond_timesteps, attention_timesteps: where each is done (sigma * 1000).
-        guided: False for a video without guidance, whose one row has only its attention reused.
-
-    Raises:
-        ValueError: there is no unconditional row, or attention is to be reused before it was ever
-            computed.
-    """
-    if not guided and attention_timesteps[1] >= 1000:
-        raise ValueError(
-            "attention_timesteps: without guidance expected to end below 1000, where the run "
-            f"starts, got {attention_timesteps[1]}"
-        )
-    video = OneVideo(steps)
-    config = FasterCacheConfig(
-        spatial_attention_block_skip_range=attention_every,
-        spatial_attention_timestep_skip_range=attention_timesteps,
-        unconditional_batch_skip_range=uncond_every,
-        unconditional_batch_timestep_skip_range=uncond_timesteps,
-        # diffusers' own default, said here to keep it from warning
-        attention_weight_callback=lambda module: 0.5,
-        is_guidance_distilled=not guided,
-        current_timestep_callback=lambda: video.timestep,
-    )
-    with _diffusers_cache(model, video, config, (model, _UncondFirst(guided))):
         yield

@@ -1,4 +1,6 @@
-"""Token merging on diffusers' Wan: ToMe (arXiv 2210.09461), as for diffusion (arXiv 2303.17604).
+"""Fewer tokens without our engine: ToMe, and TAPE's skeleton with random tokens.
+
+ToMe (arXiv 2210.09461) is as for diffusion (arXiv 2303.17604).
 
 As in the second paper, the match is made once per block, on its input; self-attention,
 cross-attention and feed-forward each run on the merged sequence, and what they put out is copied to
@@ -17,6 +19,7 @@ from diffusers.hooks import ModelHook
 from torch.nn.functional import normalize
 
 from ..methods.grid import TokenGrid
+from ..methods.schedule import millionths
 from .baselines import OneVideo, one_video
 
 
@@ -80,14 +83,18 @@ class _Matching:
         self.merge: Merge | None = None
 
 
+def _grid(module, latents: torch.Tensor) -> TokenGrid:
+    sizes = zip(latents.shape[2:], module.config.patch_size, strict=True)
+    return TokenGrid(*(size // patch for size, patch in sizes))
+
+
 class _ModelHook(ModelHook):
     def __init__(self, matching: _Matching):
         super().__init__()
         self.matching = matching
 
     def pre_forward(self, module, hidden_states, *args, **kwargs):
-        sizes = zip(hidden_states.shape[2:], module.config.patch_size, strict=True)
-        self.matching.grid = TokenGrid(*(size // patch for size, patch in sizes))
+        self.matching.grid = _grid(module, hidden_states)
         return (hidden_states, *args), kwargs
 
 
@@ -141,4 +148,75 @@ def tome(
         hooks.append((block, _BlockHook(matching)))
         hooks += [(part, _PartHook(matching)) for part in (block.attn1, block.attn2, block.ffn)]
     with one_video(model, OneVideo(steps), *hooks):
+        yield
+
+
+class _Drawing(ModelHook):
+    """On the model: draws the tokens that are kept."""
+
+    def __init__(self, keep_ratio: float):
+        super().__init__()
+        self.keep_ratio = keep_ratio
+        self.grid: TokenGrid | None = None
+        self.sigma, self.anchored = 1.0, None
+        # positions of the kept tokens; None are all
+        self.kept: torch.Tensor | None = None
+
+    def pre_forward(self, module, hidden_states, timestep, *args, **kwargs):
+        self.grid, self.sigma = _grid(module, hidden_states), float(timestep.max()) / 1000
+        channels = module.config.out_channels
+        mask = hidden_states[0, channels : channels + 4]
+        # latent frames that the image condition gives stay whole, as with `paper`
+        self.anchored = (mask.amax(0) > 0).flatten(1).all(1).cpu() if len(mask) else None
+        return (hidden_states, timestep, *args), kwargs
+
+    def draw(self, block_index: int, device: torch.device) -> None:
+        grid = self.grid
+        # one sequence of choices for all videos
+        random = torch.Generator().manual_seed(1000 * millionths(self.sigma) + block_index)
+        rank = torch.rand(grid.frames, grid.per_frame, generator=random).argsort(1).argsort(1)
+        chosen = rank < max(1, round(self.keep_ratio * grid.per_frame))
+        if self.anchored is not None:
+            chosen[self.anchored] = True
+        kept = chosen.flatten().nonzero()[:, 0].to(device)
+        self.kept = None if len(kept) == grid.tokens else kept
+
+
+class _DroppingBlock(ModelHook):
+    def __init__(self, drawing: _Drawing, index: int, chooses: bool):
+        super().__init__()
+        self.drawing, self.index, self.chooses = drawing, index, chooses
+
+    def new_forward(self, module, hidden_states, text, temb, rotary):
+        forward, drawing = self.fn_ref.original_forward, self.drawing
+        if self.chooses:
+            drawing.draw(self.index, hidden_states.device)
+        kept = drawing.kept
+        if self.chooses or kept is None:
+            return forward(hidden_states, text, temb, rotary)
+        rotary = tuple(part[:, kept] for part in rotary)
+        out = hidden_states.clone()
+        out[:, kept] = forward(hidden_states[:, kept], text, temb, rotary)
+        return out
+
+
+@contextmanager
+def random_tokens(
+    model: WanTransformer3DModel, *, steps: int, shift: float, keep_ratio: float
+) -> Iterator[None]:
+    """TAPE's skeleton (arXiv 2605.17837) with tokens chosen at random: what a choice has to beat.
+
+    Every quarter of the blocks begins with a block on all tokens, which chooses; until the next one
+    the others keep their hidden state.
+
+    Args:
+        keep_ratio: share of the tokens of each latent frame that is kept; 1 keeps all.
+    """
+    drawing, blocks = _Drawing(keep_ratio), model.blocks
+    every = max(1, round(len(blocks) / 4))
+    hooks = [
+        (block, _DroppingBlock(drawing, index, index % every == 0))
+        for index, block in enumerate(blocks)
+    ]
+    with one_video(model, OneVideo(steps), (model, drawing), *hooks):
         yield

@@ -1,8 +1,9 @@
 """What each way of cutting compute costs in quality: `python -m wantrim.benchmarks.quality`.
 
 Every case is one row of benchmarks/results/quality.csv. Finished cases are kept in --work and not
-run again, so an interrupted run can be taken up; --fresh forgets them. --full runs every case on
-32 prompts and 2 seeds; without it the fast subset runs on 8 prompts and 1 seed.
+run again, so an interrupted run can be taken up; --fresh forgets them. --full runs every case of
+the registry (cases.py) on the tiny Wan of --world; without it a fast subset runs. Rows go into the
+repository only from a clean commit and from a tiny Wan that is trained to its end.
 """
 
 from __future__ import annotations
@@ -12,51 +13,72 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 
 from ..solve.dial import Run
-from ..toy import CHECKPOINT
+from ..toy.worlds import FIRST, WORLDS
 from .bench import Bench, read_result, sampling_of, write_result
-from .cases import DEFAULT, FAIR, POINTS, STUDY_TARGET, Case, Point, all_cases, solve_plan
+from .cases import (
+    DEFAULT,
+    DENSE,
+    DIALLED,
+    FAIR,
+    MANY_STEPS,
+    PAPER,
+    POINTS,
+    STUDY_TARGET,
+    Case,
+    Point,
+    cases_at,
+    solve_plan,
+)
 from .metrics import difference
-from .subjects import PROMPTS, Subject, read_prompts, real_subject, toy_subject
+from .subjects import (
+    PROMPTS,
+    Subject,
+    read_prompts,
+    real_subject,
+    toy_subject,
+)
 from .table import COLUMNS, RESULTS, commit, merge_rows
 
 log = logging.getLogger(__name__)
-DENSE = Case("methods", "dense", "", 1.0)
-FAST = (8, 1)
-FULL = (32, 2)
+# prompts and seeds of each world; the second one's full run takes 6 hours of one core
+FULL = {"1": (32, 2), "2": (12, 1)}
+# the fast subset: prompts, seeds and methods, in 4 and 20 steps at the study's target
+FAST = {
+    "1": (3, 1, ("fewer_steps", DEFAULT, PAPER, "easycache", "sea_cache", "zeus_like")),
+    "2": (3, 1, ("fewer_steps", DEFAULT, "easycache")),
+}
 
 
-def selected(
-    full: bool,
-    only: list[str] | None,
-    targets: list[float] | None,
-    known: Sequence[Case] | None = None,
-) -> list[Case]:
-    """The cases to run, by group or method; the fast subset is the methods at one budget."""
-    known = all_cases() if known is None else known
-    cases = [case for case in known if not targets or case.target in targets]
-    if only:
-        cases = [case for case in cases if {*case.groups, case.method}.intersection(only)]
-    elif not full:
-        cases = [c for c in cases if "methods" in c.groups and c.target == STUDY_TARGET]
+def selected(args: argparse.Namespace, point: Point) -> list[Case]:
+    """The cases to run: those asked for by method or target, all, or the fast subset."""
+    cases = cases_at(point.steps)
+    if args.targets:
+        cases = [case for case in cases if case.target in args.targets]
+    if args.only:
+        cases = [case for case in cases if case.method in args.only]
+    elif not (args.full or args.targets):
+        methods = FAST[args.world][2]
+        cases = [c for c in cases if c.method in methods and c.target == STUDY_TARGET]
     return [DENSE, *cases]
 
 
 def result_path(args: argparse.Namespace, task: str, point: Point, case: Case) -> Path:
     """Where a finished case is kept; what the dial solves by its plan, which changes with the solver."""
-    key = case.key
-    if case.dial is not None:
-        plan = solve_plan(case, _sampling(load_subject(args), task, point))
+    key, subject = case.key, load_subject(args, point)
+    if case.method in DIALLED:
+        plan = solve_plan(case, _sampling(subject, task, point))
         key += f"_{hashlib.sha256(repr(plan.shares).encode()).hexdigest()[:8]}"
-    model = Path(args.weights).name if args.weights else CHECKPOINT.stem
+    model = Path(args.weights).name if args.weights else subject.name
     sampling = f"{point.steps}_{point.guidance:g}_{point.shift:g}"
     run = f"{model}_{task}_{sampling}_{args.prompts}x{args.seeds}"
     return Path(args.work) / f"{run}_{args.digest}__{key}.json"
@@ -64,7 +86,8 @@ def result_path(args: argparse.Namespace, task: str, point: Point, case: Case) -
 
 def digest(args: argparse.Namespace) -> str:
     """Stands for what a finished case was made of: weights, prompts, images, size and dtype."""
-    files = [args.weights or CHECKPOINT, args.components, args.prompt_file, *args.images]
+    checkpoint = WORLDS[args.world].checkpoint
+    files = [args.weights or checkpoint, args.components, args.prompt_file, *args.images]
     made_of = [args.width, args.height, args.pixel_frames, args.dtype]
     for file in files:
         if file is None:
@@ -72,13 +95,39 @@ def digest(args: argparse.Namespace) -> str:
         path = Path(file)
         inside = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
         made_of += [(p.name, p.stat().st_size) for p in inside]
+    if not args.weights and args.world != FIRST.name:
+        # more training leaves a file as large as it was
+        with safe_open(checkpoint, "pt") as file:
+            made_of.append(file.metadata())
     return hashlib.sha256(repr(made_of).encode()).hexdigest()[:8]
+
+
+def refuse_rows(results: Path, world: str | None) -> None:
+    """Stop before rows are made that must not be kept.
+
+    Args:
+        results: folder of the table; only the repository's own is guarded.
+        world: whose tiny Wan the rows are of; None for real weights.
+
+    Raises:
+        SystemExit: more than rows was changed since the commit, or the tiny Wan is in training.
+    """
+    if Path(results).resolve() != RESULTS.resolve():
+        return
+    if commit().endswith("-dirty"):
+        raise SystemExit("rows come from a clean commit: commit first, or give --results FOLDER")
+    if world is not None and not WORLDS[world].finished:
+        raise SystemExit(f"tiny Wan of world {world} is in training: give --results FOLDER")
+
+
+@lru_cache(maxsize=2)
+def _toy(world: str, device: str, few: bool) -> Subject:
+    lora = WORLDS[world].four_step_lora
+    return toy_subject(1, device, WORLDS[world], lora if few and lora.exists() else None)
 
 
 @lru_cache(maxsize=1)
 def _subject(weights, components, prompts, images, width, height, pixel_frames, device, dtype):
-    if weights is None:
-        return toy_subject(device=device)
     return real_subject(
         Path(weights),
         components=Path(components) if components else None,
@@ -92,9 +141,11 @@ def _subject(weights, components, prompts, images, width, height, pixel_frames, 
     )
 
 
-def load_subject(args: argparse.Namespace) -> Subject:
-    """The model to measure; loaded once a process."""
+def load_subject(args: argparse.Namespace, point: Point | None = None) -> Subject:
+    """The model to measure, loaded once a process; at 4 steps a tiny Wan with its LoRA, if any."""
     a = args
+    if a.weights is None:
+        return _toy(a.world, a.device, point is not None and point.steps == 4)
     return _subject(
         a.weights, a.components, a.prompt_file, tuple(a.images), a.width, a.height,
         a.pixel_frames, a.device, a.dtype,
@@ -123,7 +174,7 @@ def _bench(
 def run_case(args: argparse.Namespace, task: str, point: Point, case: Case) -> dict:
     """Run one case and keep its result."""
     torch.set_num_threads(args.threads)
-    work, subject = str(args.work), load_subject(args)
+    work, subject = str(args.work), load_subject(args, point)
     bench = _bench(args.bench, subject, task, point, args.prompts, args.seeds, work, args.digest)
     result = bench.run(case)
     if "row" in result:
@@ -147,7 +198,7 @@ def paired_rows(results: dict[tuple, dict]) -> list[dict]:
     for (task, point, case), result in results.items():
         if "row" not in result:
             continue
-        row = dict(result["row"]) | {"shift": point.shift, "group": case.group}
+        row = dict(result["row"])
         for name, method in (("vs_steps", "fewer_steps"), ("vs_default", DEFAULT)):
             twins = [
                 r
@@ -174,27 +225,33 @@ def paired(name: str, result: dict, twin: dict) -> dict[str, object]:
 
 def main() -> None:
     args = parse_args()
-    cases = selected(args.full, args.only, args.targets)
-    run_cases(args, cases, [DENSE, *all_cases()], args.results / "quality.csv")
+    refuse_rows(args.results, None if args.weights else args.world)
+    cases = {point: selected(args, point) for point in args.points}
+    known = {point: [DENSE, *cases_at(point.steps)] for point in args.points}
+    run_cases(args, cases, known, args.results / "quality.csv")
 
 
 def run_cases(
     args: argparse.Namespace,
-    cases: Sequence[Case],
-    known: Sequence[Case],
+    cases: Mapping[Point, Sequence[Case]],
+    known: Mapping[Point, Sequence[Case]],
     table: Path,
     compare: Callable[[dict[tuple, dict]], list[dict]] = paired_rows,
     columns: Sequence[str] = COLUMNS,
+    **options,
 ) -> None:
     """Run what is not done yet, and write the rows of all finished `known` cases.
 
     Args:
         compare: makes the rows of the finished cases.
-        columns: of the table.
+        columns: of the table; `options` go to `merge_rows`.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    torch.set_num_threads(args.threads)
     args.work.mkdir(parents=True, exist_ok=True)
-    wanted = [(task, point, case) for point in args.points for case in cases for task in args.tasks]
+    wanted = [
+        (task, point, case) for point in cases for case in cases[point] for task in args.tasks
+    ]
     if args.fresh:
         for file in args.work.glob(f"dense_*{args.digest}.safetensors"):
             file.unlink()
@@ -204,14 +261,16 @@ def run_cases(
     for count, (one, result) in enumerate(_run_all(args, todo), 1):
         left = (time.perf_counter() - began) / count * (len(todo) - count) / 60
         log.info("[%d/%d, %.0f min left] %s", count, len(todo), left, _line(one, result))
-    merge_rows(table, compare(_everything(args, known)), columns)
+    merge_rows(table, compare(_everything(args, known)), columns, **options)
 
 
-def _everything(args: argparse.Namespace, known: Sequence[Case]) -> dict[tuple, dict]:
+def _everything(
+    args: argparse.Namespace, known: Mapping[Point, Sequence[Case]]
+) -> dict[tuple, dict]:
     """All finished cases, also those that this call was not asked for: rows are compared."""
     found = {}
-    for point in args.points:
-        for case in known:
+    for point, cases in known.items():
+        for case in cases:
             for task in args.tasks:
                 result = read_result(result_path(args, task, point, case))
                 if result is not None:
@@ -226,7 +285,7 @@ def _run_all(args: argparse.Namespace, todo: list[tuple]):
             yield one, run_case(args, *one)
         return
     with ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool:
-        for part in ([t for t in todo if t[2] is DENSE], [t for t in todo if t[2] is not DENSE]):
+        for part in ([t for t in todo if t[2] == DENSE], [t for t in todo if t[2] != DENSE]):
             futures = {pool.submit(run_case, args, *one): one for one in part}
             try:
                 for future in as_completed(futures):
@@ -275,10 +334,16 @@ def parse_args(
         description=description, formatter_class=argparse.RawTextHelpFormatter
     )
     add = parser.add_argument
-    add("--full", action="store_true", help="every case, 32 prompts x 2 seeds")
-    add("--only", nargs="+", help="groups or methods, for example: methods default easycache")
+    add("--full", action="store_true", help="every case, with all prompts and seeds")
+    add("--world", choices=list(WORLDS), default=FIRST.name, help="of the tiny Wan")
+    add("--only", nargs="+", help="methods, for example: default easycache")
     add("--targets", nargs="+", type=float, help="only these shares of the dense FLOPs")
-    add("--steps", nargs="+", type=int, help="only these numbers of steps (default: 20 and 4)")
+    add(
+        "--steps",
+        nargs="+",
+        type=int,
+        help="only these numbers of steps (default: 4 and 20; all of the\nregistry with --full)",
+    )
     add("--tasks", nargs="+", default=None, choices=("t2v", "i2v"))
     add("--prompts", type=int)
     add("--seeds", type=int)
@@ -289,9 +354,10 @@ def parse_args(
     add("--results", type=Path, default=RESULTS, help="folder of the CSV file")
     add_real_weights(parser)
     args = parser.parse_args()
-    prompts, seeds = FULL if args.full else FAST
+    prompts, seeds = FULL[args.world] if args.full else FAST[args.world][:2]
     args.prompts, args.seeds = args.prompts or prompts, args.seeds or seeds
-    args.points = [p for p in POINTS if not args.steps or p.steps in args.steps]
+    asked = args.steps or [p.steps for p in POINTS[args.world] if args.full or p.steps < MANY_STEPS]
+    args.points = [p for p in POINTS[args.world] if p.steps in asked]
     if args.weights:
         args.points = [Point(n, args.guidance, args.shift) for n in args.steps or (20,)]
     args.digest = digest(args)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gc
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from diffusers import (
 from diffusers.video_processor import VideoProcessor
 from PIL import Image, ImageOps
 
+from ..hosts.diffusers.lora import merge_lora
 from ..hosts.diffusers.weights import load_original
 from ..toy.vae import ToyVAE, image_condition
 from ..toy.world import MAX_OBJECTS, Scene
@@ -93,6 +95,10 @@ class Subject(ABC):
     def to_video(self, latents: torch.Tensor) -> np.ndarray:
         """Model latents [b, c, f, h, w] to videos [b, pixel_frames, h, w, 3] in 0..1."""
 
+    def reader(self, item: Item) -> Callable[[np.ndarray], dict[str, bool]] | None:
+        """What tells which of a prompt's words a video [f, h, w, 3] shows; None if nothing can."""
+        return None
+
     def model_kwargs(self, item: Item) -> dict[str, torch.Tensor]:
         """Further arguments [1, ...] of the transformer's forward."""
         return {}
@@ -125,6 +131,9 @@ class ToySubject(Subject):
 
     def to_video(self, latents: torch.Tensor) -> np.ndarray:
         return self.vae.decode(latents.float().cpu()).permute(0, 2, 3, 4, 1).numpy()
+
+    def reader(self, item: Item) -> Callable[[np.ndarray], dict[str, bool]]:
+        return partial(self.world.read_scene, scene=item.scene)
 
     def _item(self, task: str, index: int, seed: int, scene: Scene) -> Item:
         prompt, first, condition = scene.prompt(), None, None
@@ -189,20 +198,26 @@ class RealSubject(Subject):
 
 
 def toy_subject(
-    objects: int = 1, device: torch.device | str = "cpu", world: World = FIRST
+    objects: int = 1,
+    device: torch.device | str = "cpu",
+    world: World = FIRST,
+    lora: Path | None = None,
 ) -> Subject:
     """A tiny Wan in fp32, for text- and image-to-video of scenes that it was not trained on.
 
     Args:
         objects: in every scene, 1 to 3.
         world: whose tiny Wan.
+        lora: merged into it; the name in tables is then the LoRA's.
     """
     if not 1 <= objects <= MAX_OBJECTS:
         raise ValueError(f"objects: expected 1 to {MAX_OBJECTS}, got {objects}")
-    model = load_original(world.checkpoint).to(device)
+    model = load_original(world.checkpoint)
+    if lora is not None:
+        merge_lora(model, lora)
     return ToySubject(
-        world.checkpoint.stem,
-        model,
+        (lora or world.checkpoint).stem,
+        model.to(device),
         world.latent_size(),
         ("t2v", "i2v"),
         None,

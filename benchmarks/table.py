@@ -10,8 +10,6 @@ from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
 TASKS = {"t2v": "text to video", "i2v": "image to video"}
-# a row of the same values here is the same plan, on whatever videos and with whatever guidance
-PLAN = ("method", "setting", "task", "steps", "target")
 # a row of the same values here is the same measurement
 KEY = (
     "method",
@@ -26,18 +24,13 @@ KEY = (
     "device",
 )
 COLUMNS = (
-    "group", "method", "setting", "knob", "model", "task", "steps", "guidance", "shift",
+    "method", "setting", "knob", "model", "task", "steps", "guidance", "shift",
     "prompts", "seeds", "target", "flops_ratio", "predicted_ratio", "time_ratio",
     "psnr_db", "psnr_lo", "psnr_hi", "vs_steps_db", "vs_steps_lo", "vs_steps_hi", "vs_steps",
-    "vs_default_db", "vs_default_lo", "vs_default_hi", "vs_default",
-    # of rows before commit 5ed17e9: against the default of its day without its whole steps
-    "vs_refresh_db", "vs_refresh_lo", "vs_refresh_hi", "vs_refresh",
-    "ssim", "motion_ratio", "flicker", "subject_consistency", "background_consistency",
-    "first_frame_db", "colour_ok", "shape_ok",
-    "direction_ok", "speed_error", "commit", "torch", "device",
+    "vs_default_db", "vs_default_lo", "vs_default_hi", "vs_default", "ssim", "motion_ratio",
+    "first_frame_db", "colour_ok", "shape_ok", "direction_ok", "camera_ok",
+    "commit", "torch", "device",
 )  # fmt: skip
-# method in old rows -> its name now
-RENAMED = {"tape": "paper"}
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
@@ -45,26 +38,43 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    for row in rows:
-        if row.get("method") in RENAMED:
-            row["method"] = RENAMED[row["method"]]
-    return rows
+        return list(csv.DictReader(file))
 
 
 def merge_rows(path: Path, rows: Sequence[dict[str, object]], columns=COLUMNS, key=KEY) -> None:
-    """Add rows to a CSV file; a row with the same key takes the older one's place."""
+    """Add rows to a CSV file; a row with the same key takes the older one's place.
+
+    Columns that only the file has stay.
+    """
     merged = {_key(row, key): row for row in read_rows(path)}
+    older = next(iter(merged.values()), {})
+    columns = [*columns, *(name for name in older if name not in columns)]
     for row in rows:
         text = {name: _text(row.get(name, "")) for name in columns}
         merged[_key(text, key)] = text
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     with partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(merged.values())
     partial.replace(path)
+
+
+def full_rows(rows: Sequence[dict[str, str]], models: Sequence[str]) -> list[dict[str, str]]:
+    """Of each measurement the row with the most videos, and of these the last; only of `models`."""
+    best: dict[tuple, dict[str, str]] = {}
+    for row in rows:
+        if row["model"] not in models:
+            continue
+        key = tuple(row[name] for name in ("method", "task", "steps", "guidance", "target"))
+        if key not in best or _videos(row) >= _videos(best[key]):
+            best[key] = row
+    return list(best.values())
+
+
+def _videos(row: dict[str, str]) -> int:
+    return int(row["prompts"]) * int(row["seeds"])
 
 
 @lru_cache(maxsize=1)
@@ -99,7 +109,7 @@ def truth_of(row: dict[str, str], *keys: str) -> str:
 
 
 def _key(row: dict[str, str], key: Sequence[str]) -> tuple[str, ...]:
-    return tuple(row[name] for name in key)
+    return tuple(row.get(name, "") for name in key)
 
 
 def _text(value: object) -> str:

@@ -29,7 +29,7 @@ from .width import (
 
 TEXT_TOKENS = 512
 # of a block's FFN against one of its attentions: least squares gives back most of what dropped
-# channels added, and little of what dropped heads did (benchmarks/width.py)
+# channels added, and little of what dropped heads did (benchmarks/results/old/width.csv)
 FFN_WORTH = 0.5
 
 

@@ -6,19 +6,17 @@ import torch
 from diffusers import WanTransformer3DModel
 from diffusers.hooks import MagCacheConfig
 
-from wantrim.benchmarks.baselines import knob_for, static_blocks
-from wantrim.benchmarks.caches import easycache, teacache
+from wantrim.benchmarks.baselines import knob_for
+from wantrim.benchmarks.caches import easycache, teacache, zeus_like
 from wantrim.benchmarks.diffusers_caches import (
     calibrate_mag_ratios,
-    faster_cache,
     first_block_cache,
     mag_cache,
     pyramid_attention_broadcast,
     sea_cache,
-    taylorseer,
 )
 from wantrim.benchmarks.flops import count_flops
-from wantrim.benchmarks.merging import match_tokens, tome
+from wantrim.benchmarks.merging import match_tokens, random_tokens, tome
 from wantrim.hosts.diffusers.sample import sample
 from wantrim.hosts.diffusers.weights import load_original
 from wantrim.methods.grid import TokenGrid
@@ -29,7 +27,6 @@ SIZE = (2, 12, 12)
 GRID = TokenGrid(2, 6, 6)
 STEPS = 6
 RATIOS = [1.0, 0.99, 0.98, 0.99, 0.98, 0.97]
-ALL = {"uncond_timesteps": (-1, 1001), "attention_timesteps": (-1, 1001)}
 # the method, knobs that change nothing, knobs that save as much as they can
 METHODS = {
     "easycache": (easycache, {"threshold": 0.0}, {"threshold": 99.0}),
@@ -40,20 +37,15 @@ METHODS = {
         {"threshold": 0.0},
         {"threshold": 99.0},
     ),
-    "taylorseer": (taylorseer, {"every": 1}, {"every": 99}),
     "sea_cache": (partial(sea_cache, max_skips=0), {"threshold": 0.0}, {"threshold": 99.0}),
     "pyramid_attention_broadcast": (
         partial(pyramid_attention_broadcast, timesteps=(-1, 1001)),
         {"self_every": 1},
         {"self_every": 99},
     ),
-    "faster_cache": (
-        partial(faster_cache, **ALL),
-        {"uncond_every": 1},
-        {"uncond_every": 99, "attention_every": 99},
-    ),
-    "static_blocks": (static_blocks, {"skip": ()}, {"skip": (3, 4, 9, 12)}),
+    "zeus_like": (zeus_like, {"computed": 1.0}, {"computed": 0.5}),
     "tome": (tome, {"keep_ratio": 1.0}, {"keep_ratio": 0.25}),
+    "random_tokens": (random_tokens, {"keep_ratio": 1.0}, {"keep_ratio": 0.3}),
 }
 # which of the six steps are computed in full with the saving knobs
 COMPUTED = {
@@ -61,8 +53,7 @@ COMPUTED = {
     "teacache": [0, 5],
     "first_block_cache": [0],
     "mag_cache": [0],
-    # diffusers' schedule: one predicted step between the warm-up and the next computed one
-    "taylorseer": [0, 2],
+    "zeus_like": [0, 4, 5],
     "sea_cache": [0, 5],
 }
 each_method = pytest.mark.parametrize("name", list(METHODS))
@@ -177,7 +168,7 @@ def test_the_steps_that_a_cache_computes(model, name):
     assert seen.computed == COMPUTED[name]
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "faster_cache"])
+@each_method
 def test_without_guidance_there_is_one_row(model, name):
     method, neutral, saving = METHODS[name]
     dense = video(model, guidance=1.0)
@@ -196,9 +187,11 @@ def test_an_exception_leaves_nothing(model, dense, name):
             raise ZeroDivisionError
 
     handle = model.patch_embedding.register_forward_pre_hook(fail)
+    # some skip the whole model: fail where it computes
     if name == "easycache":
-        # skips the whole model: fail where it computes
         saving = {"threshold": 0.0}
+    elif name == "zeus_like":
+        saving = {"computed": 1.0}
     with pytest.raises(ZeroDivisionError):
         within(method, model, saving)
     handle.remove()
@@ -224,7 +217,7 @@ def test_one_video_is_what_an_entry_is_for(model, dense):
 def test_methods_nest(model, dense):
     knobs = {"steps": STEPS, "shift": 3.0}
     with (
-        static_blocks(model, skip=(3,), **knobs),
+        tome(model, keep_ratio=0.5, **knobs),
         teacache(model, threshold=99.0, **knobs),
         Recorder(model) as seen,
     ):
@@ -258,6 +251,60 @@ def test_easycache_reuses_while_its_estimate_stays_under_the_threshold(model):
     assert 4 not in within_steps(easycache, model, threshold=second + 0.01 * third).computed
     late = within_steps(easycache, model, threshold=99.0, warmup=4)
     assert late.computed == [0, 1, 2, 3, 5]
+
+
+def test_zeus_extrapolates_and_repeats_in_turn(model):
+    with Recorder(model) as seen:
+        within(zeus_like, model, {"computed": 2 / 8, "steps": 8}, steps=8)
+    # the first fifth of eight steps are two, and nothing is left to spread
+    assert seen.computed == [0, 1]
+    out = seen.outputs
+    assert torch.equal(out[2], 2 * out[1] - out[0])
+    assert torch.equal(out[3], out[2])
+    # further steps come in pairs, so that a difference is one of computed outputs
+    with Recorder(model) as seen:
+        within(zeus_like, model, {"computed": 6 / 12, "steps": 12}, steps=12)
+    assert seen.computed == [0, 1, 5, 6, 10, 11]
+    out = seen.outputs
+    assert torch.equal(out[7], 2 * out[6] - out[5]) and torch.equal(out[8], out[7])
+
+
+@torch.no_grad()
+def test_random_tokens_leave_a_quarter_of_the_blocks_whole(model, dense_flops):
+    entered, left = [], []
+    handles = [
+        handle
+        for block in model.blocks
+        for handle in (
+            block.register_forward_pre_hook(lambda m, args: entered.append(args[0])),
+            block.register_forward_hook(lambda m, args, out: left.append(out)),
+        )
+    ]
+    within(random_tokens, model, {"keep_ratio": 0.5}, steps=1)
+    for handle in handles:
+        handle.remove()
+    changed = [(out != x).any(-1) for x, out in zip(entered, left, strict=True)]
+    assert [bool(c.all()) for c in changed] == [index % 4 == 0 for index in range(16)]
+    # both rows alike, one choice until the next whole block, as many tokens of each latent frame
+    assert all(torch.equal(c[0], c[1]) for c in changed)
+    assert torch.equal(changed[1], changed[3]) and not torch.equal(changed[1], changed[5])
+    assert changed[1][0].view(2, 36).sum(1).tolist() == [18, 18]
+    x, kept = entered[1], changed[1][0].nonzero()[:, 0]
+    assert torch.equal(left[1][:, ~changed[1][0]], x[:, ~changed[1][0]])
+    flops = count_flops(partial(within, random_tokens, model, {"keep_ratio": 0.5}))
+    assert flops == dense_flops - STEPS * 12 * 2 * (block_flops(72) - block_flops(len(kept)))
+
+
+def test_random_tokens_leave_the_given_frame_whole(model):
+    condition = torch.zeros(1, 20, *SIZE)
+    condition[:, :4, 0] = 1
+    changed = []
+    handle = model.blocks[2].register_forward_hook(
+        lambda module, args, out: changed.append((out != args[0]).any(-1)[0].view(2, 36).sum(1))
+    )
+    within(random_tokens, model, {"keep_ratio": 0.25}, condition=condition)
+    handle.remove()
+    assert [found.tolist() for found in changed] == [[36, 9]] * STEPS
 
 
 def test_teacache_reuses_the_residual_of_the_blocks(model):
@@ -318,27 +365,6 @@ def test_mag_ratios_are_diffusers_own(model):
         within(mag_cache, model, {"threshold": 0.1, "mag_ratios": RATIOS[:5]})
 
 
-def test_faster_cache_leaves_out_the_unconditional_row(model):
-    with Recorder(model) as seen:
-        within(faster_cache, model, {"uncond_every": 99, "uncond_timesteps": (-1, 800)})
-    # sigmas 1, .94, .86, .75, .6, .375
-    assert [len(rows) for rows in seen.texts] == [2, 2, 2, 1, 1, 1]
-    assert torch.equal(seen.texts[3], text())
-    assert all(len(velocity) == 2 for velocity in seen.outputs)
-
-
-def test_faster_cache_without_guidance_reuses_attention_only(model):
-    dense = video(model, guidance=1.0)
-    knobs = {"guided": False, "attention_every": 1}
-    assert torch.equal(within(faster_cache, model, knobs, guidance=1.0), dense)
-    knobs["attention_every"] = 2
-    assert not torch.equal(within(faster_cache, model, knobs, guidance=1.0), dense)
-    with pytest.raises(ValueError, match="got 1; without guidance pass guided=False"):
-        within(faster_cache, model, {}, guidance=1.0)
-    with pytest.raises(ValueError, match="expected to end below 1000, .* got 1001"):
-        within(faster_cache, model, {"guided": False, **ALL}, guidance=1.0)
-
-
 def test_pyramid_attention_broadcast_keeps_to_its_timesteps(model):
     with Recorder(model) as seen:
         counts = []
@@ -350,22 +376,6 @@ def test_pyramid_attention_broadcast_keeps_to_its_timesteps(model):
         handle.remove()
     assert counts == [0, 1, 2]
     assert seen.computed == list(range(STEPS))
-
-
-def test_static_blocks_are_a_model_without_them(model, dense_flops):
-    skip = (0, 7, 15)
-    smaller = copy.deepcopy(model)
-    smaller.blocks = torch.nn.ModuleList(b for i, b in enumerate(model.blocks) if i not in skip)
-    assert torch.equal(within(static_blocks, model, {"skip": skip}), video(smaller))
-    saved = 3 * 2 * STEPS * block_flops(72)
-    flops = count_flops(lambda: within(static_blocks, model, {"skip": skip}))
-    assert flops == dense_flops - saved
-
-
-@pytest.mark.parametrize("skip", [(16,), (-1,), (3, 3)])
-def test_static_blocks_refuses_blocks_that_are_not_there(model, skip):
-    with pytest.raises(ValueError, match=r"expected different blocks of 0 to 15, got \("):
-        within(static_blocks, model, {"skip": skip})
 
 
 def test_matching_by_hand():

@@ -57,7 +57,6 @@ PLACES = {
     "rich": OFFLINE,
     "PIL": ("report/", "profiles/", "hosts/", "nodes/", *OFFLINE),
     "skimage": ("benchmarks/",),
-    "vbench": ("benchmarks/",),
 }
 
 

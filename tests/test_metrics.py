@@ -1,24 +1,19 @@
 """Figures of the quality bench, on videos and numbers whose value is known beforehand."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 
-from wantrim.benchmarks.metrics import (
-    background_consistency,
-    difference,
-    measure,
-    subject_consistency,
-    summarise,
-    tied,
-)
+from wantrim.benchmarks.metrics import difference, measure, summarise
+from wantrim.toy.detector import read_scene
 from wantrim.toy.vae import ToyVAE
 from wantrim.toy.world import (
     BACKGROUNDS,
     COLOURS,
     DIRECTIONS,
     PIXEL_FRAMES,
-    SPEEDS,
     Object,
     Scene,
     held_out_scenes,
@@ -30,6 +25,16 @@ from wantrim.toy.world import (
 SIDE = 16
 TRUTHS = 12
 ADHERENCE = ("colour_ok", "shape_ok", "direction_ok")
+
+
+def reader(scene: Scene):
+    return partial(read_scene, scene=scene)
+
+
+def tied(a, b, clusters) -> bool:
+    """Cannot be told apart: 0 lies in the interval."""
+    _, low, high = difference(a, b, clusters)
+    return low <= 0 <= high
 
 
 def slide(step: int = 2, colour: str = "red", ground: str = "black", frames: int = PIXEL_FRAMES):
@@ -120,7 +125,7 @@ def test_ssim_is_the_mean_over_pixel_frames():
     assert measure(video, dense)["ssim"] == pytest.approx(np.mean(single), abs=1e-6)
 
 
-# motion and flicker
+# motion
 
 
 @pytest.mark.parametrize("step", [1, 2, 4])
@@ -154,113 +159,11 @@ def test_a_frozen_video_moves_nowhere(truth):
     # among them scenes that go left, which is what the detector says of no motion at all
     assert {scene.objects[0].direction for scene, _ in truth} == set(DIRECTIONS)
     for scene, video in truth:
-        row = measure(still(video), video, scene)
-        assert row["motion"] == row["flicker"] == 0
+        row = measure(still(video), video, reader(scene))
+        assert row["motion"] == 0
         assert row["dense_motion"] > 0
         assert row["direction_ok"] == 0, scene.prompt()
-        assert row["speed_error"] == pytest.approx(1, abs=1e-6)
         assert (row["colour_ok"], row["shape_ok"]) == (1, 1)
-
-
-def test_flicker_is_the_backgrounds():
-    video = slide(ground="gray")
-    assert measure(video, video)["flicker"] == 0
-    toggling = video.copy()
-    toggling[1::2] += 0.02
-    assert measure(toggling, video)["flicker"] == pytest.approx(0.02, abs=1e-6)
-    # the object's own change is not the background's
-    blinking = video.copy()
-    square = np.abs(video - render_background("gray")).sum(-1) > 0.1
-    blinking[1::2][square[1::2]] *= 0.9
-    assert measure(blinking, video)["flicker"] == 0
-
-
-# consistency over time
-
-
-def test_a_steady_subject_is_consistent(truth):
-    assert subject_consistency(slide()) == pytest.approx(1, abs=1e-6)
-    # half pixels at the edges of moving shapes cost a little
-    assert min(subject_consistency(video) for _, video in truth) > 0.97
-    # an uneven path is no change of looks
-    shaken = slide()
-    shaken[1::2] = np.roll(shaken[1::2], 1, axis=1)
-    assert subject_consistency(shaken) == pytest.approx(1, abs=1e-6)
-
-
-def test_a_subject_that_changes_colour_half_way():
-    video = slide()
-    video[9:] = slide(colour="blue")[9:]
-    # red in 9 of 17 pixel frames, so half of the others are like neither first nor previous
-    assert subject_consistency(video) == pytest.approx(0.5, abs=1e-6)
-    assert measure(video, slide())["subject_consistency"] == subject_consistency(video)
-
-
-def test_a_subject_that_becomes_darker_half_way():
-    video = slide()
-    video[9:] = np.where(video[9:].max(-1, keepdims=True) > 0.5, 0.8 * video[9:], video[9:])
-    # a and 0.8 a share 1.6 / 1.8: for 8 of 16 against the first, for 1 of 16 against the previous
-    expected = 1 - (8 + 1) / 2 / 16 * (1 - 1.6 / 1.8)
-    assert subject_consistency(video) == pytest.approx(expected, abs=1e-5)
-
-
-def test_a_subject_that_changes_shape_half_way():
-    scene = parse_prompt("a green cross moving up slowly on a gray background")
-    video = render(scene, np.random.default_rng(0))
-    other = parse_prompt("a green square moving up slowly on a gray background")
-    morphed = np.concatenate([video[:9], render(other, np.random.default_rng(0))[9:]])
-    assert subject_consistency(video) > 0.97
-    assert subject_consistency(morphed) < 0.92
-
-
-def test_subjects_of_several_objects():
-    scene = Scene(
-        (Object("red", "square", "right", "slowly"), Object("blue", "square", "right", "slowly")),
-        "black",
-    )
-    video = slide()
-    video[:, 70:86, 20:36] = COLOURS["blue"]
-    assert measure(video, video, scene)["subject_consistency"] == pytest.approx(1, abs=1e-6)
-    video[9:, 70:86, 20:36] = COLOURS["green"]
-    assert subject_consistency(video, "red") == pytest.approx(1, abs=1e-6)
-    assert subject_consistency(video, "blue") == pytest.approx(0.5, abs=1e-6)
-    assert measure(video, video, scene)["subject_consistency"] == pytest.approx(0.75, abs=1e-6)
-
-
-@pytest.mark.parametrize("ground", BACKGROUNDS)
-def test_no_object_is_no_consistency(ground):
-    empty = np.repeat(render_background(ground)[None], PIXEL_FRAMES, 0)
-    scene = parse_prompt(f"a red circle moving left slowly on a {ground} background")
-    row = measure(empty, render(scene, np.random.default_rng(0)), scene)
-    assert row["subject_consistency"] == 0
-    assert row["background_consistency"] == 1
-    assert [row[key] for key in ADHERENCE] == [0, 0, 0]
-    assert row["speed_error"] == 1
-
-
-def test_a_still_background_is_consistent():
-    # the object that passes over it does not count
-    assert background_consistency(slide(4)) == 1
-    row = measure(slide(4, ground="striped"), slide())
-    assert row["background_consistency"] == 1
-
-
-def test_a_background_that_drifts():
-    video = slide(ground="gray")
-    video += (0.005 * np.arange(PIXEL_FRAMES, dtype=np.float32))[:, None, None, None]
-    video = np.minimum(video, 1)
-    # to the first 0.005 times 1..16, to the previous 0.005
-    expected = 1 - 0.005 * (8.5 + 1) / 2
-    assert background_consistency(video) == pytest.approx(expected, abs=1e-5)
-    # slow drift is hardly flicker
-    assert measure(video, video)["flicker"] == pytest.approx(0.005, abs=1e-5)
-
-
-def test_a_background_that_is_gone_for_one_pixel_frame():
-    video = slide()
-    video[5] = COLOURS["white"]
-    # one of 16 against the first, two of 16 against the previous
-    assert background_consistency(video) == pytest.approx(1 - 1.5 / 16, abs=1e-6)
 
 
 # against the prompt
@@ -268,9 +171,8 @@ def test_a_background_that_is_gone_for_one_pixel_frame():
 
 def test_rendered_truth_is_right(truth):
     for scene, video in truth:
-        row = measure(video, video, scene)
+        row = measure(video, video, reader(scene))
         assert [row[key] for key in ADHERENCE] == [1, 1, 1], scene.prompt()
-        assert row["speed_error"] < 0.02
 
 
 def test_truth_through_the_toy_vae_is_right(truth):
@@ -278,19 +180,16 @@ def test_truth_through_the_toy_vae_is_right(truth):
     for scene, video in truth[:6]:
         model_video = torch.from_numpy(video).permute(3, 0, 1, 2)[None]
         decoded = vae.decode(vae.encode(model_video))[0].permute(1, 2, 3, 0).numpy()
-        row = measure(decoded, video, scene, video[0])
+        row = measure(decoded, video, reader(scene), video[0])
         assert [row[key] for key in ADHERENCE] == [1, 1, 1], scene.prompt()
-        assert row["speed_error"] < 0.15
         assert 20 < row["psnr_db"] < 40
         assert 20 < row["first_frame_db"] < 100
-        assert row["subject_consistency"] > 0.85
 
 
 def test_reversed_in_time_is_the_wrong_direction(truth):
     for scene, video in truth:
-        row = measure(video[::-1], video, scene)
+        row = measure(video[::-1], video, reader(scene))
         assert [row[key] for key in ADHERENCE] == [1, 1, 0], scene.prompt()
-        assert row["speed_error"] < 0.02
 
 
 def test_recoloured_is_the_wrong_colour(truth):
@@ -301,42 +200,14 @@ def test_recoloured_is_the_wrong_colour(truth):
             (Object(colour, obj.shape, obj.direction, obj.speed),),
             scene.background,
         )
-        row = measure(video, video, asked)
+        row = measure(video, video, reader(asked))
         assert [row[key] for key in ADHERENCE] == [0, 1, 1], scene.prompt()
 
 
 def test_reshaped_is_the_wrong_shape():
     asked = parse_prompt("a red circle moving right slowly on a black background")
-    row = measure(slide(), slide(), asked)
+    row = measure(slide(), slide(), reader(asked))
     assert [row[key] for key in ADHERENCE] == [1, 0, 1]
-
-
-@pytest.mark.parametrize("speed", SPEEDS)
-def test_speed_error_is_relative_to_the_asked_speed(speed):
-    asked = parse_prompt(f"a red square moving right {speed} on a black background")
-    error = measure(slide(2), slide(2), asked)["speed_error"]
-    assert error == pytest.approx(abs(2 - SPEEDS[speed]) / SPEEDS[speed], abs=1e-4)
-
-
-def test_several_objects_count_by_their_share():
-    scene = Scene(
-        (Object("red", "square", "right", "slowly"), Object("blue", "square", "left", "slowly")),
-        "black",
-    )
-    red = slide(1)
-    both = red.copy()
-    blue = slide(1, "blue")[::-1]
-    both[:, 70:90] = blue[:, 37:57]
-    row = measure(both, both, scene)
-    assert [row[key] for key in ADHERENCE] == [1, 1, 1]
-    assert row["speed_error"] == pytest.approx(0.2, abs=1e-4)
-    row = measure(both[::-1], both, scene)
-    assert [row[key] for key in ADHERENCE] == [1, 1, 0]
-    # blue is missing: half is right, and its speed is all wrong
-    row = measure(red, both, scene)
-    assert [row[key] for key in ADHERENCE] == [0.5, 0.5, 0.5]
-    assert row["speed_error"] == pytest.approx((0.2 + 1) / 2, abs=1e-4)
-    assert row["subject_consistency"] == pytest.approx(0.5, abs=1e-6)
 
 
 def test_first_frame_is_the_given_image():
@@ -352,9 +223,9 @@ def test_first_frame_is_the_given_image():
 def test_figures_are_those_that_were_asked_for():
     scene = parse_prompt("a red square moving right slowly on a black background")
     always = set(measure(slide(), slide()))
-    assert not always & {*ADHERENCE, "speed_error", "first_frame_db"}
-    row = measure(slide(), slide(), scene, slide()[0])
-    assert set(row) == always | {*ADHERENCE, "speed_error", "first_frame_db"}
+    assert not always & {*ADHERENCE, "first_frame_db"}
+    row = measure(slide(), slide(), reader(scene), slide()[0])
+    assert set(row) == always | {*ADHERENCE, "first_frame_db"}
     assert all(type(value) is float for value in row.values())
 
 
@@ -371,24 +242,22 @@ def test_awkward_sizes(frames, height, width, num_objects):
     video = render(scene, rng, frames, width, height)
     # twice, so that the objects are also looked for where they are not
     for seen in (video, np.zeros_like(video)):
-        row = measure(seen, video, scene, video[0])
+        row = measure(seen, video, reader(scene), video[0])
         assert all(np.isfinite(value) for value in row.values()), row
 
 
 def test_a_single_pixel_frame_has_no_path():
     scene = parse_prompt("a red square moving right slowly on a black background")
-    row = measure(slide(frames=1), slide(frames=1), scene)
-    assert row["motion"] == row["dense_motion"] == row["flicker"] == 0
+    row = measure(slide(frames=1), slide(frames=1), reader(scene))
+    assert row["motion"] == row["dense_motion"] == 0
     assert [row[key] for key in ADHERENCE] == [0, 0, 0]
-    assert row["subject_consistency"] == 0
-    assert row["background_consistency"] == 1
 
 
 def test_the_input_is_left_alone():
     scene = parse_prompt("a red square moving right slowly on a black background")
     video, dense = slide(), noisy(slide(), 0.05)
     before = video.copy(), dense.copy()
-    measure(video, dense, scene, dense[0])
+    measure(video, dense, reader(scene), dense[0])
     assert np.array_equal(video, before[0])
     assert np.array_equal(dense, before[1])
 

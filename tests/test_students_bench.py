@@ -1,26 +1,14 @@
 """The bench of trained students: the issue's questions, and what a row is measured on."""
 
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
 
 from wantrim.benchmarks import students
-from wantrim.benchmarks.cases import Point
-from wantrim.benchmarks.quality import DENSE
-from wantrim.benchmarks.students import (
-    FEW,
-    ROUTED,
-    STAGES,
-    WIDTH,
-    StudentBench,
-    StudentCase,
-    all_cases,
-    student,
-)
+from wantrim.benchmarks.cases import DENSE, Point
+from wantrim.benchmarks.students import STAGES, StudentBench, all_cases
 from wantrim.benchmarks.subjects import toy_subject
-from wantrim.benchmarks.table import read_rows
 from wantrim.hosts.diffusers.slim import load_slim
 from wantrim.slim.file import read_header
 from wantrim.training.gate import new_router
@@ -54,34 +42,21 @@ def runs(tmp_path_factory):
     return folder
 
 
-def test_every_question_has_its_row():
-    cases = all_cases()
-    assert len({case.key for case in cases}) == len(cases)
-    mine = [case for case in cases if isinstance(case, StudentCase)]
-    known = {(case.method, case.setting, case.target) for case in mine}
-    # whatever is compared is there, at the same target
-    for case in mine:
-        assert case.against is None or (*case.against, case.target) in known
-    targets = {case.target for case in cases if case.method == "fewer_steps"}
-    assert targets == {WIDTH, ROUTED}
-    routers = {case.router for case in mine if case.target == ROUTED}
-    assert routers == {"trained", "profiled", "random", "static"}
-    assert all(case.steps == 4 for case in mine if case.target == FEW)
-
-
 def test_flops_are_the_predicted_ones_and_the_full_model_is_left_as_it_was(
     toy, runs, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(students, "RUNS", runs)
     bench = StudentBench(toy, "t2v", POINT, 1, 1, tmp_path)
     cases = {case.setting: case for case in all_cases()}
+    assert len(cases) == len(all_cases()) - 1, "two rows of fewer steps, no other twice"
     rows = {}
-    for name in ("cut, not trained", "stage II", "stage II's student, static blocks"):
+    for name in ("cut, not trained", "stage II", "stage II's student, random blocks"):
         rows[name] = bench.run(cases[name])["row"]
         assert rows[name]["flops_ratio"] == pytest.approx(rows[name]["predicted_ratio"], rel=0.02)
     assert rows["cut, not trained"]["parameter_ratio"] == pytest.approx(0.747, abs=0.002)
     assert rows["stage II"]["flops_ratio"] < 0.6
     assert rows["stage II"]["parameter_ratio"] < 0.6
+    assert rows["stage II"]["psnr_db"] != rows["stage II's student, random blocks"]["psnr_db"]
     # two unguided steps of the full model instead of four guided ones
     few = replace(cases["full model, 4 steps"], steps=2)
     row = bench.run(few)["row"]
@@ -91,20 +66,13 @@ def test_flops_are_the_predicted_ones_and_the_full_model_is_left_as_it_was(
 
 def test_the_command_says_which_students_are_missing(tmp_path, monkeypatch):
     monkeypatch.setattr(students, "RUNS", tmp_path / "none")
-    case = student("stage I", WIDTH, "tiny/1-width")
-    monkeypatch.setattr(students, "all_cases", lambda: [case])
-    words = ["students", "--prompts", "1", "--jobs", "1", "--steps", "20"]
-    monkeypatch.setattr(
-        sys, "argv", [*words, "--work", f"{tmp_path}/work", "--results", f"{tmp_path}/rows"]
-    )
-    monkeypatch.setattr(StudentBench, "dense", lambda self: [])
-    monkeypatch.setattr(
-        students, "run_cases", lambda args, cases, *rest: said.append((args.points, cases))
-    )
-    said = []
+    words = ["students", "--prompts", "1", "--jobs", "1", "--work", f"{tmp_path}/work"]
+    monkeypatch.setattr("sys.argv", [*words, "--results", f"{tmp_path}/rows"])
+    ran = []
+    monkeypatch.setattr(students, "run_cases", lambda args, cases, *rest, **more: ran.append(cases))
     students.main()
-    (points, cases) = said[0]
-    assert [point.steps for point in points] == [20] and cases[1] is case
+    ((point, cases),) = ran[0].items()
+    assert (point.steps, point.guidance) == (20, 8.0) and cases == [DENSE, *all_cases()]
     bench = StudentBench(toy_subject(), "t2v", POINT, 1, 1, tmp_path)
-    assert "is not there" in bench.run(case)["unreachable"]
-    assert read_rows(tmp_path / "rows" / "students.csv") == []
+    monkeypatch.setattr(bench, "dense", lambda: [])
+    assert "is not there" in bench.run(cases[1])["unreachable"]

@@ -7,13 +7,24 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .world import BACKGROUNDS, COLOURS, DIRECTIONS, SHAPES, STRIPE_DEPTH, Scene, shape_distance
+from .world import (
+    BACKGROUNDS,
+    COLOURS,
+    DIRECTIONS,
+    SHAPES,
+    SPEEDS,
+    STRIPE_DEPTH,
+    Scene,
+    shape_distance,
+)
 
 # area of each shape in units of radius squared
 SHAPE_AREA = {"circle": np.pi, "square": 2.89, "triangle": 1.71, "cross": 2.2576}
 # centre of mass of each shape below its centre, in units of radius
 SHAPE_CENTROID = {"circle": 0.0, "square": 0.0, "triangle": 0.2, "cross": 0.0}
 MIN_PIXELS = 40
+# pixels per pixel_frame below which an object has no direction
+MIN_SPEED = 0.25 * min(SPEEDS.values())
 # what a prompt says of an object
 WORDS = ("colour", "shape", "direction")
 
@@ -38,6 +49,11 @@ class Detection(Seen):
 
     speed: float
     path: np.ndarray
+
+    def matches(self, obj) -> dict[str, bool]:
+        row = super().matches(obj)
+        # the nearest direction is found for what stands still, too
+        return row | {"direction_ok": row["direction_ok"] and self.speed >= MIN_SPEED}
 
 
 def every_object(scene, find: Callable[[str | None], Seen | None]) -> dict[str, bool]:

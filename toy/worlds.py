@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 
 from . import CHECKPOINT, CHECKPOINT_2, detector, detector2, render2, world, world2
 from .text import encode_prompt
@@ -46,6 +48,18 @@ class World:
 
     def load_vae(self) -> ToyVAE:
         return ToyVAE.load(self.vae_file)
+
+    @property
+    def four_step_lora(self) -> Path:
+        """The LoRA that makes the tiny Wan one of four steps, whether it is there or not."""
+        return self.checkpoint.with_name(f"{self.checkpoint.stem}_4_steps_lora.safetensors")
+
+    @property
+    def finished(self) -> bool:
+        """Whether the training of the tiny Wan has come to its end, by its header."""
+        with safe_open(self.checkpoint, "pt") as file:
+            said = json.loads((file.metadata() or {}).get("wantrim", "{}"))
+        return said.get("finished", True)
 
     def latent_size(self, side: int | None = None) -> tuple[int, int, int]:
         """Latent (f, h, w) of its videos, or of square ones of `side` pixels."""
