@@ -1,4 +1,6 @@
 import json
+import os
+import time
 
 import pytest
 import torch
@@ -35,6 +37,11 @@ def write(folder, count=10, shard_size=4, **options):
         writer.add(f"{number}.mp4", sample(number, number % 3 == 0, **options))
     writer.flush()
     return writer
+
+
+def shard(folder, number: int):
+    """A shard's file, counted from 0 in the index."""
+    return folder / read_index(folder).shards[number].file
 
 
 def numbers(batch: Batch) -> list[int]:
@@ -154,25 +161,31 @@ def rewrite(path, tensors):
 def test_a_damaged_shard_is_named_and_skipped(tmp_path, caplog, damage, said):
     write(tmp_path)
     before = ShardDataset(tmp_path, 2)
-    damage(tmp_path / "shard-00002.safetensors")
+    path = shard(tmp_path, 1)
+    damage(path)
     data = ShardDataset(tmp_path, 2)
-    assert list(data.skipped) == ["shard-00002.safetensors"]
-    assert said in data.skipped["shard-00002.safetensors"]
-    assert "shard-00002.safetensors" in caplog.text and "1 of 3 shards" in caplog.text
+    assert list(data.skipped) == [path.name]
+    assert said in data.skipped[path.name]
+    assert path.name in caplog.text and "1 of 3 shards" in caplog.text
     assert data.fingerprint != before.fingerprint
     found = {n for s in range(data.steps_per_epoch) for n in numbers(data.batch(s))}
     assert found == {0, 1, 2, 3, 8, 9}
     # the writer makes what was lost again
     writer = ShardWriter(tmp_path, MADE, 7, PROMPTS, 4)
     assert writer.done == {f"{n}.mp4" for n in found}
+    for number in range(4, 8):
+        writer.add(f"{number}.mp4", sample(number, number % 3 == 0))
+    writer.flush()
+    assert ShardDataset(tmp_path, 2).fingerprint == before.fingerprint
 
 
 def test_folders_without_data_are_refused(tmp_path):
     with pytest.raises(ValueError, match="there is no index.json"):
         ShardDataset(tmp_path, 2)
     write(tmp_path, count=2)
-    truncate(tmp_path / "shard-00001.safetensors")
-    with pytest.raises(ValueError, match="1 damaged shards.*shard-00001"):
+    path = shard(tmp_path, 0)
+    truncate(path)
+    with pytest.raises(ValueError, match=f"1 damaged shards.*{path.name}"):
         ShardDataset(tmp_path, 2)
     index = json.loads((tmp_path / "index.json").read_text())
     (tmp_path / "index.json").write_text(json.dumps(index | {"shards": []}))
@@ -227,7 +240,7 @@ def test_checksums_are_taken_once(tmp_path, monkeypatch):
     assert len(taken) == 3
     ShardDataset(tmp_path, 2)
     assert len(taken) == 3
-    flip(tmp_path / "shard-00001.safetensors")
+    flip(shard(tmp_path, 0))
     assert ShardDataset(tmp_path, 2).skipped
     assert len(taken) == 4
 
@@ -238,7 +251,7 @@ def test_a_shard_that_changes_in_use_is_noticed(tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "MAX_HEADERS", 1)
     for path in tmp_path.glob("shard-*"):
         truncate(path)
-    with pytest.raises(ValueError, match="shard-0000"):
+    with pytest.raises(ValueError, match="shard-[0-9a-f]{32}"):
         for step in range(5):
             data.batch(step)
     assert len(data._headers) <= 1
@@ -316,8 +329,9 @@ def test_several_folders_are_one_set_of_samples(tmp_path):
     seen = {n for step in range(data.steps_per_epoch) for n in numbers(data.batch(step))}
     assert seen == {*range(6), *range(20, 26)}
     assert data.fingerprint != ShardDataset(folders[0], 2).fingerprint
-    (folders[1] / "shard-00001.safetensors").write_bytes(b"no")
-    assert list(ShardDataset(folders, 2).skipped) == ["other/shard-00001.safetensors"]
+    path = shard(folders[1], 0)
+    path.write_bytes(b"no")
+    assert list(ShardDataset(folders, 2).skipped) == [f"other/{path.name}"]
 
 
 def test_folders_of_different_models_are_not_mixed(tmp_path):
@@ -341,3 +355,75 @@ def test_dropped_texts_become_the_empty_or_the_negative_prompt(tmp_path, share):
     dropped = kinds["empty"] + kinds["negative"]
     assert dropped / 600 == pytest.approx(0.6, abs=0.06)
     assert kinds["negative"] / dropped == pytest.approx(share, abs=0.08)
+
+
+def test_writers_that_know_nothing_of_each_other_lose_nothing(tmp_path, monkeypatch):
+    writers = [ShardWriter(tmp_path, MADE, 7, PROMPTS, 2) for _ in range(2)]
+    # both make 3 and 4; the first is stopped before it lists anything
+    for number in range(5):
+        writers[0].add(f"{number}.mp4", sample(number))
+    writers[0].write_shard()
+    for number in range(3, 8):
+        writers[1].add(f"{number}.mp4", sample(number))
+    writers[1].flush()
+    data = ShardDataset(tmp_path, 1)
+    assert len(data) == 8 and data.steps_per_epoch == 8
+    assert sorted(numbers(data.batch(s))[0] for s in range(8)) == list(range(8))
+    # a third goes on where both were
+    assert ShardWriter(tmp_path, MADE, 7, PROMPTS).done == {f"{n}.mp4" for n in range(8)}
+
+
+def test_an_index_that_another_writer_overtook_is_written_again(tmp_path, monkeypatch):
+    first, second = (ShardWriter(tmp_path, MADE, 7, PROMPTS, 2) for _ in range(2))
+    real = shard_files.write_index
+
+    def late(folder, index):
+        monkeypatch.setattr(shard_files, "write_index", real)
+        second.add("b.mp4", sample(2))
+        second.flush()
+        real(folder, index)
+
+    monkeypatch.setattr(shard_files, "write_index", late)
+    first.add("a.mp4", sample(1))
+    first.flush()
+    assert len(ShardDataset(tmp_path, 1)) == 2
+
+
+def test_a_shard_that_was_never_listed_is_looked_at_before_it_is_believed(tmp_path, caplog):
+    writer = ShardWriter(tmp_path, MADE, 7, PROMPTS, 1)
+    for number in range(4):
+        writer.add(f"{number}.mp4", sample(number))
+    paths = [tmp_path / s.file for s in writer.index.shards]
+    flip(paths[0])
+    truncate(paths[1])
+    save_file({"0.latents": torch.ones(1)}, paths[2])
+    assert ShardWriter(tmp_path, MADE, 7, PROMPTS).done == {"3.mp4"}
+    assert [path.exists() for path in paths] == [False, False, False, True]
+    assert all(path.name in caplog.text for path in paths[:3])
+    with pytest.raises(ValueError, match="holds samples with vae 'one', expected 'three'"):
+        ShardWriter(tmp_path, MADE | {"vae": "three"}, 7, PROMPTS)
+
+
+def test_an_index_of_the_first_format_is_read_and_added_to(tmp_path):
+    write(tmp_path, 8)
+    index = json.loads((tmp_path / "index.json").read_text())
+    for number, record in enumerate(index["shards"], 1):
+        name = f"shard-{number:05}.safetensors"
+        (tmp_path / record["file"]).rename(tmp_path / name)
+        record |= {"file": name, "sha256": file_sha256(tmp_path / name)}
+    (tmp_path / "index.json").write_text(json.dumps(index | {"format": "wantrim_shards/1"}))
+    assert len(ShardDataset(tmp_path, 2)) == 8
+    writer = ShardWriter(tmp_path, MADE, 7, PROMPTS, 4)
+    assert len(writer.done) == 8
+    writer.add("8.mp4", sample(8))
+    writer.flush()
+    assert len(ShardDataset(tmp_path, 2)) == 9
+
+
+def test_partial_files_of_a_crash_go_when_nobody_writes_them_any_more(tmp_path):
+    old, young = tmp_path / "a.partial", tmp_path / "b.partial"
+    for path, age in ((old, 90000), (young, 600)):
+        path.write_bytes(b"half")
+        os.utime(path, (time.time() - age,) * 2)
+    ShardWriter(tmp_path, MADE, 7, PROMPTS)
+    assert young.exists() and not old.exists()

@@ -1,4 +1,9 @@
 import json
+import os
+import socket
+import subprocess
+import sys
+import time
 
 import av
 import numpy as np
@@ -9,8 +14,11 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
 from wantrim.tests.tiny_pipeline import ASKED, TEXT_DIM, parts, transformer
 from wantrim.training import encode
-from wantrim.training.encode import Encoder, Size, encode_folder, find_videos, fit, read_video
+from wantrim.training.encode import encode_folder
+from wantrim.training.encoder import Encoder
+from wantrim.training.shard_files import read_index
 from wantrim.training.shards import ShardDataset
+from wantrim.training.video_files import Size, find_videos, fit, read_video
 
 CPU = torch.device("cpu")
 SIZE = Size(32, 16, 5, 16)
@@ -111,7 +119,7 @@ def test_a_folder_becomes_training_data(videos, t2v, tmp_path, caplog):
 def test_latents_decode_to_the_video(videos, t2v):
     encoder = Encoder(t2v, "t2v", CPU, torch.float32)
     pictures = read_video(videos / "a.mp4", SIZE)
-    latents = encoder.sample(pictures, ASKED[0]).latents
+    latents = encoder.samples([pictures], ASKED[:1])[0].latents
     vae = encoder.pipe.vae
     mean, std = (
         torch.tensor(v).view(-1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std)
@@ -161,6 +169,86 @@ def test_what_is_done_is_not_done_again(videos, t2v, tmp_path, monkeypatch):
     # a bucket of another size goes into the same folder
     encode_folder(videos, out, encoder, Size(16, 16, 5))
     assert len(ShardDataset(out, 2).buckets) == 2
+
+
+@pytest.mark.parametrize("kind", ["t2v", "i2v"])
+def test_a_batch_is_what_its_videos_are_alone(kind, videos, request):
+    encoder = Encoder(request.getfixturevalue(kind), kind, CPU, torch.float32)
+    pictures = [read_video(videos / name, SIZE) for name in ("a.mp4", "more/b.mkv")]
+    both = encoder.samples(pictures, ASKED)
+    assert len(both) == 2
+    for made, video, caption in zip(both, pictures, ASKED, strict=True):
+        (alone,) = encoder.samples([video], [caption])
+        for name, value in alone.tensors().items():
+            assert torch.allclose(made.tensors()[name], value, atol=1e-5), name
+    assert not torch.allclose(both[0].latents, both[1].latents, atol=1e-2)
+
+
+def test_videos_that_do_not_fill_a_batch_and_those_beside_bad_ones_come_too(videos, t2v, tmp_path):
+    encoder = Encoder(t2v, "t2v", CPU, torch.float32)
+    encode_folder(videos, tmp_path / "out", encoder, SIZE, shard_size=1, batch=3)
+    assert len(read_index(tmp_path / "out").shards) == 2
+
+
+def processes(command, count):
+    """As torchrun starts them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "wantrim.training.encode", *map(str, command)],
+            env={
+                **os.environ,
+                **told,
+                "OMP_NUM_THREADS": "1",
+                "RANK": str(rank),
+                "LOCAL_RANK": "0",
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for rank in range(count)
+    ]
+
+
+@pytest.mark.slow
+def test_three_processes_that_are_killed_and_two_that_go_on_make_what_one_makes(t2v, tmp_path):
+    folder, out = tmp_path / "videos", tmp_path / "out"
+    folder.mkdir()
+    for number, name in enumerate("acdef"):
+        write_video(folder / f"{name}.mp4", 6, shade=lambda i, n=number: 10 * i + 30 * n)
+    write_video(folder / "b.mp4", 3)
+    for name in "abcdef":
+        (folder / f"{name}.txt").write_text(ASKED[0])
+    # the third process waits for a video that does not come, the others for the third
+    (folder / "c.mp4").rename(tmp_path / "c.mp4")
+    os.mkfifo(folder / "c.mp4")
+    command = [folder, out, "--model", t2v, "--size", "32x16", "--pixel-frames", "5"]
+    command += ["--device", "cpu", "--shard-size", "1"]
+    started = processes(command, 3)
+    try:
+        patience = time.monotonic() + 240
+        while len(list(out.glob("shard-*"))) < 3 and time.monotonic() < patience:
+            time.sleep(0.1)
+    finally:
+        for process in started:
+            process.kill()
+            process.communicate()
+    before = {path: path.stat().st_mtime_ns for path in out.glob("shard-*")}
+    assert len(before) == 3 and not (out / "index.json").exists()
+    (tmp_path / "c.mp4").replace(folder / "c.mp4")
+    for process in processes(command, 2):
+        said, _ = process.communicate(timeout=240)
+        assert process.returncode == 0, said
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    # the video that the second of them skipped
+    assert list(json.loads((out / "skipped.json").read_text())) == ["b.mp4"]
+    alone = Encoder(t2v, "t2v", CPU, torch.bfloat16)
+    encode_folder(folder, tmp_path / "one", alone, Size(32, 16, 5), shard_size=1)
+    assert read_index(out) == read_index(tmp_path / "one")
+    assert len(ShardDataset(out, 1)) == 5
 
 
 def test_another_model_is_kept_out_of_the_folder(videos, t2v, i2v, tmp_path):

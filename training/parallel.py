@@ -45,6 +45,13 @@ class World:
             dist.all_reduce(values)
         return values / self.size
 
+    def gather(self, value: object) -> list:
+        """What every process has here, in their order."""
+        found = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(found, value)
+        return found
+
     def wait(self) -> None:
         """Until all processes are here."""
         if self.size > 1:

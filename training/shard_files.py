@@ -1,4 +1,8 @@
-"""Shards of training data on disk: safetensors files and the index that lists the whole ones."""
+"""Shards of training data on disk: safetensors files and the index that lists the whole ones.
+
+A shard says itself what is in it, and its name is its checksum. So any number of processes write into
+one folder without asking each other, and the index is made of what is there.
+"""
 
 from __future__ import annotations
 
@@ -6,22 +10,34 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Mapping
+import time
+import uuid
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
-from ..methods.artifact import replacing
 from ..slim.file import list_entries, read_tensor
 
 log = logging.getLogger(__name__)
 
-FORMAT = "wantrim_shards/1"
+KEY = "wantrim_shards"
+FORMAT = f"{KEY}/2"
+# the first had numbered shards, which only the index knew
+FORMATS = (f"{KEY}/1", FORMAT)
 INDEX, PROMPTS, CHECKED = "index.json", "prompts.safetensors", "checked.json"
 CHUNK = 1 << 23
+# digits of the checksum that is a shard's name
+DIGITS = 32
+NUMBERED, NAMED = (
+    re.compile(rf"shard-{digits}\.safetensors") for digits in (r"\d{5,9}", rf"[0-9a-f]{{{DIGITS}}}")
+)
+# seconds after which nobody writes a partial file any more
+ABANDONED = 86400
 FLOATS = {"F32", "F16", "BF16"}
 # what a sample can have, and the number of its axes
 PARTS = {"latents": 4, "text": 2, "condition": 4, "clip": 2}
@@ -56,7 +72,8 @@ class Sample:
 
 @dataclass(frozen=True)
 class Shard:
-    """A shard in the index: its file, and the names and shapes of its samples."""
+    """A shard in the index: its file, its checksum or the beginning of it, and the names and shapes
+    of its samples."""
 
     file: str
     bytes: int
@@ -87,7 +104,7 @@ def read_index(folder: Path) -> Index:
         raise ValueError(f"{folder}: there is no {INDEX}. {advice}")
     try:
         said = json.loads(path.read_text("utf-8"))
-        if said["format"] != FORMAT:
+        if said["format"] not in FORMATS:
             raise ValueError(f"expected {FORMAT}, got {said['format']!r:.60}")
         index = Index(
             dict(said["made"]), said["text_tokens"], tuple(Shard(**s) for s in said["shards"])
@@ -102,8 +119,10 @@ def _check_index(index: Index) -> None:
     if type(index.text_tokens) is not int or not 0 < index.text_tokens < 1 << 16:
         raise ValueError(f"text_tokens: expected a length, got {index.text_tokens!r}")
     for shard in index.shards:
-        if not re.fullmatch(r"shard-\d{5,}\.safetensors", shard.file):
+        if not (NUMBERED.fullmatch(shard.file) or NAMED.fullmatch(shard.file)):
             raise ValueError(f"expected the name of a shard, got {shard.file!r:.80}")
+        if not re.fullmatch(rf"[0-9a-f]{{{DIGITS},64}}", shard.sha256):
+            raise ValueError(f"{shard.file}: expected a checksum, got {shard.sha256!r:.80}")
         if len(shard.names) != len(shard.shapes) or not shard.names:
             raise ValueError(f"{shard.file}: expected the shapes of its samples")
         for shapes in shard.shapes:
@@ -119,8 +138,71 @@ def write_index(folder: Path, index: Index) -> None:
 
 
 def write_json(path: Path, content: object) -> None:
-    with replacing(path) as (partial,):
+    with _partial(path.parent) as partial:
         partial.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+        partial.replace(path)
+
+
+@contextmanager
+def _partial(folder: Path) -> Iterator[Path]:
+    """A file of this process alone, to write and to put into its place; removed where it was not."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{uuid.uuid4().hex}.partial"
+    try:
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def find_shards(folder: Path, index: Index) -> tuple[Index, dict[str, str]]:
+    """The index with all shards that are there, whoever wrote them; and what is wrong with which.
+
+    Args:
+        index: what the shards have to be of.
+
+    Raises:
+        ValueError: a shard holds samples that something else made.
+    """
+    # those of the first format say nothing of themselves
+    found = [s for s in index.shards if NUMBERED.fullmatch(s.file) and (folder / s.file).is_file()]
+    damaged = {}
+    for path in folder.glob("shard-*.safetensors"):
+        if not NAMED.fullmatch(path.name):
+            continue
+        try:
+            made, shard = _described(path)
+        except (OSError, LookupError, TypeError, ValueError, RecursionError) as error:
+            damaged[path.name] = f"it cannot be read ({error!r:.200})"
+            continue
+        _same_made(folder, made, index)
+        found.append(shard)
+    shards = sorted(found, key=lambda shard: (shard.names[0], shard.file))
+    return replace(index, shards=tuple(shards)), damaged
+
+
+def _described(path: Path) -> tuple[dict, Shard]:
+    """What a shard says of itself: what made it, and its place in the index."""
+    entries, metadata = list_entries(path)
+    said = json.loads(metadata[KEY])
+    if said["format"] not in FORMATS:
+        raise ValueError(f"expected {FORMAT}, got {said['format']!r:.60}")
+    shapes: list[dict[str, list[int]]] = [{} for _ in said["names"]]
+    for entry in entries:
+        number, _, name = entry.name.partition(".")
+        shapes[int(number)][name] = list(entry.shape)
+    digest = path.stem.removeprefix("shard-")
+    shard = Shard(path.name, path.stat().st_size, digest, list(said["names"]), shapes)
+    _check_index(Index(said["made"], said["text_tokens"], (shard,)))
+    return {**said["made"], "text_tokens": said["text_tokens"]}, shard
+
+
+def _same_made(folder: Path, came: dict, index: Index) -> None:
+    for name, value in {**index.made, "text_tokens": index.text_tokens}.items():
+        if came.get(name) != value:
+            raise ValueError(
+                f"{folder}: holds samples with {name} {came.get(name)!r}, expected {value!r}. "
+                "Choose another folder."
+            )
 
 
 def check_shards(folder: Path, index: Index) -> dict[str, str]:
@@ -171,7 +253,7 @@ def _damage(folder: Path, shard: Shard) -> str | None:
     try:
         if (size := path.stat().st_size) != shard.bytes:
             return f"expected {shard.bytes:,} bytes, got {size:,}"
-        if file_sha256(path) != shard.sha256:
+        if not file_sha256(path).startswith(shard.sha256):
             return "its checksum is another than in the index"
         entries = list_entries(path)[0]
         expected = {
@@ -203,7 +285,9 @@ def file_sha256(path: Path) -> str:
 
 
 class ShardWriter:
-    """Adds samples to a folder, a shard at a time; the index names only what is whole.
+    """Adds samples to a folder, a shard at a time; `flush` lists all whole shards in the index.
+
+    Others may write into the folder at the same time.
 
     Args:
         made: which VAE and text encoder (and CLIP) make the samples.
@@ -222,51 +306,68 @@ class ShardWriter:
         shard_size: int = 64,
     ):
         self.folder, self.shard_size = Path(folder), shard_size
-        self.index = Index(made, text_tokens)
-        if (self.folder / INDEX).exists():
-            self.index = self._usable(read_index(self.folder))
-            for name, value in {**made, "text_tokens": text_tokens}.items():
-                came = {**self.index.made, "text_tokens": self.index.text_tokens}.get(name)
-                if came != value:
-                    raise ValueError(
-                        f"{folder}: holds samples with {name} {came!r}, expected {value!r}. Choose "
-                        "another folder."
-                    )
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with replacing(self.folder / PROMPTS) as (partial,):
+        self.index = self._usable(self._listed(Index(made, text_tokens)))
+        with _partial(self.folder) as partial:
             save_file({k: v.detach().cpu().contiguous() for k, v in prompts.items()}, partial)
+            partial.replace(self.folder / PROMPTS)
         self._waiting: dict[str, dict[str, torch.Tensor]] = {}
 
+    def _listed(self, index: Index) -> Index:
+        """The index on disk, or an empty one."""
+        if not (self.folder / INDEX).exists():
+            return index
+        listed = read_index(self.folder)
+        _same_made(self.folder, {**listed.made, "text_tokens": listed.text_tokens}, index)
+        return listed
+
     def _usable(self, index: Index) -> Index:
-        damaged = check_shards(self.folder, index)
+        for path in self.folder.glob("*.partial"):
+            if time.time() - path.stat().st_mtime > ABANDONED:
+                path.unlink(missing_ok=True)
+        index, damaged = find_shards(self.folder, index)
+        damaged |= check_shards(self.folder, index)
         for name, why in damaged.items():
             log.warning("%s: %s: its samples are made again", name, why)
+            (self.folder / name).unlink(missing_ok=True)
         return replace(index, shards=tuple(s for s in index.shards if s.file not in damaged))
 
     @property
     def done(self) -> set[str]:
-        """Names of the samples in finished shards."""
+        """Names of the samples in finished shards, as far as this writer knows them."""
         return {name for shard in self.index.shards for name in shard.names}
 
     def add(self, name: str, sample: Sample) -> None:
         """Raises ValueError for a sample with NaN, which is then not added."""
         self._waiting[name] = sample.tensors()
         if len(self._waiting) >= self.shard_size:
-            self.flush()
+            self.write_shard()
 
-    def flush(self) -> None:
+    def write_shard(self) -> None:
         """Write what waits as a shard, whole or not at all; a shorter one at the end."""
         if not self._waiting:
             return
-        last = self.index.shards[-1].file if self.index.shards else "shard-00000"
-        path = self.folder / f"shard-{int(Path(last).stem[6:]) + 1:05}.safetensors"
         samples = list(self._waiting.values())
         tensors = {f"{i}.{key}": v for i, parts in enumerate(samples) for key, v in parts.items()}
-        with replacing(path) as (partial,):
-            save_file(tensors, partial, {"format": FORMAT})
-            size, digest = partial.stat().st_size, file_sha256(partial)
+        made, names = self.index.made, list(self._waiting)
+        said = {"format": FORMAT, "made": made, "names": names}
+        said["text_tokens"] = self.index.text_tokens
+        with _partial(self.folder) as partial:
+            save_file(tensors, partial, {KEY: json.dumps(said)})
+            size, digest = partial.stat().st_size, file_sha256(partial)[:DIGITS]
+            path = self.folder / f"shard-{digest}.safetensors"
+            partial.replace(path)
         shapes = [{key: list(v.shape) for key, v in parts.items()} for parts in samples]
-        shard = Shard(path.name, size, digest, list(self._waiting), shapes)
-        index = replace(self.index, shards=(*self.index.shards, shard))
-        write_index(self.folder, index)
-        self.index, self._waiting = index, {}
+        shard = Shard(path.name, size, digest, names, shapes)
+        self.index = replace(self.index, shards=(*self.index.shards, shard))
+        self._waiting = {}
+
+    def flush(self) -> Index:
+        """Write what waits, then the index of all shards in the folder, which is given back."""
+        self.write_shard()
+        while True:
+            known = self._listed(self.index)
+            self.index, _ = find_shards(self.folder, known)
+            if self.index == known and (self.folder / INDEX).exists():
+                return self.index
+            # and look again: another writer may have finished a shard, or have listed fewer, meanwhile
+            write_index(self.folder, self.index)

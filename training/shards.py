@@ -129,10 +129,13 @@ class ShardDataset:
         self.empty_text, self.negative_text = self._read_prompts(folders[0])
         digest = hashlib.sha256("".join(s.sha256 for _, s in self._shards).encode())
         self.fingerprint = digest.hexdigest()[:16]
-        # (shard, sample in it), and which of them are of one shape
-        self._samples = [
-            (i, j) for i, (_, shard) in enumerate(self._shards) for j in range(len(shard.names))
-        ]
+        # (shard, sample in it), and which of them are of one shape; one that two writers made once
+        places = {
+            (folder, name): (i, j)
+            for i, (folder, shard) in enumerate(self._shards)
+            for j, name in enumerate(shard.names)
+        }
+        self._samples = list(places.values())
         buckets: dict[str, list[int]] = {}
         for number, (i, j) in enumerate(self._samples):
             buckets.setdefault(self._shape_key(i, j), []).append(number)
