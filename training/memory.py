@@ -22,6 +22,7 @@ from ..slim.file import list_entries
 from ..slim.source import open_source
 from ..toy import CHECKPOINT
 from ..toy.text import TEXT_DIM, TEXT_TOKENS
+from .encode_cost import describe_encoding
 from .objectives import SUBSTEPS
 from .recipe import TINY, Recipe, Stage, load_recipe
 from .shard_files import INDEX, read_index
@@ -353,6 +354,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--gpu-gb", type=float, default=80.0, help="memory of each, default 80")
     parser.add_argument("--size", default="832x480", help="when the data is not there yet")
     parser.add_argument("--pixel-frames", type=int, default=81)
+    parser.add_argument("--videos", type=int, default=30000, help="to encode, default 30000")
     parser.add_argument("--tflops", type=float, default=TFLOPS, help="of a GPU; default an H100's")
     parser.add_argument("--utilisation", type=float, default=UTILISATION, help="default 0.4")
     args = parser.parse_args(arguments)
@@ -373,6 +375,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     console = Console()
     console.print(f"{recipe.name}: {video.tokens(shape):,} tokens a video")
+    if not recipe.data.toy:
+        size = (int(width), int(height), args.pixel_frames)
+        console.print(describe_encoding(args.videos, size, recipe.task, args.gpus, args.tflops))
     for table in describe(plans, args.gpu_gb, args.tflops, args.utilisation):
         console.print(table)
     return 0

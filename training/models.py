@@ -42,10 +42,7 @@ class Origin:
         Raises:
             ValueError: diffusers' class cannot be this model.
         """
-        source = self.source
-        model = empty_model(checkpoint_config(source.path)).to(dtype)
-        entries = to_diffusers_keys(source.entries)
-        return Waiting(model.eval().requires_grad_(learns), source.path, entries)
+        return full_model(self.source, dtype, learns)
 
     def cut(self, path: Path, stage: Stage | None) -> None:
         """Write the student that training begins with: PARE's width, or the budget's.
@@ -68,6 +65,17 @@ class Origin:
                 "protection": stage.protection,
             },
         )
+
+
+def full_model(source: Source, dtype: torch.dtype, learns: bool = False) -> Waiting:
+    """A full checkpoint as diffusers' transformer, all in one number format.
+
+    Raises:
+        ValueError: diffusers' class cannot be this model.
+    """
+    model = empty_model(checkpoint_config(source.path)).to(dtype)
+    entries = to_diffusers_keys(source.entries)
+    return Waiting(model.eval().requires_grad_(learns), source.path, entries)
 
 
 def open_origin(recipe: Recipe) -> Origin:

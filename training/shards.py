@@ -43,6 +43,11 @@ class Batch:
     condition: torch.Tensor | None = None
     clip: torch.Tensor | None = None
 
+    def row(self, number: int) -> Batch:
+        """One of its samples, as a batch."""
+        values = (getattr(self, field.name) for field in fields(self))
+        return Batch(*(v if v is None else v[number : number + 1] for v in values))
+
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
         values = (getattr(self, field.name) for field in fields(self))
         return Batch(*(v if v is None else v.to(device, dtype, non_blocking=True) for v in values))

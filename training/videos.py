@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from ..engine.engine import COND, UNCOND
 from ..engine.plan import TrimPlan
 from ..hosts.diffusers.attach import attach
 from ..hosts.diffusers.sample import sample
+from ..methods.artifact import replacing
 from ..methods.depth import BlockPlan
 from ..methods.fingerprint import Fingerprint
 from ..methods.routers import TrainedRouter
@@ -67,17 +69,22 @@ def write_videos(folder: Path, latents: dict[str, torch.Tensor], recipe: Recipe,
         return path
     path = folder / f"step-{step}.mp4"
     videos = ToyVAE.load().decode(torch.stack([latents["teacher"], latents["student"]]))
-    _write_mp4(path, torch.cat([*videos], 3))
+    write_mp4(path, torch.cat([*videos], 3), FPS)
     return path
 
 
-def _write_mp4(path: Path, video: torch.Tensor) -> None:
-    """Pixels [3, frames, h, w] in 0..1."""
+def write_mp4(path: Path, video: torch.Tensor, frame_rate: float) -> None:
+    """Write pixels [3, frames, h, w] in 0..1, whole or not at all.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     import av
 
     pixels = (video.permute(1, 2, 3, 0) * 255).round().to(torch.uint8).numpy()
-    with av.open(str(path), "w") as file:
-        stream = file.add_stream("libx264", rate=FPS)
+    rate = Fraction(frame_rate).limit_denominator(1000)
+    with replacing(path) as (partial,), av.open(str(partial), "w", format="mp4") as file:
+        stream = file.add_stream("libx264", rate=rate)
         stream.height, stream.width = pixels.shape[1:3]
         stream.pix_fmt = "yuv420p"
         for picture in pixels:
