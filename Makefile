@@ -6,10 +6,10 @@ READY := .venv/.ready
 # two threads are many times slower than one for tensors this small
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test test-comfyui bench quality train-demo lint
+.PHONY: help demo test test-comfyui bench quality train-demo lint mutants
 
 help:
-	@echo "make demo | test | test-comfyui | lint | bench | quality | train-demo (see CONTRIBUTING.md)"
+	@echo "make demo | test | test-comfyui | lint | bench | quality | train-demo | mutants (see CONTRIBUTING.md)"
 
 $(READY): pyproject.toml requirements.txt
 	$(PYTHON) -m venv .venv
@@ -45,3 +45,8 @@ quality: $(READY)
 # PARE's stages on the tiny Wan: about an hour and a half on two slow cores; stopped, it goes on with the same
 train-demo: $(READY)
 	$(BIN)/python -m wantrim.training tiny $(ARGS)
+
+# small faults, one at a time, in a copy: which do the tests notice; a quarter of an hour
+mutants: $(READY)
+	$(BIN)/python -m pip install -q -e '.[mutants]'
+	$(BIN)/python tests/mutants.py $(ARGS)

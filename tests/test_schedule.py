@@ -1,6 +1,6 @@
 import pytest
 
-from wantrim.methods.schedule import Schedule, progress_at
+from wantrim.methods.schedule import Schedule, progress_at, sigma_at
 
 
 def test_paper_schedule_in_five_stages():
@@ -65,3 +65,10 @@ def test_an_expert_with_a_slice_of_the_sigmas_gets_the_same_ratios():
 def test_bad_values_say_what_was_expected(options, said):
     with pytest.raises(ValueError, match=said):
         Schedule(**options)
+
+
+def test_the_sigma_of_a_progress_is_where_the_shift_puts_it():
+    # by hand: 3 * 0.75 / (1 + 2 * 0.75)
+    assert sigma_at(0.25, 3.0) == pytest.approx(0.9)
+    assert sigma_at(0.25) == 0.75
+    assert [sigma_at(progress_at(s, 5.0), 5.0) for s in (0.1, 0.6)] == pytest.approx([0.1, 0.6])

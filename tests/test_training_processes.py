@@ -150,3 +150,24 @@ def test_two_processes_compute_in_bf16_and_keep_their_weights_in_fp32(folder, tm
     moved = (now[name] - began[name.removeprefix("model.student.")]).abs()
     # two steps of AdamW at about the rate, where bf16 knows no number between
     assert 0.5 * rate < float(moved.median()) < 2.5 * rate
+
+
+def test_two_processes_share_moments_in_8_bits_and_go_on_with_them(folder, tmp_path):
+    """What the recipes of 14B do."""
+    pytest.importorskip("torchao", reason="8-bit moments are torchao's")
+    changes = ("run.optimizer='adamw8bit'", "run.keep_state=true", "data.image_share=0.0")
+    recipe = write_recipe(folder, *changes, "width.steps=6", teacher="sharded")
+    out = tmp_path / "two"
+    kill_after_a_save(start(folder, out, *changes, "width.steps=6"), out / "1-width" / "state")
+    finish(start(folder, out, *changes, "width.steps=6"))
+    whole, two = alone(recipe, tmp_path / "one"), losses(out)
+    for stage, values in whole.items():
+        assert two[stage] == pytest.approx(values, rel=0.03), stage
+    sizes = {}
+    for path in (out, tmp_path / "one"):
+        (saved,) = (path / "1-width" / "state").glob("step-*")
+        sizes[path.name] = sum(file.stat().st_size for file in saved.iterdir())
+    weights = 4 * sum(
+        p.numel() for p in load_slim(out / "1-width/student.safetensors").parameters()
+    )
+    assert weights < sizes["two"] < 2.5 * weights, sizes

@@ -28,7 +28,8 @@ from wantrim.training.models import open_origin, starting_width, write_student
 from wantrim.training.objectives import Pair, distil, few_steps
 from wantrim.training.parallel import world
 from wantrim.training.recipe import Data, Stage, Weights
-from wantrim.training.run import load_teacher, train
+from wantrim.training.run import load_teacher, open_data, train
+from wantrim.training.shard_files import Sample, ShardWriter
 from wantrim.training.toy_data import ToyDataset
 from wantrim.training.trainer import Trainer
 
@@ -307,6 +308,22 @@ def test_a_student_has_its_own_fingerprint(folder, tmp_path):
     ):
         assert model.sample == pytest.approx(own, rel=1e-5)
         assert model.sample != pytest.approx(teacher.sample, rel=1e-3)
+
+
+# data
+
+
+def test_texts_are_dropped_as_the_recipe_says(folder, tmp_path):
+    """The recipe's shares reach the samples: here every text becomes the negative prompt."""
+    prompts = {"empty": torch.zeros(1, 3), "negative": torch.full((2, 3), -1.0)}
+    writer = ShardWriter(tmp_path / "data", {}, 4, prompts)
+    for number in range(4):
+        writer.add(f"{number}", Sample(torch.ones(16, 1, 2, 2), torch.ones(3, 3)))
+    writer.flush()
+    told = (f"data.folder='{tmp_path / 'data'}'", "data.drop_text=1", "data.negative_share=1")
+    with world("cpu") as processes:
+        data = open_data(write_recipe(folder, *told), processes)
+    assert all(torch.equal(text, data.negative_text) for text in data.batch(0).text)
 
 
 # the average

@@ -268,7 +268,7 @@ class Recipe(Checked):
 
     Args:
         model: a safetensors file in Wan's original key names, or "tiny".
-        profile: that WanTrim Profile wrote of this model; empty for the tiny Wan's own.
+        profile: what was recorded of this model; empty for the tiny Wan's own.
         task: "both" is one model with 36 input channels, zero for text-to-video.
     """
 
@@ -287,7 +287,7 @@ class Recipe(Checked):
                 raise ValueError(f"{key}: expected a text, got an empty one")
         if not self.profile and self.model != TINY:
             raise ValueError(
-                "profile: expected the file that WanTrim Profile wrote of this model, got none"
+                "profile: expected a file for what is recorded of this model, got none"
             )
         if self.data.image_share < 1 and self.task != "both":
             raise ValueError(
