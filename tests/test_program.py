@@ -194,7 +194,8 @@ def test_a_share_goes_by_what_is_remembered():
         # a window or a prompt that comes late
         for late in ({"seen": 3}, {"begun": True}):
             program = compile_step(plan, replace(FACTS, known=False, **late))
-            assert program.whole and program.remarks == (NOT_REMEMBERED,)
+            assert program.whole and program.share == 1.0
+            assert program.remarks == (NOT_REMEMBERED,)
     # how tokens change is known from two steps; a velocity to repeat from one
     once = replace(FACTS, known=True, seen=1)
     assert compile_step(part, once).whole and not compile_step(part, once).remarks
