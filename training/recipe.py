@@ -287,7 +287,8 @@ class Recipe(Checked):
                 raise ValueError(f"{key}: expected a text, got an empty one")
         if not self.profile and self.model != TINY:
             raise ValueError(
-                "profile: expected a file for what is recorded of this model, got none"
+                "profile: expected the file that WanTrim Profile, or `python -m "
+                "wantrim.training.record`, writes of this model, got none"
             )
         if self.data.image_share < 1 and self.task != "both":
             raise ValueError(
