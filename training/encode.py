@@ -170,7 +170,8 @@ def main(arguments: list[str] | None = None) -> int:
     add("--task", choices=("t2v", "i2v"), default="t2v")
     add("--batch", type=int, default=1, help="videos encoded at once, default 1")
     add("--shard-size", type=int, default=64, help="samples in a shard")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", choices=("cpu", "cuda"), default=default)
     add("--dtype", choices=sorted(DTYPES), default="bf16", help="that is stored")
     add("--vae-dtype", choices=sorted(DTYPES), default="fp32", help="that the VAE computes in")
     args = parser.parse_args(arguments)

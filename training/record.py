@@ -72,7 +72,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("recipe", help="TOML file, or the name of one that comes with WanTrim")
     parser.add_argument("--out", type=Path, help="file to write (default: the recipe's profile)")
     parser.add_argument("--samples", type=int, default=SAMPLES, help="default 200, as in the paper")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
     args = parser.parse_args(arguments)
     if args.samples < BINS:
         parser.error(f"--samples: expected {BINS} or more, one for each noise level")
