@@ -44,6 +44,8 @@ def test_what_is_dominated_or_below_the_hull_is_not_worth_taking():
     tenths = [(i, 0.1 * i) for i in range(20)]
     assert hull(tenths) == list(range(20))
     assert hull([(3, 1.0), (1, 1.0), (1, 2.0)]) == [2]
+    # each gains less than the last: all of them are worth it
+    assert hull([(0, 0.0), (1, 10.0), (2, 15.0), (3, 17.0), (4, 18.0)]) == [0, 1, 2, 3, 4]
 
 
 def test_the_best_value_per_cost_comes_first_and_the_rest_is_filled():

@@ -1,6 +1,6 @@
 import pytest
 
-from wantrim.methods.schedule import Schedule, progress_at, sigma_at
+from wantrim.methods.schedule import Schedule, millionths, progress_at, sigma_at
 
 
 def test_paper_schedule_in_five_stages():
@@ -72,3 +72,8 @@ def test_the_sigma_of_a_progress_is_where_the_shift_puts_it():
     assert sigma_at(0.25, 3.0) == pytest.approx(0.9)
     assert sigma_at(0.25) == 0.75
     assert [sigma_at(progress_at(s, 5.0), 5.0) for s in (0.1, 0.6)] == pytest.approx([0.1, 0.6])
+
+
+def test_a_noise_level_has_a_whole_number():
+    assert [millionths(s) for s in (0.0, 0.25, 1.5, -1.0)] == [0, 250_000, 1_500_000, 0]
+    assert millionths(float("nan")) == 0 and millionths(float("inf")) == 10**12
