@@ -17,7 +17,7 @@ from wantrim.methods.routers import load_router
 from wantrim.methods.width import ffn_channels, pare_heads
 from wantrim.slim.file import read_header
 from wantrim.slim.source import open_source
-from wantrim.tests.small_wan import make_origin, write_recipe
+from wantrim.tests.small_wan import make_origin, random_wan, write_recipe
 from wantrim.tests.test_width import profile_of, set_heads
 from wantrim.toy.text import TEXT_DIM
 from wantrim.training.average import Average
@@ -361,3 +361,13 @@ def test_a_header_names_the_data_and_no_folder_of_anybodys(tmp_path):
     assert data.names == "first, second" and not data.toy
     assert data.folders == (tmp_path / "first", tmp_path / "second")
     assert Data(folder="toy").toy
+
+
+def test_a_students_hooks_go_with_its_taps():
+    model = random_wan(2)
+    taps = Taps(model)
+    # the registry itself is diffusers' and stays
+    hooked = [block._diffusers_hook for block in model.blocks]
+    assert all(registry.hooks for registry in hooked)
+    taps.remove()
+    assert not any(registry.hooks for registry in hooked)
