@@ -2,12 +2,15 @@
 
 A traced decision is right only as long as the compiler's guards notice that the step changed; a
 model compiled with its guards filtered would repeat the first step's. So our code stays outside of
-every graph, and the host's block between our frames is compiled as ever.
+every graph. Whole steps run the host's graphs as they are; blocks that leave something out or are
+looked into run in graphs of their own (`apart.py`), with all guards, made the way the host's were.
 """
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import FunctionType
 from typing import TypeVar
 
@@ -36,9 +39,30 @@ def is_compiled(module: torch.nn.Module) -> bool:
 CAN_PAUSE = hasattr(torch.compiler, "set_stance")
 
 
-def paused() -> AbstractContextManager:
+_paused = threading.local()
+
+
+@contextmanager
+def paused() -> Iterator[None]:
     """While it lasts, compiled modules run as they are written.
 
     Without guards a compiled module repeats what it did in an earlier run, one that was not trimmed.
     """
-    return torch.compiler.set_stance("force_eager") if CAN_PAUSE else nullcontext()
+    depth = _depth()
+    _paused.depth = depth + 1
+    try:
+        with torch.compiler.set_stance("force_eager") if CAN_PAUSE else nullcontext():
+            yield
+    finally:
+        _paused.depth = depth
+
+
+def resumed() -> AbstractContextManager:
+    """Within one `paused`: what is called from here on runs compiled again."""
+    if CAN_PAUSE and _depth() == 1:
+        return torch.compiler.set_stance("default")
+    return nullcontext()
+
+
+def _depth() -> int:
+    return getattr(_paused, "depth", 0)

@@ -10,7 +10,6 @@ Nothing of the model is touched or held.
 from __future__ import annotations
 
 import logging
-from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -20,7 +19,7 @@ import comfy.model_patcher
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 
 from ...engine.call import Call
-from ...engine.compiled import CAN_PAUSE, is_compiled, paused
+from ...engine.compiled import paused, resumed
 from ...engine.engine import COND, Engine, check_latent
 from ...engine.plan import TrimPlan
 from ...engine.record import Record
@@ -28,6 +27,7 @@ from ...methods.routers import TrainedRouter
 from ...methods.schedule import progress_at
 from ...solve.dial import Dial, Solved
 from .blocks import replace_blocks
+from .compiled import bare, compiled_of
 from .dial import Wish
 from .live import Live, running_node
 from .run import SESSION_KEY, SamplingRun, compare_run, levels_of, mark_network
@@ -43,14 +43,6 @@ from .variants import (
 log = logging.getLogger(__name__)
 
 KEY = "wantrim"
-NOT_COMPILED = (
-    "torch.compile: the run is right but not compiled, because a compiled model would freeze an "
-    "earlier choice of tokens or blocks"
-)
-CANNOT_PAUSE = (
-    "torch.compile: this version of PyTorch cannot leave it out of a run, and a compiled model may "
-    "repeat an earlier run. Take off the compile node, or use PyTorch 2.6 or newer"
-)
 
 
 class Attachment:
@@ -166,7 +158,9 @@ def _outer_sample(executor, *args, **kwargs):
     attachment.solved = None
     neutral = attachment.neutral
     run = SamplingRun(
-        Engine(TrimPlan() if neutral else attachment.plan, record, live.step), shift or 1.0
+        Engine(TrimPlan() if neutral else attachment.plan, record, live.step),
+        shift or 1.0,
+        original,
     )
     record.planned = attachment.describe()
     if shift is None:
@@ -270,27 +264,16 @@ def _apply_model(
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
     run.latent = x
     try:
-        with paused() if _must_pause(run, executor.class_obj.diffusion_model) else nullcontext():
+        dm, record = executor.class_obj.diffusion_model, run.engine.record
+        run.compiled = compiled_of(dm, x, run.model_options, record)
+        # up to the model itself, which then decides what runs compiled
+        with paused():
             out = executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
     finally:
-        run.latent = None
+        run.latent = run.compiled = None
     given = {"x": x, "t": t, "c_concat": c_concat, "c_crossattn": c_crossattn, "control": control}
     run.note_call({**given, **kwargs})
     return out
-
-
-def _must_pause(run: SamplingRun, dm) -> bool:
-    """Whether torch.compile has to be left out; the report says so.
-
-    Blocks that are compiled one by one can be skipped, but not looked into.
-    """
-    if run.dense is not None:
-        return False
-    inside = run.wish is not None or run.engine.plan.looks_inside
-    if not is_compiled(dm) and not (inside and any(map(is_compiled, dm.blocks))):
-        return False
-    run.engine.record.note(NOT_COMPILED if CAN_PAUSE else CANNOT_PAUSE)
-    return True
 
 
 @torch.compiler.disable
@@ -307,18 +290,33 @@ def _diffusion_model(
     options = transformer_options or {}
     run: SamplingRun | None = options.get(SESSION_KEY)
     dm, call = executor.class_obj, None
+    given = (x, timestep, context, clip_fea, time_dim_concat)
     if run is not None:
-        given = (x, timestep, context, clip_fea, time_dim_concat, options, kwargs)
-        call = _begin(dm, run, *given)
+        call = _begin(dm, run, *given, options, kwargs)
     if call is not None and call.repeats:
         return call.repeated()
-    if call is not None and call.touches_blocks:
-        options = replace_blocks(options, call, len(dm.blocks))
+    compiled = None if run is None else run.compiled
+    touched = call is not None and call.touches_blocks
+    if compiled is not None and compiled.whole is not None and not touched:
+        own = bare(options, (KEY, SESSION_KEY))
+        if own is not None:
+            with resumed():
+                out = compiled.whole(*given, own, **kwargs)
+            if call is None:
+                return out
+            if call.first:
+                call.state.reached = True
+            return call.output(out)
+        # another node's wrapper around ours ran already, and may be in the graph too
+        touched = call is not None
+    if touched:
+        options = replace_blocks(options, call, len(dm.blocks), compiled)
         run.call, run.replaced = call, options["patches_replace"]["dit"]
     if run is not None:
         run.reached = False
-    # positional, because other packs' wrappers read the options as the last argument
-    out = executor(x, timestep, context, clip_fea, time_dim_concat, options, **kwargs)
+    with resumed():
+        # positional, because other packs' wrappers read the options as the last argument
+        out = executor(*given, options, **kwargs)
     if call is None:
         return out
     run.call = run.replaced = None

@@ -6,25 +6,31 @@ from math import gcd
 
 import torch
 
+from ...engine.apart import attend_later
 from ...engine.attention import Attend
 from ...engine.call import Call
 from ...engine.places import Places
+from .compiled import Compiled
 
 OVERRIDE = "optimized_attention_override"
+# how the host names what an attention call gets behind q, k and v
+POSITIONAL = ("heads", "mask", "attn_precision", "skip_reshape", "skip_output_reshape")
 
 
 class BlockReplacement:
     """The ("double_block", i) replacement of one model call; chains an earlier replacement."""
 
-    def __init__(self, call: Call, index: int, previous):
-        self.call, self.index, self.previous = call, index, previous
+    def __init__(self, call: Call, index: int, previous, compiled: Compiled | None):
+        self.call, self.index, self.previous, self.compiled = call, index, previous, compiled
 
     def __call__(self, args: dict, extra: dict) -> dict:
-        block = _Block(args, extra, self.previous, self.call.options)
+        block = _Block(args, extra, self.previous, self.call.options, self.compiled)
         return {"img": self.call.block(self.index, block)}
 
 
-def replace_blocks(transformer_options: dict, call: Call, num_blocks: int) -> dict:
+def replace_blocks(
+    transformer_options: dict, call: Call, num_blocks: int, compiled: Compiled | None = None
+) -> dict:
     """A copy of `transformer_options` in which `call` runs every block.
 
     torch.compile must not freeze a step's decision into the graph, so the replacements stay
@@ -35,7 +41,7 @@ def replace_blocks(transformer_options: dict, call: Call, num_blocks: int) -> di
     call.options = transformer_options
     for index in range(num_blocks):
         key = ("double_block", index)
-        replacement = BlockReplacement(call, index, blocks.get(key))
+        replacement = BlockReplacement(call, index, blocks.get(key), compiled)
         blocks[key] = torch.compiler.disable(replacement.__call__)
     replaced["dit"] = blocks
     return {**transformer_options, "patches_replace": replaced}
@@ -44,20 +50,24 @@ def replace_blocks(transformer_options: dict, call: Call, num_blocks: int) -> di
 class _Block:
     """A block's arguments; packs with a forward of their own may leave some of them out."""
 
-    def __init__(self, args: dict, extra: dict, previous, options: dict):
+    def __init__(self, args: dict, extra: dict, previous, options: dict, compiled: Compiled | None):
         self.args, self.extra, self.previous, self._options = args, extra, previous, options
+        self._compiled = compiled
         self.hidden: torch.Tensor = args["img"]
 
     def run(self, hidden, places: Places | None, attend: Attend | None) -> torch.Tensor:
-        args = {**self.args, "img": hidden}
+        args, tap = {**self.args, "img": hidden}, None
         if attend is not None:
             options = dict(args.get("transformer_options", self._options))
-            options[OVERRIDE] = AttentionTap(attend, options.get(OVERRIDE))
+            tap = AttentionTap(attend, options.get(OVERRIDE), options)
+            options[OVERRIDE] = tap
             args["transformer_options"] = options
         if places is not None:
             args["pe"] = places.take(args["pe"])
             args["vec"] = _modulation(args["vec"], places)
         original = self.extra["original_block"]
+        if self._compiled is not None:
+            original = self._compiled.block(original, places is not None, tap)
         if self.previous is None:
             return original(args)["img"]
         return self.previous(args, {**self.extra, "original_block": original})["img"]
@@ -88,13 +98,32 @@ def _expanded(index: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 class AttentionTap:
-    """A chained attention override for one run of one block: hands its attention to the engine."""
+    """A chained attention override for one run of one block: hands its attention to the engine.
 
-    def __init__(self, attend: Attend, previous):
-        self.attend, self.previous = attend, previous
+    Args:
+        options: the block's.
+    """
+
+    def __init__(self, attend: Attend, previous, options: dict):
+        self.attend, self.previous, self.options = attend, previous, options
 
     def __call__(self, func, q, k, v, *args, **kwargs):
         """q, k, v are [b, s, n * d], or [b, n, s, d] with skip_reshape."""
+        if not torch.compiler.is_compiling():
+            return self._hand_over(func, q, k, v, *args, **kwargs)
+        given = {**dict(zip(POSITIONAL, args, strict=False)), **kwargs}
+        # what it is told of the step is this block's own, when it runs
+        given.pop("transformer_options", None)
+        mask = given.pop("mask", None)
+        merged = q.ndim == 4 and not given.get("skip_output_reshape", False)
+        return attend_later(func, q, k, v, mask, tuple(given.items()), merged)
+
+    def now(self, function, q, k, v, mask, constants: dict) -> torch.Tensor:
+        """As above, for a call in a graph."""
+        given = {**constants, "mask": mask, "transformer_options": self.options}
+        return self._hand_over(function, q, k, v, **given)
+
+    def _hand_over(self, func, q, k, v, *args, **kwargs):
         apart = q.ndim == 4
         if "heads" not in kwargs:
             kwargs, args = {**kwargs, "heads": args[0]}, args[1:]

@@ -8,6 +8,7 @@ from ...engine.call import Call
 from ...engine.engine import Engine
 from ...report.figures import expected_speedup
 from ...solve.dial import Solved
+from .compiled import Compiled
 from .dense_step import Unmeasurable, call_sizes
 from .dial import Wish
 
@@ -21,8 +22,8 @@ BETWEEN = "double_block"
 class SamplingRun:
     """The engine of one sampling run and the model's way from sigma to progress."""
 
-    def __init__(self, engine: Engine, shift: float):
-        self.engine, self.shift = engine, shift
+    def __init__(self, engine: Engine, shift: float, model_options: dict):
+        self.engine, self.shift, self.model_options = engine, shift, model_options
         # why this run computes everything
         self.dense: str | None = None
         # why this run looks into no block
@@ -32,9 +33,11 @@ class SamplingRun:
         self.awaits_cond = False
         # of the call that runs, before the host rounds it to the model's dtype
         self.latent: torch.Tensor | None = None
-        # of the call that runs: the network's own forward was entered
+        # of the call that runs: what a compile node made of the model
+        self.compiled: Compiled | None = None
+        # and the network's own forward was entered
         self.reached = False
-        # and the block replacements that were made for it
+        # the block replacements that were made for it
         self.call: Call | None = None
         self.replaced: dict | None = None
         # a dial's, until the first model call

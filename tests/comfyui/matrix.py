@@ -212,15 +212,14 @@ NEIGHBOURS = {
     ),
     "compiled": Neighbour(
         "torch.compile, whole model",
-        "A compiled model would repeat an earlier choice: WanTrim's runs leave the compiler out.",
-        says="not compiled",
+        "Whole steps run its graphs as they are; in other steps each block is one graph, with its "
+        "attention decided outside. The backend `cudagraphs` is left out there, and said.",
         changes=False,
     ),
     "compiled_blocks": Neighbour(
         "torch.compile, per block",
-        "As above; with blocks alone the compiled blocks are used.",
-        says="not compiled",
-        about=INSIDE,
+        "As above. A block that PyTorch cannot make one graph of runs uncompiled where something is "
+        "left out, and the report says so.",
         changes=False,
     ),
     "windows": Neighbour("context windows", "Every window has its own choice and its own memory."),
