@@ -21,10 +21,11 @@ import torch
 
 from ..engine.plan import TrimPlan
 from ..solve.dial import flops
-from .speed_gpu import ask_for_gpu, gpu_rows, rows_to_fill
+from .speed_gpu import LIMIT, ask_for_gpu, comfyui_rows, gpu_rows, rows_to_fill
 from .speed_models import Runner, build, sharing
 from .speed_plans import ATTACHED, PAPER, PARTIAL, REPEATED, WHOLE, Size, plans, ratio, steady_work
 from .speed_probes import interval, overhead, take_turns, trimmed_blocks
+from .speed_scale import DRY, GPU
 from .table import RESULTS, commit, merge_rows, read_rows
 from .traffic import Traffic, peak_bytes
 
@@ -41,7 +42,8 @@ TESTS = (
     "test_tokens.py", "test_attend.py", "test_heads.py", "test_oracle.py", "test_engine.py",
     "test_diffusers_host.py",
 )  # fmt: skip
-KERNEL_TESTS = ("test_kernels.py",)
+# its time is short, and it compares every kernel with its reference before it times it
+GPU_TESTS = ("test_kernels.py", "test_engine.py")
 # attention is 43 % of the FLOPs of the long one; the short one has blocks to skip
 LONG = Size("1.3B, 1 block", 1536, 12, 8960, 1, (21, 32, 64))
 SHORT = Size("1.3B, 4 blocks", 1536, 12, 8960, 4, (21, 16, 32))
@@ -152,6 +154,21 @@ def time_overhead(size: Size, pairs: int) -> list[dict[str, object]]:
     return rows
 
 
+def compiled_in_comfyui(size: Size, comfyui: Path, rounds: int) -> list[dict[str, object]]:
+    """What a plan gains in ComfyUI with its compile node, beside what it gains without."""
+    names, rows = (PARTIAL, f"{PARTIAL}, heads 0.7 demoted"), []
+    for compiled in ("no", backend()):
+        options = {"rounds": rounds, "cpu": True, "compiled": compiled, "names": names}
+        rows += comfyui_rows(row, size, comfyui, None, **options)
+    without = {made["plan"]: made["speedup"] for made in rows if made["compiled"] == "no"}
+    for made in rows:
+        if made["compiled"] != "no":
+            share = made["speedup"] / without[made["plan"]]
+            made["note"] = f"{share:.2f} of the {without[made['plan']]:.2f}x that it is uncompiled"
+        say(made)
+    return rows
+
+
 def measure_memory(size: Size, rows: list[dict[str, object]]) -> None:
     """Fill in the peak of four steps, and by how many hidden states it is above that of dense."""
     model, named = build(size), plans(size)
@@ -192,6 +209,9 @@ def backend() -> str:
 
 
 def say(made: dict[str, object]) -> None:
+    if made["dense_ms"] == "":
+        log.warning("%s, %s: %s", made["case"], made["plan"], made["note"])
+        return
     expected = made["predicted"]
     log.info(
         "%s, %s (compiled: %s): %.1f ms dense, %.1f ms trimmed, %.3fx%s",
@@ -207,7 +227,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     add = parser.add_argument
     add("--gpu", action="store_true", help="real sizes and kernels on a GPU, in place of the CPU's")
-    add("--comfyui", type=Path, help="with --gpu: a ComfyUI, to time the real sizes in it too")
+    add("--dry", action="store_true", help="what --gpu does, on the CPU at tiny sizes")
+    add(
+        "--comfyui",
+        type=Path,
+        help="a ComfyUI, to time in it too: with --gpu the real sizes, else "
+        "a small one with its compile node",
+    )
+    add("--limit", type=float, default=LIMIT, help="seconds that --gpu may take after its tests")
     add("--rounds", type=int, default=2, help="turns of each plan at the large sizes")
     add("--pairs", type=int, default=40, help="pairs of forwards for the overhead")
     add("--small", action="store_true", help="only the small size")
@@ -216,16 +243,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if args.gpu:
         ask_for_gpu()
-    tests = (*TESTS, *KERNEL_TESTS) if args.gpu else TESTS
-    check_tests([ROOT / "tests" / name for name in tests])
+    if not args.dry:
+        check_tests([ROOT / "tests" / name for name in (GPU_TESTS if args.gpu else TESTS)])
     path = args.results / "speed.csv"
 
     def keep(rows: Sequence[dict[str, object]]) -> None:
         merge_rows(path, rows, COLUMNS, KEY)
 
-    if args.gpu:
-        for rows in gpu_rows(row, args.comfyui):
+    if args.gpu or args.dry:
+        for rows in gpu_rows(row, args.comfyui, DRY if args.dry else GPU, args.limit):
+            for made in rows:
+                say(made)
+            # as each part ends: what there is no time for takes nothing with it
             keep(rows)
+        return
+    if args.comfyui:
+        keep(compiled_in_comfyui(SHORT, args.comfyui, args.rounds))
         return
     # a GPU's own rows stay, and there is nothing to wait for beside them
     known = {(r["case"], r["host"], r["plan"]) for r in read_rows(path) if r["dense_ms"]}

@@ -9,6 +9,7 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -36,14 +37,23 @@ STEPS = 5
 
 
 def time_in_comfyui(
-    comfyui: Path, size: Size, rounds: int, folder: Path, *, cpu: bool = False
+    comfyui: Path,
+    size: Size,
+    rounds: int,
+    folder: Path,
+    *,
+    cpu: bool = False,
+    compiled: str = "no",
+    names: Sequence[str] = (),
 ) -> dict[str, object]:
     """Milliseconds (dense, trimmed) of every plan by its name, measured by ComfyUI's interpreter.
 
     Args:
         comfyui: a checkout with its interpreter in .venv or venv.
         folder: for the results.
-        cpu: for tests, in fp32.
+        cpu: in fp32.
+        compiled: backend of ComfyUI's own compile node, or "no".
+        names: of plans; none are all.
 
     Returns:
         "device", "dtype", and "taken": by plan.
@@ -59,6 +69,7 @@ def time_in_comfyui(
     result = folder / "comfyui.json"
     sizes = [size.dim, size.heads, size.ffn_dim, size.blocks, *size.latent]
     command = [python, "-c", LAUNCH, ROOT, comfyui, "--size", *sizes, "--rounds", rounds]
+    command += ["--compiled", compiled, "--names", *(names or plans(size))]
     command += ["--out", result, *(["--cpu"] if cpu else [])]
     subprocess.run([str(part) for part in command], check=True, cwd=folder)
     return json.loads(result.read_text("utf-8"))
@@ -69,11 +80,13 @@ def main() -> None:
     parser.add_argument("--size", nargs=7, type=int, required=True)
     parser.add_argument("--rounds", type=int, required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--compiled", default="no")
+    parser.add_argument("--names", nargs="+", required=True)
     parser.add_argument("--cpu", action="store_true")
     args = parser.parse_args()
     # ComfyUI reads the command line, and looks for a device, when it is imported
     sys.argv[1:] = ["--cpu"] if args.cpu else []
-    from ..hosts.comfyui.timing import random_model, seconds_per_step
+    from ..hosts.comfyui.timing import compiled_model, random_model, seconds_per_step
 
     dim, heads, ffn_dim, blocks, *latent = args.size
     size = Size("", dim, heads, ffn_dim, blocks, tuple(latent))
@@ -81,13 +94,19 @@ def main() -> None:
     taken: dict[str, list[tuple[float, float]]] = {}
     with torch.inference_mode():
         model = random_model(size.shape, dtype)
+        if args.compiled != "no":
+            model = compiled_model(model, args.compiled)
 
         def step(plan: TrimPlan | None) -> float:
             return 1000 * seconds_per_step(model, plan, size.latent, SIGMAS[:STEPS], TEXT_TOKENS)
 
         # to warm up
         step(None)
-        for name, plan in plans(size).items():
+        for name in args.names:
+            plan = plans(size)[name]
+            if args.compiled != "no":
+                # what is trimmed is compiled, too
+                step(plan)
             taken[name] = [(step(None), step(plan)) for _ in range(args.rounds)]
     name = "cpu" if args.cpu else torch.cuda.get_device_name()
     words = str(dtype).removeprefix("torch.")

@@ -3,50 +3,47 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 
-from .. import kernels
+from ..engine.memory import Room
 from ..engine.plan import TrimPlan
-from ..kernels import reference
-from ..methods.cost import Work
-from ..methods.importance import attention_received, sample_queries
+from ..methods.importance import attention_received
 from ..methods.tokens import select_tokens
 from ..solve.dial import flops
-from ..solve.floor import Rates, device_rates
+from ..solve.floor import Rates
 from .speed_comfyui import time_in_comfyui
+from .speed_kernels import KERNEL_PLAN, KERNELS, attention_rows, kernel_rows
 from .speed_models import Runner, build
-from .speed_plans import PAPER, PARTIAL, SHARE, WHOLE, Size, plans, ratio, steady_work
+from .speed_plans import PAPER, PARTIAL, REPEATED, SHARE, WHOLE, Size, plans, ratio, steady_work
 from .speed_probes import take_turns
+from .speed_scale import GPU, LATENTS, MODELS, Scale, measured_rates, milliseconds
 from .traffic import peak_bytes
 
 log = logging.getLogger(__name__)
 Row = dict[str, object]
 COMMAND = "python -m wantrim.benchmarks.speed --gpu"
-# 81 pixel frames at 832 x 480 and 1280 x 720
-LATENTS = {"480p": (21, 60, 104), "720p": (21, 90, 160)}
-MODELS = {"1.3B": (1536, 12, 8960, 30), "14B": (5120, 40, 13824, 40)}
-# blocks are left out where the weights do not fit; these are enough for every plan
-FEWEST = 4
-# bytes that a forward needs beside the weights, in hidden states of 2 bytes a number
-ROOM = 40
-KERNELS = ("token_mass", "frame_mass", "smooth_select")
+# seconds that all of it may take
+LIMIT = 480.0
+# in order of worth
+SIZES = (("14B", "480p"), ("1.3B", "480p"), ("14B", "720p"), ("1.3B", "720p"))
 SELECTION = "choosing tokens"
 TOKEN_PLANS = (PARTIAL, PAPER)
-KERNEL_PLAN = "kernel against the reference"
+PINNED = f"{PARTIAL} in pinned memory"
+DEMOTED, TOGETHER = "heads 0.7, others demoted", f"{PARTIAL}, heads 0.7 demoted"
+PLANS = (PARTIAL, PINNED, TOGETHER, DEMOTED, REPEATED, PAPER)
+COMPILED_PLANS = (PARTIAL, TOGETHER)
 
 
 def real_sizes() -> list[Size]:
-    """1.3B and 14B at 480p and 720p, all blocks."""
-    return [
-        Size(f"{model}, {resolution}", *MODELS[model], latent)
-        for model in MODELS
-        for resolution, latent in LATENTS.items()
-    ]
+    """14B and 1.3B at 480p and 720p, with the blocks that are timed."""
+    return [GPU.size(*names) for names in SIZES]
 
 
 def ask_for_gpu() -> None:
@@ -59,25 +56,70 @@ def ask_for_gpu() -> None:
         raise SystemExit("--gpu: expected a GPU that torch can use, found none; leave --gpu out")
 
 
-def gpu_rows(row: Callable[..., Row], comfyui: Path | None = None) -> Iterator[list[Row]]:
-    """Rows of the kernels and of every real size, as they come.
+def gpu_rows(
+    row: Callable[..., Row],
+    comfyui: Path | None = None,
+    scale: Scale = GPU,
+    limit: float = LIMIT,
+    clock: Callable[[], float] = time.monotonic,
+) -> Iterator[list[Row]]:
+    """Rows as they come, the most telling parts first; what there is no time for is said.
 
     Args:
         row: makes one from a size, a plan's name and milliseconds.
         comfyui: a checkout, to time the sizes in it too.
+        limit: seconds after which no part begins and no row is begun.
     """
-    for case in kernel_cases():
-        yield [_kernel_row(row, case)]
-    for size in real_sizes():
-        fitting = _fitting(size)
-        yield _time_size(row, fitting)
-        torch.cuda.empty_cache()
+    ends = clock() + limit
+    for name, make in _parts(row, scale, comfyui):
+        if clock() >= ends:
+            log.warning("%s: not measured, the time is used up", name)
+            continue
+        try:
+            for rows in make():
+                yield rows
+                if clock() >= ends:
+                    log.warning("%s: not to its end, the time is used up", name)
+                    break
+        except (RuntimeError, subprocess.CalledProcessError, ValueError) as error:
+            # what was measured stays, and the parts behind it may go
+            log.warning("%s: %s: %s", name, type(error).__name__, error)
+        if scale.device == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _parts(row, scale: Scale, comfyui: Path | None):
+    """Name and rows of every part, in order of worth."""
+    latents = list(scale.latents.values())
+    yield "kernels", lambda: kernel_rows(row, scale, latents[:1])
+    for at, names in enumerate(SIZES):
+        size = scale.size(*names)
+        yield f"{size.name}, diffusers", partial(_time_size, row, size, scale)
         if comfyui is not None:
-            yield comfyui_rows(row, fitting, comfyui, measured_rates(fitting))
+            yield f"{size.name}, ComfyUI", partial(_in_comfyui, row, size, scale, comfyui, "no")
+            more = partial(_in_comfyui, row, size, scale, comfyui, scale.compiled)
+            yield f"{size.name}, ComfyUI, compiled", more
+        if at == 0:
+            yield "attention kernels", lambda: attention_rows(row, scale)
+    yield "kernels, larger", lambda: kernel_rows(row, scale, latents[1:])
+
+
+def _in_comfyui(row, size: Size, scale: Scale, comfyui: Path, compiled: str):
+    names = PLANS if compiled == "no" else COMPILED_PLANS
+    options = {"names": [n for n in names if n != PINNED], "compiled": compiled}
+    rates = measured_rates(size, scale)
+    yield comfyui_rows(
+        row, size, comfyui, rates, rounds=scale.rounds, cpu=scale.device == "cpu", **options
+    )
 
 
 def comfyui_rows(
-    row: Callable[..., Row], size: Size, comfyui: Path, rates: Rates | None, **options
+    row: Callable[..., Row],
+    size: Size,
+    comfyui: Path,
+    rates: Rates | None,
+    rounds: int = 3,
+    **options,
 ) -> list[Row]:
     """Whole steps of ComfyUI's own sampling, dense and trimmed in turns.
 
@@ -86,12 +128,13 @@ def comfyui_rows(
         options: of `time_in_comfyui`.
     """
     with TemporaryDirectory() as folder:
-        found = time_in_comfyui(comfyui, size, 3, Path(folder), **options)
+        found = time_in_comfyui(comfyui, size, rounds, Path(folder), **options)
     whole, rows = steady_work(size, TrimPlan()), []
     for name, taken in found["taken"].items():
         cost = flops if rates is None else rates.seconds
         predicted = ratio(cost, whole, steady_work(size, plans(size)[name]))
         common = {"host": "comfyui", "device": found["device"], "dtype": found["dtype"]}
+        common["compiled"] = options.get("compiled", "no")
         rows.append(row(size, name, taken, predicted=predicted, **common))
     return rows
 
@@ -102,7 +145,8 @@ def rows_to_fill() -> Iterator[Row]:
     note = f"not measured: {COMMAND}"
     for size in real_sizes():
         chooses = [f"{SELECTION}, {name}" for name in TOKEN_PLANS]
-        for host, names in (("diffusers", [*plans(size), *chooses]), ("comfyui", plans(size))):
+        in_comfyui = [name for name in PLANS if name != PINNED]
+        for host, names in (("diffusers", [*PLANS, *chooses]), ("comfyui", in_comfyui)):
             more = " --comfyui FOLDER" if host == "comfyui" else ""
             for plan in names:
                 yield blank | {
@@ -110,90 +154,53 @@ def rows_to_fill() -> Iterator[Row]:
                     "note": note + more,
                 }  # fmt: skip
     for name in KERNELS:
-        for resolution in LATENTS:
-            size = Size(f"14B, {resolution}", *MODELS["14B"], LATENTS[resolution])
+        for resolution, latent in LATENTS.items():
+            size = Size(f"14B, {resolution}", *MODELS["14B"], latent)
             yield blank | {
                 "case": f"kernel {name}", "host": "torch", "tokens": size.grid.tokens,
                 "plan": KERNEL_PLAN, "note": note,
             }  # fmt: skip
 
 
-def _fitting(size: Size) -> Size:
-    """The size with as many of its blocks as the GPU's memory holds."""
-    free, _ = torch.cuda.mem_get_info()
-    # weights of 2 bytes: q, k, v, o twice, and the FFN
-    block = 2 * (8 * size.dim**2 + 2 * size.dim * size.ffn_dim)
-    room = free - 2 * ROOM * size.grid.tokens * size.dim
-    blocks = int(max(FEWEST, min(size.blocks, room // block)))
-    name = size.name if blocks == size.blocks else f"{size.name}, {blocks} of {size.blocks} blocks"
-    return replace(size, name=name, blocks=blocks)
-
-
-def measured_rates(size: Size) -> Rates:
-    """What this GPU reaches at the size's own products, attention and copies, in bfloat16."""
-    options = {"device": "cuda", "dtype": torch.bfloat16}
-    tokens, dim, head_dim = size.grid.tokens, size.dim, size.dim // size.heads
-    hidden = torch.randn(tokens, dim, **options)
-    weight = torch.randn(size.ffn_dim, dim, **options)
-    q = torch.randn(1, size.heads, tokens, head_dim, **options)
-    attend = torch.nn.functional.scaled_dot_product_attention
-    product = milliseconds(lambda: torch.nn.functional.linear(hidden, weight)) / 1000
-    attention = milliseconds(lambda: attend(q, q, q)) / 1000
-    copy = milliseconds(hidden.clone) / 1000
-    return Rates(
-        2 * tokens * dim * size.ffn_dim / product,
-        4 * tokens**2 * dim / attention,
-        2 * hidden.numel() * 2 / copy,
-        "measured in this run",
-    )
-
-
-def milliseconds(work: Callable[[], object], repeats: int = 7) -> float:
-    """Median time on the GPU's own clock."""
-    for _ in range(2):
-        work()
-    taken = []
-    for _ in range(repeats):
-        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        began.record()
-        work()
-        ended.record()
-        torch.cuda.synchronize()
-        taken.append(began.elapsed_time(ended))
-    return sorted(taken)[repeats // 2]
-
-
-def _time_size(row: Callable[..., Row], size: Size, rounds: int = 3) -> list[Row]:
-    rates = measured_rates(size)
+def _time_size(row: Callable[..., Row], size: Size, scale: Scale) -> Iterator[list[Row]]:
+    rates = measured_rates(size, scale)
     log.info("%s: %s", size.name, rates)
-    model = build(size, "cuda", torch.bfloat16)
-    whole, state = steady_work(size, TrimPlan()), 2 * size.grid.tokens * size.dim
+    model = build(size, scale.device, scale.dtype)
+    whole = steady_work(size, TrimPlan())
+    state = scale.dtype.itemsize * size.grid.tokens * size.dim
     dense = Runner(model, size)
     dense_peak = peak_bytes(dense.step)
-    common = {"device": torch.cuda.get_device_name(), "dtype": "bfloat16"}
-    rows = []
     # one plan at a time, since each holds what it remembers
-    for name, plan in plans(size).items():
-        other = Runner(model, size, plan)
-        peak = peak_bytes(lambda other=other: [other.step() for _ in range(WHOLE + 1)])
-        taken = take_turns(dense, {name: other}, rounds)[name]
+    for name in PLANS:
+        plan = plans(size)[PARTIAL if name == PINNED else name]
+        room = Room(torch.device("cpu")) if name == PINNED else None
+        other = Runner(model, size, plan, room=room)
+        run = partial(_steps, other, WHOLE + 1)
+        peak = peak_bytes(run)
+        taken = take_turns(dense, {name: other}, scale.rounds)[name]
         other.close()
         predicted = ratio(rates.seconds, whole, steady_work(size, plan))
         floor = 1000 * rates.seconds(steady_work(size, plan))
-        note = f"floor {floor:.0f} ms at the rates measured in this run"
+        note = f"floor {floor:.3g} ms at the rates measured in this run"
         more = {"peak_mb": peak / 2**20, "extra_states": (peak - dense_peak) / state}
-        rows.append(row(size, name, taken, predicted=predicted, note=note, **more, **common))
+        made = row(size, name, taken, predicted=predicted, note=note, **more, **scale.named)
+        rows = [made]
         if name in TOKEN_PLANS:
-            rows.append(_selection_row(row, size, name, plan, rows[-1]["trimmed_ms"], common))
-    return rows
+            rows.append(_selection_row(row, size, name, plan, made["trimmed_ms"], scale))
+        yield rows
 
 
-def _selection_row(row, size: Size, name: str, plan: TrimPlan, forward: float, common) -> Row:
+def _steps(runner: Runner, count: int) -> None:
+    for _ in range(count):
+        runner.step()
+
+
+def _selection_row(row, size: Size, name: str, plan: TrimPlan, forward: float, scale) -> Row:
     """Scores, smoothing and top-k of a step beside its trimmed forward."""
     grid, tokens = size.grid, plan.tokens
-    options = {"device": "cuda", "dtype": torch.bfloat16}
+    options = {"device": scale.device, "dtype": scale.dtype}
     q = k = torch.randn(1, grid.tokens, size.heads, size.dim // size.heads, **options)
-    change = torch.rand(1, grid.tokens, device="cuda")
+    change = torch.rand(1, grid.tokens, device=scale.device)
     times = 1
     if tokens is not None:
         times = sum(tokens.reselects(i) for i in range(size.blocks - 1))
@@ -206,66 +213,7 @@ def _selection_row(row, size: Size, name: str, plan: TrimPlan, forward: float, c
         budget = tokens.budget(0.5, grid)
         select_tokens(received, grid, grid.tokens, budget, alpha=tokens.alpha)
 
-    took = times * milliseconds(choose)
-    made = row(size, f"{SELECTION}, {name}", [(forward, took)], **common)
+    took = times * milliseconds(choose, scale)
+    made = row(size, f"{SELECTION}, {name}", [(forward, took)], **scale.named)
     share = f"scores, smoothing and top-k: {took / forward:.2%} of the trimmed forward"
     return made | {"speedup": "", "predicted": "", "efficiency": "", "note": share}
-
-
-@dataclass(frozen=True)
-class KernelCase:
-    """A kernel's call at a size of 14B's, and the least that it has to do."""
-
-    name: str
-    size: Size
-    arguments: tuple
-    options: dict[str, object]
-    work: Work
-
-    def call(self, module, **more) -> object:
-        """The function of this name in `module`, which is `kernels` or its reference."""
-        return getattr(module, self.name)(*self.arguments, **self.options, **more)
-
-
-def kernel_cases(
-    device: str = "cuda", latents: Sequence[tuple[int, int, int]] = tuple(LATENTS.values())
-) -> Iterator[KernelCase]:
-    """A call of every kernel that has a reference, one after the other."""
-    dim, heads, ffn_dim, blocks = MODELS["14B"]
-
-    def draw(*shape: int, dtype=torch.bfloat16) -> torch.Tensor:
-        return torch.randn(shape, device=device, dtype=dtype)
-
-    for latent in latents:
-        size = Size("14B", dim, heads, ffn_dim, blocks, latent)
-        grid = size.grid
-        index = sample_queries(grid, 1 / 64).to(device)
-        mass = (
-            draw(1, grid.tokens, heads, dim // heads),
-            draw(1, grid.tokens, heads, dim // heads),
-        )
-        mass = (*mass, (grid.frames, grid.height, grid.width), index)
-        # the scores once for the softmax's sum and once for what each key gets
-        twice = Work(0, 4 * len(index) * grid.tokens * dim, 2 * grid.tokens * dim)
-        scores = draw(1, grid.frames, grid.per_frame, dtype=torch.float32)
-        chosen = (scores, round(0.7 * grid.per_frame), 0.5)
-        # fp32 in numbers of 2 bytes: scores in and int64 positions out
-        choosing = Work(0, 0, 2 * grid.tokens + 4 * round(0.7 * grid.tokens))
-        for name, arguments, options, work in (
-            ("token_mass", mass, {"exclude_radius": 2}, twice),
-            ("frame_mass", mass, {}, twice),
-            ("smooth_select", chosen, {}, choosing),
-        ):
-            yield KernelCase(name, replace(size, name=f"kernel {name}"), arguments, options, work)
-
-
-def _kernel_row(row: Callable[..., Row], case: KernelCase) -> Row:
-    """Eager torch beside the kernel; the note has the floor."""
-    rates = device_rates(torch.cuda.get_device_name()) or measured_rates(case.size)
-    common = {"device": torch.cuda.get_device_name(), "dtype": "bfloat16", "host": "torch"}
-    eager = milliseconds(lambda: case.call(reference))
-    took = milliseconds(lambda: case.call(kernels, backend="triton"))
-    floor = 1000 * rates.seconds(case.work)
-    note = f"floor {floor:.3f} ms, {floor / took:.0%} of it reached"
-    made = row(case.size, KERNEL_PLAN, [(eager, took)], note=note, **common)
-    return made | {"predicted": "", "efficiency": ""}

@@ -6,6 +6,7 @@ import copy
 
 import torch
 
+from ..engine.memory import Room
 from ..engine.plan import TrimPlan
 from ..hosts.diffusers.attach import Attachment, attach
 from ..hosts.diffusers.weights import new_transformer
@@ -40,9 +41,17 @@ class Runner:
     Args:
         plan: attached to a copy of the model; one that trims nothing attaches nothing.
         compiled: backend of torch.compile for the blocks, or "no".
+        room: where keys and values are kept.
     """
 
-    def __init__(self, model, size: Size, plan: TrimPlan | None = None, compiled: str = "no"):
+    def __init__(
+        self,
+        model,
+        size: Size,
+        plan: TrimPlan | None = None,
+        compiled: str = "no",
+        room: Room | None = None,
+    ):
         trims = plan is not None and not plan.neutral
         self.model = sharing(model) if trims else model
         self.attachment: Attachment | None = None
@@ -50,6 +59,7 @@ class Runner:
             self.model.compile_repeated_blocks(backend=compiled)
         if plan is not None:
             self.attachment = attach(self.model, plan)
+            self.attachment.engine.memory.room = room or Room()
         weight = next(model.parameters())
         options = {"device": weight.device, "dtype": weight.dtype}
         draw = torch.Generator(weight.device).manual_seed(1)

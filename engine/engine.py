@@ -17,7 +17,7 @@ from ..methods.budget import attention_share
 from ..methods.depth import choose_blocks
 from ..methods.grid import TokenGrid
 from ..methods.heads import OFF, HeadPlan
-from ..methods.routers import Content
+from ..methods.routers import Content, TrainedRouter
 from .attention import head_groups
 from .call import Call, Shared, StepState
 from .memory import STRAYED, Memory
@@ -51,6 +51,7 @@ class Seen:
         again: the latent is that of the step before.
         strayed: share of the path since the last step that no guidance explains.
         anchored: per latent frame, whether it is given; None when none is.
+        logits: of a trained router, a block each; None where there is none.
     """
 
     largest: float
@@ -58,6 +59,7 @@ class Seen:
     again: bool
     strayed: float
     anchored: tuple[bool, ...] | None
+    logits: tuple[float, ...] | None = None
 
 
 class Engine:
@@ -104,12 +106,13 @@ class Engine:
         window: Hashable = None,
         prompts: Sequence[Hashable] = (),
         unit: float = 1.0,
+        clip: torch.Tensor | None = None,
     ) -> Seen:
         """Read what `begin` decides by; the clock of a step is honest because of this wait.
 
         Args:
             levels: sigmas times `unit`, of any shape.
-            latent, cond_or_uncond, window, prompts: as for `begin`.
+            latent, cond_or_uncond, window, prompts, clip: as for `begin`.
             anchored: bool [f], latent frames that are given.
         """
         if len(latent) % len(cond_or_uncond):
@@ -128,21 +131,30 @@ class Engine:
         if part is not None and part.fits(own) and self.plan.trims_shares:
             strayed = part.strayed(levels.max().float() / unit, own)
         asked.append(levels.new_zeros(()) if strayed is None else strayed)
-        told = torch.stack([value.to(latent.device).float() for value in asked])
+        told = [torch.stack([value.to(latent.device).float() for value in asked])]
+        blocks = self.plan.blocks.router if self.plan.trims_blocks else None
+        if isinstance(blocks, TrainedRouter):
+            level = levels.max().float().reshape(1) / unit
+            told.append(blocks.ask(level, _content(own, clip, len(chunks), decider)))
+        frames = 0 if anchored is None else len(anchored)
         if anchored is not None:
-            told = torch.cat([told, anchored.to(told)])
+            told.append(anchored)
+        told = torch.cat([value.to(told[0]) for value in told])
         shown = {} if last is None else last.shown
         count, known = len(chunks) - 1, len(told)
         told = torch.cat([told, *(one.flatten().to(told) for one in shown.values())]).cpu()
         self._take_shown(shown, told[known:])
         largest, *rest = told[:known].tolist()
-        given = tuple(value > 0 for value in rest[count + 2 :])
+        end = len(rest) - frames
+        given = tuple(value > 0 for value in rest[end:])
+        logits = tuple(rest[count + 2 : end]) or None
         return Seen(
             largest / unit,
             not all(rest[:count]),
             bool(rest[count]),
             rest[count + 1],
             given if any(given) else None,
+            logits,
         )
 
     def begin(
@@ -179,7 +191,7 @@ class Engine:
         """
         if seen is None:
             level = torch.tensor(sigma)
-            seen = self.look(level, latent, cond_or_uncond, None, window, prompts)
+            seen = self.look(level, latent, cond_or_uncond, None, window, prompts, clip=clip)
         chunks, decider = latent.chunk(len(cond_or_uncond)), _decider(cond_or_uncond)
         names = _names(prompts, chunks)
         own, last = chunks[decider], self.now
@@ -194,14 +206,14 @@ class Engine:
                 part.clear()
             part.noisy |= seen.strayed > STRAYED
             keys = [(*pair, 1) for pair in zip(names, cond_or_uncond, strict=True)]
-            clip = None if clip is None else clip.chunk(len(chunks))[decider]
+            content = _content(own, clip, len(chunks), decider)
             self._find_roles(grid, num_blocks)
             facts = Facts(
                 sigma, progress, grid, num_blocks, seen.anchored, inside, seen.mixed,
                 known=part.known(keys), seen=part.seen,
                 begun=any(one.sigma != sigma and not one.answered for one in self.record.steps),
                 context=not self.memory.lost,
-                skipped=self._skipped(sigma, progress, Content(own, clip), num_blocks),
+                skipped=self._skipped(sigma, progress, content, num_blocks, seen.logits),
                 heads=self._heads,
                 by_frame=by_frame,
             )  # fmt: skip
@@ -262,7 +274,9 @@ class Engine:
         later = shares is not None and shares.needs_context(sigma)
         return later or any(row.context for row in program.rows)
 
-    def _skipped(self, sigma, progress, content: Content, num_blocks: int) -> frozenset[int]:
+    def _skipped(
+        self, sigma, progress, content: Content, num_blocks: int, logits: tuple[float, ...] | None
+    ) -> frozenset[int]:
         """Blocks that the router leaves out of a step."""
         if not self.plan.trims_blocks:
             return frozenset()
@@ -271,7 +285,10 @@ class Engine:
             return frozenset()
         if self._router is None:
             self._router = self.plan.blocks.router.run(num_blocks)
-        runs = choose_blocks(self._router.logits(sigma, content), count)
+        if logits is None:
+            runs = choose_blocks(self._router.logits(sigma, content), count)
+        else:
+            runs = choose_blocks(torch.tensor(logits), count)
         return frozenset(range(num_blocks)) - frozenset(runs)
 
     def finish(self, completed: bool) -> Record:
@@ -355,6 +372,10 @@ def _decider(cond_or_uncond: Sequence[int]) -> int:
     """Which chunk of a batch decides: the conditional prompt that also comes first, call by call."""
     cond = [i for i, role in enumerate(cond_or_uncond) if role == COND]
     return cond[0] if cond else len(cond_or_uncond) - 1
+
+
+def _content(latent, clip: torch.Tensor | None, chunks: int, decider: int) -> Content:
+    return Content(latent, None if clip is None else clip.chunk(chunks)[decider])
 
 
 def _names(prompts: Sequence[Hashable], chunks: Sequence) -> list[Hashable]:

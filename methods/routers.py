@@ -238,15 +238,10 @@ class TrainedRouter(_Budgeted):
             )
         return _Trained(self)
 
-
-class _Trained(_Constant):
-    def __init__(self, router: TrainedRouter):
-        super().__init__(torch.zeros(router.mlp.num_blocks))
-        self._router = router
-
     @torch.no_grad()
-    def logits(self, sigma: float, content: Content) -> torch.Tensor:
-        mlp, kind = self._router.mlp, self._router.kind
+    def ask(self, sigma: torch.Tensor, content: Content) -> torch.Tensor:
+        """Logits [l] for a sigma [1], on the router's device; reading them waits for it."""
+        mlp, kind = self.mlp, self.kind
         given = None
         if kind == "clip":
             if content.clip is None:
@@ -262,10 +257,18 @@ class _Trained(_Constant):
                 f"router: expected {mlp.content_dim} numbers of content, got {given.shape[1]}: it "
                 "was trained for another kind of latent or image"
             )
-        weight = mlp.layers[0].weight
-        at = torch.tensor([sigma], device=weight.device)
-        given = None if given is None else given.to(weight.device)
-        return mlp(at, given)[0].float().cpu()
+        device = mlp.layers[0].weight.device
+        given = None if given is None else given.to(device)
+        return mlp(sigma.to(device), given)[0].float()
+
+
+class _Trained(_Constant):
+    def __init__(self, router: TrainedRouter):
+        super().__init__(torch.zeros(router.mlp.num_blocks))
+        self._router = router
+
+    def logits(self, sigma: float, content: Content) -> torch.Tensor:
+        return self._router.ask(torch.tensor([sigma]), content).cpu()
 
 
 def save_router(path: Path, router: TrainedRouter, package: str = "") -> None:

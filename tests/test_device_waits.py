@@ -10,9 +10,10 @@ from wantrim.engine.engine import COND, UNCOND
 from wantrim.engine.memory import context_bytes
 from wantrim.engine.plan import TrimPlan
 from wantrim.hosts.diffusers.attach import attach
+from wantrim.hosts.diffusers.profiling import model_fingerprint
 from wantrim.methods.depth import BlockBudget, BlockPlan
 from wantrim.methods.heads import FRAME, FULL, OFF, HeadPlan
-from wantrim.methods.routers import RandomRouter
+from wantrim.methods.routers import RandomRouter, RouterMLP, TrainedRouter
 from wantrim.methods.shares import Shares
 from wantrim.methods.tokens import paper_plan
 from wantrim.tests.small_wan import random_wan
@@ -142,6 +143,16 @@ def test_the_counter_sees_every_kind_of_wait():
         assert not waited.seen, (number, waited.seen)
 
 
+def trained_router() -> TrainedRouter:
+    mlp = RouterMLP(BLOCKS, 4 * 16, hidden=8, time_dim=16)
+    put(*mlp.parameters(), *mlp.buffers())
+    return TrainedRouter(mlp, "latent", model_fingerprint(new_model(False)))
+
+
+def new_model(given: bool):
+    return random_wan(BLOCKS, 36 if given else 16, heads=HEADS)
+
+
 DEMOTED = HeadPlan(((FRAME, "tile2", OFF, FULL),) * BLOCKS, ((FULL,) * HEADS,) * BLOCKS)
 SHARES = Shares(SIGMAS, (1, 1, 0.4, 0, 0.3, 1))
 PLANS = {
@@ -149,15 +160,15 @@ PLANS = {
     "repeats": TrimPlan(shares=Shares(SIGMAS, (1, 0, 1, 0, 0, 1))),
     "tape": TrimPlan(paper_plan(0.6, reselect_every=2)),
     "blocks": TrimPlan(blocks=BlockPlan(RandomRouter(), BlockBudget(0.75, 0.75))),
+    "a trained router": TrimPlan(blocks=BlockPlan(trained_router(), BlockBudget(0.75, 0.75))),
+    "a trained router, shares": TrimPlan(
+        blocks=BlockPlan(trained_router(), BlockBudget(0.75, 0.75)), shares=SHARES
+    ),
     "heads": TrimPlan(heads=DEMOTED),
     "heads and shares": TrimPlan(heads=DEMOTED, shares=SHARES),
     "heads and tape": TrimPlan(paper_plan(0.6, reselect_every=2), DEMOTED),
     "computes all": TrimPlan(paper_plan(0.7, start=0.9)),
 }
-
-
-def new_model(given: bool):
-    return random_wan(BLOCKS, 36 if given else 16, heads=HEADS)
 
 
 def waits_per_call(model, plan: TrimPlan | None, given: bool, how: str) -> list[list[str]]:

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from wantrim.benchmarks import speed, speed_gpu
+from wantrim.benchmarks import speed, speed_gpu, speed_kernels
 from wantrim.benchmarks.flops import count_flops
 from wantrim.benchmarks.plots import plot_speed
-from wantrim.benchmarks.speed_gpu import COMMAND, kernel_cases, real_sizes, rows_to_fill
+from wantrim.benchmarks.speed_gpu import COMMAND, PLANS, gpu_rows, real_sizes, rows_to_fill
+from wantrim.benchmarks.speed_kernels import ATTENTION_PLAN, KERNELS, differs, kernel_cases
 from wantrim.benchmarks.speed_models import Runner, build, sharing
 from wantrim.benchmarks.speed_plans import (
     ATTACHED,
@@ -23,6 +24,7 @@ from wantrim.benchmarks.speed_probes import (
     take_turns,
     trimmed_blocks,
 )
+from wantrim.benchmarks.speed_scale import DRY
 from wantrim.benchmarks.summary import speed_table
 from wantrim.benchmarks.table import read_rows
 from wantrim.benchmarks.traffic import Traffic, count_traffic, peak_bytes
@@ -243,9 +245,70 @@ def test_without_a_gpu_its_bench_says_so():
         speed.main(["--gpu"])
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_dry_run_goes_the_gpus_way_and_fills_its_rows(tmp_path, monkeypatch):
+    """One size is enough: the others are the same code."""
+    monkeypatch.setattr(speed_gpu, "SIZES", (("14B", "480p"),))
+    seen = {"twice": lambda q: q + q}
+    monkeypatch.setattr("wantrim.benchmarks.speed_kernels.installed_attention", lambda: seen)
+    speed.main(["--dry", "--results", str(tmp_path)])
+    rows = read_rows(tmp_path / "speed.csv")
+    size = DRY.size("14B", "480p")
+    assert size.name == "14B, 480p, 4 of 40 blocks"
+    mine = {r["plan"]: r for r in rows if r["case"] == size.name}
+    assert set(mine) == {*PLANS, *(f"{speed_gpu.SELECTION}, {p}" for p in speed_gpu.TOKEN_PLANS)}
+    for name in PLANS:
+        assert float(mine[name]["trimmed_ms"]) > 0 and float(mine[name]["peak_mb"]) > 0
+        assert "floor" in mine[name]["note"] and mine[name]["dtype"] == "float32"
+    kernels = [r for r in rows if r["case"].startswith("kernel ")]
+    assert len(kernels) == 2 * len(KERNELS)
+    assert all("of it reached" in r["note"] for r in kernels)
+    assert [r["case"] for r in rows if r["plan"] == ATTENTION_PLAN] == ["attention twice"]
+
+
+def test_what_was_measured_is_kept_when_the_time_is_used_up(monkeypatch, caplog):
+    now = iter(range(100))
+
+    def part(*names):
+        return lambda: ([{"plan": name}] for name in names)
+
+    def broken():
+        raise RuntimeError("no memory")
+        yield
+
+    parts = [
+        ("a", part("a1", "a2")),
+        ("b", broken),
+        ("c", part("c1", "c2", "c3")),
+        ("d", part("d1")),
+    ]
+    monkeypatch.setattr(speed_gpu, "_parts", lambda *given: iter(parts))
+    rows = list(gpu_rows(speed.row, None, DRY, 6.5, lambda: next(now)))
+    # looked at before every part and after every row: at 7 the time is used up
+    assert [made["plan"] for (made,) in rows] == ["a1", "a2", "c1", "c2"]
+    told = [record.message for record in caplog.records]
+    assert told == [
+        "b: RuntimeError: no memory",
+        "c: not to its end, the time is used up",
+        "d: not measured, the time is used up",
+    ]
+
+
+def test_a_kernel_that_is_wrong_is_not_timed(monkeypatch):
+    good = torch.rand(2, 50)
+    assert not differs(good, good) and not differs(good * 1.001, good)
+    assert "off" in differs(good * 1.1, good) and "off" in differs(good * float("nan"), good)
+    picked = torch.arange(5)
+    assert not differs(picked.flip(0), picked) and "others" in differs(picked + 1, picked)
+    monkeypatch.setattr(speed_kernels.kernels, "frame_mass", lambda *a, **o: torch.zeros(1))
+    rows = [row for (row,) in speed_kernels.kernel_rows(speed.row, DRY, [(2, 8, 8)])]
+    assert [made["case"] for made in rows if made["dense_ms"] == ""] == ["kernel frame_mass"]
+    assert all("not timed" in made["note"] for made in rows if made["dense_ms"] == "")
+
+
 def test_the_kernels_calls_fit_their_references():
-    cases = list(kernel_cases("cpu", [(2, 8, 8)]))
-    assert {case.name for case in cases} == set(speed_gpu.KERNELS)
+    cases = list(kernel_cases(DRY, [(2, 8, 8)]))
+    assert {case.name for case in cases} == set(KERNELS)
     for case in cases:
         assert case.call(reference) is not None
         assert case.work.flops + case.work.moved > 0

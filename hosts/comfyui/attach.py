@@ -361,7 +361,8 @@ def _begin(
     levels = options["sigmas"] if "sigmas" in options else timestep.float() / 1000
     window = _window(options)
     prompts = tuple(options.get("uuids", ()))
-    seen = engine.look(levels, noise, roles, anchored, window, prompts)
+    clip = None if clip_fea is None else clip_fea[:, 0]
+    seen = engine.look(levels, noise, roles, anchored, window, prompts, clip=clip)
     return engine.begin(
         seen=seen,
         latent=noise,
@@ -372,7 +373,7 @@ def _begin(
         num_blocks=len(dm.blocks),
         window=window,
         prompts=prompts,
-        clip=None if clip_fea is None else clip_fea[:, 0],
+        clip=clip,
         inside=inside,
         alone=not sees_between_blocks(dm, options),
         by_frame=timestep.ndim > 1,

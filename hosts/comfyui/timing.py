@@ -16,6 +16,7 @@ import comfy.samplers
 import comfy.sd
 from comfy.ldm.wan.model import WanModel
 from comfy_extras.nodes_model_advanced import ModelSamplingSD3
+from comfy_extras.nodes_torch_compile import TorchCompileModel
 
 from ...engine.plan import TrimPlan
 from ...methods.cost import WanShape
@@ -50,6 +51,11 @@ def random_model(shape: WanShape, dtype: torch.dtype):
         weights, model_options={"dtype": dtype}, metadata={"config": json.dumps(config)}
     )
     return ModelSamplingSD3().patch(loaded, shift=1.0)[0]
+
+
+def compiled_model(model, backend: str):
+    """The MODEL as ComfyUI's own compile node hands it out."""
+    return TorchCompileModel.execute(model, backend).result[0]
 
 
 def seconds_per_step(

@@ -122,7 +122,9 @@ class _ModelHook(ModelHook):
         latent = hidden_states[:, : module.config.out_channels]
         anchored = _anchored(module, hidden_states, timestep, grid)
         # per-token timesteps (TI2V) are 0 where the latent is given
-        seen = a.engine.look(timestep, latent, a.cond_or_uncond, anchored, unit=1000)
+        # of CLIP's tokens the first is the class
+        clip = None if images is None else images[:, 0]
+        seen = a.engine.look(timestep, latent, a.cond_or_uncond, anchored, unit=1000, clip=clip)
         call = a.engine.begin(
             seen=seen,
             latent=latent,
@@ -131,8 +133,7 @@ class _ModelHook(ModelHook):
             cond_or_uncond=a.cond_or_uncond,
             grid=grid,
             num_blocks=len(module.blocks),
-            # of CLIP's tokens the first is the class
-            clip=None if images is None else images[:, 0],
+            clip=clip,
             alone=not any(map(_shared, module.blocks)),
         )
         if call.repeats:

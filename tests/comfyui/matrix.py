@@ -148,6 +148,27 @@ class Neighbour:
         return SAYS if self.says is not None and trim in self.about else EXACT
 
 
+# held by tests/comfyui/test_compiled.py
+COMPILE = (
+    "- Whole and repeated steps, and plans that trim nothing: the compiled model as it is; nothing is "
+    "traced anew.",
+    "- Other steps: the model's blocks, compiled as the compile node was set, at most two graphs more "
+    "in a run: one for all lengths of kept tokens, one for whole blocks whose attention is looked "
+    "into. No graph break: what the attention does is looked up when it runs.",
+    "- Compiled for these steps are the blocks alone; embeddings and head run as written.",
+    "- Behind another node's wrapper around the model, whole steps run block by block too: that "
+    "wrapper ran already, and may be in the model's own graph.",
+    "- Not compiled, and said: with the backend `cudagraphs`, steps that leave something out; blocks "
+    "compiled one by one, where another node's code cannot be part of one graph.",
+    "- CUDA graphs of inductor's modes are left out in those blocks: they would replay an attention "
+    "call as it was recorded.",
+    "- A run that WanTrim Profile records is not compiled: the compiler would leave out what it sees.",
+    "- In diffusers (demo, training, bench) kept tokens run compiled too; blocks whose attention is "
+    "looked into (remembered keys and values, heads, a choice by attention) run uncompiled, because "
+    "diffusers does not keep how a model was compiled.",
+    "- Not run: dynamic VRAM, which core's compile node turns off itself.",
+)
+
 NEIGHBOURS = {
     "lora": Neighbour(
         "LoRA", "Load LoRA patches weights; modules are called, so it applies fully."
@@ -208,7 +229,12 @@ NEIGHBOURS = {
     ),
     "sparse": Neighbour(
         "block-sparse override",
-        "Set again in every step, as core's newer node; its blocks are of the kept tokens.",
+        "Set again in every step and calling what was there before, as core's newer Model Sparse "
+        "Attention; its blocks are of the kept tokens. Where these attend to remembered ones too, its "
+        "rule that queries and keys are as many leaves attention whole.",
+    ),
+    "backend": Neighbour(
+        "Model Attention Backend (core)", "The function that it sets is called inside of WanTrim's."
     ),
     "compiled": Neighbour(
         "torch.compile, whole model",
@@ -233,6 +259,10 @@ NEIGHBOURS = {
     "fp8": Neighbour("fp8 weights", "`fp8_e4m3fn` of Load Diffusion Model, cast for each use."),
     "gguf": Neighbour(
         "GGUF-like weights", "A loader's own operations make the weights whole in every forward."
+    ),
+    "quantised": Neighbour(
+        "int8- or NVFP4-like weights",
+        "Layers that quantise what they are given see the kept tokens alone, and scale by these.",
     ),
     "low_vram": Neighbour(
         "partial load, with a LoRA", "Weights stay in system memory and are moved for each use."
@@ -356,6 +386,10 @@ def table() -> str:
         f"On {deep}, each trim by itself and all together, WanTrim in front and behind.",
         "",
         *_neighbours(),
+        "",
+        "## torch.compile",
+        "",
+        *COMPILE,
         "",
         "## Every model beside every neighbour",
         "",

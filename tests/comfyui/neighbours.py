@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 import comfy.ops
 import comfy.sd
+from comfy.ldm.modules.attention import attention_pytorch
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras.nodes_context_windows import WanContextWindowsManualNode
@@ -117,6 +118,20 @@ def sparse(model):
     patched = model.clone()
     patched.add_callback_with_key(CallbacksMP.ON_PREPARE_STATE, "sparse", install)
     return patched
+
+
+def backend(model):
+    """An attention function as core's Model Attention Backend sets it."""
+
+    def rounded(q, k, v, heads, **kwargs):
+        out = attention_pytorch(q.half().to(q), k.half().to(k), v.half().to(v), heads, **kwargs)
+        return out * 0.9
+
+    patched = model.clone()
+    if hasattr(patched, "set_model_optimized_attention"):
+        patched.set_model_optimized_attention(rounded)
+        return patched
+    return overriding(model, lambda func, *args, **kwargs: rounded(*args, **kwargs))
 
 
 def compiled(model, keys=("diffusion_model",)):
@@ -254,6 +269,22 @@ class Packed(comfy.ops.manual_cast):
             return F.linear(x, weight.to(x), None if self.bias is None else self.bias.to(x))
 
 
+class Quantised(comfy.ops.manual_cast):
+    """Weights as int8's and NVFP4's: inputs are quantised, too, by the largest of all their tokens."""
+
+    class Linear(comfy.ops.manual_cast.Linear):
+        def forward(self, x):
+            weight, bias = self.weight.to(x), None if self.bias is None else self.bias.to(x)
+            return F.linear(
+                _in_8_bits(x, x.abs().amax()), _in_8_bits(weight, weight.abs().amax()), bias
+            )
+
+
+def _in_8_bits(x, largest):
+    scale = largest.clamp(min=1e-9) / 127
+    return (x / scale).round() * scale
+
+
 def two_gpus(model):
     """ComfyUI's split of a step's prompts over two devices; here both are the CPU."""
     patched = model.clone()
@@ -281,6 +312,7 @@ PUT = {
     "chunked": chunked,
     "sage": sage,
     "sparse": sparse,
+    "backend": backend,
     "compiled": compiled,
     "compiled_blocks": compiled_blocks,
     "windows": windows,
@@ -296,4 +328,5 @@ PUT = {
 LOADED = {
     "fp8": {"dtype": torch.float8_e4m3fn},
     "gguf": {"custom_operations": Packed},
+    "quantised": {"custom_operations": Quantised},
 }

@@ -1,0 +1,129 @@
+"""The GPU bench's kernels: ours against their references and their floor, and attention kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
+
+import torch
+
+from .. import kernels
+from ..kernels import reference
+from ..methods.cost import Work
+from ..methods.importance import sample_queries
+from ..solve.floor import device_rates
+from .speed_plans import Size
+from .speed_scale import GPU, LATENTS, Scale, measured_rates, milliseconds
+
+Row = dict[str, object]
+KERNELS = ("token_mass", "frame_mass", "smooth_select")
+KERNEL_PLAN, ATTENTION_PLAN = "kernel against the reference", "attention kernel against torch's"
+
+
+@dataclass(frozen=True)
+class KernelCase:
+    """A kernel's call at a size of 14B's, and the least that it has to do."""
+
+    name: str
+    size: Size
+    arguments: tuple
+    options: dict[str, object]
+    work: Work
+
+    def call(self, module, **more) -> object:
+        """The function of this name in `module`, which is `kernels` or its reference."""
+        return getattr(module, self.name)(*self.arguments, **self.options, **more)
+
+
+def kernel_cases(
+    scale: Scale = GPU, latents: Sequence[tuple[int, int, int]] = tuple(LATENTS.values())
+) -> Iterator[KernelCase]:
+    """A call of every kernel that has a reference, one after the other."""
+    dim, heads, ffn_dim, blocks = scale.models["14B"]
+
+    def draw(*shape: int, dtype=scale.dtype) -> torch.Tensor:
+        return torch.randn(shape, device=scale.device, dtype=dtype)
+
+    for latent in latents:
+        size = Size("14B", dim, heads, ffn_dim, blocks, latent)
+        grid = size.grid
+        index = sample_queries(grid, 1 / 64).to(scale.device)
+        mass = (
+            draw(1, grid.tokens, heads, dim // heads),
+            draw(1, grid.tokens, heads, dim // heads),
+        )
+        mass = (*mass, (grid.frames, grid.height, grid.width), index)
+        # the scores once for the softmax's sum and once for what each key gets
+        twice = Work(0, 4 * len(index) * grid.tokens * dim, 2 * grid.tokens * dim)
+        scores = draw(1, grid.frames, grid.per_frame, dtype=torch.float32)
+        chosen = (scores, round(0.7 * grid.per_frame), 0.5)
+        # fp32 in numbers of 2 bytes: scores in and int64 positions out
+        choosing = Work(0, 0, 2 * grid.tokens + 4 * round(0.7 * grid.tokens))
+        for name, arguments, options, work in (
+            ("token_mass", mass, {"exclude_radius": 2}, twice),
+            ("frame_mass", mass, {}, twice),
+            ("smooth_select", chosen, {}, choosing),
+        ):
+            yield KernelCase(name, replace(size, name=f"kernel {name}"), arguments, options, work)
+
+
+def kernel_rows(row: Callable[..., Row], scale: Scale, latents) -> Iterator[list[Row]]:
+    """Right before fast: what differs from its reference is not timed, and has a row that says so."""
+    rates = scale.device == "cuda" and device_rates(torch.cuda.get_device_name())
+    for case in kernel_cases(scale, latents):
+        # the scores' own rounding in half precision; a choice may differ where two are equal
+        want, got = case.call(reference), case.call(kernels, backend=scale.backend)
+        wrong = differs(got, want)
+        common = {**scale.named, "host": "torch"}
+        if wrong:
+            blank = row(case.size, KERNEL_PLAN, [(1.0, 1.0)], note=f"not timed: {wrong}", **common)
+            yield [{**blank, **dict.fromkeys(("dense_ms", "trimmed_ms", "speedup"), "")}]
+            continue
+        eager = milliseconds(lambda case=case: case.call(reference), scale)
+        took = milliseconds(lambda case=case: case.call(kernels, backend=scale.backend), scale)
+        floor = 1000 * (rates or measured_rates(case.size, scale)).seconds(case.work)
+        note = f"floor {floor:.3f} ms, {floor / took:.0%} of it reached"
+        made = row(case.size, KERNEL_PLAN, [(eager, took)], note=note, **common)
+        yield [made | {"predicted": "", "efficiency": ""}]
+
+
+def differs(got: torch.Tensor, want: torch.Tensor) -> str:
+    """How a kernel's result is not the reference's; empty where it is, within rounding."""
+    if got.shape != want.shape:
+        return f"{tuple(got.shape)} in place of {tuple(want.shape)}"
+    if not want.is_floating_point():
+        same = (got.sort(-1).values == want.sort(-1).values).float().mean().item()
+        return "" if same > 0.999 else f"{1 - same:.2%} of the choices are others"
+    off = ((got.float() - want.float()).norm() / want.float().norm()).item()
+    # also false for what is no number
+    return "" if off < 0.01 else f"{off:.2%} off the reference"
+
+
+def attention_rows(row: Callable[..., Row], scale: Scale) -> Iterator[list[Row]]:
+    """Attention kernels that are installed, beside torch's own at one block's size."""
+    size = scale.size("14B", "480p")
+    options = {"device": scale.device, "dtype": scale.dtype}
+    q = torch.randn(1, size.heads, size.grid.tokens, size.dim // size.heads, **options)
+    torchs = partial(torch.nn.functional.scaled_dot_product_attention, q, q, q)
+    mine = milliseconds(torchs, scale)
+    for name, call in installed_attention().items():
+        took = milliseconds(lambda call=call: call(q), scale)
+        shown = replace(size, name=f"attention {name}")
+        more = {**scale.named, "host": "torch"}
+        made = row(shown, ATTENTION_PLAN, [(mine, took)], **more)
+        yield [made | {"predicted": "", "efficiency": ""}]
+
+
+def installed_attention() -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+    """Self-attention of [b, n, s, d] by the name of what is installed."""
+    found: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
+    if find_spec("sageattention") is not None:
+        sage = import_module("sageattention").sageattn
+        found["sage"] = lambda q: sage(q, q, q, tensor_layout="HND")
+    if find_spec("flash_attn") is not None:
+        flash = import_module("flash_attn").flash_attn_func
+        found["flash"] = lambda q: flash(*[q.transpose(1, 2)] * 3)
+    return found
