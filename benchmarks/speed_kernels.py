@@ -9,6 +9,7 @@ from importlib import import_module
 from importlib.util import find_spec
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from .. import kernels
 from ..kernels import reference
@@ -19,7 +20,7 @@ from .speed_plans import Size
 from .speed_scale import GPU, LATENTS, Scale, measured_rates, milliseconds
 
 Row = dict[str, object]
-KERNELS = ("token_mass", "frame_mass", "smooth_select")
+KERNELS = ("token_mass", "frame_mass", "smooth_select", "store_rows", "join_rows")
 KERNEL_PLAN, ATTENTION_PLAN = "kernel against the reference", "attention kernel against torch's"
 
 
@@ -36,6 +37,11 @@ class KernelCase:
     def call(self, module, **more) -> object:
         """The function of this name in `module`, which is `kernels` or its reference."""
         return getattr(module, self.name)(*self.arguments, **self.options, **more)
+
+    def result(self, module, **more) -> list[torch.Tensor]:
+        """What the function gives or fills."""
+        made = self.call(module, **more)
+        return [t.clone() for t in tree_leaves(self.arguments[-1] if made is None else made)]
 
 
 def kernel_cases(
@@ -62,7 +68,18 @@ def kernel_cases(
         chosen = (scores, round(0.7 * grid.per_frame), 0.5)
         # fp32 in numbers of 2 bytes: scores in and int64 positions out
         choosing = Work(0, 0, 2 * grid.tokens + 4 * round(0.7 * grid.tokens))
+        k, v = mass[:2]
+        held = reference.store_rows(k, v, 8)
+        left = grid.tokens - round(0.3 * grid.tokens)
+        dropped = torch.randperm(grid.tokens, device=scale.device)[None, :left].sort().values
+        short = (k[:, left:].contiguous(), v[:, left:].contiguous())
+        out = (torch.empty_like(k), torch.empty_like(v))
+        # in numbers of 2 bytes: 8 bits beside what they were made of
+        stored = Work(0, 0, 3 * grid.tokens * dim)
+        joined = Work(0, 0, 2 * (2 * grid.tokens * dim) - left * dim)
         for name, arguments, options, work in (
+            ("store_rows", (k, v, 8), {}, stored),
+            ("join_rows", (*short, held, dropped, 8, out), {}, joined),
             ("token_mass", mass, {"exclude_radius": 2}, twice),
             ("frame_mass", mass, {}, twice),
             ("smooth_select", chosen, {}, choosing),
@@ -75,8 +92,8 @@ def kernel_rows(row: Callable[..., Row], scale: Scale, latents) -> Iterator[list
     rates = scale.device == "cuda" and device_rates(torch.cuda.get_device_name())
     for case in kernel_cases(scale, latents):
         # the scores' own rounding in half precision; a choice may differ where two are equal
-        want, got = case.call(reference), case.call(kernels, backend=scale.backend)
-        wrong = differs(got, want)
+        want, got = case.result(reference), case.result(kernels, backend=scale.backend)
+        wrong = next(filter(None, map(differs, got, want)), "")
         common = {**scale.named, "host": "torch"}
         if wrong:
             blank = row(case.size, KERNEL_PLAN, [(1.0, 1.0)], note=f"not timed: {wrong}", **common)
@@ -94,7 +111,7 @@ def differs(got: torch.Tensor, want: torch.Tensor) -> str:
     """How a kernel's result is not the reference's; empty where it is, within rounding."""
     if got.shape != want.shape:
         return f"{tuple(got.shape)} in place of {tuple(want.shape)}"
-    if not want.is_floating_point():
+    if want.dtype == torch.int64:
         same = (got.sort(-1).values == want.sort(-1).values).float().mean().item()
         return "" if same > 0.999 else f"{1 - same:.2%} of the choices are others"
     off = ((got.float() - want.float()).norm() / want.float().norm()).item()

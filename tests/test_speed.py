@@ -300,7 +300,7 @@ def test_a_kernel_that_is_wrong_is_not_timed(monkeypatch):
     assert "off" in differs(good * 1.1, good) and "off" in differs(good * float("nan"), good)
     picked = torch.arange(5)
     assert not differs(picked.flip(0), picked) and "others" in differs(picked + 1, picked)
-    monkeypatch.setattr(speed_kernels.kernels, "frame_mass", lambda *a, **o: torch.zeros(1))
+    monkeypatch.setattr(speed_kernels.kernels, "frame_mass", lambda *a, **o: torch.zeros(3))
     rows = [row for (row,) in speed_kernels.kernel_rows(speed.row, DRY, [(2, 8, 8)])]
     assert [made["case"] for made in rows if made["dense_ms"] == ""] == ["kernel frame_mass"]
     assert all("not timed" in made["note"] for made in rows if made["dense_ms"] == "")
@@ -310,7 +310,7 @@ def test_the_kernels_calls_fit_their_references():
     cases = list(kernel_cases(DRY, [(2, 8, 8)]))
     assert {case.name for case in cases} == set(KERNELS)
     for case in cases:
-        assert case.call(reference) is not None
+        assert all(torch.isfinite(t.float()).all() for t in case.result(reference))
         assert case.work.flops + case.work.moved > 0
 
 

@@ -393,7 +393,8 @@ def table() -> str:
         "",
         "## Every model beside every neighbour",
         "",
-        "With the default, or with skipped blocks where no more is taken, WanTrim in front and behind.",
+        "With the default, or with skipped blocks where no more is taken, WanTrim in front and behind; "
+        "beside torch.compile in front.",
         "",
         *_both(),
     ]

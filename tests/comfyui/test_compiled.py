@@ -80,10 +80,18 @@ def check(trim, base, graphs, expected, further: int, **options) -> None:
 
 
 @pytest.mark.parametrize(
-    ("keys", "options"), [("whole", FILTER), ("whole", NO_FILTER), ("blocks", FILTER)]
+    ("trim", "keys", "options"),
+    [
+        (shares, "whole", FILTER),
+        (shares_and_heads, "whole", FILTER),
+        (tiny.trimmed, "whole", FILTER),
+        (heads, "whole", FILTER),
+        (shares_and_heads, "whole", NO_FILTER),
+        (shares_and_heads, "blocks", FILTER),
+        (tiny.trimmed, "blocks", FILTER),
+    ],
 )
-@pytest.mark.parametrize("trim", [shares, shares_and_heads, tiny.trimmed, heads])
-def test_two_further_graphs_at_most_and_no_break(graphs, keys, options, trim):
+def test_two_further_graphs_at_most_and_no_break(graphs, trim, keys, options):
     base = put(tiny.base_model(), graphs, keys, options)
     dense = tiny.sample(base, steps=6)
     expected = tiny.sample(trim(tiny.base_model()), steps=6)
@@ -182,7 +190,7 @@ def test_cuda_graphs_are_left_out_where_something_is_decided():
 
 
 def test_with_inductor_the_video_is_the_same_within_rounding():
-    model = shares_and_heads(put(tiny.base_model(), "inductor", "whole"))
+    model = shares_and_heads(put(tiny.base_model(), "inductor", "blocks"))
     expected = tiny.sample(shares_and_heads(tiny.base_model()), steps=6)
     assert torch.allclose(tiny.sample(model, steps=6), expected, atol=1e-3, rtol=1e-3)
     assert tiny.shares(model) == pytest.approx(STEPS)

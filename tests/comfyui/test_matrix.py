@@ -204,7 +204,7 @@ def steps_of(kind: str, other: str, trim: str) -> int:
 
 
 def check_cell(kind: str, other: str, trim: str) -> None:
-    """Without effect and trimmed, WanTrim in front and behind."""
+    """Without effect and trimmed, WanTrim in front and, unless tracing takes seconds, behind."""
     neighbour, put = NEIGHBOURS[other], PUT.get(other)
     loaded = other if put is None else None
     front, behind = PUT_ON[trim], PUT_ON[trim]
@@ -220,7 +220,8 @@ def check_cell(kind: str, other: str, trim: str) -> None:
     assert torch.equal(run(lambda m: neutral(put(m) if put else m)).video, alone)
     if kind in DEEP and trim == "all" and put is not None:
         assert torch.equal(run(lambda m: put(neutral(m))).video, alone)
-    runs = [run(front)] + ([run(behind)] if put else [])
+    both = put is not None and (kind in DEEP or not other.startswith("compiled"))
+    runs = [run(front)] + ([run(behind)] if both else [])
     left = left_of(trim, neighbour.lost)
     if left != trim:
         # no more than a run of what is left
