@@ -40,12 +40,15 @@ def random_model(shape: WanShape, dtype: torch.dtype):
             operations=comfy.ops.disable_weight_init,
             dtype=dtype,
         )
-    draw = torch.Generator().manual_seed(0)
+    # billions of numbers take a CPU minutes
+    device = comfy.model_management.get_torch_device()
+    draw = torch.Generator(device).manual_seed(0)
     weights = {}
     for name, value in network.state_dict().items():
         scale = value[0].numel() ** -0.5 if value.ndim > 1 else 0.1
-        noise = torch.empty(value.shape, dtype=dtype).normal_(0, scale, generator=draw)
-        weights[name] = noise + float("norm" in name and name.endswith("weight"))
+        noise = torch.empty(value.shape, dtype=dtype, device=device)
+        noise.normal_(0, scale, generator=draw)
+        weights[name] = (noise + float("norm" in name and name.endswith("weight"))).cpu()
     config = {"transformer": {"num_heads": heads, "text_dim": shape.text_dim}}
     loaded = comfy.sd.load_diffusion_model_state_dict(
         weights, model_options={"dtype": dtype}, metadata={"config": json.dumps(config)}
