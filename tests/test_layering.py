@@ -57,6 +57,9 @@ PLACES = {
     "rich": OFFLINE,
     "PIL": ("report/", "profiles/", "hosts/", "nodes/", *OFFLINE),
     "skimage": ("benchmarks/",),
+    # attention kernels, timed where they are installed
+    "sageattention": ("benchmarks/",),
+    "flash_attn": ("benchmarks/",),
 }
 
 
