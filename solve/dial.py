@@ -20,6 +20,8 @@ from .solver import TOLERANCE, Task, solve_nearest
 MAX_SPEEDUP = 4.0
 MAX_DENSE_STEPS = 100
 HIGH, LOW = "high", "low"
+# sigma at which Wan 2.2 changes experts, without and with a start image
+BOUNDARY, BOUNDARY_GIVEN = 0.875, 0.9
 # what a work costs, in any unit
 Cost = Callable[[Work], float]
 
@@ -89,12 +91,14 @@ class Solved:
 
     Args:
         wanted, reached: speed-ups of this model's run; reached by the cost.
+        together: what both experts of a pair reach; as `reached` of a model alone.
         why: what is in the way when they are not the same, else None.
     """
 
     plan: TrimPlan
     wanted: float
     reached: float
+    together: float
     why: str | None = None
 
 
@@ -146,7 +150,9 @@ class Dial:
     def solve(self, run: Run, plan: TrimPlan | None = None, cost: Cost = flops) -> Solved:
         """The plan for a run, with the parts that others decided."""
         plan = replace(plan or TrimPlan(), shares=None)
-        other = None if self.expert is None else other_slice(run, self.expert, self.boundary)
+        switch = self._switch(run)
+        alone = self.expert is None or switch is not None
+        other = None if alone else other_slice(run, self.expert, self.boundary)
         high = run if self.expert == HIGH else other
         before = other.steps if other is not None and high is other else 0
         sigmas = run.sigmas
@@ -155,7 +161,7 @@ class Dial:
         steps = len(sigmas) - 1
         calls = run.calls or (1,) * run.steps
         calls = (max(calls),) * before + calls + (max(calls),) * (steps - before - run.steps)
-        fresh = frozenset({0} if other is None else {0, high.steps})
+        fresh = frozenset({0, switch or 0} if other is None else {0, high.steps})
         task = Task(
             sigmas, calls, self._whole(sigmas, run.shift, fresh), fresh,
             partial=run.partial and plan.may_be_partial,
@@ -168,7 +174,18 @@ class Dial:
         why = None
         if abs(together / self.speedup - 1) > TOLERANCE:
             why = self._why(task, plan, together, shares)
-        return Solved(solved, self.speedup, reached if other is None else reached, why)
+        return Solved(solved, self.speedup, reached, together, why)
+
+    def _switch(self, run: Run) -> int | None:
+        """The step at which the experts change, where the high noise one announces both's steps.
+
+        Its sampler will stop on the way; so what is solved has to be good for either end.
+        """
+        if self.expert != HIGH or progress_at(run.sigmas[-1], run.shift) < 1 - 1e-6:
+            return None
+        at = self.boundary or (BOUNDARY_GIVEN if run.starts_given else BOUNDARY)
+        count = sum(sigma >= at for sigma in run.sigmas[:-1])
+        return count if 0 < count < run.steps else None
 
     def _whole(self, sigmas, shift: float, fresh: frozenset[int]) -> frozenset[int]:
         steps = len(sigmas) - 1
