@@ -16,8 +16,8 @@ from ..engine.record import Record, join_records
 from ..hosts.comfyui.attach import attachment_of
 from ..hosts.comfyui.dense_step import time_dense_step
 from ..hosts.comfyui.runs import ImagesOf, Ran
-from ..report.figures import reports_json
-from ..report.picture import draw_report
+from ..report.figures import measured_speed, reports_json
+from ..report.picture import as_pictures, draw_report
 from ..report.words import record_text
 
 log = logging.getLogger(__name__)
@@ -62,7 +62,8 @@ class WanTrimReport(io.ComfyNode):
                     advanced=True,
                     tooltip=(
                         "After the run, time one step of the untouched model on random input of the "
-                        "same size, to compare the trimmed steps with. Takes two steps' time."
+                        "same size, to compare the trimmed steps with. Takes two steps' time; left out "
+                        "where the run has whole steps of its own."
                     ),
                 ),
             ],
@@ -102,7 +103,8 @@ class WanTrimReport(io.ComfyNode):
                 "the high noise expert to 'model' and the low noise expert to 'model_low_noise'"
             )
         text = "\n\n".join(record_text(report) for report in reports)
-        video = _as_video(images)
+        pictures = as_pictures(images)
+        video = None if pictures is None else pictures.nan_to_num().clamp(0, 1).numpy()
         pages = [_page(report, video) for report in reports]
         width = max(page.shape[1] for page in pages)
         canvas = np.zeros((sum(len(page) for page in pages), width, 3), np.float32)
@@ -145,7 +147,8 @@ def _report(label: str, patched, made_by: ImagesOf | None, measure: bool) -> Rec
             "this model, and the sampler to this model",
         )  # fmt: skip
     report = join_records([ran.record for ran in found])
-    if measure and report.steps:
+    speed = measured_speed(report)
+    if measure and report.steps and (speed is None or speed.warming_up):
         first = next(ran for ran in found if ran.record.steps)
         report = _with_dense_step(report, patched, first)
     return report
@@ -155,17 +158,6 @@ def _nothing(model: str, planned: str, why: str) -> Record:
     report = Record(model, planned=planned, finished=True)
     report.note(why)
     return report
-
-
-def _as_video(images) -> np.ndarray | None:
-    """Pictures [n, h, w, 3] in 0..1 of what came as images, or None when it is nothing to draw."""
-    if not isinstance(images, torch.Tensor) or images.ndim not in (3, 4, 5) or not images.numel():
-        return None
-    video = images.detach().cpu().float().nan_to_num().clamp(0, 1)
-    video = video[None] if video.ndim == 3 else video.flatten(0, -4)
-    # grey, or with a mask as the last channel
-    video = video[..., :3] if video.shape[-1] >= 3 else video[..., :1].expand(*video.shape[:3], 3)
-    return video.numpy()
 
 
 def _page(report: Record, video: np.ndarray | None) -> np.ndarray:

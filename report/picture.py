@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from ..engine.record import Record
@@ -21,6 +22,18 @@ OVERLAY_FRAMES = 6
 # laid over what was left out; dark pictures cannot get darker
 LEFT_OUT = np.array([0.16, 0.30, 0.75], np.float32)
 HEAT_LOW = np.array([36, 40, 52], np.float32)
+
+
+def as_pictures(images) -> torch.Tensor | None:
+    """What a node got as images, in colour [n, h, w, 3]; None when it is nothing to draw."""
+    if not isinstance(images, torch.Tensor) or images.ndim not in (3, 4, 5) or not images.numel():
+        return None
+    images = images.detach().cpu().float()
+    images = images[None] if images.ndim == 3 else images.flatten(0, -4)
+    # grey, or with a mask as the last channel
+    return (
+        images[..., :3] if images.shape[-1] >= 3 else images[..., :1].expand(*images.shape[:3], 3)
+    )
 
 
 def overlay(video: np.ndarray, coverage: np.ndarray, shown: Sequence[int]) -> np.ndarray:

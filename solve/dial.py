@@ -91,14 +91,14 @@ class Solved:
 
     Args:
         wanted, reached: speed-ups of this model's run; reached by the cost.
-        together: what both experts of a pair reach; as `reached` of a model alone.
+        together: what both experts reach, where `reached` is of the own part of a pair; else None.
         why: what is in the way when they are not the same, else None.
     """
 
     plan: TrimPlan
     wanted: float
     reached: float
-    together: float
+    together: float | None = None
     why: str | None = None
 
 
@@ -164,7 +164,8 @@ class Dial:
         fresh = frozenset({0, switch or 0} if other is None else {0, high.steps})
         task = Task(
             sigmas, calls, self._whole(sigmas, run.shift, fresh), fresh,
-            partial=run.partial and plan.may_be_partial,
+            # of one token in a latent frame there is no part
+            partial=run.partial and plan.may_be_partial and run.grid.per_frame > 1,
         )  # fmt: skip
         shares = self._shares(task, run, plan, cost)
         own = shares[before : before + run.steps]
@@ -174,7 +175,7 @@ class Dial:
         why = None
         if abs(together / self.speedup - 1) > TOLERANCE:
             why = self._why(task, plan, together, shares)
-        return Solved(solved, self.speedup, reached, together, why)
+        return Solved(solved, self.speedup, reached, None if other is None else together, why)
 
     def _switch(self, run: Run) -> int | None:
         """The step at which the experts change, where the high noise one announces both's steps.
@@ -220,12 +221,11 @@ class Dial:
             )
         rest = [share for step, share in enumerate(shares) if step not in task.whole]
         if together < self.speedup and not any(rest):
-            count = len(task.whole)
+            count, steps = len(task.whole), "step" if task.steps == 1 else "steps"
+            first = "the first of each expert" if len(task.fresh) > 1 else "the first"
             said.append(
-                f"{count} of {task.steps} steps compute everything (the first of each expert, and "
-                "those asked for)"
-                if len(task.fresh) > 1
-                else f"{count} of {task.steps} steps compute everything (the first, and those asked for)"
+                f"{count} of {task.steps} {steps} {'computes' if count == 1 else 'compute'} everything "
+                f"({first}, and those asked for)"
             )
         elif not task.partial:
             said.append("steps are whole or repeated, and the next number of them is further away")

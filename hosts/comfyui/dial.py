@@ -152,18 +152,17 @@ class Wish:
         cost = flops if rates is None else rates.seconds
         solved = self.dial.solve(run, self.plan, cost)
         measure = "in FLOPs" if rates is None else f"by the rates of {name}"
-        own = "" if self.dial.expert is None else " of this expert's own steps"
+        own = "" if solved.together is None else " of this expert's own steps"
         engine.take(solved.plan)
         record.planned = (
             f"{self.dial.describe()}: {solved.plan.describe()}; expected {solved.reached:.2f}x{own} "
             f"{measure}"
         )
         if solved.why is not None:
-            both = "" if not own else f" of both experts together ({solved.reached:.2f}x{own})"
-            record.note(
-                f"{solved.wanted:.2f}x was asked for and {solved.together:.2f}x is expected{both}: "
-                f"{solved.why}"
-            )
+            met = f"{solved.reached:.2f}x is expected"
+            if own:
+                met = f"{solved.together:.2f}x is expected of both experts ({solved.reached:.2f}x{own})"
+            record.note(f"{solved.wanted:.2f}x was asked for and {met}: {solved.why}")
         if is_class(dm, "VaceWanModel"):
             record.note("VACE's control branch runs in full, and what is expected leaves it out")
         if solved.plan.shares.partial:

@@ -40,10 +40,11 @@ class UnsupportedModel(ValueError):
     """The model cannot do what the plan asks; the message is for the artist."""
 
 
-def check_variant(model, node: str, aim: str = "drop tokens of") -> None:
+def check_variant(model, node: str, aim: str = "drop tokens of", given: str = "model") -> None:
     """Refuse a MODEL that cannot do what a node aims at.
 
     Args:
+        given: name of the input that it came by.
         aim: as it reads in front of the model's name; `SKIP_BLOCKS` has answers of its own.
 
     Raises:
@@ -53,7 +54,7 @@ def check_variant(model, node: str, aim: str = "drop tokens of") -> None:
     name = "nothing" if inner is None else type(inner).__name__
     if not is_class(inner, "WanModel"):
         raise UnsupportedModel(
-            f"{node}: the input 'model' expects a Wan video model, but got {name}. Connect a Load "
+            f"{node}: the input '{given}' expects a Wan video model, but got {name}. Connect a Load "
             "Diffusion Model node with a Wan checkpoint, or remove this node."
         )
     table = SKIPPABLE if aim == SKIP_BLOCKS else SUPPORTED
