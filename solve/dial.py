@@ -150,9 +150,9 @@ class Dial:
     def solve(self, run: Run, plan: TrimPlan | None = None, cost: Cost = flops) -> Solved:
         """The plan for a run, with the parts that others decided."""
         plan = replace(plan or TrimPlan(), shares=None)
-        switch = self._switch(run)
+        switch, boundary = self._switch(run)
         alone = self.expert is None or switch is not None
-        other = None if alone else other_slice(run, self.expert, self.boundary)
+        other = None if alone else other_slice(run, self.expert, boundary)
         high = run if self.expert == HIGH else other
         before = other.steps if other is not None and high is other else 0
         sigmas = run.sigmas
@@ -177,16 +177,18 @@ class Dial:
             why = self._why(task, plan, together, shares)
         return Solved(solved, self.speedup, reached, None if other is None else together, why)
 
-    def _switch(self, run: Run) -> int | None:
-        """The step at which the experts change, where the high noise one announces both's steps.
+    def _switch(self, run: Run) -> tuple[int | None, float]:
+        """Where the experts change: a step of this run, else the sigma that `other_slice` takes.
 
-        Its sampler will stop on the way; so what is solved has to be good for either end.
+        A high noise expert may be told that it ends at 0. Where its steps go on behind Wan's own
+        boundary, its sampler announces both's and will stop on the way: what is solved has to be good
+        for either end. Where they do not, only its last one was made to end there.
         """
         if self.expert != HIGH or progress_at(run.sigmas[-1], run.shift) < 1 - 1e-6:
-            return None
+            return None, self.boundary
         at = self.boundary or (BOUNDARY_GIVEN if run.starts_given else BOUNDARY)
         count = sum(sigma >= at for sigma in run.sigmas[:-1])
-        return count if 0 < count < run.steps else None
+        return (count if 0 < count < run.steps else None), at
 
     def _whole(self, sigmas, shift: float, fresh: frozenset[int]) -> frozenset[int]:
         steps = len(sigmas) - 1

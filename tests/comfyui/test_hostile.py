@@ -181,6 +181,19 @@ def test_a_high_noise_expert_that_announces_everything_is_solved_for_both(bounda
     assert put.done(models[0]) == pytest.approx(1.5, rel=0.03) and not put.notes(models[0])
 
 
+def test_a_high_noise_expert_that_is_made_to_end_at_zero_shares_all_the_same():
+    """As samplers of both experts in one do it: the last sigma of each is 0."""
+    high, low = put.paired(tiny.base_model(), put.low_expert())
+    tiny.sample(high, steps=8, last_step=5, force_full_denoise=True)
+    tiny.sample(low, steps=8, start_step=5)
+    records = [tiny.report_of(model) for model in (high, low)]
+    assert [len(record.steps) for record in records] == [5, 3]
+    assert all("of this expert's own steps" in record.planned for record in records)
+    # how many steps the other does is guessed by Wan's own boundary
+    work = sum(step_work(one, step) for one in records for step in one.steps)
+    assert 8 / work == pytest.approx(1.5, rel=0.12)
+
+
 @pytest.mark.parametrize("forward", FORWARDS.values(), ids=FORWARDS)
 def test_a_profile_is_recorded_or_says_why_not(forward):
     dense = tiny.sample(forward(tiny.base_model()), steps=2)
