@@ -36,8 +36,8 @@ RUNS = (
     ("drozbay/ComfyUI-WanVaceAdvanced", "b6f5b22", "WanVacePhantomSimpleV2", "as planned"),
     (
         "Jasonzzt/ComfyUI-CacheDiT", "ab1a144", "WanCacheOptimizer, in front and behind",
-        "runs, and the report counts the steps that it answers. It stays on the model when it is "
-        "taken off, also without WanTrim",
+        "runs, and the report counts the steps that it answers. It stays on the loaded model when "
+        "it is taken off",
     ),
 )  # fmt: skip
 # this ComfyUI does not load these; they were run with the import that fails replaced by hand
