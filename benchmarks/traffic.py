@@ -141,6 +141,7 @@ class _Given:
 
     def __init__(self, host):
         self._host, self.hidden, self.ran = host, host.hidden, None
+        self.movable = host.movable
 
     def run(self, hidden, places, attend):
         self.ran = hidden, places

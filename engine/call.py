@@ -53,6 +53,8 @@ class HostBlock(Protocol):
 
     # [b, s, c], of all tokens or of those that the engine keeps
     hidden: torch.Tensor
+    # whether it can run on a part of the tokens
+    movable: bool
 
     def run(
         self, hidden: torch.Tensor, places: Places | None, attend: Attend | None
@@ -119,6 +121,8 @@ class Call:
         self._full: torch.Tensor | None = None
         # tokens of the whole sequence
         self._length = 0
+        # whether a block really ran on a part of the tokens
+        self._left_out = False
         # the host's, for blocks that are handed none
         self.options: dict = {}
 
@@ -170,8 +174,7 @@ class Call:
             return velocity
         kept = mask = None
         # tokens that TAPE drops have a velocity of their own
-        partial = self.program.partial and any(row.run == KEPT for row in self.rows)
-        if partial and self.current is not None:
+        if self.program.partial and self._left_out:
             kept = self._kept(self.current)
             mask = latent_mask(kept, self.grid, velocity.shape[2:])
         parts = velocity.chunk(len(self.keys))
@@ -223,8 +226,10 @@ class Call:
             out = host.run(hidden, None, self._attend(index, row, None, {}))
             self._ran(index, Row(ALL, self.grid.tokens, heads=row.heads))
             return out
-        if row.context in (READ, UPDATE) and not self.part.has_context(self.keys, index):
-            # another node skipped it when all others were remembered, or there was no room any more
+        reads = row.context in (READ, UPDATE)
+        if not host.movable or (reads and not self.part.has_context(self.keys, index)):
+            # another node skipped it when all others were remembered, there was no room any more, or
+            # a forward of another pack keeps to itself what the tokens need
             hidden = self._whole(hidden)
             row = Row(
                 ALL,
@@ -240,6 +245,7 @@ class Call:
         short = self._full is not None
         kept = hidden if short else _gather(hidden, places.index)
         attend = self._attend(index, row, places, {})
+        self._left_out = True
         if self.alone and not short:
             self._full = hidden
         out = host.run(kept, places, attend)

@@ -343,7 +343,7 @@ class Engine:
             note(
                 "no token was left out in any step. Reasons can be: reselect_every 1, all steps "
                 "outside start_percent and end_percent, or a prune ratio too small for "
-                f"{steps[0].grid.per_frame} tokens in a latent frame"
+                f"{_count(steps[0].grid.per_frame, 'token')} in a latent frame"
             )
         else:
             note("nothing was left out: all steps lie outside of what the plan trims")
@@ -384,3 +384,7 @@ def _names(prompts: Sequence[Hashable], chunks: Sequence) -> list[Hashable]:
 
 def _alike(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.shape == b.shape and a.device == b.device
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun if number == 1 else noun + 's'}"

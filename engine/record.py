@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import statistics
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from ..methods.cost import WanShape
 from ..methods.grid import TokenGrid
 from ..methods.tokens import Selection
+from ..methods.width import Width
 from .plan import TrimPlan
 from .program import SKIP, Program, Row
 
@@ -23,8 +25,8 @@ class Step:
         rows: what each block did; known when the step is over.
         answered: another node answered the step, and no block ran.
         ignored: blocks ran that never asked what they should do.
-        coverage: share of the blocks that computed each token [f, h, w], first sample of the batch;
-            known when the run is over.
+        coverage: share of the blocks that computed each token [b, f, h, w], of each sample of the batch
+            or of all alike (b = 1); known when the run is over.
     """
 
     sigma: float
@@ -84,18 +86,19 @@ class Step:
                 counted.setdefault(id(selection), [selection, 0])[1] += 1
         # reading them waits for the device; positions fit in half the memory until then
         self._dropped = [
-            (selection.dropped[0].to(torch.int32), blocks) for selection, blocks in counted.values()
+            (selection.dropped.to(torch.int32), blocks) for selection, blocks in counted.values()
         ]
 
     def settle(self) -> None:
         """Work out the coverage when the run is over."""
         grid, ran = self.grid, sum(row.run != SKIP for row in self.rows)
-        coverage = torch.full((grid.tokens,), ran / max(len(self.rows), 1))
+        samples = max((len(dropped) for dropped, _ in self._dropped), default=1)
+        coverage = torch.full((samples, grid.tokens), ran / max(len(self.rows), 1))
         for dropped, blocks in self._dropped:
             inside = dropped.cpu().long() - grid.start
-            coverage[inside] -= blocks / len(self.rows)
+            coverage.scatter_add_(1, inside, torch.full(inside.shape, -blocks / len(self.rows)))
         self._dropped = []
-        self.coverage = coverage.view(grid.frames, grid.height, grid.width)
+        self.coverage = coverage.view(samples, grid.frames, grid.height, grid.width)
 
     @property
     def keep_ratio(self) -> float:
@@ -143,6 +146,7 @@ class Record:
             None without a plan.
         context: where keys and values of left out tokens were remembered, in words.
         shape: of the model, for the cost model; None when the host cannot tell it.
+        width: of a slim model, whose `shape` is the full one's.
         device: torch's name for it; empty for one without.
         dense_seconds: of a whole step of the first step's size, when one was timed apart.
     """
@@ -157,6 +161,7 @@ class Record:
     attention_share: float | None = None
     context: str | None = None
     shape: WanShape | None = None
+    width: Width | None = None
     device: str = ""
     dense_seconds: float | None = None
 
@@ -170,10 +175,32 @@ class Record:
         return statistics.fmean(s.kept_share for s in self.steps) if self.steps else 1.0
 
     def coverage(self) -> torch.Tensor | None:
-        """Mean over the steps of the share of blocks that computed each token [f, h, w].
+        """Mean over the steps of the share of blocks that computed each token [b, f, h, w].
 
+        Of the last step's size, where they are not all of one; b is 1 where all samples are alike.
         Steps that repeat everything say nothing about places.
         """
         maps = [s.coverage for s in self.steps if s.coverage is not None and not s.repeated]
-        same = [m for m in maps if m.shape == maps[0].shape]
-        return torch.stack(same).mean(0) if same else None
+        same = [m for m in maps if m.shape[1:] == maps[-1].shape[1:]]
+        samples = max((len(m) for m in same), default=1)
+        alike = [m.expand(samples, *m.shape[1:]) for m in same if len(m) in (1, samples)]
+        return torch.stack(alike).mean(0) if alike else None
+
+
+def join_records(records: Sequence[Record]) -> Record:
+    """The runs that made one video, one after another, as one; a record alone as it is."""
+    first, *others = records
+    if not others:
+        return first
+    notes = dict.fromkeys(note for record in records for note in record.notes)
+    planned = dict.fromkeys(record.planned for record in records)
+    seen = next((record for record in records if record.steps), first)
+    return replace(
+        seen,
+        steps=[step for record in records for step in record.steps],
+        notes=list(notes),
+        planned="; then ".join(planned),
+        finished=all(record.finished for record in records),
+        seconds=sum(record.seconds for record in records),
+        context=next((record.context for record in records if record.context), None),
+    )

@@ -11,6 +11,7 @@ from comfy_api.latest import io, ui
 
 from ..methods.video_metrics import SSIM_WINDOW
 from ..report.compare import compare, draw_difference, side_by_side
+from ..report.picture import as_pictures
 
 NAME = "WanTrim Compare"
 
@@ -55,8 +56,13 @@ class WanTrimCompare(io.ComfyNode):
 
     @classmethod
     def execute(cls, dense: torch.Tensor, trimmed: torch.Tensor) -> io.NodeOutput:
-        # a picture may come with its mask as a fourth channel
-        dense, trimmed = (video[..., :3].cpu().float() for video in (dense, trimmed))
+        given = {"dense": as_pictures(dense), "trimmed": as_pictures(trimmed)}
+        for name, video in given.items():
+            if video is None:
+                raise ValueError(
+                    f"{NAME}: '{name}' got no pictures. Connect the VAE Decode of a finished video."
+                )
+        dense, trimmed = given.values()
         _check(dense, trimmed)
         found = compare(dense, trimmed)
         strip = np.asarray(draw_difference(dense, trimmed, found), np.float32) / 255

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import replace
 
 import numpy as np
@@ -11,14 +12,18 @@ import torch
 import comfy.model_management
 from comfy_api.latest import io, ui
 
-from ..engine.record import Record
-from ..hosts.comfyui.attach import Attachment, attachment_of
+from ..engine.record import Record, join_records
+from ..hosts.comfyui.attach import attachment_of
 from ..hosts.comfyui.dense_step import time_dense_step
-from ..report.figures import reports_json
-from ..report.picture import draw_report
+from ..hosts.comfyui.runs import ImagesOf, Ran
+from ..report.figures import measured_speed, reports_json
+from ..report.picture import as_pictures, draw_report
 from ..report.words import record_text
 
+log = logging.getLogger(__name__)
+
 NAME = "WanTrim Report"
+EXPERTS = {"model": "high noise", "model_low_noise": "low noise"}
 
 
 class WanTrimReport(io.ComfyNode):
@@ -37,6 +42,8 @@ class WanTrimReport(io.ComfyNode):
             is_output_node=True,
             # the report of a run is not a function of the inputs
             not_idempotent=True,
+            # to find the samplers that the images come of
+            hidden=[io.Hidden.dynprompt, io.Hidden.unique_id],
             inputs=[
                 io.Model.Input("model", tooltip="The model that was sampled, with WanTrim on it."),
                 io.Image.Input(
@@ -55,7 +62,8 @@ class WanTrimReport(io.ComfyNode):
                     advanced=True,
                     tooltip=(
                         "After the run, time one step of the untouched model on random input of the "
-                        "same size, to compare the trimmed steps with. Takes two steps' time."
+                        "same size, to compare the trimmed steps with. Takes two steps' time; left out "
+                        "where the run has whole steps of its own."
                     ),
                 ),
             ],
@@ -74,68 +82,112 @@ class WanTrimReport(io.ComfyNode):
     def execute(
         cls, model, images: torch.Tensor, model_low_noise=None, measure_dense_step: bool = False
     ) -> io.NodeOutput:
-        reports = []
+        made_by = None
+        if cls.hidden is not None and cls.hidden.dynprompt is not None:
+            made_by = ImagesOf(cls.hidden.dynprompt, cls.hidden.unique_id, "images")
         pair = model_low_noise is not None
-        if pair and attachment_of(model) is attachment_of(model_low_noise) is not None:
-            raise ValueError(
-                f"{NAME}: 'model' and 'model_low_noise' are the same model. Connect the high noise "
-                "expert to 'model' and the low noise expert to 'model_low_noise'."
-            )
+        reports = []
         for label, patched in (("model", model), ("model_low_noise", model_low_noise)):
-            if patched is None:
+            if patched is None and (pair or label != "model"):
                 continue
-            attachment = attachment_of(patched)
-            if attachment is None:
-                # a bypassed node must not cost the artist a finished run
-                reports.append(_nothing_on(label, type(patched.model.diffusion_model).__name__))
-                continue
-            if attachment.record is None:
-                raise ValueError(
-                    f"{NAME}: the model at '{label}' was not sampled yet. Connect 'images' to the "
-                    "VAE Decode of the sampler that uses this model."
-                )
-            expert = {"model": "high noise", "model_low_noise": "low noise"}[label]
-            report = attachment.record
-            if measure_dense_step and report.steps:
-                report = _with_dense_step(patched, attachment)
+            report = _report(label, patched, made_by, measure_dense_step)
             reports.append(
-                replace(report, model=f"{report.model}, {expert} expert") if pair else report
+                replace(report, model=f"{report.model}, {EXPERTS[label]} expert")
+                if pair
+                else report
+            )
+        if pair and attachment_of(model) is attachment_of(model_low_noise) is not None:
+            del reports[1:]
+            reports[0].note(
+                "'model' and 'model_low_noise' are the same model, so there is one report; connect "
+                "the high noise expert to 'model' and the low noise expert to 'model_low_noise'"
             )
         text = "\n\n".join(record_text(report) for report in reports)
-        video = images.cpu().float().numpy()
-        pages = [draw_report(report, video) for report in reports]
-        width = max(page.width for page in pages)
-        canvas = np.zeros((sum(page.height for page in pages), width, 3), np.float32)
+        pictures = as_pictures(images)
+        video = None if pictures is None else pictures.nan_to_num().clamp(0, 1).numpy()
+        pages = [_page(report, video) for report in reports]
+        width = max(page.shape[1] for page in pages)
+        canvas = np.zeros((sum(len(page) for page in pages), width, 3), np.float32)
         top = 0
         for page in pages:
-            canvas[top : top + page.height, : page.width] = np.asarray(page, np.float32) / 255
-            top += page.height
+            canvas[top : top + len(page), : page.shape[1]] = page
+            top += len(page)
         picture = torch.from_numpy(canvas)[None]
         shown = {**ui.PreviewImage(picture, cls=cls).as_dict(), "text": (text,)}
         figures = json.dumps(reports_json(reports), indent=1)
         return io.NodeOutput(text, picture, figures, ui=shown)
 
 
-def _nothing_on(label: str, model: str) -> Record:
-    report = Record(model, planned="no WanTrim node on this model", finished=True)
-    report.note(
-        f"the input '{label}' has no WanTrim plan on it, so nothing was trimmed or timed; connect "
-        "the output of WanTrim Tokens, or of a node behind it, and take off its bypass"
-    )
+def _report(label: str, patched, made_by: ImagesOf | None, measure: bool) -> Record:
+    """What is known of the runs of a MODEL that made the images; a finished run never ends here."""
+    attachment = attachment_of(patched)
+    network = getattr(getattr(patched, "model", None), "diffusion_model", None)
+    name = "no model" if network is None else type(network).__name__
+    if attachment is None:
+        # a bypassed node must not cost the artist a finished run
+        return _nothing(
+            name, "no WanTrim node on this model",
+            f"the input '{label}' has no WanTrim plan on it, so nothing was trimmed or timed; "
+            "connect the model that comes out of WanTrim, WanTrim Pair or WanTrim Tokens, or of a "
+            "node behind it, and take off its bypass",
+        )  # fmt: skip
+    if not attachment.runs:
+        return _nothing(
+            name, attachment.describe(),
+            f"the model at '{label}' was not sampled: its sampler had no step to do, another model "
+            "is connected there, or ComfyUI forgot the run when memory was short. Connect 'images' "
+            "to the VAE Decode of the sampler that uses this model",
+        )  # fmt: skip
+    found = attachment.runs[-1:] if made_by is None else made_by.find(attachment.runs)
+    if not found:
+        return _nothing(
+            name, attachment.describe(),
+            f"the model at '{label}' did not sample these images: its last run made others, or an "
+            "earlier version of them. Connect 'images' to the VAE Decode of the sampler that uses "
+            "this model, and the sampler to this model",
+        )  # fmt: skip
+    report = join_records([ran.record for ran in found])
+    speed = measured_speed(report)
+    if measure and report.steps and (speed is None or speed.warming_up):
+        first = next(ran for ran in found if ran.record.steps)
+        report = _with_dense_step(report, patched, first)
     return report
 
 
-def _with_dense_step(model, attachment: Attachment) -> Record:
+def _nothing(model: str, planned: str, why: str) -> Record:
+    report = Record(model, planned=planned, finished=True)
+    report.note(why)
+    return report
+
+
+def _page(report: Record, video: np.ndarray | None) -> np.ndarray:
+    """The picture of a report [h, w, 3] in 0..1."""
+    try:
+        drawn = draw_report(report, video)
+    except Exception:
+        # whatever came as images, the run is done and its words are there
+        log.warning("WanTrim Report: the picture could not be drawn", exc_info=True)
+        bare = _nothing(
+            report.model, report.planned, "the picture could not be drawn; see the text"
+        )
+        drawn = draw_report(bare)
+    return np.asarray(drawn, np.float32) / 255
+
+
+def _with_dense_step(report: Record, model, ran: Ran) -> Record:
     """The report with the seconds of a dense step, or with the reason why there are none."""
-    report = replace(attachment.record, notes=[*attachment.record.notes])
-    reason = attachment.unmeasurable
-    if reason is None and len(attachment.calls) != report.steps[0].calls:
+    report = replace(report, notes=[*report.notes])
+    reason = ran.unmeasurable
+    if reason is None and len(ran.calls) != report.steps[0].calls:
         reason = "another node made or answered calls of the first step"
     if reason is None:
         try:
-            report.dense_seconds = time_dense_step(model, attachment.calls)
+            report.dense_seconds = time_dense_step(model, ran.calls)
         except comfy.model_management.OOM_EXCEPTION:
             reason = "there was not enough memory for it"
+        except Exception as error:
+            log.warning("WanTrim Report: no dense step could be timed", exc_info=True)
+            reason = f"the model could not be run apart ({type(error).__name__})"
     if reason is not None:
         report.note(f"no dense step was timed: {reason}")
     return report

@@ -187,8 +187,8 @@ class WanTrimPair(io.ComfyNode):
         context: str = PLACES[0],
     ) -> io.NodeOutput:
         models = (model_high_noise, model_low_noise)
-        for model in models:
-            check_variant(model, PAIR)
+        for name, model in zip(("model_high_noise", "model_low_noise"), models, strict=True):
+            check_variant(model, PAIR, given=name)
         if model_high_noise.model is model_low_noise.model:
             raise ValueError(
                 f"{PAIR}: 'model_high_noise' and 'model_low_noise' are the same model. Connect the "

@@ -21,6 +21,7 @@ FORMAT = 2
 def step_work(record: Record, step: Step) -> float | None:
     """FLOPs of a step over those of an untouched model's step, or None when its sizes are unknown.
 
+    Of a slim model untouched is slim as it is.
     Counts matrix products and attention by methods/cost.py; control branches are not in it.
     """
     works = _works(record, step)
@@ -40,10 +41,11 @@ def _works(record: Record, step: Step) -> tuple[Work, Work] | None:
     if record.shape is None or record.plan is None:
         return None
     whole = [Row(ALL, step.grid.tokens)] * step.num_blocks
-    dense = program_work(record.shape, step.program, TrimPlan(), rows=whole)
+    options = {"width": record.width}
+    dense = program_work(record.shape, step.program, TrimPlan(), rows=whole, **options)
     if step.answered:
         return Work(), dense
-    return program_work(record.shape, step.program, record.plan, rows=step.rows), dense
+    return program_work(record.shape, step.program, record.plan, rows=step.rows, **options), dense
 
 
 def mean_work(record: Record) -> float | None:
@@ -60,13 +62,15 @@ class Speed:
         whole_steps: numbers of the whole steps of this run, from 1; none when one was timed apart.
         whole, trimmed: median seconds of a step; trimmed ones are those that compute a part, None
             when the others only repeat.
-        run: seconds of all steps, had all been whole, over what they took.
+        counted: steps of one size that ran.
+        run: seconds of those steps, had all been whole, over what they took.
         expected, expected_run: the same two ratios by the cost model, or None.
     """
 
     whole_steps: tuple[int, ...]
     whole: float
     trimmed: float | None
+    counted: int
     run: float
     expected: float | None
     expected_run: float | None
@@ -116,6 +120,7 @@ def measured_speed(record: Record) -> Speed | None:
         ),
         reference,
         statistics.median(s.seconds for s in partial) if partial else None,
+        len(counted),
         len(counted) * reference / sum(took),
         1 / statistics.median(left) if left else None,
         len(counted) / sum(work) if known and sum(work) > 0 else None,
@@ -143,16 +148,19 @@ def speed_lines(record: Record) -> list[str]:
             lines.append(f"Expected from {_by(record)} over these steps: {expected:.2f} x.")
         return lines
     whole = f"whole one {speed.whole:.2f} s ({_which(speed)})"
+    named, count = "all steps", len(record.steps)
+    if speed.counted < count:
+        named = f"the {speed.counted} of {count} steps that ran and are of one size"
     if speed.trimmed is None:
-        lines = [f"Measured: a {whole}, the others repeated; all steps {speed.run:.2f} x."]
+        lines = [f"Measured: a {whole}, the others repeated; {named} {speed.run:.2f} x."]
     else:
         lines = [
             f"Measured: a trimmed step {speed.trimmed:.2f} s, a {whole}: {speed.measured:.2f} x; "
-            f"all steps {speed.run:.2f} x."
+            f"{named} {speed.run:.2f} x."
         ]
     if speed.expected_run is not None:
         own = "" if speed.expected is None else f"a trimmed step {speed.expected:.2f} x; "
-        lines.append(f"Expected from {_by(record)}: {own}all steps {speed.expected_run:.2f} x.")
+        lines.append(f"Expected from {_by(record)}: {own}{named} {speed.expected_run:.2f} x.")
     if speed.warming_up:
         lines.append(
             "The whole step was the first one, which warms up as well: the measured figure may be "

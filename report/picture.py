@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from ..engine.record import Record
@@ -23,27 +24,52 @@ LEFT_OUT = np.array([0.16, 0.30, 0.75], np.float32)
 HEAT_LOW = np.array([36, 40, 52], np.float32)
 
 
+def as_pictures(images) -> torch.Tensor | None:
+    """What a node got as images, in colour [n, h, w, 3]; None when it is nothing to draw."""
+    if not isinstance(images, torch.Tensor) or images.ndim not in (3, 4, 5) or not images.numel():
+        return None
+    images = images.detach().cpu().float()
+    images = images[None] if images.ndim == 3 else images.flatten(0, -4)
+    # grey, or with a mask as the last channel
+    return (
+        images[..., :3] if images.shape[-1] >= 3 else images[..., :1].expand(*images.shape[:3], 3)
+    )
+
+
 def overlay(video: np.ndarray, coverage: np.ndarray, shown: Sequence[int]) -> np.ndarray:
     """Frames `shown` of a video [frames, h, w, 3] in 0..1 with a tint over what was left out.
 
     Token-sized squares, as blue as the share of blocks that did not compute them.
 
     Args:
-        coverage: [f, gh, gw] in 0..1, share of the blocks that computed each token.
+        video: of a batch, one video behind the other.
+        coverage: [b, f, gh, gw] in 0..1, share of the blocks that computed each token; b is 1 where
+            all of a batch are alike.
     """
     frames, height, width, _ = video.shape
-    latent_frames = len(coverage)
+    latent_frames, each = coverage.shape[1], frames // (videos_in(frames, coverage) or 1)
     # the first pixel frame is a latent frame of its own
-    stride = max((frames - 1) / max(latent_frames - 1, 1), 1)
+    stride = max((each - 1) / max(latent_frames - 1, 1), 1)
     shade = np.empty((len(shown), height, width), np.float32)
     low = min(float(coverage.min()), 0.999)
     for place, index in enumerate(shown):
-        latent = min(int(np.ceil(index / stride)), latent_frames - 1)
-        light = (coverage[latent] - low) / (1 - low)
+        sample, frame = divmod(index, each)
+        latent = min(int(np.ceil(frame / stride)), latent_frames - 1)
+        light = (coverage[min(sample, len(coverage) - 1), latent] - low) / (1 - low)
         image = Image.fromarray((255 * light).astype(np.uint8))
         shade[place] = np.asarray(image.resize((width, height), Image.Resampling.NEAREST)) / 255
     veil = 0.6 * (1 - shade[..., None])
     return video[list(shown)] * (1 - veil) + LEFT_OUT * veil
+
+
+def videos_in(frames: int, coverage: np.ndarray) -> int | None:
+    """How many videos of the sampled length `frames` pixel frames are, or None where they do not fit.
+
+    Args:
+        coverage: as for `overlay`.
+    """
+    count, rest = divmod(frames, 4 * (coverage.shape[1] - 1) + 1)
+    return count if rest == 0 and len(coverage) in (1, count) else None
 
 
 def draw_report(record: Record, video: np.ndarray | None = None) -> Image.Image:
@@ -74,10 +100,24 @@ def font_of(size: int):
     return ImageFont.load_default(size)
 
 
+def _lines(text: str, font) -> list[str]:
+    """A text in lines that fit on the page."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > WIDTH - 2 * MARGIN:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines
+
+
 def _title(record: Record) -> Image.Image:
     image, draw = canvas(72)
     draw.text((MARGIN, 12), f"WanTrim on {record.model}", INK, font_of(22))
-    steps = f"{len(record.steps)} steps, " if record.steps else ""
+    count = len(record.steps)
+    steps = f"{count} {'step' if count == 1 else 'steps'}, " if count else ""
+    took = f"{record.seconds:.1f} s   " if record.seconds else ""
     font = font_of(16)
     share = record.attention_share
     left = "" if share is None else f"self-attention left {share:.0%}   "
@@ -85,7 +125,7 @@ def _title(record: Record) -> Image.Image:
     # a reference that warmed up is no headline
     known = speed is not None and speed.measured is not None and not speed.warming_up
     faster = f"trimmed steps {speed.measured:.2f} x as fast   " if known else ""
-    line = f"{steps}{record.seconds:.1f} s   {faster}{left}{record.planned}"
+    line = f"{steps}{took}{faster}{left}{record.planned}"
     # the report's text has the whole of it
     while draw.textlength(line, font) > WIDTH - 2 * MARGIN:
         line = line.removesuffix(" ...").rpartition(" ")[0] + " ..."
@@ -97,22 +137,26 @@ def _strip(video: np.ndarray, coverage: np.ndarray) -> Image.Image:
     shown = np.linspace(0, len(video) - 1, min(OVERLAY_FRAMES, len(video))).round().astype(int)
     tinted = overlay(video, coverage, shown)
     cell = (WIDTH - 2 * MARGIN) // len(shown) - 4
-    height = round(cell * video.shape[1] / video.shape[2])
-    # a batch of videos, or reference frames that were cut off
-    fits = len(video) == 4 * (len(coverage) - 1) + 1
-    doubt = "" if fits else "; other frames were sampled, so the tint is misplaced"
-    image, draw = canvas(2 * height + 44)
-    draw.text(
-        (MARGIN, 0),
-        "the video, and below it what was left out (bluer = computed in fewer blocks)" + doubt,
-        FAINT,
-        font_of(17),
-    )
+    # of a narrow strip something is left to see, and a high one does not fill the page
+    height = min(max(round(cell * video.shape[1] / video.shape[2]), 1), 2 * WIDTH)
+    videos = videos_in(len(video), coverage)
+    said = "the video, and below it what was left out (bluer = computed in fewer blocks)"
+    if videos is None:
+        # frames that were cut off or made afterwards, or a part of a batch
+        said += "; other frames were sampled, so the tint is misplaced"
+    elif videos > 1:
+        said += f"; {videos} videos, one behind the other"
+    font = font_of(17)
+    lines = _lines(said, font)
+    top = 24 * len(lines)
+    image, draw = canvas(2 * height + 20 + top)
+    for number, line in enumerate(lines):
+        draw.text((MARGIN, 24 * number), line, FAINT, font)
     for row, frames in enumerate((video[shown], tinted)):
         for column, frame in enumerate(frames):
             pixels = (255 * frame.clip(0, 1)).astype(np.uint8)
             picture = Image.fromarray(pixels).resize((cell, height), Image.Resampling.BILINEAR)
-            image.paste(picture, (MARGIN + column * (cell + 4), 24 + row * (height + 4)))
+            image.paste(picture, (MARGIN + column * (cell + 4), top + row * (height + 4)))
     return image
 
 
@@ -179,17 +223,12 @@ def _heat(record: Record) -> Image.Image:
 
 def _notes(record: Record) -> Image.Image:
     notes = record.notes or ["nothing: everything ran as planned"]
-    lines = []
+    lines, font = [], font_of(17)
     for note in notes:
-        words, line = note.split(), "-"
-        for word in words:
-            if len(line) + len(word) > 100:
-                lines.append(line)
-                line = " "
-            line += " " + word
-        lines.append(line)
+        first, *others = _lines(f"- {note}", font)
+        lines += [first, *(f"  {line}" for line in others)]
     image, draw = canvas(34 + 22 * len(lines))
     draw.text((MARGIN, 6), "what did not happen, and why", FAINT, font_of(17))
     for index, line in enumerate(lines):
-        draw.text((MARGIN, 30 + 22 * index), line, INK, font_of(17))
+        draw.text((MARGIN, 30 + 22 * index), line, INK, font)
     return image

@@ -16,7 +16,8 @@ def record_text(record: Record) -> str:
     remarks += [f"- {note}" for note in record.notes] or ["- nothing: everything ran as planned."]
     lines = [f"WanTrim on {record.model}: {record.planned}"]
     if not record.steps:
-        lines.append(f"The model ran untouched, {record.seconds:.1f} s in all.")
+        if record.seconds:
+            lines.append(f"The model ran untouched, {record.seconds:.1f} s in all.")
         return "\n".join([*lines, "", *remarks])
     computed = [step for step in record.steps if not step.repeated] or record.steps
     seconds = statistics.median(step.seconds for step in computed)

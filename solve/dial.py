@@ -20,6 +20,8 @@ from .solver import TOLERANCE, Task, solve_nearest
 MAX_SPEEDUP = 4.0
 MAX_DENSE_STEPS = 100
 HIGH, LOW = "high", "low"
+# sigma at which Wan 2.2 changes experts, without and with a start image
+BOUNDARY, BOUNDARY_GIVEN = 0.875, 0.9
 # what a work costs, in any unit
 Cost = Callable[[Work], float]
 
@@ -89,12 +91,14 @@ class Solved:
 
     Args:
         wanted, reached: speed-ups of this model's run; reached by the cost.
+        together: what both experts reach, where `reached` is of the own part of a pair; else None.
         why: what is in the way when they are not the same, else None.
     """
 
     plan: TrimPlan
     wanted: float
     reached: float
+    together: float | None = None
     why: str | None = None
 
 
@@ -146,7 +150,9 @@ class Dial:
     def solve(self, run: Run, plan: TrimPlan | None = None, cost: Cost = flops) -> Solved:
         """The plan for a run, with the parts that others decided."""
         plan = replace(plan or TrimPlan(), shares=None)
-        other = None if self.expert is None else other_slice(run, self.expert, self.boundary)
+        switch, boundary = self._switch(run)
+        alone = self.expert is None or switch is not None
+        other = None if alone else other_slice(run, self.expert, boundary)
         high = run if self.expert == HIGH else other
         before = other.steps if other is not None and high is other else 0
         sigmas = run.sigmas
@@ -155,10 +161,11 @@ class Dial:
         steps = len(sigmas) - 1
         calls = run.calls or (1,) * run.steps
         calls = (max(calls),) * before + calls + (max(calls),) * (steps - before - run.steps)
-        fresh = frozenset({0} if other is None else {0, high.steps})
+        fresh = frozenset({0, switch or 0} if other is None else {0, high.steps})
         task = Task(
             sigmas, calls, self._whole(sigmas, run.shift, fresh), fresh,
-            partial=run.partial and plan.may_be_partial,
+            # of one token in a latent frame there is no part
+            partial=run.partial and plan.may_be_partial and run.grid.per_frame > 1,
         )  # fmt: skip
         shares = self._shares(task, run, plan, cost)
         own = shares[before : before + run.steps]
@@ -168,7 +175,20 @@ class Dial:
         why = None
         if abs(together / self.speedup - 1) > TOLERANCE:
             why = self._why(task, plan, together, shares)
-        return Solved(solved, self.speedup, reached if other is None else reached, why)
+        return Solved(solved, self.speedup, reached, None if other is None else together, why)
+
+    def _switch(self, run: Run) -> tuple[int | None, float]:
+        """Where the experts change: a step of this run, else the sigma that `other_slice` takes.
+
+        A high noise expert may be told that it ends at 0. Where its steps go on behind Wan's own
+        boundary, its sampler announces both's and will stop on the way: what is solved has to be good
+        for either end. Where they do not, only its last one was made to end there.
+        """
+        if self.expert != HIGH or progress_at(run.sigmas[-1], run.shift) < 1 - 1e-6:
+            return None, self.boundary
+        at = self.boundary or (BOUNDARY_GIVEN if run.starts_given else BOUNDARY)
+        count = sum(sigma >= at for sigma in run.sigmas[:-1])
+        return (count if 0 < count < run.steps else None), at
 
     def _whole(self, sigmas, shift: float, fresh: frozenset[int]) -> frozenset[int]:
         steps = len(sigmas) - 1
@@ -203,12 +223,11 @@ class Dial:
             )
         rest = [share for step, share in enumerate(shares) if step not in task.whole]
         if together < self.speedup and not any(rest):
-            count = len(task.whole)
+            count, steps = len(task.whole), "step" if task.steps == 1 else "steps"
+            first = "the first of each expert" if len(task.fresh) > 1 else "the first"
             said.append(
-                f"{count} of {task.steps} steps compute everything (the first of each expert, and "
-                "those asked for)"
-                if len(task.fresh) > 1
-                else f"{count} of {task.steps} steps compute everything (the first, and those asked for)"
+                f"{count} of {task.steps} {steps} {'computes' if count == 1 else 'compute'} everything "
+                f"({first}, and those asked for)"
             )
         elif not task.partial:
             said.append("steps are whole or repeated, and the next number of them is further away")

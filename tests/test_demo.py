@@ -130,7 +130,7 @@ def test_overlay_tints_what_was_left_out_in_its_latent_frame():
     # block 1 of 4 ran on 3 of 12 tokens a frame, the other blocks on all
     assert record.steps[0].tokens_per_block == [24, 6, 24, 24]
     coverage = record.coverage().numpy()
-    assert coverage[0, 0].tolist() == pytest.approx([1, 1, 1, 0.75])
+    assert coverage[0, 0, 0].tolist() == pytest.approx([1, 1, 1, 0.75])
     for shade in (0.0, 1.0):
         video = np.full((5, 30, 40, 3), shade, np.float32)
         shown = overlay(video, coverage, range(5))

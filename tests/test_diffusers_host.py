@@ -165,7 +165,7 @@ def test_given_latent_frames_are_never_dropped(given):
     with attach(model, tokens(0.25), cond_or_uncond=BOTH, shift=3.0) as attachment:
         sample(model, text(), SIZE, steps=2, condition=condition(given=given))
         report = attachment.finish()
-    coverage = report.coverage()
+    [coverage] = report.coverage()
     for frame in range(3):
         assert bool((coverage[frame] == 1).all()) == (frame in given)
 
@@ -176,7 +176,7 @@ def test_a_mask_over_part_of_the_picture_anchors_no_latent_frame():
     image[:, :4, :, 0, 0] = 1
     with attach(model, tokens(0.25), cond_or_uncond=BOTH, shift=3.0) as attachment:
         sample(model, text(), SIZE, steps=1, condition=image)
-        coverage = attachment.finish().coverage()
+        [coverage] = attachment.finish().coverage()
     assert (coverage.flatten(1).min(1).values < 1).all()
 
 
@@ -192,7 +192,7 @@ def test_per_token_modulation_travels_with_its_token():
         trimmed = model(x, t, text(), return_dict=False)[0]
         selection = attachment.engine.now.selections[0]
         report = attachment.finish()
-    assert torch.equal(report.coverage()[0], torch.ones(4, 3))
+    assert torch.equal(report.coverage()[0, 0], torch.ones(4, 3))
     # by hand: the blocks after the first on the gathered tokens, modulation and positions
     hidden, temb, rotary, words = _inside(model, x, t)
     index = selection.index[0]

@@ -329,6 +329,8 @@ def test_prompts_of_different_areas_in_one_call_are_all_computed(wan):
 class Adds:
     """A block that adds a number to every token that it computes."""
 
+    movable = True
+
     def __init__(self, hidden, value: float):
         self.hidden, self.value = hidden, value
 

@@ -25,13 +25,17 @@ from ...engine.plan import TrimPlan
 from ...engine.record import Record
 from ...methods.routers import TrainedRouter
 from ...methods.schedule import progress_at
-from ...solve.dial import Dial, Solved
+from ...solve.dial import Dial
+from .attachment import KEY, Attachment, attachment_of, replaced_by
 from .blocks import replace_blocks
 from .compiled import bare, compiled_of
 from .dial import Wish
+from .given import ModelCall, as_dict, conds_of, levels_of
 from .live import Live, running_node
-from .run import SESSION_KEY, SamplingRun, compare_run, levels_of, mark_network
-from .shape import clip_tokens, device_name, wan_shape
+from .run import SESSION_KEY, SamplingRun, compare_run, mark_network
+from .runs import Ran, Where, keep_run
+from .shape import clip_tokens, device_name, full_shape, wan_shape
+from .slim import slim_header
 from .variants import (
     anchored_frames,
     sees_between_blocks,
@@ -42,57 +46,6 @@ from .variants import (
 
 log = logging.getLogger(__name__)
 
-KEY = "wantrim"
-
-
-class Attachment:
-    """A plan as it sits on a MODEL, with what came of it in the last run that used it.
-
-    Args:
-        dial: decides the shares when a run begins, or None.
-        place: where keys and values of left out tokens may be kept.
-        nodes: ids of the nodes that made the plan, where a node did.
-    """
-
-    def __init__(
-        self,
-        plan: TrimPlan,
-        dial: Dial | None = None,
-        place: str = "auto",
-        nodes: tuple[str, ...] = (),
-    ):
-        self.plan, self.dial, self.place, self.nodes = plan, dial, place, nodes
-        self.record: Record | None = None
-        # sizes of the first step's model calls in that run, or why they are not known
-        self.calls: list[dict] = []
-        self.unmeasurable: str | None = None
-        # what the dial decided, if there is one
-        self.solved: Solved | None = None
-
-    @property
-    def neutral(self) -> bool:
-        """Whether the model runs as if nothing sat on it."""
-        if self.dial is not None and self.dial.final:
-            return True
-        return self.plan.neutral and (self.dial is None or self.dial.off)
-
-    def describe(self) -> str:
-        if self.dial is not None and self.dial.final:
-            return "final render, nothing trimmed"
-        parts = [] if self.dial is None or self.dial.off else [self.dial.describe()]
-        if not parts or not self.plan.neutral:
-            parts.append(self.plan.describe())
-        return "; ".join(parts)
-
-    def __deepcopy__(self, memo) -> Attachment:
-        # older hosts deep-copy model_options with every clone; the report must stay reachable
-        return self
-
-
-def attachment_of(model) -> Attachment | None:
-    """The plan that sits on a MODEL, or None."""
-    return model.model_options["transformer_options"].get(KEY)
-
 
 def attach(model, plan: TrimPlan, dial: Dial | None = None, place: str = "auto"):
     """A clone of a MODEL with `plan` and `dial` on it; what was there before is replaced."""
@@ -100,7 +53,7 @@ def attach(model, plan: TrimPlan, dial: Dial | None = None, place: str = "auto")
     present, node = attachment_of(model), running_node()
     nodes = [] if present is None else [one for one in present.nodes if one != node]
     nodes += [] if node is None else [node]
-    attachment = Attachment(plan, dial, place, tuple(nodes))
+    attachment = Attachment(plan, dial, place, tuple(nodes), replaced_by(present, plan, dial))
     patched.model_options["transformer_options"][KEY] = attachment
     patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _outer_sample)
     if not attachment.neutral:
@@ -155,7 +108,6 @@ def _outer_sample(executor, *args, **kwargs):
     # noise, latent, sampler, sigmas
     sigmas = levels_of(args[3] if len(args) > 3 else kwargs.get("sigmas"))
     live = Live(record, attachment.nodes, sigmas)
-    attachment.solved = None
     neutral = attachment.neutral
     run = SamplingRun(
         Engine(TrimPlan() if neutral else attachment.plan, record, live.step),
@@ -163,6 +115,8 @@ def _outer_sample(executor, *args, **kwargs):
         original,
     )
     record.planned = attachment.describe()
+    header = slim_header(guider.model_patcher)
+    record.width = None if header is None else header.width
     if shift is None:
         record.note("this model's sampling has no flow shift: the schedule follows sigma itself")
     if not neutral and attachment.dial is not None and not attachment.dial.off:
@@ -179,13 +133,16 @@ def _outer_sample(executor, *args, **kwargs):
             (WrappersMP.DIFFUSION_MODEL, mark_network),
         ):
             add_wrapper_with_key(kind, SESSION_KEY, wrapper, options, is_model_options=True)
-        if set(getattr(guider, "conds", None) or ()) - {"positive", "negative"}:
+        if set(conds_of(guider)) - {"positive", "negative"}:
             record.note(
                 "this guider orders its prompts in its own way; the first of them decided which "
                 "tokens stay"
             )
         run.patched = why_not_patched(guider.model_patcher)
-    attachment.record, attachment.calls = record, run.calls
+        for remark in attachment.replaced:
+            record.note(remark)
+    ran = Ran(record, Where.now(), run.calls)
+    keep_run(attachment.runs, ran)
     guider.model_options = options
     completed = False
     try:
@@ -194,15 +151,14 @@ def _outer_sample(executor, *args, **kwargs):
         return result
     finally:
         guider.model_options = original
-        attachment.solved = run.solved
+        ran.solved, ran.unmeasurable = run.solved, run.unmeasurable
         run.engine.finish(completed)
         if completed and not neutral and run.dense is None:
             compare_run(run, len(sigmas))
-        attachment.unmeasurable = run.unmeasurable
         live.end()
         if record.steps:
             log.info(
-                "WanTrim: %d steps, %.0f%% of the token work done, %d remarks",
+                "WanTrim: steps: %d, token work done: %.0f%%, remarks: %d",
                 len(record.steps),
                 100 * record.kept_share,
                 len(record.notes),
@@ -225,6 +181,7 @@ def _calc_cond_batch(executor, model, conds, x_in, timestep, model_options):
     if (
         run is None
         or run.dense
+        or not conds
         or conds[0] is None
         or not any(cond is not None for cond in conds[1:])
     ):
@@ -254,10 +211,10 @@ def _apply_model(
     transformer_options=None,
     **kwargs,
 ):
-    options = transformer_options or {}
+    options = as_dict(transformer_options)
     run: SamplingRun | None = options.get(SESSION_KEY)
     if run is not None and run.awaits_cond:
-        if COND not in options.get("cond_or_uncond", [COND]):
+        if COND not in (options.get("cond_or_uncond") or [COND]):
             raise _UncondFirst
         run.awaits_cond = False
     if run is None:
@@ -287,21 +244,22 @@ def _diffusion_model(
     transformer_options=None,
     **kwargs,
 ):
-    options = transformer_options or {}
+    options = as_dict(transformer_options)
     run: SamplingRun | None = options.get(SESSION_KEY)
     dm, call = executor.class_obj, None
-    given = (x, timestep, context, clip_fea, time_dim_concat)
+    own = (x, timestep, context, clip_fea, time_dim_concat)
     if run is not None:
-        call = _begin(dm, run, *given, options, kwargs)
+        given = ModelCall(*own, options, kwargs)
+        call = _begin(dm, run, given)
     if call is not None and call.repeats:
         return call.repeated()
     compiled = None if run is None else run.compiled
     touched = call is not None and call.touches_blocks
     if compiled is not None and compiled.whole is not None and not touched:
-        own = bare(options, (KEY, SESSION_KEY))
-        if own is not None:
+        plain = bare(options, (KEY, SESSION_KEY))
+        if plain is not None:
             with resumed():
-                out = compiled.whole(*given, own, **kwargs)
+                out = compiled.whole(*own, plain, **kwargs)
             if call is None:
                 return out
             if call.first:
@@ -316,7 +274,7 @@ def _diffusion_model(
         run.reached = False
     with resumed():
         # positional, because other packs' wrappers read the options as the last argument
-        out = executor(*given, options, **kwargs)
+        out = executor(*own, options, **kwargs)
     if call is None:
         return out
     run.call = run.replaced = None
@@ -325,44 +283,32 @@ def _diffusion_model(
     return call.output(out)
 
 
-def _begin(
-    dm,
-    run: SamplingRun,
-    x,
-    timestep,
-    context,
-    clip_fea,
-    time_dim_concat,
-    options: dict,
-    extra: dict,
-) -> Call | None:
+def _begin(dm, run: SamplingRun, given: ModelCall) -> Call | None:
     """The engine's call for a call of the model; None where the model runs without us."""
-    engine, record = run.engine, run.engine.record
-    check_latent(x)
-    grid = token_grid(dm, x, time_dim_concat, extra)
-    anchored = anchored_frames(dm, x, timestep, grid, extra)
-    if run.dense is not None:
-        record.note(run.dense)
+    engine, record, x = run.engine, run.engine.record, given.x
+    in_the_way = given.unreadable or run.dense
+    if in_the_way is not None:
+        record.note(in_the_way)
         return None
-    inside = run.patched or why_not_now(options)
+    check_latent(x)
+    grid = token_grid(dm, x, given.time_dim_concat, given.extra)
+    anchored = anchored_frames(dm, x, given.timestep, grid, given.extra)
+    inside = run.patched or why_not_now(given.options)
     if run.wish is not None:
-        seen = (context, clip_fea, grid, anchored, options.get("sample_sigmas"))
-        run.solved, run.wish = run.wish.solve(dm, *seen, engine, inside), None
+        run.solved, run.wish = run.wish.solve(dm, given, grid, anchored, engine, inside), None
         log.info("WanTrim: %s", record.planned)
     if record.shape is None:
-        record.shape = wan_shape(dm, context.shape[1], clip_tokens(dm, clip_fea))
-        record.device = device_name(context.device)
+        sizes = full_shape if record.width is not None else wan_shape
+        record.shape = sizes(dm, given.text_tokens, clip_tokens(dm, given.clip_fea))
+        record.device = device_name(x.device)
     # without the image channels, which only one of the two prompts may have
     noise = x[:, : dm.out_dim]
     if run.latent is not None and run.latent.shape == noise.shape:
         # the change of the velocity drowns in the rounding of a half-precision latent
         noise = run.latent
-    roles = options.get("cond_or_uncond", [COND])
-    levels = options["sigmas"] if "sigmas" in options else timestep.float() / 1000
-    window = _window(options)
-    prompts = tuple(options.get("uuids", ()))
-    clip = None if clip_fea is None else clip_fea[:, 0]
-    seen = engine.look(levels, noise, roles, anchored, window, prompts, clip=clip)
+    roles, window, prompts = given.roles, given.window, given.prompts
+    clip = None if given.clip_fea is None else given.clip_fea[:, 0]
+    seen = engine.look(given.levels, noise, roles, anchored, window, prompts, clip=clip)
     return engine.begin(
         seen=seen,
         latent=noise,
@@ -375,12 +321,6 @@ def _begin(
         prompts=prompts,
         clip=clip,
         inside=inside,
-        alone=not sees_between_blocks(dm, options),
-        by_frame=timestep.ndim > 1,
+        alone=not sees_between_blocks(dm, given.options),
+        by_frame=given.by_frame,
     )
-
-
-def _window(options: dict) -> tuple | None:
-    """Latent frames of the context window that is being sampled, or None."""
-    window = options.get("context_window")
-    return None if window is None else tuple(window.index_list)

@@ -11,6 +11,7 @@ from ...engine.attention import Attend
 from ...engine.call import Call
 from ...engine.places import Places
 from .compiled import Compiled
+from .given import as_dict
 
 OVERRIDE = "optimized_attention_override"
 # how the host names what an attention call gets behind q, k and v
@@ -25,7 +26,9 @@ class BlockReplacement:
 
     def __call__(self, args: dict, extra: dict) -> dict:
         block = _Block(args, extra, self.previous, self.call.options, self.compiled)
-        return {"img": self.call.block(self.index, block)}
+        out = self.call.block(self.index, block)
+        # what else a forward of another pack hands out stays in there
+        return {**block.given, "img": out}
 
 
 def replace_blocks(
@@ -36,8 +39,8 @@ def replace_blocks(
     torch.compile must not freeze a step's decision into the graph, so the replacements stay
     outside of it.
     """
-    replaced = dict(transformer_options.get("patches_replace", {}))
-    blocks = dict(replaced.get("dit", {}))
+    replaced = dict(as_dict(transformer_options.get("patches_replace")))
+    blocks = dict(as_dict(replaced.get("dit")))
     call.options = transformer_options
     for index in range(num_blocks):
         key = ("double_block", index)
@@ -54,11 +57,18 @@ class _Block:
         self.args, self.extra, self.previous, self._options = args, extra, previous, options
         self._compiled = compiled
         self.hidden: torch.Tensor = args["img"]
+        # what the block gave, beside the hidden state
+        self.given: dict = {}
+
+    @property
+    def movable(self) -> bool:
+        """Whether positions and modulation come along, so that it can run on a part of the tokens."""
+        return all(isinstance(self.args.get(name), torch.Tensor) for name in ("pe", "vec"))
 
     def run(self, hidden, places: Places | None, attend: Attend | None) -> torch.Tensor:
         args, tap = {**self.args, "img": hidden}, None
         if attend is not None:
-            options = dict(args.get("transformer_options", self._options))
+            options = dict(as_dict(args.get("transformer_options")) or self._options)
             tap = AttentionTap(attend, options.get(OVERRIDE), options)
             options[OVERRIDE] = tap
             args["transformer_options"] = options
@@ -69,8 +79,10 @@ class _Block:
         if self._compiled is not None:
             original = self._compiled.block(original, places is not None, tap)
         if self.previous is None:
-            return original(args)["img"]
-        return self.previous(args, {**self.extra, "original_block": original})["img"]
+            self.given = original(args)
+        else:
+            self.given = self.previous(args, {**self.extra, "original_block": original})
+        return self.given["img"]
 
 
 def _modulation(vec: torch.Tensor, places: Places) -> torch.Tensor:
@@ -125,6 +137,9 @@ class AttentionTap:
 
     def _hand_over(self, func, q, k, v, *args, **kwargs):
         apart = q.ndim == 4
+        if "heads" not in kwargs and not args:
+            # nothing of the host's; what it is cannot be told
+            return (self.previous or _bare)(func, q, k, v, **kwargs)
         if "heads" not in kwargs:
             kwargs, args = {**kwargs, "heads": args[0]}, args[1:]
         heads = kwargs["heads"]
@@ -141,3 +156,7 @@ class AttentionTap:
         parts = (t.transpose(1, 2) if apart else t.unflatten(-1, (heads, -1)) for t in (q, k, v))
         out = self.attend(*parts, attention)
         return out.transpose(1, 2) if kwargs.get("skip_output_reshape") else out.flatten(2)
+
+
+def _bare(func, *args, **kwargs):
+    return func(*args, **kwargs)

@@ -17,9 +17,10 @@ from ...methods.grid import TokenGrid
 from ...methods.width import Width
 from ...solve.dial import Dial, Run, Solved, flops
 from ...solve.floor import device_rates
+from .given import ModelCall, conds_of
 from .shape import clip_tokens, device_name, full_shape
 from .slim import slim_header
-from .variants import tells_start
+from .variants import is_class, tells_start
 
 # stock samplers that call the model twice for most of their steps
 TWO_CALLS = (
@@ -82,8 +83,7 @@ class Wish:
     @classmethod
     def of(cls, dial: Dial, plan: TrimPlan, place: str, guider, sampler, shift: float) -> Wish:
         """What a guider tells about the run before it begins."""
-        conds = getattr(guider, "conds", None) or {}
-        prompts = sum(bool(one) for one in conds.values())
+        prompts = sum(one is not None and len(one) > 0 for one in conds_of(guider).values())
         skips_negative = not guider.model_options.get("disable_cfg1_optimization", False)
         cfg = getattr(guider, "cfg", 0.0)
         # some packs give a list of numbers, one for each step
@@ -98,11 +98,9 @@ class Wish:
     def solve(
         self,
         dm,
-        context: torch.Tensor,
-        clip_fea: torch.Tensor | None,
+        given: ModelCall,
         grid: TokenGrid,
-        anchored: torch.Tensor | None,
-        sigmas: torch.Tensor | None,
+        anchored: torch.Tensor,
         engine: Engine,
         inside: str | None = None,
     ) -> Solved | None:
@@ -112,18 +110,20 @@ class Wish:
             inside: why no block may be looked into, or None.
         """
         record = engine.record
-        if sigmas is None or len(sigmas) < 2:
+        announced = given.announced
+        if len(announced) < 2:
             record.note(
                 "the sampler did not say which steps it will do, so the speed-up could not be "
                 "solved: nothing was left out"
             )
             return None
-        given = () if anchored is None else tuple(anchored.tolist())
-        announced = tuple(sigmas.tolist())
+        frames, device = tuple(anchored.tolist()), given.x.device
+        # a sampler may begin later in its schedule: the steps before are another model's, or done
+        announced = announced[_place(announced, given.levels) :]
         # the second call of a step is at the sigma of the next one
         calls = (1, *(2,) * (len(announced) - 2)) if self.twice else None
-        shape = full_shape(dm, context.shape[1], clip_tokens(dm, clip_fea))
-        rows = len(context) if self.prompts == 1 else 2 * max(1, len(context) // 2)
+        shape = full_shape(dm, given.text_tokens, clip_tokens(dm, given.clip_fea))
+        rows = len(given.x) if self.prompts == 1 else 2 * max(1, len(given.x) // 2)
         sizes = (
             shape.num_blocks,
             grid.start + grid.tokens,
@@ -134,40 +134,40 @@ class Wish:
         def needed(bits: int) -> int:
             return rows * context_bytes(*sizes, bits)
 
-        room = find_room(self.place, context.device, needed)
+        room = find_room(self.place, device, needed)
         run = Run(
             shape,
             grid,
             announced,
             self.shift,
             self.prompts,
-            given if any(given) else None,
-            any(given[:1]) and tells_start(dm),
+            frames if any(frames) else None,
+            any(frames[:1]) and tells_start(dm),
             self.width,
             calls,
             partial=room is not None and inside is None,
         )
-        name = device_name(context.device)
+        name = device_name(device)
         rates = device_rates(name)
         cost = flops if rates is None else rates.seconds
         solved = self.dial.solve(run, self.plan, cost)
         measure = "in FLOPs" if rates is None else f"by the rates of {name}"
-        own = "" if self.dial.expert is None else " of this expert's own steps"
+        own = "" if solved.together is None else " of this expert's own steps"
         engine.take(solved.plan)
         record.planned = (
             f"{self.dial.describe()}: {solved.plan.describe()}; expected {solved.reached:.2f}x{own} "
             f"{measure}"
         )
         if solved.why is not None:
-            record.note(
-                f"{solved.wanted:.2f}x was asked for and {solved.reached:.2f}x is expected{own}: "
-                f"{solved.why}"
-            )
-        if type(dm).__name__ == "VaceWanModel":
+            met = f"{solved.reached:.2f}x is expected"
+            if own:
+                met = f"{solved.together:.2f}x is expected of both experts ({solved.reached:.2f}x{own})"
+            record.note(f"{solved.wanted:.2f}x was asked for and {met}: {solved.why}")
+        if is_class(dm, "VaceWanModel"):
             record.note("VACE's control branch runs in full, and what is expected leaves it out")
         if solved.plan.shares.partial:
             engine.memory.room = room
-            where = "in RAM" if (room.device or context.device).type == "cpu" else "on the GPU"
+            where = "in RAM" if (room.device or device).type == "cpu" else "on the GPU"
             record.context = (
                 f"keys and values of left out tokens, {needed(room.bits) / 1e9:.2g} GB {where} "
                 f"({room.bits} bit)"
@@ -180,3 +180,11 @@ class Wish:
                 "free: every step is whole or repeated"
             )
         return solved
+
+
+def _place(announced: tuple[float, ...], levels: torch.Tensor) -> int:
+    """Index of the announced step that a call at these noise levels belongs to: the nearest one."""
+    now = float(levels.max())
+    if not math.isfinite(now):
+        return 0
+    return min(range(len(announced) - 1), key=lambda i: abs(announced[i] - now))

@@ -16,7 +16,7 @@ import comfy.model_patcher
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 
 from ...engine.compiled import paused
-from ...engine.engine import COND, check_latent
+from ...engine.engine import check_latent
 from ...methods.calibration import calibration_bytes
 from ...methods.fingerprint import Fingerprint, sample_modulation
 from ...methods.profile import Profile
@@ -24,6 +24,7 @@ from ...profiles.recorder import Projections, Recorder
 from ...profiles.recording import BlockRecord, BlockWatch, CallRecord
 from .attach import attachment_of
 from .blocks import OVERRIDE
+from .given import ModelCall, as_dict, options_of
 from .variants import RUN_KEY, token_grid
 
 log = logging.getLogger(__name__)
@@ -56,7 +57,7 @@ class ProfileAttachment:
 
 def profile_of(model) -> ProfileAttachment | None:
     """The recorder that sits on a MODEL, or None."""
-    return model.model_options["transformer_options"].get(KEY)
+    return options_of(model).get(KEY)
 
 
 def attach_profile(model, calibrate: str = "none"):
@@ -117,8 +118,8 @@ class _Run:
     def __deepcopy__(self, memo) -> _Run:
         return self
 
-    def begin(self, network, x, timestep, time_dim_concat, options, extra) -> CallRecord | None:
-        check_latent(x)
+    def begin(self, network, given: ModelCall) -> CallRecord | None:
+        check_latent(given.x)
         if self.recorder is None:
             model = model_fingerprint(network)
             image = hasattr(network.blocks[0].cross_attn, "k_img")
@@ -128,12 +129,11 @@ class _Run:
                 log.info("WanTrim Profile: the calibration needs %.1f GB of RAM", needed)
             for note in self.notes:
                 self.recorder.note(note)
-        sigma = options["sigmas"] if "sigmas" in options else timestep / 1000
         return self.recorder.begin(
-            sigma=float(sigma.max()),
-            grid=token_grid(network, x, time_dim_concat, extra),
-            cond_or_uncond=options.get("cond_or_uncond", [COND]),
-            batch=len(x),
+            sigma=float(given.levels.max()),
+            grid=token_grid(network, given.x, given.time_dim_concat, given.extra),
+            cond_or_uncond=given.roles,
+            batch=len(given.x),
         )
 
     def finish(self, network, call: CallRecord) -> None:
@@ -203,13 +203,14 @@ def _diffusion_model(
     transformer_options=None,
     **kwargs,
 ):
-    options, network = transformer_options or {}, executor.class_obj
+    options, network = as_dict(transformer_options), executor.class_obj
     run: _Run | None = options.get(RUN_KEY)
     call = None
-    if run is not None and run.off is None:
-        call = run.begin(network, x, timestep, time_dim_concat, options, kwargs)
+    given = ModelCall(x, timestep, context, clip_fea, time_dim_concat, options, kwargs)
+    if run is not None and run.off is None and given.unreadable is None:
+        call = run.begin(network, given)
     if call is not None:
-        patches = options.get("patches", {})
+        patches = as_dict(options.get("patches"))
         if patches.get("attn1_patch") or patches.get("attn2_patch"):
             run.recorder.note("another node patches the attention: what it adds was not recorded")
         options = _watched(options, call, len(network.blocks))
@@ -222,11 +223,11 @@ def _diffusion_model(
 
 def _watched(transformer_options: dict, call: CallRecord, num_blocks: int) -> dict:
     """A copy of `transformer_options` in which `call` sees every block."""
-    replaced = dict(transformer_options.get("patches_replace", {}))
-    blocks = dict(replaced.get("dit", {}))
+    replaced = dict(as_dict(transformer_options.get("patches_replace")))
+    blocks = dict(as_dict(replaced.get("dit")))
     for index in range(num_blocks):
         key = ("double_block", index)
-        watch = _WatchedBlock(call, index, blocks.get(key))
+        watch = _WatchedBlock(call, index, blocks.get(key), transformer_options)
         blocks[key] = torch.compiler.disable(watch.__call__)
     replaced["dit"] = blocks
     return {**transformer_options, "patches_replace": replaced}
@@ -235,8 +236,10 @@ def _watched(transformer_options: dict, call: CallRecord, num_blocks: int) -> di
 class _WatchedBlock:
     """The ("double_block", i) replacement of one call; an earlier replacement runs inside of it."""
 
-    def __init__(self, call: CallRecord, index: int, previous):
+    def __init__(self, call: CallRecord, index: int, previous, options: dict):
         self.call, self.index, self.previous = call, index, previous
+        # for a forward of another pack that hands none to its blocks
+        self.options = options
 
     def __call__(self, args: dict, extra: dict) -> dict:
         original, length = extra["original_block"], args["img"].shape[1]
@@ -245,7 +248,7 @@ class _WatchedBlock:
             record = self.call.block(self.index, args["img"], length)
             if record is None:
                 return original(args)
-            options = dict(args["transformer_options"])
+            options = dict(as_dict(args.get("transformer_options")) or self.options)
             options[OVERRIDE] = _Tap(record, options.get(OVERRIDE))
             with BlockWatch(record):
                 out = original({**args, "transformer_options": options})

@@ -11,6 +11,7 @@ from ...solve.dial import Solved
 from .compiled import Compiled
 from .dense_step import Unmeasurable, call_sizes
 from .dial import Wish
+from .given import as_dict
 
 SESSION_KEY = "wantrim_session"
 # relative distance of what was done from what was expected that is said
@@ -60,14 +61,6 @@ class SamplingRun:
         return self
 
 
-def levels_of(sigmas) -> list[float]:
-    """The noise levels that a guider was given; none of what is no list of numbers."""
-    try:
-        return [float(sigma) for sigma in sigmas]
-    except (TypeError, ValueError):
-        return []
-
-
 def compare_run(run: SamplingRun, levels: int) -> None:
     """Say where a finished run is not what the dial expected, or was never seen."""
     record = run.engine.record
@@ -94,8 +87,8 @@ def mark_network(executor, *args, **kwargs):
     if options:
         run: SamplingRun = options[SESSION_KEY]
         run.reached = True
-        own = options.get("patches_replace", {}).get("dit") is run.replaced
-        if run.call is not None and not (own and not options.get("patches", {}).get(BETWEEN)):
+        own = as_dict(options.get("patches_replace")).get("dit") is run.replaced
+        if run.call is not None and not (own and not as_dict(options.get("patches")).get(BETWEEN)):
             # a wrapper behind ours put something between the blocks
             run.call.alone = False
     return executor(*args, **kwargs)

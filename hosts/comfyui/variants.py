@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ...methods.grid import TokenGrid
+from .given import as_dict
 
 # class name -> None when tokens may be dropped, heads trimmed and profiles recorded, else the reason
 SUPPORTED: dict[str, str | None] = {
@@ -39,20 +40,21 @@ class UnsupportedModel(ValueError):
     """The model cannot do what the plan asks; the message is for the artist."""
 
 
-def check_variant(model, node: str, aim: str = "drop tokens of") -> None:
+def check_variant(model, node: str, aim: str = "drop tokens of", given: str = "model") -> None:
     """Refuse a MODEL that cannot do what a node aims at.
 
     Args:
+        given: name of the input that it came by.
         aim: as it reads in front of the model's name; `SKIP_BLOCKS` has answers of its own.
 
     Raises:
         UnsupportedModel: says what came, what was expected and what to do.
     """
-    inner = getattr(model.model, "diffusion_model", None)
-    name = type(inner).__name__
-    if not any(base.__name__ == "WanModel" for base in type(inner).__mro__):
+    inner = getattr(getattr(model, "model", None), "diffusion_model", None)
+    name = "nothing" if inner is None else type(inner).__name__
+    if not is_class(inner, "WanModel"):
         raise UnsupportedModel(
-            f"{node}: the input 'model' expects a Wan video model, but got {name}. Connect a Load "
+            f"{node}: the input '{given}' expects a Wan video model, but got {name}. Connect a Load "
             "Diffusion Model node with a Wan checkpoint, or remove this node."
         )
     table = SKIPPABLE if aim == SKIP_BLOCKS else SUPPORTED
@@ -65,9 +67,14 @@ def check_variant(model, node: str, aim: str = "drop tokens of") -> None:
         )
 
 
+def is_class(network, *names: str) -> bool:
+    """Whether a network is of a class of the host, or of one that another pack made of it."""
+    return any(base.__name__ in names for base in type(network).__mro__)
+
+
 def why_not_now(transformer_options: dict) -> str | None:
     """A reason why this call must run all tokens, or None."""
-    patches = transformer_options.get("patches", {})
+    patches = as_dict(transformer_options.get("patches"))
     for kind in ("attn1_patch", "attn2_patch"):
         if patches.get(kind):
             return (
@@ -95,11 +102,11 @@ BETWEEN = ("VaceWanModel", "WanModel_S2V", "AnimateWanModel", "WanDancerModel")
 
 def sees_between_blocks(dm, transformer_options: dict) -> bool:
     """Whether anybody but us may look at the hidden state between two blocks."""
-    replaced = transformer_options.get("patches_replace", {}).get("dit", {})
+    replaced = as_dict(as_dict(transformer_options.get("patches_replace")).get("dit"))
     others = any(key[0] == "double_block" for key in replaced)
-    patched = transformer_options.get("patches", {}).get("double_block")
+    patched = as_dict(transformer_options.get("patches")).get("double_block")
     recorded = RUN_KEY in transformer_options
-    return bool(others or patched or recorded or type(dm).__name__ in BETWEEN)
+    return bool(others or patched or recorded or is_class(dm, *BETWEEN))
 
 
 def token_grid(dm, x: torch.Tensor, time_dim_concat: torch.Tensor | None, extra: dict) -> TokenGrid:
@@ -121,7 +128,7 @@ def token_grid(dm, x: torch.Tensor, time_dim_concat: torch.Tensor | None, extra:
 
 def tells_start(dm) -> bool:
     """Whether a first latent frame that is given is the video's start; VACE puts references there."""
-    return type(dm).__name__ != "VaceWanModel"
+    return not is_class(dm, "VaceWanModel")
 
 
 def anchored_frames(
@@ -139,11 +146,13 @@ def anchored_frames(
         # a latent frame is given when all of it is; one of its four pixel frames is enough
         given = (x[:, mask : mask + 4].amax(1) > 0).all(-1).all(-1)
         anchored[:frames] |= given.any(0)
-    if timestep.ndim == 2 and timestep.shape[1] == frames:
+    each = isinstance(timestep, torch.Tensor) and timestep.ndim == 2
+    if each and timestep.shape[1] == frames:
         # TI2V: given latent frames are at timestep 0
         anchored[:frames] |= (timestep == 0).all(0)
     vace = extra.get("vace_context")
-    if vace is not None and vace.shape[2] > 2 * out_channels:
+    told = isinstance(vace, torch.Tensor) and vace.ndim == 6
+    if told and vace.shape[2] > 2 * out_channels:
         # 2 x 16 control latents, then the mask: 0 where the frame is given
         given = (vace[:, :, 2 * out_channels :].amax((0, 2, 4, 5)) == 0).any(0)
         anchored[: len(given)] |= given[: grid.frames]

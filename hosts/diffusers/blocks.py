@@ -19,6 +19,8 @@ from ...engine.places import Places
 class Block:
     """A WanTransformerBlock's original forward with its inputs, as the engine runs it."""
 
+    movable = True
+
     def __init__(self, forward, hidden, text, temb, rotary):
         self.forward, self.hidden, self.text = forward, hidden, text
         self.temb, self.rotary = temb, rotary

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from wantrim.tests.comfyui import packs
+
 ROOT = Path(__file__).parents[2]
 TABLE, README = ROOT / "docs" / "compatibility.md", ROOT / "README.md"
 # what stands between them in README is made here
@@ -371,7 +373,7 @@ def table() -> str:
         "Made by `python -m wantrim.tests.comfyui.matrix` from the promises that "
         "`tests/comfyui/test_matrix.py` holds on small random models of each kind, in a real ComfyUI "
         f"0.33.0 on the CPU: {len(cells())} pairs of a model and a neighbour, {count} with the trims "
-        "counted. No GPU, no real weights, no other pack's own code.",
+        "counted. No GPU, no real weights; other packs' own code at the end only.",
         "",
         summary(),
         "",
@@ -397,6 +399,8 @@ def table() -> str:
         "beside torch.compile in front.",
         "",
         *_both(),
+        "",
+        *packs.section(),
     ]
     return "\n".join(lines) + "\n"
 

@@ -69,7 +69,7 @@ def test_given_frames_keep_their_tokens(kind, given, anchored, frames):
         expected = [tiny.PER_FRAME if f in anchored else call.budget for f in range(frames)]
         assert kept_per_frame(call, frames) == {0: expected, 3: expected}
     report = tiny.report_of(patched)
-    coverage = report.coverage()
+    [coverage] = report.coverage()
     assert coverage.shape[0] == frames
     whole = [f for f in range(frames) if bool((coverage[f] == 1).all())]
     assert whole == anchored

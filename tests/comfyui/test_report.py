@@ -156,11 +156,11 @@ def test_a_dense_step_is_timed_of_the_size_of_the_runs(kind, tokens):
 def test_a_dense_step_that_cannot_be_timed_is_said(monkeypatch):
     model = tiny.trimmed(tiny.base_model())
     tiny.sample(model, steps=2)
-    attachment = attachment_of(model)
-    attachment.unmeasurable = "the model was given a ControlNet as 'control'"
+    [ran] = attachment_of(model).runs
+    ran.unmeasurable = "the model was given a ControlNet as 'control'"
     text = report(model, measure_dense_step=True)[0]
     assert "no dense step was timed: the model was given a ControlNet" in text
-    attachment.unmeasurable = None
+    ran.unmeasurable = None
 
     def full(*_):
         raise torch.OutOfMemoryError
@@ -173,7 +173,8 @@ def test_a_dense_step_that_cannot_be_timed_is_said(monkeypatch):
 def test_only_sizes_are_kept_of_the_calls():
     model = tiny.trimmed(tiny.base_model("vace"))
     tiny.sample(model, tiny.case("vace"), steps=3)
-    (call,) = attachment_of(model).calls
+    [ran] = attachment_of(model).runs
+    (call,) = ran.calls
     assert {"x", "t", "c_crossattn", "control"} < set(call)
     assert not any(isinstance(value, torch.Tensor) for value in call.values())
 

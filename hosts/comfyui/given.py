@@ -1,0 +1,102 @@
+"""Reads what ComfyUI and other packs hand to our hooks.
+
+Packs bring samplers, guiders and forwards of their own, so that everything may be missing or of
+another kind: each reading has a fallback.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ...engine.engine import COND
+
+
+def options_of(model) -> dict:
+    """The transformer_options of a MODEL, or of nothing that came in its place."""
+    return as_dict(as_dict(getattr(model, "model_options", None)).get("transformer_options"))
+
+
+def as_dict(value) -> dict:
+    """A dict, or an empty one in place of anything else."""
+    return value if isinstance(value, dict) else {}
+
+
+@dataclass
+class ModelCall:
+    """The arguments of one call of the network, as the wrapper got them."""
+
+    x: torch.Tensor
+    timestep: torch.Tensor
+    context: torch.Tensor | None
+    clip_fea: torch.Tensor | None
+    time_dim_concat: torch.Tensor | None
+    options: dict
+    extra: dict
+
+    @property
+    def unreadable(self) -> str | None:
+        """What is in the way of reading this call, in an artist's words, or None."""
+        if isinstance(self.x, torch.Tensor) and self.x.ndim == 5:
+            return None
+        return (
+            "another node called the model with something else than the latent of a video: nothing "
+            "was left out there"
+        )
+
+    @property
+    def levels(self) -> torch.Tensor:
+        """Noise levels, of any shape."""
+        sigmas = self.options.get("sigmas")
+        if isinstance(sigmas, torch.Tensor) and sigmas.numel():
+            return sigmas
+        return torch.as_tensor(self.timestep, dtype=torch.float32) / 1000
+
+    @property
+    def by_frame(self) -> bool:
+        """Whether each latent frame has a timestep of its own."""
+        return isinstance(self.timestep, torch.Tensor) and self.timestep.ndim > 1
+
+    @property
+    def announced(self) -> tuple[float, ...]:
+        """The sampler's noise levels, the last included; empty where it does not say."""
+        return tuple(levels_of(self.options.get("sample_sigmas")))
+
+    @property
+    def roles(self) -> list[int]:
+        """COND or UNCOND for each chunk of the batch; one for all where they do not fit it."""
+        roles = self.options.get("cond_or_uncond")
+        fits = isinstance(roles, list | tuple) and roles and len(self.x) % len(roles) == 0
+        return list(roles) if fits else [COND]
+
+    @property
+    def prompts(self) -> tuple:
+        """Names of the chunks' prompts, where the host has some."""
+        names = self.options.get("uuids")
+        return tuple(names) if isinstance(names, list | tuple) else ()
+
+    @property
+    def window(self) -> tuple | None:
+        """Latent frames of the context window that is being sampled, or None."""
+        frames = getattr(self.options.get("context_window"), "index_list", None)
+        return None if frames is None else tuple(frames)
+
+    @property
+    def text_tokens(self) -> int:
+        context = self.context
+        return context.shape[1] if isinstance(context, torch.Tensor) and context.ndim == 3 else 0
+
+
+def levels_of(sigmas) -> list[float]:
+    """The noise levels that a guider was given; none of what is no list of numbers."""
+    try:
+        # in one wait for the device
+        return list(map(float, sigmas.tolist() if isinstance(sigmas, torch.Tensor) else sigmas))
+    except (TypeError, ValueError):
+        return []
+
+
+def conds_of(guider) -> dict:
+    """A guider's prompts by name; empty where it has none or keeps them in its own way."""
+    return as_dict(getattr(guider, "conds", None))

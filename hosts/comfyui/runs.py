@@ -1,0 +1,163 @@
+"""Which sampling runs made the images that a report is given.
+
+A run is known by the prompt and the node that it ran in, and by all that stood before that node: a
+sampler that ComfyUI did not run again, because nothing before it changed, still made its images.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from dataclasses import dataclass, field
+
+from comfy_execution.utils import get_executing_context
+
+from ...engine.record import Record
+from ...solve.dial import Solved
+
+
+@dataclass(frozen=True)
+class Where:
+    """The node that ran a sampler.
+
+    Args:
+        prompt, node: their ids.
+        place: in a list of inputs that the node was run for, one by one; None without one.
+        before: hash of all that stood before the node in the prompt, or None where that is not known.
+    """
+
+    prompt: str
+    node: str
+    place: int | None = None
+    before: str | None = None
+
+    @classmethod
+    def now(cls) -> Where | None:
+        """The node that ComfyUI executes, or None."""
+        context = get_executing_context()
+        if context is None:
+            return None
+        graph = _running_prompt(context.prompt_id)
+        before = None if graph is None else before_node(graph, context.node_id)
+        return cls(context.prompt_id, context.node_id, context.list_index, before)
+
+
+@dataclass
+class Ran:
+    """A run of a MODEL, as far as a report needs it.
+
+    Args:
+        where: None when no node ran it.
+        calls: sizes of the first step's model calls.
+        unmeasurable: why those are not known.
+        solved: what a dial decided, if there is one.
+    """
+
+    record: Record
+    where: Where | None = None
+    calls: list[dict] = field(default_factory=list)
+    unmeasurable: str | None = None
+    solved: Solved | None = None
+
+
+def keep_run(runs: list[Ran], new: Ran) -> None:
+    """Add a run; those that the same node made in an earlier prompt go."""
+
+    def replaced(old: Ran) -> bool:
+        if old.where is None or new.where is None:
+            return True
+        return old.where.node == new.where.node and old.where.prompt != new.where.prompt
+
+    runs[:] = [*(old for old in runs if not replaced(old)), new]
+
+
+class ImagesOf:
+    """The nodes that an input of the executing node comes of.
+
+    Args:
+        dynprompt: ComfyUI's prompt with the nodes that other nodes put in while it runs.
+        node: id of the executing node.
+        name: of its input.
+    """
+
+    def __init__(self, dynprompt, node: str, name: str):
+        self._graph, context = _Nodes(dynprompt), get_executing_context()
+        self._prompt = None if context is None else context.prompt_id
+        self._place = None if context is None else context.list_index
+        link = self._graph.inputs(node).get(name)
+        self._nodes = self._graph.before([link[0]]) if _is_link(link) else set()
+
+    def find(self, runs: list[Ran]) -> list[Ran]:
+        """The runs that these images come of, in order."""
+        found = [ran for ran in runs if ran.where is not None and self._made_by(ran.where)]
+        # a sampler that was run for a list of latents, and a report for the list of their images
+        mine = [ran for ran in found if ran.where.place in (None, self._place)]
+        return found if self._place is None or not mine else mine
+
+    def _made_by(self, where: Where) -> bool:
+        node = where.node
+        if where.prompt == self._prompt:
+            return node in self._nodes or self._graph.shown(node) in self._nodes
+        if node not in self._nodes or where.before is None:
+            return False
+        return self._graph.hash_before(node) == where.before
+
+
+class _Nodes:
+    """A prompt's graph: dict of nodes, or ComfyUI's own object for it."""
+
+    def __init__(self, prompt):
+        self._prompt = prompt
+
+    def node(self, node: str) -> dict:
+        if isinstance(self._prompt, dict):
+            return self._prompt.get(node, {})
+        return self._prompt.get_node(node) if self._prompt.has_node(node) else {}
+
+    def inputs(self, node: str) -> dict:
+        return self.node(node).get("inputs", {})
+
+    def shown(self, node: str) -> str:
+        """The node of the artist's graph that put this one in."""
+        return self._prompt.get_display_node_id(node)
+
+    def before(self, nodes: list[str]) -> set[str]:
+        """These nodes and all before them."""
+        found, waiting = set(), list(nodes)
+        while waiting:
+            node = waiting.pop()
+            if node not in found:
+                found.add(node)
+                links = filter(_is_link, self.inputs(node).values())
+                waiting += [link[0] for link in links]
+        return found
+
+    def hash_before(self, node: str) -> str:
+        nodes = {name: self.node(name) for name in sorted(self.before([node]))}
+        told = [(name, one.get("class_type"), one.get("inputs")) for name, one in nodes.items()]
+        text = json.dumps(told, sort_keys=True, default=repr)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def before_node(prompt: dict, node: str) -> str | None:
+    """Hash of a node and all before it in a prompt in API form; None when it is not in there."""
+    return _Nodes(prompt).hash_before(node) if node in prompt else None
+
+
+def _is_link(value) -> bool:
+    return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str)
+
+
+def _running_prompt(number: str) -> dict | None:
+    """The prompt that ComfyUI's server runs, in API form, if there is a server."""
+    # importing its module would start half of one
+    module = sys.modules.get("server")
+    server = getattr(getattr(module, "PromptServer", None), "instance", None)
+    queue = getattr(server, "prompt_queue", None)
+    if queue is None:
+        return None
+    running = getattr(queue, "currently_running", None) or {}
+    # (priority, id, prompt, ...)
+    items = [item for item in running.values() if len(item) > 2 and item[1] == number]
+    return items[0][2] if items and isinstance(items[0][2], dict) else None
