@@ -195,7 +195,7 @@ class Place:
             self._set_threshold(options["easycache"], whole, sampling)
 
     def _set_threshold(self, holder, whole: Outcome | None, sampling) -> None:
-        if whole is None or not whole.probe.steps:
+        if whole is None or whole.seconds is None or not whole.probe.steps:
             self.outcome.notes.append(
                 f"the whole run was not seen: EasyCache ran at {holder.reuse_threshold:g}"
             )
@@ -271,7 +271,8 @@ def _outer_sample(executor, *args, **kwargs):
         )
         guider.model_options = options
         result = executor(*args, **kwargs)
-    except Exception as error:
+    except BaseException as error:
+        # the host's interrupt is no Exception
         candidate.outcomes.pop(part, None)
         if not _is_oom(error):
             raise
@@ -291,7 +292,7 @@ def _outer_sample(executor, *args, **kwargs):
     return result
 
 
-def _is_oom(error: Exception) -> bool:
+def _is_oom(error: BaseException) -> bool:
     # older hosts have the exception alone
     known = getattr(comfy.model_management, "is_oom", None)
     kind = comfy.model_management.OOM_EXCEPTION

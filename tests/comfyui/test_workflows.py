@@ -35,7 +35,7 @@ DIAL = [
     "wan2.2_ti2v_5b",
     "wan2.1_t2v_draft_final",
 ]
-TUNED = ["wantrim_demo_tuned"]
+TUNED = ["wantrim_demo_tuned", "wan2.1_t2v_1.3b_tuned", "wan2.2_i2v_14b_tuned"]
 SLIM = "wan2.1_t2v_slim"
 EXPERT = ["wan2.1_t2v_heads", "wan2.1_t2v_tokens"]
 WORKFLOWS = [*DEMOS, *TUNED, *DIAL, SLIM, *EXPERT]
@@ -140,6 +140,9 @@ def test_workflow_begins_with_the_defaults(workflow, name):
         "WanTrimHeads": [0.3, "demote"],
         "WanTrimCandidates": [1.5, 20, "all", 0],
     }
+    if name in TUNED[1:]:
+        pair = "2.2" in name
+        defaults["WanTrimCandidates"] = [1.3, 4, "few", 2] if pair else [1.5, 30, "all", 0]
     found = [node for node in workflow["nodes"] if node["type"] in defaults]
     values = [node["widgets_values"] for node in found]
     if name == "wan2.1_t2v_draft_final":
