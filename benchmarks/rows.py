@@ -37,7 +37,7 @@ TOP = {"format", "models", "run", "device", "versions", "wanted", "best", "rows"
 LIMITS = {
     "seconds": (0, 1e7), "work": (0, 2), "psnr_db": (-50, 400), "ssim": (-1, 1.001),
     "motion_ratio": (0, 1e6), "flicker": (0, 1), "dense_flicker": (0, 1), "remarks": (0, 1e4),
-    "guidance": (-100, 1000), "shift": (0, 1000), "steps": (1, 1000), "prompts": (1, 16),
+    "guidance": (-100, 1000), "shift": (0, 1000), "steps": (0, 2000), "prompts": (1, 16),
 }  # fmt: skip
 MODEL = {"class", "width", "sample"}
 SIZES = {"dim", "ffn_dim", "num_blocks", "num_heads", "in_channels", "out_channels"}

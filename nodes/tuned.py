@@ -224,12 +224,14 @@ class WanTrimVerdict(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, filename: str | None = None) -> bool | str:
-        if filename is not None and filename.strip():
-            try:
-                plain_name(VERDICT, filename, "my_wan")
-            except ValueError as error:
-                return str(error)
+    def validate_inputs(cls, filename: list | str | None = None) -> bool | str:
+        # a node that takes lists is asked with lists; None comes over a link
+        for name in filename if isinstance(filename, list) else [filename]:
+            if isinstance(name, str) and name.strip():
+                try:
+                    plain_name(VERDICT, name, "my_wan")
+                except ValueError as error:
+                    return str(error)
         return True
 
     @classmethod

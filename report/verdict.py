@@ -16,6 +16,8 @@ from .picture import BACKGROUND, FAINT, INK, KEPT, MARGIN, WIDTH, canvas, font_o
 FORMAT = "wantrim_trial/1"
 # PSNR in dB within which two candidates are as good as each other
 SAME_DB = 0.5
+# candidates that cost whole steps, and what the others may cost beyond the plan
+BY_STEPS, SAME_WORK = ("easycache", "steps"), 0.02
 # relative difference of seconds that is said
 SAME_SECONDS = 0.05
 SHOWN = 5
@@ -65,7 +67,7 @@ class Choice:
 def choose(rows: Sequence[Row], wanted: float, steps: int) -> Choice:
     """The row that is nearest to the whole one among those that save as much work as was asked for.
 
-    Steps are whole, so that a candidate may be half a step off.
+    What leaves out whole steps may be half a step off.
 
     Args:
         steps: of the whole run.
@@ -74,13 +76,15 @@ def choose(rows: Sequence[Row], wanted: float, steps: int) -> Choice:
         why = "is not there" if not rows else f"has no video ({rows[0].failed})"
         return Choice(None, None, f"the whole run {why}, and nothing can be compared without it")
     plan = next((row for row in rows if row.name == "plan"), None)
-    most = 1 / wanted + 0.5 / steps
+    most = 1 / wanted
     if plan is not None and plan.work is not None:
-        most = max(most, plan.work + 0.5 / steps)
+        most = max(most, plan.work)
     able = [
         place
         for place, row in enumerate(rows)
-        if row.found is not None and row.work is not None and row.work <= most + 1e-6
+        if row.found is not None
+        and row.work is not None
+        and row.work <= most + (0.5 / steps if row.name in BY_STEPS else SAME_WORK) + 1e-6
     ]
     if not able:
         return Choice(None, None, f"no candidate with a video saves as much work as {wanted:g}x")
@@ -142,19 +146,22 @@ def verdict_text(
         headline(rows, choice, wanted),
         "One prompt and one seed: run it on a few before you trust it.",
         "",
-        f"{'candidate':<{width}}  seconds   work  PSNR dB   SSIM  motion  flicker",
+        f"  {'candidate':<{width}}  seconds   work  PSNR dB   SSIM  motion  flicker",
     ]
     for place, row in enumerate(rows):
-        lines.append(f"{row.label:<{width}}  {_cells(row, place == 0)}{_marks(row, place, choice)}")
+        best = ">" if place == choice.best else " "
+        lines.append(f"{best} {row.label:<{width}}  {_cells(row)}{_marks(row)}")
+    if any(row.cached for row in rows):
+        lines.append("* cached: sampled in an earlier run, and the seconds are of that one")
     said = [f"{row.label}: {remark}" for row in rows for remark in row.remarks] + [*notes]
-    if warmed > 0:
+    if warmed >= 0.05:
         said.append(f"whole: {warmed:.1f} s of warming up in its first step are not counted")
     lines += ["", "What did not happen, and why:"]
     lines += [f"- {one}" for one in said] or ["- nothing: every candidate ran as planned."]
     return "\n".join(lines)
 
 
-def _cells(row: Row, whole: bool) -> str:
+def _cells(row: Row) -> str:
     seconds = "-" if row.seconds is None else f"{row.seconds:.1f}"
     work = "-" if row.work is None else f"{row.work:.0%}"
     found = row.found
@@ -166,11 +173,10 @@ def _cells(row: Row, whole: bool) -> str:
     return f"{seconds:>7}  {work:>5}  {psnr:>7}  {found.ssim:>5.3f}  {ratio:>6}  {more:>7}"
 
 
-def _marks(row: Row, place: int, choice: Choice) -> str:
-    said = [] if place != choice.best else ["best"]
+def _marks(row: Row) -> str:
+    said = ["*"] if row.cached else []
     said += [row.failed] if row.failed is not None else []
-    said += ["cached: sampled in an earlier run"] if row.cached else []
-    return f"  <- {', '.join(said)}" if said else ""
+    return f"  {' '.join(said)}" if said else ""
 
 
 def row_json(row: Row) -> dict:
@@ -197,23 +203,23 @@ def draw_verdict(
     shown = next((video for video in videos if video is not None), None)
     count = 0 if shown is None else len(shown)
     spread = np.linspace(0, count - 1, min(SHOWN, count)).round().astype(int)
-    cell = min(200, (WIDTH - 2 * MARGIN) // SHOWN - 4)
+    cell = min(184, (WIDTH - 2 * MARGIN) // SHOWN - 4)
     height = 0 if shown is None else max(round(cell * shown.shape[1] / shown.shape[2]), 1)
-    image, draw = canvas(54 + len(rows) * (height + 30))
-    line, font = title, font_of(17)
+    image, draw = canvas(62 + len(rows) * (height + 38))
+    line, font = title, font_of(24)
     while draw.textlength(line, font) > WIDTH - 2 * MARGIN:
         line = line.removesuffix(" ...").rpartition(" ")[0] + " ..."
     draw.text((MARGIN, 12), line, INK, font)
     for place, (row, video) in enumerate(zip(rows, videos, strict=True)):
-        top = 46 + place * (height + 30)
+        top = 52 + place * (height + 38)
         colour = KEPT if place == choice.best else FAINT
-        draw.text((MARGIN, top), f"{row.label}   {_figures(row)}", colour, font_of(15))
+        draw.text((MARGIN, top), f"{row.label}   {_figures(row)}", colour, font_of(22))
         if video is None:
             continue
         for column, frame in enumerate(spread):
             # videos of other lengths show their own frames
             own = video[min(int(frame), len(video) - 1)]
-            image.paste(_picture(own, cell, height), (MARGIN + column * (cell + 4), top + 21))
+            image.paste(_picture(own, cell, height), (MARGIN + column * (cell + 4), top + 29))
     return image
 
 

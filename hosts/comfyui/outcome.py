@@ -185,10 +185,10 @@ def shared_row(
             "shift": run and run.shift,
             "start_image": run and run.starts_given,
         },
-        "device": (first and first.device) or "cpu",
+        "device": _plain((first and first.device) or "cpu"),
         "versions": {
             "wantrim": pack_version(),
-            "comfyui": comfyui_version(),
+            "comfyui": _plain(comfyui_version()),
             "torch": _plain(torch.__version__),
         },
         "wanted": trial.wanted,
@@ -198,4 +198,5 @@ def shared_row(
 
 
 def _plain(text: str) -> str:
-    return text if len(text) < 40 else text[:40]
+    """A name of somebody else's, short and without what a path has."""
+    return " ".join(text.replace("/", " ").replace("\\", " ").split())[:80]

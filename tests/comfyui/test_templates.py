@@ -113,7 +113,7 @@ def test_tuned_template_gives_a_verdict(name, workflows, server, infos):
     said = texts(entry)
     assert "Best at 1." in said and ".safetensors" in said
     # the fewer steps were the sampler's, of two experts too
-    assert re.search(r"^3 steps  .*  75%  ", said, re.MULTILINE), said
+    assert re.search(r"^[> ] 3 steps  .*  75%  ", said, re.MULTILINE), said
 
 
 def steps_told(prompt: dict, entry) -> dict[str, int]:

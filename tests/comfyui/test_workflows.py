@@ -138,11 +138,13 @@ def test_workflow_begins_with_the_defaults(workflow, name):
         "WanTrimPair": [1.3, "draft", 1, 0, "auto", 0],
         "WanTrimTokens": [0.3, "auto", 0, 1],
         "WanTrimHeads": [0.3, "demote"],
-        "WanTrimCandidates": [1.5, 20, "all", 0],
+        # as many steps as the sampler had
+        "WanTrimCandidates": {
+            "wantrim_demo_tuned": [1.5, 12, "all", 0],
+            "wan2.1_t2v_1.3b_tuned": [1.5, 30, "all", 0],
+            "wan2.2_i2v_14b_tuned": [1.3, 4, "few", 2],
+        }.get(name),
     }
-    if name in TUNED[1:]:
-        pair = "2.2" in name
-        defaults["WanTrimCandidates"] = [1.3, 4, "few", 2] if pair else [1.5, 30, "all", 0]
     found = [node for node in workflow["nodes"] if node["type"] in defaults]
     values = [node["widgets_values"] for node in found]
     if name == "wan2.1_t2v_draft_final":
