@@ -83,11 +83,13 @@ class Profile:
     Args:
         runs: what was sampled: grid (f, h, w), context_tokens (keys of cross-attention), sigmas and
             calls of every run.
+        tuned: what trials found, as plain data (solve/tuned.py).
     """
 
     model: Fingerprint
     tensors: dict[str, torch.Tensor]
     runs: list[dict] = field(default_factory=list)
+    tuned: list[dict] = field(default_factory=list)
 
     @classmethod
     def empty(cls, model: Fingerprint) -> Profile:
@@ -142,11 +144,11 @@ class Profile:
             name: other.tensors[name] if name in fixed else value + other.tensors[name]
             for name, value in self.tensors.items()
         }
-        return Profile(self.model, tensors, self.runs + other.runs)
+        return Profile(self.model, tensors, self.runs + other.runs, self.tuned + other.tuned)
 
     def save(self, path: Path, package: str = "") -> None:
         """Write it whole or not at all."""
-        header = {"runs": self.runs, "package": package}
+        header = {"runs": self.runs, "tuned": self.tuned, "package": package}
         tensors = {name: value.contiguous() for name, value in self.tensors.items()}
         save_artifact(path, KIND, self.model, header, tensors)
 
@@ -169,6 +171,9 @@ def load_profile(path: Path) -> Profile:
     # calls are counted in whole videos, and what is not read as a number cannot be shown
     if not (count >= 0).all() or float(count.sum()) > MOST_CALLS:
         raise ValueError(f"{path.name}: count holds no numbers of calls: damaged file")
-    runs = header.get("runs")
-    runs = [run for run in runs if isinstance(run, dict)] if isinstance(runs, list) else []
-    return Profile(model, {name: tensors[name] for name in layout(model)}, runs)
+    runs, tuned = (_dicts(header.get(name)) for name in ("runs", "tuned"))
+    return Profile(model, {name: tensors[name] for name in layout(model)}, runs, tuned)
+
+
+def _dicts(given: object) -> list[dict]:
+    return [one for one in given if isinstance(one, dict)] if isinstance(given, list) else []

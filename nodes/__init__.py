@@ -2,10 +2,10 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import blocks, compare, demo, heads, profile, report, slim, tokens, wantrim
+from . import blocks, compare, demo, heads, profile, report, slim, tokens, tuned, wantrim
 
 
 class WanTrimExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        stages = (wantrim, tokens, heads, blocks, profile, slim, report, compare, demo)
+        stages = (wantrim, tokens, heads, blocks, profile, slim, report, compare, tuned, demo)
         return [node for stage in stages for node in stage.NODES]

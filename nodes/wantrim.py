@@ -6,8 +6,12 @@ from comfy_api.latest import io
 
 from ..hosts.comfyui.attach import attach_dial
 from ..hosts.comfyui.dial import PLACES
+from ..hosts.comfyui.profiling import check_profile
 from ..hosts.comfyui.variants import check_variant
+from ..profiles.recorder import ProfileFile
 from ..solve.dial import HIGH, LOW, MAX_DENSE_STEPS, MAX_SPEEDUP, Dial
+from ..solve.tuned import Tuned
+from .profile import ProfileSocket
 
 CATEGORY = "model/patch/wan"
 NAME, PAIR = "WanTrim", "WanTrim Pair"
@@ -77,6 +81,18 @@ def _dials(pair: bool) -> list:
     ]
 
 
+def _profile(name: str, whose: str):
+    """The input that takes what trials kept."""
+    return ProfileSocket.Input(
+        name,
+        optional=True,
+        tooltip=(
+            f"From WanTrim Load Profile: what WanTrim Verdict kept of trials on {whose}. A run like "
+            "one of them goes by it, and says so."
+        ),
+    )
+
+
 class WanTrim(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -104,6 +120,7 @@ class WanTrim(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="A Wan 2.1 or 2.2 model, after its LoRAs."),
                 *_dials(pair=False),
+                _profile("profile", "this model"),
             ],
             outputs=[io.Model.Output(tooltip="The model with the wish on it.")],
         )
@@ -117,10 +134,12 @@ class WanTrim(io.ComfyNode):
         dense_first_steps: int,
         dense_last_steps: int,
         context: str = PLACES[0],
+        profile: ProfileFile | None = None,
     ) -> io.NodeOutput:
         check_variant(model, NAME)
         steps = {"dense_first_steps": dense_first_steps, "dense_last_steps": dense_last_steps}
-        dial = _dial(NAME, render, context, speedup=speedup, **steps)
+        tuned = _tuned(NAME, "profile", model, profile)
+        dial = _dial(NAME, render, context, speedup=speedup, tuned=tuned, **steps)
         return io.NodeOutput(attach_dial(model, dial, context))
 
 
@@ -159,6 +178,8 @@ class WanTrimPair(io.ComfyNode):
                         "0.9 for image to video."
                     ),
                 ),
+                _profile("profile_high_noise", "the high noise expert"),
+                _profile("profile_low_noise", "the low noise expert"),
             ],
             outputs=[
                 io.Model.Output(
@@ -185,6 +206,8 @@ class WanTrimPair(io.ComfyNode):
         dense_last_steps: int,
         boundary: float,
         context: str = PLACES[0],
+        profile_high_noise: ProfileFile | None = None,
+        profile_low_noise: ProfileFile | None = None,
     ) -> io.NodeOutput:
         models = (model_high_noise, model_low_noise)
         for name, model in zip(("model_high_noise", "model_low_noise"), models, strict=True):
@@ -200,10 +223,40 @@ class WanTrimPair(io.ComfyNode):
             "dense_last_steps": dense_last_steps,
             "boundary": boundary,
         }
-        dials = [_dial(PAIR, render, context, **options, expert=expert) for expert in (HIGH, LOW)]
+        tuned = (
+            _tuned(PAIR, "profile_high_noise", model_high_noise, profile_high_noise),
+            _tuned(PAIR, "profile_low_noise", model_low_noise, profile_low_noise),
+        )
+        dials = [
+            _dial(PAIR, render, context, **options, expert=expert, tuned=trials)
+            for expert, trials in zip((HIGH, LOW), tuned, strict=True)
+        ]
         return io.NodeOutput(
             *(attach_dial(model, dial, context) for model, dial in zip(models, dials, strict=True))
         )
+
+
+def _tuned(node: str, name: str, model, profile: ProfileFile | None) -> tuple[Tuned, ...]:
+    """What trials kept in a profile of this model."""
+    if profile is None:
+        return ()
+    try:
+        check_profile(model, profile.profile, node)
+    except ValueError as error:
+        raise ValueError(str(error).replace(": profile:", f": {name}:", 1)) from error
+    try:
+        trials = tuple(Tuned.from_json(one) for one in profile.profile.tuned)
+    except ValueError as error:
+        raise ValueError(
+            f"{node}: {name}: what a trial kept in it cannot be read ({error}). Run the trial again "
+            "into a new file, or update WanTrim"
+        ) from error
+    if not trials:
+        raise ValueError(
+            f"{node}: {name}: no trial was kept in it. Run WanTrim Candidates and WanTrim Verdict "
+            "with its name as 'filename', or take it off"
+        )
+    return trials
 
 
 def _dial(node: str, render: str, context: str, **options) -> Dial:

@@ -16,6 +16,7 @@ from ..methods.width import Width
 from . import priors
 from .curves import Curves
 from .solver import TOLERANCE, Task, solve_nearest
+from .tuned import Travel, Tuned
 
 MAX_SPEEDUP = 4.0
 MAX_DENSE_STEPS = 100
@@ -93,6 +94,8 @@ class Solved:
         wanted, reached: speed-ups of this model's run; reached by the cost.
         together: what both experts reach, where `reached` is of the own part of a pair; else None.
         why: what is in the way when they are not the same, else None.
+        run: that it was solved for.
+        tuned: what of an earlier trial the plan goes by, in words, or None.
     """
 
     plan: TrimPlan
@@ -100,6 +103,8 @@ class Solved:
     reached: float
     together: float | None = None
     why: str | None = None
+    run: Run | None = None
+    tuned: str | None = None
 
 
 @dataclass(frozen=True)
@@ -114,6 +119,8 @@ class Dial:
         expert: HIGH or LOW noise expert of a pair that shares the speed-up; None is a model alone.
         boundary: sigma at which the pair changes experts; 0 takes it from the sampler's steps.
         start, end: progress between which steps are trimmed.
+        travel: of this model's own whole run, in place of that of the curves that ship.
+        tuned: outcomes of trials on this model; the one of a run like this is gone by.
 
     Raises:
         ValueError: says what was expected.
@@ -127,6 +134,8 @@ class Dial:
     boundary: float = 0.0
     start: float = 0.0
     end: float = 1.0
+    travel: Travel | None = None
+    tuned: tuple[Tuned, ...] = ()
 
     def __post_init__(self):
         if not self.speedup >= 1.0:
@@ -167,7 +176,14 @@ class Dial:
             # of one token in a latent frame there is no part
             partial=run.partial and plan.may_be_partial and run.grid.per_frame > 1,
         )  # fmt: skip
-        shares = self._shares(task, run, plan, cost)
+        trial = self.trial_of(run)
+        own_whole = {step - before for step in task.whole}
+        if trial is not None and self._chosen_again(trial, task, own_whole):
+            chosen = replace(plan, shares=Shares(run.sigmas[:-1], trial.shares, task.partial))
+            said = f"the plan that your trial chose ({trial.chosen})"
+            reached = run.speedup(chosen, cost)
+            return Solved(chosen, self.speedup, reached, run=run, tuned=said)
+        shares = self._shares(task, run, plan, cost, trial)
         own = shares[before : before + run.steps]
         solved = replace(plan, shares=Shares(run.sigmas[:-1], own, task.partial))
         reached = run.speedup(solved, cost)
@@ -175,7 +191,24 @@ class Dial:
         why = None
         if abs(together / self.speedup - 1) > TOLERANCE:
             why = self._why(task, plan, together, shares)
-        return Solved(solved, self.speedup, reached, None if other is None else together, why)
+        said = None if trial is None else "solved by the whole run of your trial"
+        both = None if other is None else together
+        return Solved(solved, self.speedup, reached, both, why, run, said)
+
+    def trial_of(self, run: Run) -> Tuned | None:
+        """The trial whose run was like this one, or None."""
+        facts = (run.sigmas, run.prompts, run.starts_given, run.grid.tokens)
+        return next((trial for trial in self.tuned if trial.resembles(*facts)), None)
+
+    def _chosen_again(self, trial: Tuned, task: Task, whole: set[int]) -> bool:
+        """Whether the plan that won a trial is what is asked for now."""
+        shares = trial.shares
+        return (
+            shares is not None
+            and abs(self.speedup / trial.speedup - 1) <= TOLERANCE
+            and (task.partial or not trial.partial)
+            and all(shares[step] == 1.0 for step in whole if 0 <= step < len(shares))
+        )
 
     def _switch(self, run: Run) -> tuple[int | None, float]:
         """Where the experts change: a step of this run, else the sigma that `other_slice` takes.
@@ -197,7 +230,9 @@ class Dial:
         first, last = range(self.dense_first_steps), range(steps - self.dense_last_steps, steps)
         return frozenset({*fresh, *first, *last, *outside}.intersection(range(steps)))
 
-    def _shares(self, task: Task, run: Run, plan: TrimPlan, cost: Cost) -> tuple[float, ...]:
+    def _shares(
+        self, task: Task, run: Run, plan: TrimPlan, cost: Cost, trial: Tuned | None
+    ) -> tuple[float, ...]:
         price = _price(run, plan, cost)
         dense = sum(task.calls) * _price(run, TrimPlan(), cost)(1.0)
         # in whole calls of the plan that others made
@@ -205,7 +240,10 @@ class Dial:
         budget = dense / self.speedup / whole - _measuring(task, run, plan, cost) / whole
         if budget >= sum(task.calls):
             return (1.0,) * task.steps
-        return solve_nearest(task, curves_of(run), budget, lambda share: price(share) / whole)
+        curves, travel = curves_of(run), self.travel if trial is None else trial.travel
+        if travel is not None:
+            curves = travel.on(curves)
+        return solve_nearest(task, curves, budget, lambda share: price(share) / whole)
 
     def _why(self, task: Task, plan: TrimPlan, together: float, shares) -> str:
         """What is in the way, in an artist's words."""

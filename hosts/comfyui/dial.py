@@ -13,6 +13,7 @@ import comfy.model_management
 from ...engine.engine import Engine
 from ...engine.memory import Room, context_bytes
 from ...engine.plan import TrimPlan
+from ...engine.record import Record
 from ...methods.grid import TokenGrid
 from ...methods.width import Width
 from ...solve.dial import Dial, Run, Solved, flops
@@ -158,6 +159,7 @@ class Wish:
             f"{self.dial.describe()}: {solved.plan.describe()}; expected {solved.reached:.2f}x{own} "
             f"{measure}"
         )
+        self._say_tuned(solved, run, record)
         if solved.why is not None:
             met = f"{solved.reached:.2f}x is expected"
             if own:
@@ -180,6 +182,21 @@ class Wish:
                 "free: every step is whole or repeated"
             )
         return solved
+
+    def _say_tuned(self, solved: Solved, run: Run, record: Record) -> None:
+        """What of the profile's trials the plan goes by, and what of them it cannot do."""
+        trial = self.dial.trial_of(run)
+        if solved.tuned is not None:
+            record.planned += f"; {solved.tuned}"
+        if self.dial.tuned and trial is None:
+            record.note(
+                "the profile holds no trial of a run like this one (steps, guidance, start image, "
+                "size): the curves that ship were used"
+            )
+        if trial is not None and trial.shares is None:
+            record.note(
+                f"your trial at {trial.speedup:g}x chose {trial.chosen}, which this node cannot do"
+            )
 
 
 def _place(announced: tuple[float, ...], levels: torch.Tensor) -> int:

@@ -27,6 +27,25 @@ def running_node() -> str | None:
     return None if context is None else context.node_id
 
 
+def running_prompt() -> str | None:
+    """Id of the queue entry that ComfyUI executes now, or None."""
+    context = get_executing_context()
+    return None if context is None else context.prompt_id
+
+
+def tell_node(node: str | None, text: str) -> None:
+    """Show a line on a node of the page that queued the run, if there is one."""
+    server = _server()
+    send = getattr(server, "send_progress_text", None)
+    if node is None or send is None or server.client_id is None:
+        return
+    try:
+        send(text, node, server.client_id)
+    except Exception:
+        # a page that cannot be told must not cost the run
+        log.warning("WanTrim: the page could not be told", exc_info=True)
+
+
 class Live:
     """One sampling run as the page sees it.
 

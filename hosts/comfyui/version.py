@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 # as requires-comfyui in pyproject.toml
 OLDEST = "0.16.0"
@@ -22,7 +23,7 @@ def check_comfyui(version: str | None = None) -> None:
         TooOld: says which version it is and which is needed.
     """
     if version is None:
-        version = _own_version()
+        version = comfyui_version()
     came = _numbers(version)
     if came and came < _numbers(OLDEST):
         raise TooOld(
@@ -31,13 +32,24 @@ def check_comfyui(version: str | None = None) -> None:
         )
 
 
-def _own_version() -> str:
+def comfyui_version() -> str:
+    """As ComfyUI says it; empty where it does not."""
     try:
         from comfyui_version import __version__
     except ImportError:
         # a fork, or one from before 2025
         return ""
     return __version__
+
+
+def pack_version() -> str:
+    """As pyproject.toml says it, which lies in the pack's folder; empty without it."""
+    try:
+        text = (Path(__file__).parents[2] / "pyproject.toml").read_text("utf-8")
+    except OSError:
+        return ""
+    found = re.search(r'^version = "([\w.+-]{1,40})"$', text, re.MULTILINE)
+    return found[1] if found else ""
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -23,6 +23,7 @@ from wantrim.nodes import (
     report,
     slim,
     tokens,
+    tuned,
     wantrim,
 )
 
@@ -40,11 +41,13 @@ NODE_IDS = {
     "WanTrimLoadSlim",
     "WanTrimReport",
     "WanTrimCompare",
+    "WanTrimCandidates",
+    "WanTrimVerdict",
     "WanTrimDemoModel",
     "WanTrimDemoPrompt",
     "WanTrimDemoImage",
 }
-STAGES = (wantrim, tokens, heads, blocks, profile, slim, report, compare)
+STAGES = (wantrim, tokens, heads, blocks, profile, slim, report, compare, tuned)
 NODES = [node for stage in (*STAGES, demo) for node in stage.NODES]
 LANGUAGES = ("zh", "ja")
 ALL = ("auto", "paper", "custom")
@@ -184,7 +187,10 @@ def test_custom_offers_every_schedule():
 @pytest.mark.parametrize("node", wantrim.NODES, ids=lambda n: n.define_schema().node_id)
 def test_the_dial_has_these_inputs_in_this_order(node):
     """The order of a saved workflow's values."""
-    given = [i for i in node.define_schema().inputs if i.io_type != "MODEL"]
+    given = node.define_schema().inputs
+    profiles = [i.id for i in given if i.io_type == "WANTRIM_PROFILE"]
+    assert [i.id for i in given[-len(profiles) :]] == profiles
+    given = [i for i in given if i.io_type not in ("MODEL", "WANTRIM_PROFILE")]
     values = {i.id: i.default for i in given}
     dial = {"speedup": 1.5, "render": "draft", "dense_first_steps": 1, "dense_last_steps": 0}
     dial["context"] = "auto"

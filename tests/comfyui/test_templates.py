@@ -104,6 +104,18 @@ def test_lora_switch_changes_steps_cfg_and_models(name, workflows, server, infos
     assert videos[True].read_bytes() != videos[False].read_bytes()
 
 
+@pytest.mark.parametrize("name", ["wan2.1_t2v_1.3b_tuned", "wan2.2_i2v_14b_tuned"])
+def test_tuned_template_gives_a_verdict(name, workflows, server, infos):
+    prompt = on_tiny_wan(to_api(workflows[name], infos))
+    steps = {"steps": 4} if name.startswith("wan2.1") else {}
+    entry = done(server, with_inputs(prompt, "WanTrimCandidates", candidates="few", **steps))
+    assert len(saved(server, entry)) == 1
+    said = texts(entry)
+    assert "Best at 1." in said and ".safetensors" in said
+    # the fewer steps were the sampler's, of two experts too
+    assert re.search(r"^[> ] 3 steps  .*  75%  ", said, re.MULTILINE), said
+
+
 def steps_told(prompt: dict, entry) -> dict[str, int]:
     """Expert -> number of steps in the report's table of it."""
     [key] = [key for key, node in prompt.items() if node["class_type"] == "PreviewAny"]

@@ -35,9 +35,10 @@ DIAL = [
     "wan2.2_ti2v_5b",
     "wan2.1_t2v_draft_final",
 ]
+TUNED = ["wantrim_demo_tuned", "wan2.1_t2v_1.3b_tuned", "wan2.2_i2v_14b_tuned"]
 SLIM = "wan2.1_t2v_slim"
 EXPERT = ["wan2.1_t2v_heads", "wan2.1_t2v_tokens"]
-WORKFLOWS = [*DEMOS, *DIAL, SLIM, *EXPERT]
+WORKFLOWS = [*DEMOS, *TUNED, *DIAL, SLIM, *EXPERT]
 NODE_IDS = [
     "WanTrim",
     "WanTrimPair",
@@ -51,6 +52,8 @@ NODE_IDS = [
     "WanTrimLoadSlim",
     "WanTrimReport",
     "WanTrimCompare",
+    "WanTrimCandidates",
+    "WanTrimVerdict",
     "WanTrimDemoModel",
     "WanTrimDemoPrompt",
     "WanTrimDemoImage",
@@ -97,6 +100,8 @@ def test_workflow_has_the_node_a_version_and_a_picture(workflow, root, name):
     method = methods.get(name[name.rindex("_") :], "WanTrim")
     if name in DEMOS[1:3]:
         method = "WanTrimTokens"
+    elif name in TUNED:
+        method = "WanTrimCandidates"
     elif name.startswith("wan2.2") and name in DIAL and "5b" not in name:
         method = "WanTrimPair"
     assert method in {node["type"] for node in ours}
@@ -133,6 +138,12 @@ def test_workflow_begins_with_the_defaults(workflow, name):
         "WanTrimPair": [1.3, "draft", 1, 0, "auto", 0],
         "WanTrimTokens": [0.3, "auto", 0, 1],
         "WanTrimHeads": [0.3, "demote"],
+        # as many steps as the sampler had
+        "WanTrimCandidates": {
+            "wantrim_demo_tuned": [1.5, 12, "all", 0],
+            "wan2.1_t2v_1.3b_tuned": [1.5, 30, "all", 0],
+            "wan2.2_i2v_14b_tuned": [1.3, 4, "few", 2],
+        }.get(name),
     }
     found = [node for node in workflow["nodes"] if node["type"] in defaults]
     values = [node["widgets_values"] for node in found]
@@ -148,7 +159,7 @@ def test_workflow_trims_behind_the_lora_and_before_the_shift(workflow, infos):
     """Of every node that trims: its model comes of a loader, a LoRA or another of ours."""
     [(nodes, links)] = graphs(workflow)
     kinds = {node["id"]: node["type"] for node in nodes}
-    trims = {"WanTrim", "WanTrimPair", "WanTrimTokens", "WanTrimHeads"}
+    trims = {"WanTrim", "WanTrimPair", "WanTrimTokens", "WanTrimHeads", "WanTrimCandidates"}
     before = {"UNETLoader", "LoraLoaderModelOnly", "ComfySwitchNode", "WanTrimDemoModel"}
     for link in links:
         origin, target = kinds[link["origin_id"]], kinds[link["target_id"]]

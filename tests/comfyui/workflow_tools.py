@@ -362,7 +362,7 @@ def on_tiny_wan(prompt: dict) -> dict:
             # of another latent space than the tiny Wan's
             changed[key]["class_type"] = "EmptyHunyuanLatentVideo"
             changed[key]["inputs"] = {**small, "batch_size": inputs["batch_size"]}
-        elif kind == "KSampler":
+        elif kind == "KSampler" and not isinstance(inputs["steps"], list):
             # from the third step on it is known which tokens change most, and at 3 steps only whole
             # and repeated ones meet the dial
             inputs["steps"] = 4

@@ -1,0 +1,69 @@
+"""Which candidates a trial has: whole, the solver's plan and its neighbours, a step cache, fewer steps."""
+
+from __future__ import annotations
+
+from ...solve.dial import HIGH, LOW, MAX_SPEEDUP, Dial
+from .attach import attach_dial, detach
+from .easycache import easycache_node, with_easycache
+from .live import running_node
+from .profiling import model_fingerprint
+from .trial import CACHE, OWN, STEPS, WHOLE, Candidate, Trial
+
+ALONE = "this"
+# how many neighbours a trial has, in an artist's words
+FEW, ALL = "few", "all"
+# of the gain of the wanted speed-up, what the neighbours on both sides are solved for
+LESS, MORE = 0.7, 1.4
+PLAN, REPEATS = "plan", "repeats"
+
+
+def make_trial(
+    models: dict[str, object], wanted: float, steps: int, change_at: int, which: str
+) -> Trial:
+    """A trial of these MODELs.
+
+    Args:
+        models: by part: one under `ALONE`, or both experts under HIGH and LOW.
+        steps: of the whole run, both experts together.
+        change_at: first step of the low noise expert; 0 is half way.
+        which: FEW or ALL.
+    """
+    trial = Trial(tuple(models), wanted, node=running_node())
+    for part, model in models.items():
+        network = model.model.diffusion_model
+        trial.fingerprints[part] = model_fingerprint(network)
+        trial.classes[part] = type(network).__name__
+    change_at = change_at or max(1, steps // 2)
+    bare = {part: detach(model) for part, model in models.items()}
+
+    def add(name: str, label: str, made: dict, *, speedup=None, count=steps, at=change_at) -> None:
+        trial.add(Candidate(name, label, count, at, speedup), made)
+
+    def solved(name: str, label: str, speedup: float, context: str = "auto") -> None:
+        made = {}
+        for part, model in models.items():
+            expert = part if part in (HIGH, LOW) else None
+            dial = Dial(speedup, dense_first_steps=1, expert=expert)
+            made[part] = attach_dial(model, dial, context)
+        add(name, label, made, speedup=speedup)
+
+    add(WHOLE, "whole", bare)
+    solved(PLAN, f"WanTrim {wanted:g}x", wanted)
+    if which == ALL:
+        if ALONE in models:
+            solved(OWN, f"WanTrim {wanted:g}x by the whole run", wanted)
+        solved(REPEATS, f"WanTrim {wanted:g}x, steps whole or repeated", wanted, "off")
+        for name, part in (("less", LESS), ("more", MORE)):
+            speedup = round(min(MAX_SPEEDUP, 1 + (wanted - 1) * part), 2)
+            solved(name, f"WanTrim {speedup:g}x", speedup)
+    if easycache_node() is None:
+        trial.notes.append("this ComfyUI has no EasyCache that can be imported: it is left out")
+    else:
+        add(CACHE, "EasyCache", {part: with_easycache(model) for part, model in bare.items()})
+    fewer = max(len(models), round(steps / wanted))
+    if fewer >= steps:
+        trial.notes.append(f"{steps} steps are too few for fewer steps at {wanted:g}x: left out")
+    else:
+        at = min(fewer - 1, max(1, round(fewer * change_at / steps))) if fewer > 1 else 0
+        add(STEPS, f"{fewer} steps", bare, count=fewer, at=at)
+    return trial

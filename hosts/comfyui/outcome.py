@@ -1,0 +1,202 @@
+"""What came of a trial: its rows, what of it is kept in a profile, and the row that can be shared."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from ...methods.profile import Profile
+from ...methods.video_metrics import SSIM_WINDOW
+from ...report.compare import compare
+from ...report.figures import step_work
+from ...report.verdict import FORMAT, Choice, Row, row_json
+from ...solve.tuned import Tuned
+from .candidates import PLAN
+from .trial import CACHE, STEPS, WHOLE, Candidate, Trial
+from .version import comfyui_version, pack_version
+
+
+def rows_of(trial: Trial, videos: Sequence[torch.Tensor | None], prompt: str | None) -> list[Row]:
+    """A row for each candidate.
+
+    Args:
+        videos: decoded, [pixel_frames, h, w, 3] in 0..1, in the candidates' order; None is none.
+        prompt: id of the queue entry that asks; what others sampled is said to be cached.
+    """
+    rows = [_row(trial, one, prompt) for one in trial.candidates]
+    whole = videos[0]
+    for row, video in zip(rows, videos, strict=True):
+        if row.failed is None:
+            row.failed = _unusable(video, whole if row is not rows[0] else None)
+    if rows[0].failed is None:
+        for row, video in zip(rows[1:], videos[1:], strict=True):
+            if row.failed is None:
+                row.found = compare(whole, video)
+    return rows
+
+
+def _unusable(video: torch.Tensor | None, whole: torch.Tensor | None) -> str | None:
+    """Why a video cannot be judged, or None."""
+    if video is None:
+        return "no video came"
+    if not video.isfinite().all():
+        return "the video holds values that are no numbers"
+    if min(video.shape[1:3]) < SSIM_WINDOW:
+        return f"the video is smaller than {SSIM_WINDOW}x{SSIM_WINDOW}"
+    if whole is not None and video.shape != whole.shape:
+        return f"the video is {_size(video)}, the whole one {_size(whole)}"
+    return None
+
+
+def _size(video: torch.Tensor) -> str:
+    frames, height, width = video.shape[:3]
+    return f"{frames} frames of {width}x{height}"
+
+
+def _row(trial: Trial, candidate: Candidate, prompt: str | None) -> Row:
+    row = Row(candidate.name, candidate.label, candidate.seconds, failed=candidate.failed)
+    outcomes = candidate.outcomes
+    if candidate.failed is None and len(outcomes) < len(trial.parts):
+        row.remarks.append(
+            "it was never sampled: connect the model to a sampler, and take off bypasses"
+        )
+        return row
+    row.cached = any(outcome.prompt != prompt for outcome in outcomes.values())
+    for outcome in outcomes.values():
+        row.remarks += outcome.notes
+    for attachment in candidate.attachments().values():
+        row.remarks += [] if attachment.record is None else attachment.record.notes
+    if candidate.failed is None:
+        row.work = _work(trial, candidate)
+    if candidate.name == CACHE:
+        row.label += _cache_words(candidate)
+    if candidate.name == STEPS and row.work is not None:
+        _check_steps(trial, candidate, row)
+    return row
+
+
+def _work(trial: Trial, candidate: Candidate) -> float | None:
+    """Of the whole run's, by the cost model; of a step cache and of fewer steps by steps."""
+    whole = trial.whole.steps_done
+    if not whole:
+        return None
+    if candidate.name in (WHOLE, STEPS, CACHE):
+        left_out = sum(outcome.left_out for outcome in candidate.outcomes.values())
+        return (candidate.steps_done - left_out) / whole
+    records = [attachment.record for attachment in candidate.attachments().values()]
+    if len(records) < len(trial.parts) or None in records:
+        return None
+    works = [step_work(record, step) for record in records for step in record.steps]
+    if not works or None in works:
+        return None
+    # a sampler may call the model several times for a step
+    calls = sum(len(record.steps) for record in records)
+    return sum(works) / calls * candidate.steps_done / whole
+
+
+def _cache_words(candidate: Candidate) -> str:
+    said = []
+    for outcome in candidate.outcomes.values():
+        at = "" if outcome.threshold is None else f" at {outcome.threshold:.3g}"
+        said.append(f"{at} ({outcome.left_out} of {outcome.steps} left out)")
+    return " and".join(said)
+
+
+def _check_steps(trial: Trial, candidate: Candidate, row: Row) -> None:
+    done, meant = candidate.steps_done, candidate.steps
+    if trial.whole.steps_done != trial.whole.steps:
+        row.remarks.append(
+            f"the whole run did {trial.whole.steps_done} steps and WanTrim Candidates was told "
+            f"{trial.whole.steps}: connect its output 'steps' to the sampler or scheduler"
+        )
+    elif done != meant:
+        row.failed = f"{done} steps were sampled instead of {meant}"
+        row.remarks.append("connect the output 'steps' to the sampler or scheduler")
+
+
+def tuned_of(trial: Trial, rows: Sequence[Row], choice: Choice) -> dict[str, Tuned] | str:
+    """What the dial may go by from now on, by part; in words why there is nothing."""
+    if choice.best is None:
+        return choice.reason
+    best = trial.candidates[choice.best]
+    plan = next(one for one in trial.candidates if one.name == PLAN).attachments()
+    ways = [trial.whole.outcomes[part].travel for part in trial.parts]
+    if None in ways:
+        return "the whole run has too few steps, or they do not fall"
+    way = ways[0] if len(ways) == 1 else ways[0].joined(ways[1])
+    found = {}
+    for part in trial.parts:
+        known = getattr(plan.get(part), "solved", None)
+        if known is None or known.run is None:
+            return "the plan was not solved, so the run's size is not known"
+        chosen = getattr(best.attachments().get(part), "solved", None)
+        shares = None if chosen is None else chosen.plan.shares.shares
+        run = known.run
+        found[part] = Tuned(
+            run.sigmas, run.prompts, run.starts_given, run.grid.tokens, trial.wanted,
+            rows[choice.best].label[:200], shares, way,
+        )  # fmt: skip
+    return found
+
+
+def with_tuned(profile: Profile, tuned: Tuned) -> Profile:
+    """A profile with a trial's outcome in it; an older one of the same run gives way."""
+    others = []
+    for one in profile.tuned:
+        try:
+            if not tuned.replaces(Tuned.from_json(one)):
+                others.append(one)
+        except ValueError:
+            # of a later version, or damaged: not ours to judge
+            others.append(one)
+    return replace(profile, tuned=[*others, tuned.to_json()])
+
+
+def shared_row(
+    trial: Trial, rows: Sequence[Row], choice: Choice, videos: Sequence[torch.Tensor | None]
+) -> dict:
+    """The trial as plain data: no prompt, no path, no picture."""
+    first = next(
+        (one for part in trial.parts for one in [trial.whole.outcomes.get(part)] if one), None
+    )
+    shown = next((video for video in videos if video is not None), None)
+    solved = [
+        attachment.solved
+        for one in trial.candidates
+        for attachment in one.attachments().values()
+        if attachment.solved is not None and attachment.solved.run is not None
+    ]
+    run = solved[0].run if solved else None
+    return {
+        "format": FORMAT,
+        "models": [
+            {"class": trial.classes[part], **trial.fingerprints[part].to_json()}
+            for part in trial.parts
+        ],
+        "run": {
+            "pixels": None if shown is None else list(shown.shape[:3]),
+            "grid": run and [run.grid.frames, run.grid.height, run.grid.width],
+            "steps": trial.whole.steps_done,
+            "sampler": first and first.sampler,
+            "guidance": first and first.guidance,
+            "prompts": run and run.prompts,
+            "shift": run and run.shift,
+            "start_image": run and run.starts_given,
+        },
+        "device": _plain((first and first.device) or "cpu"),
+        "versions": {
+            "wantrim": pack_version(),
+            "comfyui": _plain(comfyui_version()),
+            "torch": _plain(torch.__version__),
+        },
+        "wanted": trial.wanted,
+        "best": None if choice.best is None else rows[choice.best].name,
+        "rows": [row_json(row) for row in rows],
+    }
+
+
+def _plain(text: str) -> str:
+    """A name of somebody else's, short and without what a path has."""
+    return " ".join(text.replace("/", " ").replace("\\", " ").split())[:80]

@@ -1,0 +1,303 @@
+"""A trial on the artist's own model: candidates of one seed, and the verdict that keeps the best."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+
+import folder_paths
+from comfy_api.latest import io, ui
+from comfy_execution.graph import ExecutionBlocker
+
+from ..hosts.comfyui.candidates import ALL, ALONE, FEW, make_trial
+from ..hosts.comfyui.live import running_prompt
+from ..hosts.comfyui.outcome import rows_of, shared_row, tuned_of, with_tuned
+from ..hosts.comfyui.trial import Trial
+from ..hosts.comfyui.variants import check_variant
+from ..methods.profile import Profile, load_profile
+from ..report.verdict import choose, clip_of_all, draw_verdict, headline, verdict_text
+from ..solve.dial import HIGH, LOW, MAX_SPEEDUP
+from ..solve.tuned import Tuned
+from .files import SUFFIX, plain_name
+from .profile import FOLDER
+
+CATEGORY = "model/patch/wan"
+NAME, VERDICT = "WanTrim Candidates", "WanTrim Verdict"
+MAX_STEPS = 1000
+
+TrialSocket = io.Custom("WANTRIM_TRIAL")
+
+
+class WanTrimCandidates(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="WanTrimCandidates",
+            display_name=NAME,
+            category=CATEGORY,
+            description=(
+                "Tries on your own model what is best for you: ComfyUI samples and decodes one seed "
+                "once for each candidate (the whole model, WanTrim at your speed-up and its "
+                "neighbours, EasyCache and fewer steps at the same cost), and WanTrim Verdict "
+                "compares them. A cancelled trial goes on where it was when you queue it again. "
+                "Place it after the LoRAs and before ModelSamplingSD3."
+            ),
+            search_aliases=["benchmark", "EasyCache", "tune", "wan speed", "compare settings"],
+            not_idempotent=True,
+            inputs=[
+                io.Model.Input("model", tooltip="A Wan 2.1 or 2.2 model, after its LoRAs."),
+                io.Float.Input(
+                    "speedup",
+                    default=1.5,
+                    min=1.05,
+                    max=MAX_SPEEDUP,
+                    step=0.05,
+                    round=0.01,
+                    display_mode=io.NumberDisplay.slider,
+                    tooltip="How much less the candidates should compute.",
+                ),
+                io.Int.Input(
+                    "steps",
+                    default=20,
+                    min=2,
+                    max=MAX_STEPS,
+                    tooltip=(
+                        "Steps of the whole run, both experts together. Connect the output 'steps' "
+                        "to the sampler or scheduler, so that fewer steps can be tried too."
+                    ),
+                ),
+                io.Combo.Input(
+                    "candidates",
+                    options=[ALL, FEW],
+                    default=ALL,
+                    tooltip=(
+                        "'few': whole, WanTrim, EasyCache, fewer steps. 'all': also WanTrim solved "
+                        "by the whole run, without context, and for a little less and a little more."
+                    ),
+                ),
+                io.Model.Input(
+                    "model_low_noise",
+                    optional=True,
+                    tooltip="Wan 2.2: the low noise expert; 'model' is the high noise one.",
+                ),
+                io.Int.Input(
+                    "change_at",
+                    default=0,
+                    min=0,
+                    max=MAX_STEPS,
+                    optional=True,
+                    advanced=True,
+                    tooltip=(
+                        "Wan 2.2: the first step of the low noise expert in the whole run. 0 is half "
+                        "way."
+                    ),
+                ),
+            ],
+            outputs=[
+                io.Model.Output(
+                    "model_out",
+                    display_name="model",
+                    is_output_list=True,
+                    tooltip="The candidates, one after the other; with two experts the high noise one's.",
+                ),
+                io.Model.Output(
+                    "low_noise",
+                    display_name="low_noise",
+                    is_output_list=True,
+                    tooltip="The candidates of the low noise expert.",
+                ),
+                io.Int.Output(
+                    "steps_out",
+                    display_name="steps",
+                    is_output_list=True,
+                    tooltip="Steps of each candidate, for the sampler or scheduler.",
+                ),
+                io.Int.Output(
+                    "change_at_out",
+                    display_name="change_at",
+                    is_output_list=True,
+                    tooltip=(
+                        "Wan 2.2: for 'end_at_step' of the first sampler and 'start_at_step' of the "
+                        "second."
+                    ),
+                ),
+                TrialSocket.Output("trial", display_name="trial", tooltip="For WanTrim Verdict."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        speedup: float,
+        steps: int,
+        candidates: str,
+        model_low_noise=None,
+        change_at: int = 0,
+    ) -> io.NodeOutput:
+        models = {ALONE: model} if model_low_noise is None else {HIGH: model, LOW: model_low_noise}
+        for one in models.values():
+            check_variant(one, NAME)
+        _check(speedup, steps, candidates, change_at)
+        if len({id(one.model) for one in models.values()}) < len(models):
+            raise ValueError(
+                f"{NAME}: 'model' and 'model_low_noise' are the same model. Connect the two experts "
+                "of Wan 2.2, or leave 'model_low_noise' open."
+            )
+        trial = make_trial(models, speedup, steps, change_at, candidates)
+        first = [one.models[trial.parts[0]] for one in trial.candidates]
+        if len(models) == 1:
+            missing = f"{NAME}: 'low_noise' has no candidates: connect 'model_low_noise'"
+            last = [ExecutionBlocker(missing)]
+        else:
+            last = [one.models[LOW] for one in trial.candidates]
+        counts = [one.steps for one in trial.candidates]
+        return io.NodeOutput(
+            first, last, counts, [one.change_at for one in trial.candidates], trial
+        )
+
+
+def _check(speedup: float, steps: int, candidates: str, change_at: int) -> None:
+    # a linked value passes by what ComfyUI checks
+    if not 1.05 <= speedup <= MAX_SPEEDUP:
+        raise ValueError(f"{NAME}: speedup: expected 1.05 to {MAX_SPEEDUP:g}, got {speedup}")
+    if not 2 <= steps <= MAX_STEPS:
+        raise ValueError(f"{NAME}: steps: expected 2 to {MAX_STEPS}, got {steps}")
+    if not 0 <= change_at < steps:
+        raise ValueError(f"{NAME}: change_at: expected 0 to {steps - 1}, got {change_at}")
+    if candidates not in (ALL, FEW):
+        raise ValueError(f"{NAME}: candidates: expected {ALL} or {FEW}, got {candidates!r:.60}")
+
+
+class WanTrimVerdict(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="WanTrimVerdict",
+            display_name=VERDICT,
+            category=CATEGORY,
+            description=(
+                "Compares the candidates' videos with the whole one's: seconds, work, PSNR, SSIM, "
+                "motion and flicker; which is best and by how much; all of them side by side. Keeps "
+                "the best in a profile, for WanTrim to go by, and gives a row to share."
+            ),
+            search_aliases=["benchmark", "which is best", "tune", "quality check"],
+            is_output_node=True,
+            is_input_list=True,
+            # what the runs took is not a function of the inputs
+            not_idempotent=True,
+            inputs=[
+                TrialSocket.Input("trial", tooltip="From WanTrim Candidates."),
+                io.Image.Input(
+                    "images", tooltip="The decoded videos: VAE Decode of the candidates' sampler."
+                ),
+                io.String.Input(
+                    "filename",
+                    default="",
+                    tooltip=(
+                        "Name of a profile in models/wantrim/profiles to keep the outcome in; it is "
+                        "added to what is there. Empty keeps nothing. Of two experts each gets a "
+                        "file of its own."
+                    ),
+                ),
+            ],
+            outputs=[
+                io.String.Output("text", display_name="text", tooltip="The verdict as a table."),
+                io.Image.Output(
+                    "side_by_side",
+                    display_name="side_by_side",
+                    tooltip="The clip of all candidates, each under its name.",
+                ),
+                io.Image.Output(
+                    "picture", display_name="picture", tooltip="Frames of all with their figures."
+                ),
+                io.String.Output(
+                    "json",
+                    display_name="json",
+                    tooltip="The row to share: figures only, no prompt, no path, no picture.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, filename: list | str | None = None) -> bool | str:
+        # a node that takes lists is asked with lists; None comes over a link
+        for name in filename if isinstance(filename, list) else [filename]:
+            if isinstance(name, str) and name.strip():
+                try:
+                    plain_name(VERDICT, name, "my_wan")
+                except ValueError as error:
+                    return str(error)
+        return True
+
+    @classmethod
+    def execute(cls, trial: list, images: list, filename: list) -> io.NodeOutput:
+        held: Trial = trial[0]
+        name = filename[0]
+        videos = _videos(held, images)
+        rows = rows_of(held, videos, running_prompt())
+        whole = held.whole.steps_done or held.whole.steps
+        choice = choose(rows, held.wanted, whole)
+        notes = [*held.notes]
+        if len(images) < len(videos):
+            notes.append(f"{len(images)} videos came for {len(videos)} candidates: taken in order")
+        kept = _keep(held, tuned_of(held, rows, choice), name) if name.strip() else ""
+        warmed = sum(one.warmed for one in held.whole.outcomes.values())
+        text = verdict_text(rows, choice, held.wanted, notes, warmed)
+        text = f"{text}\n{kept}" if kept else text
+        # what is damaged is not drawn
+        shown = [None if video is None or video.ndim != 4 else video for video in videos]
+        drawn = draw_verdict(rows, shown, choice, headline(rows, choice, held.wanted))
+        picture = torch.from_numpy(np.asarray(drawn, np.float32) / 255)[None]
+        figures = json.dumps(shared_row(held, rows, choice, videos), indent=1)
+        held.let_go()
+        preview = {**ui.PreviewImage(picture, cls=cls).as_dict(), "text": (text,)}
+        return io.NodeOutput(text, clip_of_all(rows, shown), picture, figures, ui=preview)
+
+
+def _videos(trial: Trial, images: list) -> list[torch.Tensor | None]:
+    """A video or None for each candidate; one that failed has a blank one, which is left out."""
+    if len(images) > len(trial.candidates):
+        raise ValueError(
+            f"{VERDICT}: images: {len(images)} videos came for {len(trial.candidates)} candidates. "
+            "Connect the VAE Decode behind the sampler that uses this trial's models, and no other."
+        )
+    videos = [image[..., :3].cpu().float() for image in images]
+    videos += [None] * (len(trial.candidates) - len(videos))
+    return [
+        None if one.failed is not None else video
+        for one, video in zip(trial.candidates, videos, strict=True)
+    ]
+
+
+def _keep(trial: Trial, found: dict[str, Tuned] | str, filename: str) -> str:
+    """Keep a trial's outcome in the profiles of its models; in words what was done."""
+    if isinstance(found, str):
+        return f"Nothing was kept: {found}."
+    name = plain_name(VERDICT, filename, "my_wan")
+    folder, kept = Path(folder_paths.get_folder_paths(FOLDER)[0]), []
+    for part, tuned in found.items():
+        path = folder / f"{name if len(found) == 1 else f'{name}_{part}_noise'}{SUFFIX}"
+        try:
+            profile = Profile.empty(trial.fingerprints[part])
+            if path.is_file():
+                present = load_profile(path)
+                reason = present.model.differs(profile.model)
+                if reason is not None:
+                    return f"Nothing was kept: {path.name} is of another model: {reason}."
+                profile = present
+            with_tuned(profile, tuned).save(path)
+        except (ValueError, OSError, SafetensorError) as error:
+            return f"Nothing was kept: {path.name} cannot be added to ({error})."
+        kept.append(path.name)
+    return (
+        f"Kept in {' and '.join(kept)}: load it with WanTrim Load Profile and connect it to WanTrim, "
+        "which then goes by it in runs like this one."
+    )
+
+
+NODES = [WanTrimCandidates, WanTrimVerdict]

@@ -1,0 +1,148 @@
+"""What a trial on somebody's own model found, for the dial to go by (ours).
+
+A trial samples one seed whole and under several settings. Of the whole run the change of the
+velocity from step to step is known, for that model, prompt and size. What an error is worth later
+on, and what a part of the tokens leaves of it, one whole run does not tell: these stay those of the
+curves that ship.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from .curves import Curves
+
+# tokens of two runs of one resolution class: within this factor
+SAME_SIZE = 1.5
+# sigmas of two runs of one schedule
+SAME_SIGMA = 0.05
+MOST_STEPS = 1000
+
+
+@dataclass(frozen=True)
+class Travel:
+    """How far a model's velocity went in a whole run.
+
+    Args:
+        sigmas: falling, one for each step.
+        travel: root mean square change of the velocity along the way from the first sigma.
+    """
+
+    sigmas: tuple[float, ...]
+    travel: tuple[float, ...]
+
+    def on(self, curves: Curves) -> Curves:
+        """`curves` with this travel in place of theirs."""
+        amplified = tuple(float(value) for value in curves.amplified_at(self.sigmas))
+        return replace(curves, sigmas=self.sigmas, travel=self.travel, amplified=amplified)
+
+    def joined(self, later: Travel) -> Travel:
+        """This expert's, and behind it the other's; nothing is repeated from one to the other."""
+        whole = (*self.travel, *(self.travel[-1] + value for value in later.travel))
+        return Travel((*self.sigmas, *later.sigmas), whole)
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """The outcome of one trial, for one model.
+
+    Args:
+        sigmas: of the model's own steps, the last included.
+        prompts: 2 with guidance, 1 without.
+        starts_given: whether the first latent frame is given.
+        tokens: of the video.
+        speedup: that was asked for.
+        chosen: what won, in words.
+        shares: of the plan that won, one for each step; None when what won is not a plan of ours.
+        travel: of the whole run.
+    """
+
+    sigmas: tuple[float, ...]
+    prompts: int
+    starts_given: bool
+    tokens: int
+    speedup: float
+    chosen: str
+    shares: tuple[float, ...] | None
+    travel: Travel
+
+    @property
+    def partial(self) -> bool:
+        return any(0.0 < share < 1.0 for share in self.shares or ())
+
+    def resembles(
+        self, sigmas: Sequence[float], prompts: int, starts_given: bool, tokens: int
+    ) -> bool:
+        """Whether another run is of this one's steps, guidance, task and resolution class."""
+        return (
+            len(sigmas) == len(self.sigmas)
+            and (prompts, starts_given) == (self.prompts, self.starts_given)
+            and abs(math.log(tokens / self.tokens)) <= math.log(SAME_SIZE) + 1e-9
+            and all(abs(a - b) <= SAME_SIGMA for a, b in zip(sigmas, self.sigmas, strict=True))
+        )
+
+    def replaces(self, other: Tuned) -> bool:
+        """Whether this trial is a newer one of the same run."""
+        return self.resembles(other.sigmas, other.prompts, other.starts_given, other.tokens)
+
+    def to_json(self) -> dict:
+        return {
+            "sigmas": list(self.sigmas),
+            "prompts": self.prompts,
+            "starts_given": self.starts_given,
+            "tokens": self.tokens,
+            "speedup": self.speedup,
+            "chosen": self.chosen,
+            "shares": None if self.shares is None else list(self.shares),
+            "travel": {"sigmas": list(self.travel.sigmas), "travel": list(self.travel.travel)},
+        }
+
+    @classmethod
+    def from_json(cls, data: object) -> Tuned:
+        """Read what `to_json` wrote.
+
+        Raises:
+            ValueError: it is something else.
+        """
+        if not isinstance(data, dict) or not isinstance(data.get("travel"), dict):
+            raise ValueError(f"expected the outcome of a trial, got {data!r:.80}")
+        sigmas = _numbers(data, "sigmas", 1.0, at_least=2)
+        shares = data.get("shares")
+        if shares is not None and len(_numbers(data, "shares", 1.0)) != len(sigmas) - 1:
+            raise ValueError(f"expected a share for each of {len(sigmas) - 1} steps")
+        way = Travel(
+            _numbers(data["travel"], "sigmas", 1.0, at_least=2),
+            _numbers(data["travel"], "travel", math.inf, at_least=2),
+        )
+        if len(way.sigmas) != len(way.travel) or not _falls(way.sigmas) or not _falls(sigmas):
+            raise ValueError("expected sigmas that fall, and as many values of travel")
+        if not _falls([-value for value in way.travel], strictly=False):
+            raise ValueError("expected travel that rises")
+        counts = (data.get("prompts"), data.get("tokens"))
+        if not all(type(count) is int and 0 < count < 1 << 31 for count in counts):
+            raise ValueError(f"expected numbers of prompts and tokens, got {counts!r:.80}")
+        [speedup] = _numbers({"speedup": [data.get("speedup")]}, "speedup", 1e3)
+        chosen, given = data.get("chosen"), data.get("starts_given")
+        if not isinstance(chosen, str) or len(chosen) > 200 or type(given) is not bool:
+            raise ValueError(f"expected what won in words, got {chosen!r:.80}")
+        if speedup < 1.0:
+            raise ValueError(f"speedup: expected 1 or more, got {speedup}")
+        shares = None if shares is None else _numbers(data, "shares", 1.0)
+        return cls(sigmas, counts[0], given, counts[1], speedup, chosen, shares, way)
+
+
+def _numbers(data: dict, name: str, most: float, at_least: int = 1) -> tuple[float, ...]:
+    values = data.get(name)
+    good = isinstance(values, list) and at_least <= len(values) <= MOST_STEPS
+    # no NaN either
+    if not good or not all(
+        type(value) in (int, float) and 0.0 <= value <= min(most, 1e30) for value in values
+    ):
+        raise ValueError(f"{name}: expected {at_least} or more finite numbers, got {values!r:.80}")
+    return tuple(float(value) for value in values)
+
+
+def _falls(values: Sequence[float], strictly: bool = True) -> bool:
+    return all(a > b or (not strictly and a == b) for a, b in zip(values, values[1:], strict=False))

@@ -1,0 +1,421 @@
+"""WanTrim Candidates and WanTrim Verdict on a tiny Wan: rows, accidents, what is kept."""
+
+import json
+
+import pytest
+import torch
+
+import comfy.model_management
+import comfy.sd
+import folder_paths
+from comfy.patcher_extension import WrappersMP
+from comfy_execution.graph import ExecutionBlocker
+from comfy_execution.utils import CurrentNodeContext
+from comfy_extras.nodes_easycache import EasyCacheNode
+from wantrim.benchmarks.rows import check_row
+from wantrim.hosts.comfyui import candidates as candidates_module
+from wantrim.hosts.comfyui.attachment import attachment_of
+from wantrim.hosts.comfyui.profiling import model_fingerprint
+from wantrim.hosts.comfyui.trial import place_of
+from wantrim.methods.fingerprint import Fingerprint
+from wantrim.methods.profile import Profile, load_profile
+from wantrim.nodes.profile import FOLDER
+from wantrim.nodes.tuned import WanTrimCandidates, WanTrimVerdict
+from wantrim.nodes.wantrim import WanTrim, WanTrimPair
+from wantrim.profiles.recorder import ProfileFile
+from wantrim.tests.comfyui import tiny
+
+STEPS, SPEEDUP = 8, 1.6
+NAMES = ["whole", "plan", "own", "repeats", "less", "more", "easycache", "steps"]
+
+
+def candidates(which="all", model=None, steps=STEPS, **options):
+    model = tiny.base_model() if model is None else model
+    made = WanTrimCandidates.execute(model, SPEEDUP, steps, which, **options).result
+    return made[0], made[2], made[4]
+
+
+def picture_of(latent: torch.Tensor) -> torch.Tensor:
+    """A video of a latent [1, c, f, h, w], good enough to be compared."""
+    small = latent[0, :3].movedim(0, -1).float()
+    return small.repeat_interleave(2, 1).repeat_interleave(2, 2).sigmoid()
+
+
+def sampled(model, steps=STEPS, **options) -> torch.Tensor:
+    return picture_of(tiny.ksampler(model, steps=steps, **options))
+
+
+def decoded(models, steps, **options) -> list[torch.Tensor]:
+    return [sampled(m, count, **options) for m, count in zip(models, steps, strict=True)]
+
+
+def verdict(trial, images, filename=""):
+    text, clip, picture, figures = WanTrimVerdict.execute([trial], images, [filename]).result
+    assert picture.shape[0] == 1 and picture.shape[2:] == (960, 3)
+    return text, check_row(json.loads(figures)), clip
+
+
+def by_name(row: dict) -> dict[str, dict]:
+    return {one["name"]: one for one in row["rows"]}
+
+
+def winning(videos: list, name: str, names=NAMES) -> list:
+    """The videos, with one that is very near to the whole one."""
+    videos = list(videos)
+    videos[names.index(name)] = videos[0] + 1e-4
+    return videos
+
+
+@pytest.fixture(scope="module")
+def done():
+    """A finished trial with its videos."""
+    with torch.inference_mode():
+        models, steps, trial = candidates()
+        return models, steps, trial, decoded(models, steps)
+
+
+@pytest.fixture
+def profiles(tmp_path, monkeypatch):
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, FOLDER, ([str(tmp_path)], {""}))
+    return tmp_path
+
+
+def test_every_candidate_is_sampled_as_what_it_says(done):
+    models, steps, trial, videos = done
+    text, row, clip = verdict(trial, videos)
+    rows = by_name(row)
+    assert list(rows) == NAMES and steps == [STEPS] * 7 + [5]
+    assert torch.equal(videos[0], sampled(tiny.base_model()))
+    assert rows["whole"]["work"] == 1 and rows["whole"]["psnr_db"] is None
+    assert all(one["seconds"] > 0 and one["failed"] is None for one in rows.values())
+    for name in ("plan", "own", "repeats"):
+        assert rows[name]["work"] == pytest.approx(1 / SPEEDUP, abs=0.07), name
+    assert rows["less"]["work"] > rows["plan"]["work"] > rows["more"]["work"]
+    assert rows["steps"]["work"] == 5 / 8 and rows["steps"]["label"] == "5 steps"
+    repeats = attachment_of(models[3]).record
+    assert {step.kept_share for step in repeats.steps} == {0.0, 1.0}
+    assert clip.shape[0] == len(videos[0]) and clip.shape[-1] == 3
+    assert text.startswith("Best at 1.6x: ") and row["best"] in NAMES[1:]
+    # the node itself makes the same video
+    alone = WanTrim.execute(tiny.base_model(), SPEEDUP, "draft", 1, 0).result[0]
+    assert torch.equal(videos[1], sampled(alone))
+
+
+def test_easycache_is_the_hosts_own_at_a_threshold_of_the_whole_run(done):
+    models, _, trial, videos = done
+    found = trial.candidates[NAMES.index("easycache")].outcomes["this"]
+    assert found.left_out == 3
+    plain = EasyCacheNode.execute(tiny.base_model(), found.threshold, 0.15, 0.95, False).result[0]
+    assert torch.equal(videos[6], sampled(plain))
+    assert not torch.equal(videos[6], videos[0])
+    row = by_name(verdict(trial, videos)[1])["easycache"]
+    assert row["work"] == 5 / 8 and "(3 of 8 left out)" in row["label"]
+
+
+def test_one_plan_is_solved_by_the_whole_run(done):
+    models, _, trial, _ = done
+    way = attachment_of(models[2]).dial.travel
+    assert way.sigmas == pytest.approx(trial.whole.outcomes["this"].sigmas[:-1])
+    assert way.travel[0] == 0 and list(way.travel) == sorted(set(way.travel))
+    assert attachment_of(models[1]).dial.travel is None
+
+
+def test_best_is_nearest_to_the_whole_one_of_those_that_save_enough(done):
+    _, _, trial, videos = done
+    _, row, _ = verdict(trial, videos)
+    plan = by_name(row)["plan"]["work"]
+    able = [one for one in row["rows"][1:] if one["work"] <= max(1 / SPEEDUP, plan) + 0.02]
+    assert "less" not in {one["name"] for one in able}
+    assert row["best"] == max(able, key=lambda one: one["psnr_db"])["name"]
+    # a video that is far better is chosen, but not one that saves too little
+    for name, chosen in (("steps", "steps"), ("less", row["best"])):
+        assert verdict(trial, winning(videos, name))[1]["best"] == chosen
+
+
+def test_row_to_share_says_nothing_private(done):
+    _, _, trial, videos = done
+    row = verdict(trial, videos)[1]
+    run = row["run"]
+    assert (run["steps"], run["sampler"], run["guidance"]) == (STEPS, "euler", 5)
+    assert run["grid"] == [3, 4, 5] and run["prompts"] == 2 and not run["start_image"]
+    assert row["models"][0]["class"] == "WanModel" and row["models"][0]["num_blocks"] == tiny.LAYERS
+    assert row["device"] == "cpu" and row["versions"]["wantrim"] == "0.1.0"
+    said = json.dumps(row).replace("wantrim_trial/1", "")
+    assert "/" not in said and "\\" not in said
+
+
+def test_what_was_not_sampled_now_is_cached_and_keeps_its_seconds():
+    models, steps, trial = candidates("few")
+    with CurrentNodeContext("first", "1", 0):
+        videos = decoded(models, steps)
+    with CurrentNodeContext("second", "1", 0):
+        # another seed at the last candidate: it alone is sampled again
+        videos[3] = sampled(models[3], steps[3], seed=8)
+        text, row, _ = verdict(trial, videos)
+    cached = {name: one["cached"] for name, one in by_name(row).items()}
+    assert cached == {"whole": True, "plan": True, "easycache": True, "steps": False}
+    assert all(one["seconds"] > 0 for one in row["rows"])
+    assert text.count("  *\n") == 3 and "* cached: sampled in an earlier run" in text
+
+
+class Trouble:
+    """Raises when a MODEL is called for the n-th time, and counts the calls."""
+
+    def __init__(self, model, error=None, at=3):
+        self.error, self.at, self.calls = error, at, 0
+        model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "trouble", self)
+
+    def __call__(self, executor, *args, **kwargs):
+        self.calls += 1
+        if self.error is not None and self.calls == self.at:
+            raise self.error
+        return executor(*args, **kwargs)
+
+
+def test_cancelled_trial_goes_on_where_it_was():
+    models, steps, trial = candidates("few")
+    # the third is cancelled in its third step
+    seen = [Trouble(model) for model in models]
+    seen[2].error = comfy.model_management.InterruptProcessingException()
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        decoded(models, steps)
+    assert place_of(models[2]).candidate.outcomes == {}
+    before = [one.calls for one in seen]
+    assert before == [8, 8, 3, 0]
+    videos = decoded(models, steps)
+    assert [one.calls for one in seen[:2]] == before[:2]
+    assert [one.calls for one in seen[2:]] == [3 + 8, 5]
+    row = verdict(trial, videos)[1]
+    assert all(one["seconds"] > 0 and one["psnr_db"] != 0 for one in row["rows"])
+    fresh, counts, _ = candidates("few")
+    assert all(torch.equal(a, b) for a, b in zip(videos, decoded(fresh, counts), strict=True))
+    # once it has been judged nothing is taken from before
+    decoded(models[:1], steps[:1])
+    assert seen[0].calls == 16
+
+
+@pytest.mark.parametrize("change", [{"seed": 8}, {"cfg": 4.0}, {"sampler": "heun"}])
+def test_what_is_taken_from_before_a_cancel_is_the_same_run(change):
+    models, steps, _ = candidates("few")
+    before = sampled(models[0], steps[0])
+    assert torch.equal(before, sampled(models[0], steps[0]))
+    again = sampled(models[0], steps[0], **change)
+    assert torch.equal(again, sampled(tiny.base_model(), steps[0], **change))
+    # a patch behind the candidates makes another MODEL
+    patched = models[0].clone()
+    seen = Trouble(patched)
+    sampled(patched, steps[0], **change)
+    assert seen.calls > 0
+
+
+def out_of_memory():
+    return comfy.model_management.OOM_EXCEPTION("CUDA out of memory")
+
+
+def test_candidate_out_of_memory_is_a_row_and_the_others_go_on():
+    models, steps, trial = candidates("few")
+    Trouble(models[1], out_of_memory())
+    videos = decoded(models, steps)
+    text, row, _ = verdict(trial, videos)
+    rows = by_name(row)
+    assert rows["plan"]["failed"] == "out of memory while sampling"
+    assert rows["plan"]["psnr_db"] is None and rows["plan"]["seconds"] is None
+    assert rows["steps"]["failed"] is None and row["best"] in ("steps", "easycache")
+    assert "out of memory while sampling" in text
+    # any other error is the sampler's
+    models, steps, _ = candidates("few")
+    Trouble(models[0], RuntimeError("broken"))
+    with pytest.raises(RuntimeError, match="broken"):
+        sampled(models[0])
+
+
+def test_without_the_whole_run_nothing_is_best_and_it_is_said():
+    models, steps, trial = candidates("all")
+    Trouble(models[0], out_of_memory())
+    text, row, _ = verdict(trial, decoded(models, steps))
+    assert row["best"] is None
+    assert text.startswith("No best one: the whole run has no video (out of memory while sampling)")
+    assert "the whole run was not seen: EasyCache ran at 0.2" in text
+    assert "so the curves that ship were used" in text
+
+
+def test_videos_that_cannot_be_compared_are_rows_that_say_so(done):
+    _, _, trial, videos = done
+    odd = list(videos)
+    odd[1] = odd[1][:2]
+    odd[2] = odd[2][:, :, :14]
+    odd[3] = odd[3] * float("nan")
+    text, row, clip = verdict(trial, odd[:7])
+    rows = by_name(row)
+    assert (
+        rows["plan"]["failed"] == "the video is 2 frames of 20x16, the whole one 3 frames of 20x16"
+    )
+    assert "14x16" in rows["own"]["failed"] and "no numbers" in rows["repeats"]["failed"]
+    assert rows["steps"]["failed"] == "no video came"
+    assert "7 videos came for 8 candidates" in text
+    assert row["best"] in ("more", "easycache") and clip.isfinite().all()
+    with pytest.raises(ValueError, match="WanTrim Verdict: images: 9 videos came for 8"):
+        verdict(trial, [*videos, videos[0]])
+
+
+def test_steps_that_are_not_connected_are_said():
+    models, _, trial = candidates("few")
+    text, row, _ = verdict(trial, decoded(models, [STEPS] * 4))
+    assert by_name(row)["steps"]["failed"] == "8 steps were sampled instead of 5"
+    assert "connect the output 'steps' to the sampler" in text
+
+
+def test_never_sampled_candidates_have_no_seconds(done):
+    _, _, _, videos = done
+    _, _, trial = candidates("few")
+    text, row, _ = verdict(trial, videos[:4])
+    assert all(one["seconds"] is None and one["work"] is None for one in row["rows"])
+    assert row["best"] is None and "it was never sampled" in text
+
+
+def test_without_easycache_it_is_left_out_and_said(monkeypatch):
+    monkeypatch.setattr(candidates_module, "easycache_node", lambda: None)
+    _, counts, trial = candidates("few", steps=2)
+    assert [one.name for one in trial.candidates] == ["whole", "plan", "steps"]
+    assert any("no EasyCache" in note for note in trial.notes) and counts == [2, 2, 1]
+
+
+def load(path) -> ProfileFile:
+    return ProfileFile(load_profile(path))
+
+
+def test_the_tuned_dial_reproduces_the_chosen_row(done, profiles):
+    _, _, trial, videos = done
+    text, row, _ = verdict(trial, winning(videos, "repeats"), "mine")
+    assert row["best"] == "repeats" and "Kept in mine.safetensors" in text
+    kept = load(profiles / "mine.safetensors")
+    assert (profiles / "mine.safetensors").stat().st_size < 1 << 20
+
+    def dial(speedup=SPEEDUP, first=1):
+        model = tiny.base_model()
+        return WanTrim.execute(model, speedup, "draft", first, 0, "auto", kept).result[0]
+
+    same = dial()
+    assert torch.equal(sampled(same), videos[3])
+    assert (
+        "the plan that your trial chose (WanTrim 1.6x, steps" in attachment_of(same).record.planned
+    )
+    # another wish is solved by the whole run
+    other, untuned = dial(2.0), WanTrim.execute(tiny.base_model(), 2.0, "draft", 1, 0).result[0]
+    for model in (other, untuned):
+        sampled(model)
+    assert "solved by the whole run of your trial" in attachment_of(other).record.planned
+    assert attachment_of(other).solved.run == attachment_of(untuned).solved.run
+    # steps that have to be whole come before what won
+    guarded = dial(first=3)
+    sampled(guarded)
+    assert attachment_of(guarded).solved.plan.shares.shares[:3] == (1, 1, 1)
+    # another number of steps is another run
+    sampled(other, steps=6)
+    assert any("no trial of a run like this one" in n for n in attachment_of(other).record.notes)
+
+
+def test_a_winner_that_is_not_ours_is_said(done, profiles):
+    _, _, trial, videos = done
+    verdict(trial, winning(videos, "easycache"), "mine")
+    model = WanTrim.execute(
+        tiny.base_model(), SPEEDUP, "draft", 1, 0, "auto", load(profiles / "mine.safetensors")
+    ).result[0]
+    sampled(model)
+    [note] = [
+        n for n in attachment_of(model).record.notes if "your trial at 1.6x chose EasyCache" in n
+    ]
+    assert "cannot do" in note
+
+
+def test_outcome_is_merged_into_the_profile_of_the_model(done, profiles):
+    _, _, trial, videos = done
+    path = profiles / "mine.safetensors"
+    model = model_fingerprint(tiny.base_model().model.diffusion_model)
+    recorded = Profile.empty(model)
+    recorded.tensors["count"][3] = 7
+    recorded.runs.append({"id": "a run"})
+    recorded.save(path)
+    for name in ("repeats", "plan"):
+        verdict(trial, winning(videos, name), "mine")
+    kept = load_profile(path)
+    assert kept.calls == 7 and kept.runs == [{"id": "a run"}]
+    [one] = kept.tuned
+    assert one["chosen"] == "WanTrim 1.6x"
+    # a run of another number of steps stands beside it
+    models, steps, other = candidates("few", steps=6)
+    verdict(other, decoded(models, steps), "mine")
+    assert [len(one["sigmas"]) - 1 for one in load_profile(path).tuned] == [8, 6]
+    # and survives a recording that is merged
+    assert len(load_profile(path).merged(Profile.empty(model)).tuned) == 2
+
+
+def test_a_profile_of_another_model_or_a_damaged_one_stays_as_it_is(done, profiles):
+    _, _, trial, videos = done
+    path = profiles / "mine.safetensors"
+    Profile.empty(Fingerprint(96, 128, 5, 8, 16, 16)).save(path)
+    for before in (path.read_bytes(), b"junk"):
+        path.write_bytes(before)
+        text, row, _ = verdict(trial, videos, "mine")
+        assert "Nothing was kept: mine.safetensors" in text and row["best"] is not None
+        assert path.read_bytes() == before
+    assert "expected a plain name" in WanTrimVerdict.validate_inputs(filename="../mine")
+    for good in ("", ["mine"], [None], None):
+        assert WanTrimVerdict.validate_inputs(filename=good) is True
+    assert "expected a plain name" in WanTrimVerdict.validate_inputs(filename=["a/b"])
+
+
+def test_a_profile_without_trials_or_of_another_model_is_refused():
+    model = tiny.base_model()
+    fingerprint = model_fingerprint(model.model.diffusion_model)
+    broken = Profile(fingerprint, Profile.empty(fingerprint).tensors, tuned=[{"sigmas": [1]}])
+    for profile, says in (
+        (Profile.empty(fingerprint), "profile: no trial was kept in it"),
+        (
+            Profile.empty(Fingerprint(96, 128, 5, 8, 16, 16)),
+            "profile: it was recorded with another",
+        ),
+        (broken, "profile: what a trial kept in it cannot be read"),
+    ):
+        with pytest.raises(ValueError, match=f"WanTrim: {says}"):
+            WanTrim.execute(model, 1.5, "draft", 1, 0, "auto", ProfileFile(profile))
+
+
+@pytest.fixture(scope="module")
+def experts():
+    with torch.inference_mode():
+        weights, metadata = tiny.state_dict("t2v")
+        weights["blocks.0.modulation"] = -weights["blocks.0.modulation"]
+        other = comfy.sd.load_diffusion_model_state_dict(weights, metadata=metadata)
+        return tiny.base_model(), other
+
+
+def test_both_experts_make_one_trial_and_two_profiles(experts, profiles):
+    high, low = experts
+    made = WanTrimCandidates.execute(high, SPEEDUP, 6, "few", low, 2).result
+    trial, videos = made[4], []
+    assert made[2] == [6, 6, 6, 4] and made[3] == [2, 2, 2, 1]
+    for first, second, steps, change in zip(*made[:4], strict=True):
+        latent = tiny.ksampler_advanced(first, tiny.empty_latent(), 0, change, steps=steps)
+        latent = tiny.ksampler_advanced(second, latent, change, steps, steps=steps)
+        videos.append(picture_of(latent))
+    text, row, _ = verdict(trial, winning(videos, "plan", ["whole", "plan"]), "pair")
+    rows = by_name(row)
+    assert rows["whole"]["work"] == 1 and rows["steps"]["work"] == 4 / 6
+    assert rows["plan"]["work"] == pytest.approx(1 / SPEEDUP, abs=0.1)
+    assert row["run"]["steps"] == 6 and len(row["models"]) == 2
+    assert "pair_high_noise.safetensors and pair_low_noise.safetensors" in text
+    kept = [load(profiles / f"pair_{part}_noise.safetensors") for part in ("high", "low")]
+    tuned = WanTrimPair.execute(high, low, SPEEDUP, "draft", 1, 0, 0, "auto", *kept).result
+    latent = tiny.ksampler_advanced(tuned[0], tiny.empty_latent(), 0, 2, steps=6)
+    latent = tiny.ksampler_advanced(tuned[1], latent, 2, 6, steps=6)
+    assert torch.equal(picture_of(latent), videos[1])
+    # the two must not be mixed up
+    with pytest.raises(ValueError, match="WanTrim Pair: profile_high_noise: "):
+        WanTrimPair.execute(high, low, SPEEDUP, "draft", 1, 0, 0, "auto", *kept[::-1])
+
+
+def test_single_model_has_no_candidates_for_the_second_sampler(done):
+    made = WanTrimCandidates.execute(tiny.base_model(), SPEEDUP, STEPS, "few").result
+    [blocked] = made[1]
+    assert isinstance(blocked, ExecutionBlocker) and "model_low_noise" in blocked.message

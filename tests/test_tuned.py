@@ -1,0 +1,118 @@
+"""What trials found: kept as plain data, and gone by in runs that are like them."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from wantrim.methods.cost import WanShape
+from wantrim.methods.grid import TokenGrid
+from wantrim.solve.dial import Dial, Run, curves_of
+from wantrim.solve.tuned import Travel, Tuned
+
+SIGMAS = (1.0, 0.95, 0.88, 0.8, 0.7, 0.56, 0.36, 0.15, 0.0)
+RUN = Run(WanShape(96, 256, 6), TokenGrid(5, 6, 7), SIGMAS, 3.0)
+# nearly all of the change is in the last steps, where the curves that ship have little
+LATE = Travel(SIGMAS[:-1], (0.0, 0.1, 0.2, 0.3, 0.4, 3.0, 9.0, 20.0))
+SHARES = (1.0, 0.0, 1.0, 0.3, 0.0, 1.0, 0.5, 1.0)
+
+
+def trial(**changed) -> Tuned:
+    kept = {
+        "sigmas": SIGMAS, "prompts": 2, "starts_given": False, "tokens": 210, "speedup": 1.6,
+        "chosen": "WanTrim 1.6x", "shares": SHARES, "travel": LATE,
+    }  # fmt: skip
+    return Tuned(**{**kept, **changed})
+
+
+def test_what_is_kept_is_read_again():
+    for kept in (trial(), trial(shares=None, chosen="EasyCache at 0.2")):
+        assert Tuned.from_json(json.loads(json.dumps(kept.to_json()))) == kept
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        {"sigmas": [1.0, float("nan")]},
+        {"sigmas": [0.5, 1.0, 0.0]},
+        {"sigmas": "1, 0"},
+        {"shares": [1.0, 0.5]},
+        {"shares": [2.0] * 8},
+        {"tokens": True},
+        {"tokens": 0},
+        {"speedup": "1.6"},
+        {"speedup": 0.5},
+        {"chosen": 7},
+        {"starts_given": None},
+        {"travel": {"sigmas": [1.0, 0.5], "travel": [0.0]}},
+        {"travel": {"sigmas": [1.0, 0.5], "travel": [1.0, 0.5]}},
+        {"travel": {"sigmas": [1.0, 0.5], "travel": [0.0, math.inf]}},
+        {"travel": [1]},
+    ],
+)
+def test_damaged_outcomes_are_refused(harm):
+    with pytest.raises(ValueError, match="expected"):
+        Tuned.from_json({**trial().to_json(), **harm})
+
+
+def test_runs_that_are_alike():
+    facts = {"sigmas": SIGMAS, "prompts": 2, "starts_given": False, "tokens": 210}
+    assert trial().resembles(**facts)
+    near = tuple(max(0.0, sigma - 0.03) for sigma in SIGMAS)
+    for same in ({"tokens": 300}, {"tokens": 145}, {"sigmas": near}):
+        assert trial().resembles(**{**facts, **same}), same
+    far = tuple(max(0.0, sigma - 0.08) for sigma in SIGMAS)
+    for other in (
+        {"tokens": 330}, {"tokens": 130}, {"prompts": 1}, {"starts_given": True},
+        {"sigmas": SIGMAS[1:]}, {"sigmas": far},
+    ):  # fmt: skip
+        assert not trial().resembles(**{**facts, **other}), other
+
+
+def test_the_travel_takes_the_place_of_the_curves_own():
+    ship = curves_of(RUN)
+    own = LATE.on(ship)
+    assert own.travel_at(SIGMAS[:-1]) == pytest.approx(LATE.travel)
+    assert own.amplified_at(SIGMAS[:-1]) == pytest.approx(ship.amplified_at(SIGMAS[:-1]))
+    assert own.left == ship.left
+    both = Travel((1.0, 0.95), (0.0, 0.5)).joined(Travel((0.9, 0.6, 0.3), (0.0, 0.2, 0.9)))
+    assert both == Travel((1.0, 0.95, 0.9, 0.6, 0.3), (0.0, 0.5, 0.5, 0.7, 1.4))
+
+
+def test_a_like_run_at_the_same_wish_is_the_plan_that_won():
+    solved = Dial(1.6, tuned=(trial(prompts=1, shares=(1.0,) * 8), trial())).solve(RUN)
+    assert solved.plan.shares.shares == SHARES and "your trial chose (WanTrim 1.6x)" in solved.tuned
+    assert solved.reached == pytest.approx(RUN.speedup(solved.plan))
+
+
+def test_another_wish_is_solved_by_the_whole_run():
+    plain = Dial(2.0).solve(RUN).plan.shares.shares
+    late = Dial(2.0, travel=LATE).solve(RUN)
+    tuned = Dial(2.0, tuned=(trial(),)).solve(RUN)
+    assert tuned.plan == late.plan and late.tuned is None
+    assert "solved by the whole run of your trial" in tuned.tuned
+    assert np.mean(tuned.plan.shares.shares[5:]) > np.mean(plain[5:])
+    assert np.mean(tuned.plan.shares.shares[1:5]) < np.mean(plain[1:5])
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        # steps that have to be whole, a winner of another kind, no room for what it needs
+        (Dial(1.6, dense_first_steps=2, tuned=(trial(),)), RUN),
+        (Dial(1.6, tuned=(trial(shares=None),)), RUN),
+        (Dial(1.6, tuned=(trial(),)), Run(RUN.shape, RUN.grid, SIGMAS, 3.0, partial=False)),
+    ],
+)
+def test_what_won_is_not_forced(other):
+    dial, run = other
+    solved = dial.solve(run)
+    assert solved.plan.shares.shares != SHARES and "solved by the whole run" in solved.tuned
+    assert all(solved.plan.shares.shares[: dial.dense_first_steps])
+
+
+def test_a_run_unlike_any_trial_is_as_without():
+    dial = Dial(1.6, tuned=(trial(prompts=1),))
+    assert dial.trial_of(RUN) is None
+    assert dial.solve(RUN).plan == Dial(1.6).solve(RUN).plan and dial.solve(RUN).tuned is None
