@@ -8,9 +8,10 @@ from pathlib import Path
 
 from ..toy.worlds import FIRST, WORLDS, World
 from .calibration import calibration_table
-from .cases import DEFAULT, FAIR, METHODS, POINTS, STUDY_TARGET, TARGETS
+from .cases import DEFAULT, METHODS, POINTS, STUDY_TARGET, TARGETS
 from .concentration import concentration_table
-from .headline import TEMPLATES, fill_templates, headline_table, template_table
+from .headline import TEMPLATES, fill_templates, headline_table, met, template_table
+from .predicted import predicted_table
 from .table import RESULTS, TASKS, fixed, full_rows, psnr_of, read_rows, truth_of
 
 READMES = (Path(__file__).parent / "README.md", Path(__file__).parents[1] / "README.md")
@@ -43,7 +44,7 @@ def bench_table(rows: Sequence[dict[str, str]], task: str, steps: int) -> str:
         return "*No rows yet.*"
     best = {}
     for (_, target), r in mine.items():
-        if _met(r, target):
+        if met(r, target):
             best[target] = max(best.get(target, 0.0), float(r["psnr_db"]))
     heads = [f"{target:g}" for target in targets]
     heads += [f"motion at {STUDY_TARGET}", "colour / shape / direction"]
@@ -61,14 +62,10 @@ def bench_table(rows: Sequence[dict[str, str]], task: str, steps: int) -> str:
     return "\n".join(lines)
 
 
-def _met(row: dict[str, str], target: float) -> bool:
-    return abs(float(row["flops_ratio"]) - target) <= FAIR
-
-
 def _cell(row: dict[str, str] | None, target: float, best: dict[float, float]) -> str:
     if row is None:
         return ""
-    if not _met(row, target):
+    if not met(row, target):
         return f"{psnr_of(row)} at {fixed(row, 'flops_ratio')}"
     return f"**{psnr_of(row)}**" if float(row["psnr_hi"]) >= best[target] else psnr_of(row)
 
@@ -121,6 +118,7 @@ def tables(results: Path) -> dict[str, str]:
     points = [(task, steps) for task in TASKS for steps in ("20", "4")]
     made["headline"] = headline_table(rows, points)
     made |= {f"template {task} {n}": template_table(rows, task, n) for task, n in points}
+    made["predicted"] = predicted_table()
     made["calibration"] = calibration_table(read_rows(results / "calibration.csv"))
     made["concentration"] = concentration_table(read_rows(results / "concentration.csv"))
     made["speed"] = speed_table(read_rows(results / "speed.csv"))

@@ -158,8 +158,8 @@ def says(message: str, quote: str) -> bool:
     return quote in message
 
 
-def test_every_error_in_the_readme_is_the_codes(root):
-    table = rows(section((root / "README.md").read_text("utf-8"), "Troubleshooting"))
+def test_every_error_on_its_page_is_the_codes(root):
+    table = rows((root / "docs" / "troubleshooting.md").read_text("utf-8"))
     assert len(table) >= 15
     found = messages(root)
     for cells in table:
@@ -197,8 +197,55 @@ def test_every_pain_names_a_test_that_is_there(root):
     assert not missing
 
 
-def test_the_readme_links_to_the_pains(root):
-    assert "(docs/pains.md)" in (root / "README.md").read_text("utf-8")
+def test_the_first_page_is_short_and_begins_with_what_an_artist_needs(root):
+    page = (root / "README.md").read_text("utf-8")
+    assert len(page.split()) <= 2500
+    titles = re.findall(r"^## (.*)$", page, re.MULTILINE)
+    first = ["What it saves", "Your first trimmed video", "Which node when", "Five questions"]
+    assert titles[:5] == [*first, "Limits, plainly"]
+    saves, steps, questions = (section(page, first[at]) for at in (0, 1, 3))
+    # a figure is never read without what it is
+    assert saves.index("**Predicted, not measured**") < saves.index("<!-- table predicted -->")
+    assert saves.index("no promise about the 14B model") < saves.index("<!-- table headline -->")
+    assert len(re.findall(r"^\d\. \*\*", steps, re.MULTILINE)) == 3
+    assert "**To turn it off**" in steps
+    assert len(re.findall(r"^\*\*.*\?\*\*", questions, re.MULTILINE)) == 5
+
+
+def test_the_first_page_names_every_node_and_every_template(root):
+    told = section((root / "README.md").read_text("utf-8"), "Which node when")
+    for node in strings(root, "zh"):
+        words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", node).replace("Wan Trim", "WanTrim")
+        assert "Demo" in node or f"**{words}**" in told, f"{node} is not told of"
+    named = [name for cells in rows(told) for name in re.findall(r"`(wan[\w.]+)`", cells[0])]
+    assert sorted(named) == sorted(path.stem for path in (root / "workflows").glob("*.json"))
+
+
+def pages(root: Path) -> list[Path]:
+    return [*root.glob("*.md"), root / "benchmarks" / "README.md", *(root / "docs").glob("*.md")]
+
+
+def anchors(page: str) -> set[str]:
+    """Names that GitHub gives the titles of a page."""
+    titles = re.findall(r"^#+ (.*)$", page, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_every_link_of_the_pages_leads_somewhere(root):
+    linked, broken = set(), []
+    for page in pages(root):
+        for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text("utf-8")):
+            if re.match(r"\w+:", target):
+                continue
+            name, _, anchor = target.partition("#")
+            file = (page.parent / name).resolve() if name else page
+            linked.add(file)
+            there = file.exists()
+            if not there or anchor and anchor not in anchors(file.read_text("utf-8")):
+                broken.append(f"{page.relative_to(root)}: {target}")
+    assert not broken
+    alone = {file for file in (root / "docs").iterdir() if file.resolve() not in linked}
+    assert not alone, "no page links to these"
 
 
 def test_the_page_of_the_matrix_is_what_its_promises_give(root):

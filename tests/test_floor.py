@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from wantrim.benchmarks.predicted import predicted_table, step_seconds
 from wantrim.engine.plan import TrimPlan
 from wantrim.engine.program import KEPT, expected_programs
 from wantrim.engine.work import plan_work
@@ -79,6 +80,25 @@ def test_floors_are_those_published(name, pixels, device, seconds):
     shape, rates = WAN[name], device_rates(*RATES[device])
     grid = video_grid(shape, *pixels, 81)
     assert rates.seconds(one_step(shape, grid)) == pytest.approx(seconds, rel=0.005)
+
+
+def test_the_first_pages_predictions_are_floors_of_the_runs():
+    # two prompts cost twice the published floor of one; the default asks for 1.5
+    whole, mean = step_seconds("NVIDIA H200", "480p", 20, 2)
+    assert whole == pytest.approx(2 * 3.74, rel=0.005)
+    assert whole / mean == pytest.approx(1.5, rel=0.01)
+    # attention of 720p at its own rate, by the published FLOPs; what is copied comes on top
+    whole, mean = step_seconds("NVIDIA H200", "720p", 4, 1)
+    attention = 4 * 40 * 5120 * 75600 * (75600 + 512)
+    hand = attention / 339e12 + (6523.44e12 - attention) / 790e12
+    assert hand < whole < 1.05 * hand
+    assert whole / mean == pytest.approx(1.5, rel=0.01)
+    # without context one of four steps repeats
+    whole, mean = step_seconds("NVIDIA GeForce RTX 4090", "480p", 4, 1)
+    assert mean == pytest.approx(0.75 * whole, rel=1e-3)
+    assert f"| RTX 4090, 480p, no context | 22.2 → 14.4 s | {whole:.1f} → {mean:.1f} s |" in (
+        predicted_table()
+    )
 
 
 @pytest.fixture(scope="module")

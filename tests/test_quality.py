@@ -25,7 +25,7 @@ from wantrim.benchmarks.cases import (
     paper_plan_of,
     solve_plan,
 )
-from wantrim.benchmarks.headline import TEMPLATES, fill_templates
+from wantrim.benchmarks.headline import TEMPLATES, fill_templates, headline_table
 from wantrim.benchmarks.plots import draw
 from wantrim.benchmarks.subjects import toy_subject
 from wantrim.benchmarks.summary import READMES, bench_table, fill, tables
@@ -410,6 +410,26 @@ def test_the_readmes_tables_are_those_of_the_rows(readme):
     text = readme.read_text("utf-8")
     assert "<!-- table " in text
     assert fill(text, tables(RESULTS)) == text
+
+
+def test_the_first_pages_table_says_what_another_share_cost():
+    def row(method, psnr, flops, task="t2v", target="0.67"):
+        return {
+            "method": method, "task": task, "steps": "4", "target": target,
+            "psnr_db": psnr, "flops_ratio": flops,
+        }  # fmt: skip
+
+    rows = [
+        row("default", 20.04, 0.68), row("default", 9.0, 0.5, target="0.5"),
+        row("fewer_steps", 30.0, 0.75), row("fewer_steps", 31.0, 0.7, "i2v"),
+        row("paper", 99.0, 0.67), row("dense", 100.0, 1.0, target="1"),
+    ]  # fmt: skip
+    assert headline_table(rows, [("i2v", "4"), ("t2v", "4")]).splitlines() == [
+        "| PSNR in dB | image to video, 4 steps | text to video, 4 steps |",
+        "|---|---|---|",
+        "| dense, fewer steps | 31.0 | 30.0 at 0.75 |",
+        "| **WanTrim** (default) |  | 20.0 |",
+    ]
 
 
 def test_the_templates_tables_are_those_of_the_rows():

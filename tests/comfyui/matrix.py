@@ -347,7 +347,7 @@ def summary() -> str:
 
 
 def embedded() -> str:
-    """What the first page shows: models and neighbours, without the reasons."""
+    """What the suite ends with: models and neighbours, without the reasons."""
     kinds = _head(["model", *TRIMS.values()])
     kinds += [_row([k.title, *_told(k)]) for k in KINDS.values()]
     others = _head(["neighbour", *TRIMS.values()])
@@ -359,7 +359,7 @@ def fill(text: str) -> str:
     """A page with what stands between its marks made anew."""
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{embedded()}\n{END}{after}"
+    return f"{before}{BEGIN}\n{summary()}\n{END}{after}"
 
 
 def table() -> str:
