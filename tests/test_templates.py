@@ -11,7 +11,7 @@ WIDE, HIGH, READABLE = 2900, 1340, 0.6
 SCREEN = (1920, 1080)
 # a node's title stands above its position
 TITLE = 30
-WORDS = 110
+WORDS = 120
 
 
 @pytest.fixture(scope="module")
