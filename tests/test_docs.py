@@ -217,7 +217,7 @@ def test_the_first_page_names_every_node_and_every_template(root):
     for node in strings(root, "zh"):
         words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", node).replace("Wan Trim", "WanTrim")
         assert "Demo" in node or f"**{words}**" in told, f"{node} is not told of"
-    named = [name for cells in rows(told) for name in re.findall(r"`(wan[\w.]+)`", cells[0])]
+    named = [name for cells in rows(told) for name in re.findall(r"`([\w.]+)`", cells[0])]
     assert sorted(named) == sorted(path.stem for path in (root / "workflows").glob("*.json"))
 
 

@@ -86,3 +86,12 @@ def test_every_template_has_one_short_note(templates):
         [text] = note["widgets_values"]
         assert len(prose(text).split()) <= WORDS, name
         assert re.match(r"## .+\n", text), name
+
+
+def test_the_one_that_runs_anywhere_is_the_first_by_name(templates):
+    """ComfyUI lists them as the file system does: on Windows by name."""
+    first = min(templates)
+    assert first == "start_here"
+    kinds = {node["type"] for node in templates[first]["nodes"]}
+    assert {"WanTrimDemoModel", "WanTrim", "WanTrimCompare", "WanTrimReport"} <= kinds
+    assert not [kind for kind in kinds if kind.endswith("Loader")]

@@ -26,7 +26,7 @@ from wantrim.tests.comfyui.workflow_tools import (
     with_inputs,
 )
 
-DEMOS = ["wantrim_demo_dial", "wantrim_demo_t2v", "wantrim_demo_i2v", "wantrim_demo_heads"]
+DEMOS = ["start_here", "wantrim_demo_t2v", "wantrim_demo_i2v", "wantrim_demo_heads"]
 DIAL = [
     "wan2.1_t2v_1.3b",
     "wan2.1_i2v_14b",
