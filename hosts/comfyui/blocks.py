@@ -53,7 +53,9 @@ def replace_blocks(
 class _Block:
     """A block's arguments; packs with a forward of their own may leave some of them out."""
 
-    def __init__(self, args: dict, extra: dict, previous, options: dict, compiled: Compiled | None):
+    def __init__(
+        self, args: dict, extra: dict, previous, options: dict, compiled: Compiled | None = None
+    ):
         self.args, self.extra, self.previous, self._options = args, extra, previous, options
         self._compiled = compiled
         self.hidden: torch.Tensor = args["img"]

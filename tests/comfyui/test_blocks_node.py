@@ -86,15 +86,11 @@ def test_a_router_of_clip_takes_the_class_embedding_of_the_image():
     model, given = tiny.base_model("i2v_clip"), tiny.case("i2v_clip")
     router = trained_router(model, "clip", 1280)
     seen = []
-    run = router.run(tiny.LAYERS)
 
     class Spy(TrainedRouter):
-        def run(self, num_blocks):
-            return self
-
-        def logits(self, sigma, content):
+        def ask(self, sigma, content):
             seen.append(content.clip)
-            return run.logits(sigma, content)
+            return super().ask(sigma, content)
 
     spy = Spy(router.mlp, router.kind, router.model)
     tiny.ksampler(attach(model, TrimPlan(blocks=BlockPlan(spy, HALF))), given)
