@@ -275,13 +275,14 @@ class Quantised(comfy.ops.manual_cast):
     class Linear(comfy.ops.manual_cast.Linear):
         def forward(self, x):
             weight, bias = self.weight.to(x), None if self.bias is None else self.bias.to(x)
-            return F.linear(
-                _in_8_bits(x, x.abs().amax()), _in_8_bits(weight, weight.abs().amax()), bias
-            )
+            return F.linear(_in_8_bits(x), _in_8_bits(weight), bias)
 
 
-def _in_8_bits(x, largest):
-    scale = largest.clamp(min=1e-9) / 127
+def _in_8_bits(x):
+    # WanDancer has a picture of no tokens where it is given none
+    if not x.numel():
+        return x
+    scale = x.abs().amax().clamp(min=1e-9) / 127
     return (x / scale).round() * scale
 
 

@@ -206,6 +206,9 @@ def steps_of(kind: str, other: str, trim: str) -> int:
 def check_cell(kind: str, other: str, trim: str) -> None:
     """Without effect and trimmed, WanTrim in front and, unless tracing takes seconds, behind."""
     neighbour, put = NEIGHBOURS[other], PUT.get(other)
+    if other.startswith("compiled"):
+        # PyTorch makes eight graphs of a function at most; no artist has so many models
+        torch._dynamo.reset()
     loaded = other if put is None else None
     front, behind = PUT_ON[trim], PUT_ON[trim]
     if put is not None:

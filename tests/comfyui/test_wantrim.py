@@ -275,12 +275,13 @@ def test_the_preset_auto_of_the_tokens_is_a_dial():
 
 def test_defaults_of_the_nodes():
     inputs = {i.id: i for i in WanTrim.define_schema().inputs}
-    assert list(inputs) == ["model", *DIAL]
+    assert list(inputs) == ["model", *DIAL, "profile"] and inputs["profile"].optional
     assert {name: inputs[name].default for name in DIAL} == DIAL
     assert (inputs["speedup"].min, inputs["speedup"].max) == (1.0, 4.0)
     assert inputs["context"].options == list(dial.PLACES) and not inputs["model"].optional
     pair = {i.id: i for i in WanTrimPair.define_schema().inputs}
-    assert set(pair) == {"model_high_noise", "model_low_noise", *DIAL, "boundary"}
+    profiles = {f"profile_{part}_noise" for part in ("high", "low")}
+    assert set(pair) == {"model_high_noise", "model_low_noise", *DIAL, "boundary", *profiles}
     assert {name: pair[name].default for name in DIAL} == DIAL and pair["boundary"].default == 0
 
 
