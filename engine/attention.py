@@ -45,7 +45,7 @@ class Attend:
         """One attention call of the block; the result is [b, s, n, d]."""
         # another node may put more attention calls in front, on keys of another length
         own = not self.seen and q.shape[1] == k.shape[1]
-        queries, keys = q, k
+        keys = k
         if own:
             self.seen = True
             if self._look is not None:
@@ -58,7 +58,7 @@ class Attend:
             heads = self._heads[0] if own else self._heads[1]
             out = heads.attend(q, k, v, attention, self._layout if own else None)
         if own and self._show is not None:
-            self._show(queries, keys, out)
+            self._show(q, keys, out)
         return out
 
 

@@ -151,10 +151,7 @@ class Call:
     @property
     def touches_blocks(self) -> bool:
         """False when this call's blocks run as they are: then the host's model runs untouched."""
-        return any(
-            row.run != ALL or row.choose or row.heads or row.context or row.measure
-            for row in self.rows
-        )
+        return not all(row.untouched for row in self.rows)
 
     def repeated(self) -> torch.Tensor:
         """The velocities of a step that computes nothing [b, c, f, h, w]."""
@@ -281,7 +278,7 @@ class Call:
 
     def _attend(self, index: int, row: Row, places: Places | None, seen: dict) -> Attend | None:
         """What the block's attention is to do and to show; `seen` takes in what it shows."""
-        if not (row.heads or row.context or row.choose or row.measure):
+        if not row.looked_into:
             return None
         look, show = self._look(index, row, places, seen), self._show(index, row)
         join = None

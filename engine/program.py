@@ -40,6 +40,16 @@ class Row:
     context: str = ""
     measure: bool = False
 
+    @property
+    def looked_into(self) -> bool:
+        """Whether the block's attention has something to do or to show."""
+        return self.choose or self.heads or bool(self.context) or self.measure
+
+    @property
+    def untouched(self) -> bool:
+        """Whether the host's block may run without us."""
+        return self.run == ALL and not self.looked_into
+
 
 @dataclass(frozen=True)
 class Program:
@@ -81,7 +91,7 @@ class Program:
     @property
     def untouched(self) -> bool:
         """Whether the host's model may run without us: neutral is every row is all."""
-        return self.whole and not any(row.choose or row.context or row.measure for row in self.rows)
+        return all(row.untouched for row in self.rows)
 
     @property
     def work(self) -> float:
