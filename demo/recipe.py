@@ -68,13 +68,12 @@ class SecondRecipe(Recipe):
     log_every: ClassVar[int] = 50
 
     world: str = SECOND.name
-    canvases: tuple[tuple[float, int], ...] = ((0.35, 96), (0.75, 128), (1.0, SECOND.side))
+    canvases: tuple[tuple[float, int], ...] = ((0.491, 96), (0.87, 128), (1.0, SECOND.side))
     guidance: float = 5.0
-    steps: int = 5600
+    steps: int = 3340
     lr_matrix: float = 4e-3
     lr_other: float = 1.5e-3
-    # within the last canvas
-    cooldown: float = 0.25
+    cooldown: float = 0.3
 
 
 RECIPES = {recipe.world: recipe for recipe in (Recipe(), SecondRecipe())}
