@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from ..engine.memory import Room
+from ..engine.context import Room
 from ..engine.plan import TrimPlan
 from ..methods.importance import attention_received
 from ..methods.tokens import select_tokens

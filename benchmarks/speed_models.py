@@ -6,7 +6,7 @@ import copy
 
 import torch
 
-from ..engine.memory import Room
+from ..engine.context import Room
 from ..engine.plan import TrimPlan
 from ..hosts.diffusers.attach import Attachment, attach
 from ..hosts.diffusers.weights import new_transformer

@@ -5,41 +5,20 @@ By prompt and never by how the host happened to batch: batched to split in mid-r
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
-from ..kernels import Packed, join_rows, store_rows
+from ..kernels import join_rows
 from ..methods.grid import TokenGrid
 from ..methods.shares import expected_error, token_change
 from .compiled import outside_graphs
-
-log = logging.getLogger(__name__)
+from .context import Context, ContextInRam, Lane, Room
 
 # share of a path's square that guidance and multi-step samplers do not explain: above it there was
 # noise added
 STRAYED = 0.5
-
-
-@dataclass(frozen=True)
-class Room:
-    """Where keys and values are kept.
-
-    Args:
-        device: None is where they are computed.
-        bits: of a number, 8 or 4; a row of a head has a scale of its own.
-    """
-
-    device: torch.device | None = None
-    bits: int = 8
-
-
-def context_bytes(blocks: int, tokens: int, heads: int, head_dim: int, bits: int) -> int:
-    """Bytes of the context of one prompt row."""
-    row = head_dim * bits // 8 + torch.float16.itemsize
-    return 2 * blocks * tokens * heads * row
 
 
 @dataclass
@@ -49,17 +28,30 @@ class Prompt:
     Args:
         velocity: [b, c, f, h, w], each token's when it was last computed.
         clean: the video that it pointed at [b, c, f, h, w].
-        context: keys and values of every block, of all tokens.
+        context: keys and values of every block, of all tokens; None is of none.
     """
 
     velocity: torch.Tensor | None = None
     clean: torch.Tensor | None = None
-    context: dict[int, Packed] = field(default_factory=dict)
+    context: Context | ContextInRam | None = None
+
+    @property
+    def blocks(self) -> dict[int, object]:
+        """Keys and values, by block."""
+        return {} if self.context is None else self.context.blocks
+
+    def forget_context(self) -> None:
+        if self.context is not None:
+            self.context.clear()
+            self.context = None
 
 
 @outside_graphs
 class Part:
     """A part of the video that is sampled apart: all of it, or a context window.
+
+    Args:
+        lane: of all parts of a run; None makes one.
 
     Attributes:
         sigma: of the last step that used it.
@@ -69,8 +61,8 @@ class Part:
         noisy: whether the sampler adds noise between steps.
     """
 
-    def __init__(self, room: Room):
-        self.room = room
+    def __init__(self, room: Room, lane: Lane | None = None):
+        self.room, self.lane = room, lane or Lane()
         self.prompts: dict[Hashable, Prompt] = {}
         self.sigma: float | None = None
         self.seen = 0
@@ -126,8 +118,8 @@ class Part:
 
     def has_context(self, keys, block: int | None = None) -> bool:
         """Whether every prompt has keys and values of a block; None is of any at all."""
-        held = [self.prompts[key].context if key in self.prompts else {} for key in keys]
-        return all(bool(context) if block is None else block in context for context in held)
+        held = [self.prompts[key].blocks if key in self.prompts else {} for key in keys]
+        return all(bool(blocks) if block is None else block in blocks for blocks in held)
 
     def repeat(self, key: Hashable, sigma: float, latent: torch.Tensor) -> torch.Tensor:
         """The velocity of a prompt that is not computed at this sigma, for this latent.
@@ -206,45 +198,36 @@ class Part:
         Args:
             index: int64 [b, s], the tokens' positions; None is all.
         """
-        device, bits = self.room.device, self.room.bits
+        self.lane.expect(len(keys))
         chunks = k.chunk(len(keys)), v.chunk(len(keys)), _chunks(index, len(keys))
         for key, own_k, own_v, at in zip(keys, *chunks, strict=True):
-            held = self.prompts.setdefault(key, Prompt()).context
-            if device is None:
-                into = () if at is None else (held[block], at)
-                held[block] = store_rows(own_k, own_v, bits, *into)
-                continue
-            packed = tuple(t.to(device) for t in store_rows(own_k, own_v, bits))
-            if at is None:
-                held[block] = packed
-                continue
-            sample = torch.arange(len(at), device=device)[:, None]
-            for into, new in zip(held[block], packed, strict=True):
-                into[sample, at.to(device)] = new
+            prompt = self.prompts.setdefault(key, Prompt())
+            if prompt.context is None:
+                near, bits = self.room.device is None, self.room.bits
+                prompt.context = Context(bits) if near else ContextInRam(bits, self.lane)
+            prompt.context.write(block, own_k, own_v, at)
 
     def join(
         self, keys, block: int, k, v, index: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [b, s, n, d], and behind them the remembered ones of tokens `index` [b, m]."""
+        self.lane.expect(len(keys))
         size = (len(k), k.shape[1] + index.shape[1], *k.shape[2:])
         out = k.new_empty(size), v.new_empty(size)
         chunks = (t.chunk(len(keys)) for t in (k, v, index, *out))
         for key, own_k, own_v, at, out_k, out_v in zip(keys, *chunks, strict=True):
-            held = self.prompts[key].context[block]
-            if self.room.device is not None:
-                sample = torch.arange(len(at), device=held[0].device)[:, None]
-                there = at.to(held[0].device)
-                held, at = tuple(t[sample, there].to(k.device) for t in held), None
+            held = self.prompts[key].context.read(block)
             join_rows(own_k, own_v, held, at, self.room.bits, (out_k, out_v))
         return out
 
     def forget_context(self) -> None:
         """Let go of all keys and values."""
         for prompt in self.prompts.values():
-            prompt.context.clear()
+            prompt.forget_context()
 
     def clear(self) -> None:
         """Let go of everything."""
+        self.forget_context()
         self.prompts.clear()
         self.change = self.age = self._point = None
         self._last, self.seen = [], 0
@@ -264,7 +247,7 @@ class Memory:
 
     def __init__(self):
         self.parts: dict[Hashable, Part] = {}
-        self.room = Room()
+        self.room, self._lane = Room(), Lane()
         # there was no room for keys and values
         self.lost = False
 
@@ -274,7 +257,7 @@ class Memory:
             recent = {last, sigma}
             for key in [k for k, part in self.parts.items() if part.sigma not in recent]:
                 self.parts.pop(key).clear()
-        return self.parts.setdefault(window, Part(self.room))
+        return self.parts.setdefault(window, Part(self.room, self._lane))
 
     def lose_context(self, held: bool = False) -> None:
         """Do without keys and values from here on.

@@ -210,8 +210,8 @@ def store_rows(
     """Keys and values [b, s, n, d] in `bits` bits a number, as `pack_rows`; d even.
 
     Args:
-        held: where to put them, in place, at `index`; None makes it, of these s tokens.
-        index: int64 [b, s], their positions there, each once.
+        held: where to put them, in place; None makes it, of these s tokens.
+        index: int64 [b, s], their positions there, each once; None is all in order.
 
     Returns:
         `held`.
@@ -219,9 +219,11 @@ def store_rows(
     packed = (*pack_rows(k, bits), *pack_rows(v, bits))
     if held is None:
         return packed
-    sample = torch.arange(len(index), device=index.device)[:, None]
+    where = (
+        ... if index is None else (torch.arange(len(index), device=index.device)[:, None], index)
+    )
     for into, new in zip(held, packed, strict=True):
-        into[sample, index] = new
+        into[where] = new
     return held
 
 

@@ -73,8 +73,8 @@ def _dials(pair: bool) -> list:
             advanced=True,
             tooltip=(
                 "Where the keys and values of left out tokens are remembered, so that the others "
-                "still see them. 'auto': on the GPU where there is room. 'cpu': in RAM, from where "
-                "they have to be fetched. 'off', or without room: steps "
+                "still see them. 'auto': on the GPU where there is room, else in RAM. 'cpu': in RAM, "
+                "fetched while the block before computes. 'off', or without room: steps "
                 "are whole or repeated."
             ),
         ),

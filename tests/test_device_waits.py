@@ -6,8 +6,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from wantrim.engine.context import context_bytes
 from wantrim.engine.engine import COND, UNCOND
-from wantrim.engine.memory import context_bytes
 from wantrim.engine.plan import TrimPlan
 from wantrim.hosts.diffusers.attach import attach
 from wantrim.hosts.diffusers.profiling import model_fingerprint
@@ -228,7 +228,7 @@ def held_bytes(plan, prompts: int) -> list[int]:
             model(latent.repeat(prompts, 1, 1, 1, 1) * sigma, timestep, text)
             (part,) = attachment.engine.memory.parts.values()
             known = [t for p in part.prompts.values() for t in (p.velocity, p.clean)]
-            known += [t for p in part.prompts.values() for c in p.context.values() for t in c]
+            known += [t for p in part.prompts.values() for c in p.blocks.values() for t in c]
             found.append(sum(t.untyped_storage().nbytes() for t in known if t is not None))
     return found
 

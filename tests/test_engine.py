@@ -477,7 +477,7 @@ def test_keys_and_values_are_held_no_longer_than_a_later_step_reads_them(wan):
     def note(number, attachment):
         if number:
             (part,) = attachment.engine.memory.parts.values()
-            held.append({len(prompt.context) for prompt in part.prompts.values()})
+            held.append({len(prompt.blocks) for prompt in part.prompts.values()})
 
     sigmas = tuple(0.95 - 0.1 * i for i in range(8))
     plan = TrimPlan(shares=Shares(sigmas, (1, 1, 0.5, 0, 0.2, 1, 0, 1)))

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from wantrim.engine.context import Room
 from wantrim.engine.engine import COND, UNCOND
-from wantrim.engine.memory import Room
 from wantrim.engine.plan import TrimPlan
 from wantrim.hosts.diffusers.attach import attach
 from wantrim.hosts.diffusers.weights import load_original

@@ -10,8 +10,8 @@ import torch
 
 import comfy.model_management
 
+from ...engine.context import AHEAD, Room, context_bytes
 from ...engine.engine import Engine
-from ...engine.memory import Room, context_bytes
 from ...engine.plan import TrimPlan
 from ...engine.record import Record
 from ...methods.grid import TokenGrid
@@ -46,19 +46,33 @@ PLACES = ("auto", "cpu", "off")
 SPARE = 0.7
 
 
-def find_room(place: str, device: torch.device, needed: Callable[[int], int]) -> Room | None:
-    """Where keys and values fit; None is nowhere.
+def find_room(
+    place: str, device: torch.device, needed: Callable[[int], int], blocks: int
+) -> Room | None:
+    """Where the keys and values of so many blocks fit; None is nowhere.
 
     Args:
         place: name in `PLACES`.
         needed: bytes by bits of a number.
     """
+
+    def free(where: torch.device) -> float:
+        return comfy.model_management.get_free_memory(where) * SPARE
+
+    ram = torch.device("cpu")
     if place == "off":
         return None
-    # what has to be fetched costs about what it saves: only who asks for it gets it
-    there = torch.device("cpu") if place == "cpu" and device.type != "cpu" else None
-    free = comfy.model_management.get_free_memory(there or device) * SPARE
-    return next((Room(there, bits) for bits in (8, 4) if needed(bits) <= free), None)
+    if place == "auto" or device.type == "cpu":
+        for bits in (8, 4):
+            if needed(bits) <= free(device):
+                return Room(bits=bits)
+    # copies beside the computing are what CUDA has (and ROCm under its name)
+    if device.type == "cpu" or (place == "auto" and device.type != "cuda"):
+        return None
+    for bits in (8, 4):
+        if needed(bits) <= free(ram) and AHEAD * needed(bits) / blocks <= free(device):
+            return Room(ram, bits)
+    return None
 
 
 @dataclass
@@ -135,7 +149,7 @@ class Wish:
         def needed(bits: int) -> int:
             return rows * context_bytes(*sizes, bits)
 
-        room = find_room(self.place, device, needed)
+        room = find_room(self.place, device, needed, shape.num_blocks)
         run = Run(
             shape,
             grid,

@@ -35,7 +35,7 @@ def contexts(model) -> list[int]:
     def note(executor, *args, **kwargs):
         out = executor(*args, **kwargs)
         parts = args[-1][SESSION_KEY].engine.memory.parts.values()
-        held.append([len(p.context) for part in parts for p in part.prompts.values()])
+        held.append([len(p.blocks) for part in parts for p in part.prompts.values()])
         return out
 
     model.add_wrapper_with_key("diffusion_model", "contexts", note)
@@ -195,7 +195,7 @@ def test_nothing_is_held_after_the_run(stop, monkeypatch):
         engines.append(engine)
         for part in engine.memory.parts.values():
             for prompt in part.prompts.values():
-                held = [prompt.velocity, prompt.clean, *sum(prompt.context.values(), ())]
+                held = [prompt.velocity, prompt.clean, *sum(prompt.blocks.values(), ())]
                 tensors.extend(weakref.ref(t) for t in held)
         return out
 

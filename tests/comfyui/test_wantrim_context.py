@@ -19,7 +19,7 @@ from wantrim.tests.comfyui.put import (
 )
 from wantrim.tests.comfyui.test_heads import heads
 
-GPU, RAM = torch.device("cuda", 0), torch.device("cpu")
+GPU, RAM, MPS = torch.device("cuda", 0), torch.device("cpu"), torch.device("mps")
 
 
 def rows(model) -> list[set[str]]:
@@ -80,7 +80,14 @@ def test_the_record_says_where_the_context_lives(monkeypatch):
     [
         ("auto", GPU, (9, 9), (None, 8)),
         ("auto", GPU, (5, 9), (None, 4)),
-        ("auto", GPU, (1, 9), None),
+        ("auto", GPU, (2, 9), (RAM, 8)),
+        ("auto", GPU, (2, 5), (RAM, 4)),
+        ("auto", GPU, (1, 1), None),
+        # the block that computes and the next one are on the GPU
+        ("auto", GPU, (0.7, 9), (RAM, 4)),
+        ("auto", GPU, (0.3, 9), None),
+        ("auto", MPS, (1, 9), None),
+        ("cpu", MPS, (2, 9), (RAM, 8)),
         ("cpu", GPU, (9, 9), (RAM, 8)),
         ("cpu", GPU, (9, 1), None),
         ("off", GPU, (9, 9), None),
@@ -90,9 +97,9 @@ def test_the_record_says_where_the_context_lives(monkeypatch):
 )
 def test_where_there_is_room(place, device, free, found, monkeypatch):
     """Free memory of GPU and RAM in thousands of bytes; 8 bits need 4,000, 4 bits 2,000."""
-    by = {"cuda": 1000 * free[0], "cpu": 1000 * free[1]}
+    by = {"cuda": 1000 * free[0], "mps": 1000 * free[0], "cpu": 1000 * free[1]}
     monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda d, **_: by[d.type])
-    room = dial.find_room(place, device, lambda bits: 500 * bits)
+    room = dial.find_room(place, device, lambda bits: 500 * bits, 10)
     assert (room and (room.device, room.bits)) == found
 
 
