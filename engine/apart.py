@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from types import FunctionType
 from typing import Protocol
 
@@ -63,6 +64,8 @@ if CAN_PAUSE:
         _attend,
         mutates_args=(),
         schema=SCHEMA,
+        # CUDA graphs would replay it as it was recorded
+        tags=[tag] if (tag := getattr(torch.Tag, "cudagraph_unsafe", None)) else [],
     )
     _attend.register_fake(_shape)
 
@@ -77,6 +80,16 @@ def attend_later(
         merged: q is [b, n, s, d] and the result [b, s, n * d]; else the result is like q.
     """
     return _attend(q, k, v, mask, _number(function, constants), merged)
+
+
+@contextmanager
+def tapped(tap: Tap | None) -> Iterator[None]:
+    """Within the context graphs ask this tap what their attention calls give."""
+    _NOW.tap = tap
+    try:
+        yield
+    finally:
+        _NOW.tap = None
 
 
 class Apart:
@@ -119,8 +132,7 @@ class Apart:
         """
         for tensor in lengths:
             torch._dynamo.maybe_mark_dynamic(tensor, 1)
-        _NOW.tap = tap
-        try:
+        with tapped(tap):
             if not closed:
                 return self._open(function, *args)
             if self.broken is None:
@@ -130,8 +142,6 @@ class Apart:
                     self.broken = str(error).partition("\n")[0]
             with paused():
                 return function(*args)
-        finally:
-            _NOW.tap = None
 
 
 def _run(function, *args):

@@ -34,8 +34,9 @@ PLANS = {
         Shares(SIGMAS, (1, 0, 1, 1, 0)),
     ),
 }
-# whole and trimmed sequence; blocks under a tap are not compiled
-GRAPHS = {"blocks": 1, "shares": 1, "heads and shares": 1}
+# of a block: whole sequences and kept tokens of any number, each with attention as it is and decided
+# outside, where a plan has them
+GRAPHS = {"blocks": 1, "tape": 3, "shares": 3, "heads and shares": 3, "all": 4}
 
 
 def new_model():
@@ -72,7 +73,21 @@ def test_compiled_blocks_follow_each_steps_decision(name, unsafe):
     for got, wanted in zip(steps(model, PLANS[name]), expected, strict=True):
         assert torch.equal(got, wanted)
     # and the blocks stay whole graphs, few of them: decisions that are traced make many
-    assert counter.frame_count == GRAPHS.get(name, 2)
+    assert counter.frame_count == GRAPHS[name]
+
+
+def test_blocks_that_learn_keep_their_gradients():
+    """The operation that stands for attention in a graph has none."""
+    grads = []
+    for backend in (None, CompileCounter()):
+        model = new_model().requires_grad_(True)
+        if backend:
+            model.compile_repeated_blocks(backend=backend)
+        with attach(model, TrimPlan(heads=PLANS["all"].heads)):
+            out = model(noise(1, 16, 3, 8, 8), torch.tensor([800.0]), words(), return_dict=False)[0]
+        out.square().mean().backward()
+        grads.append(model.blocks[1].attn1.to_v.weight.grad)
+    assert torch.equal(*grads) and grads[0].abs().max() > 0
 
 
 def test_an_attached_plan_can_be_compiled_afterwards_and_taken_off():

@@ -10,6 +10,7 @@ from diffusers import WanTransformer3DModel
 from diffusers.hooks import HookRegistry, ModelHook
 from torch.overrides import TorchFunctionMode
 
+from ...engine.apart import attend_later, tapped
 from ...engine.attention import Attend
 from ...engine.compiled import outside_graphs
 from ...engine.places import Places
@@ -33,8 +34,13 @@ class Block:
             rotary = tuple(places.take(part) for part in rotary)
         if attend is None:
             return self.forward(hidden, self.text, temb, rotary)
-        tap = AttentionTap(attend)
-        out = _tapped(tap, self.forward, hidden, self.text, temb, rotary)
+        if places is not None:
+            for tensor in (hidden, *rotary):
+                torch._dynamo.maybe_mark_dynamic(tensor, 1)
+        with AttentionTap(attend) as tap, tapped(tap):
+            # the operation that attention is in a graph has no gradient
+            run = _uncompiled if torch.is_grad_enabled() else _run
+            out = run(self.forward, hidden, self.text, temb, rotary)
         if not attend.seen:
             raise RuntimeError(
                 "WanTrim saw no scaled_dot_product_attention in this block's self-attention; set "
@@ -43,11 +49,16 @@ class Block:
         return out
 
 
-@torch.compiler.disable
-def _tapped(tap: AttentionTap, forward, hidden, text, temb, rotary) -> torch.Tensor:
-    """A block's forward under a tap, uncompiled: a graph would freeze what the tap does."""
-    with tap:
-        return forward(hidden, text, temb, rotary)
+def _run(forward, *args) -> torch.Tensor:
+    """Code of its own to the compiler, so that graphs with a tap are never taken where there is none."""
+    return forward(*args)
+
+
+_uncompiled = torch.compiler.disable(_run)
+
+
+# of scaled_dot_product_attention
+POSITIONAL = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 
 
 class AttentionTap(TorchFunctionMode):
@@ -60,16 +71,24 @@ class AttentionTap(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is not torch.nn.functional.scaled_dot_product_attention:
-            return func(*args, **kwargs)
-        names = ("query", "key", "value")
-        bound = {**dict(zip(names, args, strict=False)), **kwargs}
-        rest, options = args[3:], {name: bound[name] for name in bound if name not in names}
+            # the compiler cannot follow the method into its class while a mode is on
+            return (torch.unflatten if func is torch.Tensor.unflatten else func)(*args, **kwargs)
+        given = {**dict(zip(POSITIONAL, args, strict=False)), **kwargs}
+        q, k, v = (given.pop(name) for name in POSITIONAL[:3])
+        mask = given.pop("attn_mask", None)
+        if torch.compiler.is_compiling():
+            return attend_later(func, q, k, v, mask, tuple(given.items()), merged=False)
+        return self.now(func, q, k, v, mask, given)
+
+    def now(self, function, q, k, v, mask, constants: dict) -> torch.Tensor:
+        """What the call function(q, k, v) gives, in a graph or out of it."""
 
         def attention(q, k, v):
-            return func(*(t.transpose(1, 2) for t in (q, k, v)), *rest, **options).transpose(1, 2)
+            parts = (t.transpose(1, 2) for t in (q, k, v))
+            return function(*parts, attn_mask=mask, **constants).transpose(1, 2)
 
-        parts = (bound[name].transpose(1, 2) for name in names)
-        return self.attend(*parts, attention).transpose(1, 2)
+        with torch._C.DisableTorchFunction():
+            return self.attend(*(t.transpose(1, 2) for t in (q, k, v)), attention).transpose(1, 2)
 
 
 WATCH = "wantrim_watch"

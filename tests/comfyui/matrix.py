@@ -165,9 +165,10 @@ COMPILE = (
     "- CUDA graphs of inductor's modes are left out in those blocks: they would replay an attention "
     "call as it was recorded.",
     "- A run that WanTrim Profile records is not compiled: the compiler would leave out what it sees.",
-    "- In diffusers (demo, training, bench) kept tokens run compiled too; blocks whose attention is "
-    "looked into (remembered keys and values, heads, a choice by attention) run uncompiled, because "
-    "diffusers does not keep how a model was compiled.",
+    "- In diffusers (demo, training, bench) blocks that are compiled (`compile_repeated_blocks`) stay "
+    "so: beside the graph of whole steps one for whole blocks whose attention is looked into, and one "
+    "or two for all numbers of kept tokens. A whole model that is compiled gives the right videos, in "
+    "many small graphs: compile its blocks.",
     "- Not run: dynamic VRAM, which core's compile node turns off itself.",
 )
 
