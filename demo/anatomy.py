@@ -24,7 +24,7 @@ from ..hosts.diffusers.weights import load_original
 from ..methods.grid import TokenGrid
 from ..methods.importance import sample_queries
 from ..methods.roles import SPATIAL, TEMPORAL, intra_slice_ratio, role
-from ..methods.video_metrics import psnr
+from ..report.video_metrics import psnr
 from ..toy.metrics import adherence
 from ..toy.worlds import FIRST, WORLDS, World
 from .measure import sample_videos, score_prompts

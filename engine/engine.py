@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..methods.budget import attention_share
+from ..methods.attend import attention_share
 from ..methods.depth import choose_blocks
 from ..methods.grid import TokenGrid
 from ..methods.heads import OFF, HeadPlan
-from ..methods.routers import Content, TrainedRouter
+from ..methods.routers import Content
 from .attention import head_groups
 from .call import Call, Shared, StepState
 from .memory import STRAYED, Memory
@@ -132,10 +132,10 @@ class Engine:
             strayed = part.strayed(levels.max().float() / unit, own)
         asked.append(levels.new_zeros(()) if strayed is None else strayed)
         told = [torch.stack([value.to(latent.device).float() for value in asked])]
-        blocks = self.plan.blocks.router if self.plan.trims_blocks else None
-        if isinstance(blocks, TrainedRouter):
+        ask = self.plan.blocks.router.ask if self.plan.trims_blocks else None
+        if ask is not None:
             level = levels.max().float().reshape(1) / unit
-            told.append(blocks.ask(level, _content(own, clip, len(chunks), decider)))
+            told.append(ask(level, _content(own, clip, len(chunks), decider)))
         frames = 0 if anchored is None else len(anchored)
         if anchored is not None:
             told.append(anchored)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..methods.attend import pattern_pairs
-from ..methods.cost import ROTARY_NUMBERS, WanShape, Work, block_work, outside_flops
+from ..methods.cost import ROTARY_NUMBERS, WanShape, Width, Work, block_work, outside_flops
 from ..methods.grid import TokenGrid
 from ..methods.heads import FRAME, FULL, OFF, TILES, HeadPlan
 from ..methods.importance import query_count
 from ..methods.role_plan import measured_queries
-from ..methods.width import Width
 from .plan import TrimPlan
 from .program import KEPT, READ, SKIP, UPDATE, WRITE, Program, Row
 

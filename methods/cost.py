@@ -9,8 +9,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from .fingerprint import Fingerprint
-
 
 @dataclass(frozen=True)
 class WanShape:
@@ -35,19 +33,28 @@ class WanShape:
     image_dim: int = 1280
     head_dim: int = 128
 
-    @classmethod
-    def of(cls, model: Fingerprint, text_tokens: int = 512, image_tokens: int = 0) -> WanShape:
-        """The sizes that a fingerprint has; the others are those of every Wan."""
-        return cls(
-            model.dim,
-            model.ffn_dim,
-            model.num_blocks,
-            model.in_channels,
-            model.out_channels,
-            text_tokens=text_tokens,
-            image_tokens=image_tokens,
-            head_dim=model.head_dim,
-        )
+
+@dataclass(frozen=True)
+class Width:
+    """What each block keeps, as ascending indices. The residual width is never cut.
+
+    Args:
+        self_heads, cross_heads: kept heads per block.
+        ffn_channels: kept FFN channels per block.
+    """
+
+    self_heads: tuple[tuple[int, ...], ...]
+    cross_heads: tuple[tuple[int, ...], ...]
+    ffn_channels: tuple[tuple[int, ...], ...]
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.self_heads)
+
+    def sizes(self, block_index: int) -> tuple[int, int, int]:
+        """Self-attention heads, cross-attention heads and FFN channels of a block."""
+        parts = (self.self_heads, self.cross_heads, self.ffn_channels)
+        return tuple(len(part[block_index]) for part in parts)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 DIRECTIONS = ("falling", "constant", "rising")
+# parts of 0..1 in which a profile keeps what it measured
+BINS = 10
 # samplers round their sigmas
 SAME_PROGRESS = 1e-3
 
@@ -30,6 +32,11 @@ def sigma_at(progress: float, shift: float = 1.0) -> float:
     """The sigma at which that share of the steps is done under a flow shift."""
     u = 1.0 - progress
     return shift * u / (1 + (shift - 1) * u)
+
+
+def sigma_bin(sigma: float) -> int:
+    """Which of BINS equal parts of 0..1 a sigma falls into."""
+    return min(BINS - 1, int(min(1.0, max(0.0, sigma)) * BINS))
 
 
 def millionths(sigma: float) -> int:

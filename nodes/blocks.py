@@ -18,15 +18,11 @@ from ..hosts.comfyui.profiling import check_profile, model_fingerprint
 from ..hosts.comfyui.slim import slim_header
 from ..hosts.comfyui.variants import SKIP_BLOCKS, check_variant
 from ..methods.depth import SHAPES, BlockBudget, BlockPlan, blocks_per_step
-from ..methods.fingerprint import WHOLE
-from ..methods.routers import (
-    FixedRouter,
-    ProfiledRouter,
-    Router,
-    TrainedRouter,
-    load_router,
-)
+from ..methods.routers import FixedRouter, ProfiledRouter, Router
+from ..profiles.fingerprint import WHOLE, width_digest
+from ..profiles.profile import residual_sizes
 from ..profiles.recorder import ProfileFile
+from ..slim.router import TrainedRouter, load_router
 from .files import find_file, list_files
 from .profile import ProfileSocket
 
@@ -220,7 +216,7 @@ def _router(model, choice: dict | str | None, profile: ProfileFile | None) -> Ro
             "input 'profile', or choose 'fixed'"
         )
     check_profile(model, profile.profile, NAME)
-    return ProfiledRouter(profile.profile)
+    return ProfiledRouter(residual_sizes(profile.profile))
 
 
 def _settled(router: Router, given: dict) -> tuple[dict, list[str]]:
@@ -242,7 +238,7 @@ def _trained(model, filename: str) -> TrainedRouter:
     router = _load(path, path.stat().st_mtime_ns)
     network = model.model.diffusion_model
     header = slim_header(model)
-    width = WHOLE if header is None else header.width.digest(header.model)
+    width = WHOLE if header is None else width_digest(header.model, header.width)
     reason = replace(model_fingerprint(network), width=width).differs(router.model)
     if reason is not None:
         raise ValueError(

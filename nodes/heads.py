@@ -8,13 +8,14 @@ from ..hosts.comfyui.attach import attach_part
 from ..hosts.comfyui.profiling import check_profile, model_fingerprint
 from ..hosts.comfyui.slim import refuse_slim
 from ..hosts.comfyui.variants import check_variant
-from ..methods.budget import attention_share, solve_heads
+from ..methods.attend import attention_share
 from ..methods.grid import TokenGrid
 from ..methods.heads import OFF, PATTERNS, HeadPlan
-from ..methods.profile import Profile
 from ..methods.role_plan import RolePlan
-from ..methods.width import pare_heads
+from ..profiles.profile import Profile
 from ..profiles.recorder import ProfileFile
+from ..slim.width import pare_heads
+from ..solve.budget import solve_heads
 from .profile import ProfileSocket
 
 NAME = "WanTrim Heads"

@@ -14,9 +14,9 @@ from comfy_api.latest import io, ui
 from ..hosts.comfyui.profiling import attach_profile, profile_of
 from ..hosts.comfyui.slim import refuse_slim
 from ..hosts.comfyui.variants import check_variant
-from ..methods.calibration import CALIBRATE
-from ..methods.profile import load_profile
+from ..profiles.calibration import CALIBRATE
 from ..profiles.picture import draw_profile, summary
+from ..profiles.profile import load_profile
 from ..profiles.recorder import (
     CALIBRATION_ENDING,
     NotFinite,

@@ -18,7 +18,7 @@ from ..hosts.comfyui.live import running_prompt
 from ..hosts.comfyui.outcome import rows_of, shared_row, tuned_of, with_tuned
 from ..hosts.comfyui.trial import Trial
 from ..hosts.comfyui.variants import check_variant
-from ..methods.profile import Profile, load_profile
+from ..profiles.profile import Profile, load_profile
 from ..report.verdict import choose, clip_of_all, draw_verdict, headline, verdict_text
 from ..solve.dial import HIGH, LOW, MAX_SPEEDUP
 from ..solve.tuned import Tuned

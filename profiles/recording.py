@@ -8,12 +8,12 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from ..kernels import frame_mass
-from ..methods.calibration import Calibration
-from ..methods.fingerprint import Fingerprint
 from ..methods.grid import TokenGrid
 from ..methods.heads import TILES
 from ..methods.importance import sample_queries
-from ..methods.profile import timestep_weight
+from .calibration import Calibration
+from .fingerprint import Fingerprint
+from .profile import timestep_weight
 
 # tokens that everything but the attention mass is measured on, and those of the calibration
 SAMPLED, CALIBRATED = 2048, 1024

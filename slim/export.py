@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 
-from ..methods.budget import solve_width
-from ..methods.calibration import load_calibration
-from ..methods.fingerprint import Fingerprint
-from ..methods.profile import Profile
-from ..methods.width import Width, pare_width
+from ..methods.cost import Width
+from ..profiles.calibration import load_calibration
+from ..profiles.fingerprint import Fingerprint
+from ..profiles.profile import Profile
+from ..solve.budget import solve_width
 from .cut import SHARES, Cut, check_width, find_cut, norm_scale, refit, take
 from .file import (
     DTYPES,
@@ -28,6 +28,7 @@ from .file import (
     write_tensors,
 )
 from .source import Source, open_source
+from .width import pare_width
 
 log = logging.getLogger(__name__)
 

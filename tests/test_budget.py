@@ -3,18 +3,12 @@ from itertools import product
 import pytest
 import torch
 
-from wantrim.methods.budget import (
-    attention_share,
-    solve_heads,
-    solve_width,
-    unit_costs,
-    width_share,
-)
-from wantrim.methods.cost import WanShape
+from wantrim.methods.attend import attention_share
 from wantrim.methods.grid import TokenGrid
 from wantrim.methods.heads import CHEAP, FULL, OFF, HeadPlan
-from wantrim.methods.profile import Profile
-from wantrim.methods.width import pare_width
+from wantrim.profiles.profile import Profile
+from wantrim.slim.width import pare_width
+from wantrim.solve.budget import solve_heads, solve_width, unit_costs, width_share
 from wantrim.tests.test_width import profile_of, set_heads
 
 GRID = TokenGrid(5, 6, 6)
@@ -127,18 +121,17 @@ def test_temporal_heads_are_protected():
 
 def test_cross_attention_costs_its_keys():
     plan = HeadPlan(((FULL, OFF),), ((FULL, OFF),))
-    assert attention_share(plan, GRID, 24, 10) == 0.5
+    assert attention_share(plan, GRID, 34) == 0.5
     only = HeadPlan(((FULL, FULL),), ((OFF, OFF),))
-    assert attention_share(only, GRID, 24, 10) == 180 / (180 + 34)
+    assert attention_share(only, GRID, 34) == 180 / (180 + 34)
     cheap = HeadPlan((("frame", "tile3"),), ((OFF, OFF),))
     pairs = 180**2 / 5 + 180**2 / 9
-    assert attention_share(cheap, GRID, 24, 10) == pytest.approx(pairs / (2 * 180 * (180 + 34)))
+    assert attention_share(cheap, GRID, 34) == pytest.approx(pairs / (2 * 180 * (180 + 34)))
 
 
 def test_images_are_keys_too():
-    keys = {"text_tokens": 24, "image_tokens": 257}
-    plan = solve_heads(profile_of(blocks=4), GRID, 0.5, demote=False, **keys)
-    share = attention_share(plan, GRID, **keys)
+    plan = solve_heads(profile_of(blocks=4), GRID, 0.5, demote=False, text_tokens=24 + 257)
+    share = attention_share(plan, GRID, 24 + 257)
     assert 0.5 - 1 / 32 <= share <= 0.5
 
 
@@ -164,7 +157,7 @@ def test_what_is_no_budget_is_refused(solve):
 @pytest.mark.parametrize("grid", [None, GRID])
 def test_a_width_within_its_budget(grid):
     profile = profile_of(blocks=4, ffn=200)
-    shape = WanShape.of(profile.model)
+    shape = profile.model.shape()
     last = -1
     for budget in BUDGETS:
         width = solve_width(profile, budget, grid=grid)
@@ -201,7 +194,7 @@ def test_channels_are_weighed_against_heads():
         profile.tensors[name].fill_(1.0)
     profile.tensors["channel_energy"].fill_(1.0)
     profile.tensors["down_norm"].fill_(3.0)
-    head, _, channel = unit_costs(WanShape.of(profile.model))
+    head, _, channel = unit_costs(profile.model.shape())
     # beside what every block keeps there is room for either a head or 48 channels; a head is half
     # of its attention
     equal = 0.5 / head * 64 * channel

@@ -27,6 +27,7 @@ from wantrim.hosts.diffusers.shape import wan_shape
 from wantrim.hosts.diffusers.weights import load_original, new_transformer
 from wantrim.methods.cost import (
     WanShape,
+    Width,
     Work,
     block_flops,
     block_parameters,
@@ -41,7 +42,6 @@ from wantrim.methods.routers import FixedRouter, RandomRouter
 from wantrim.methods.schedule import Schedule
 from wantrim.methods.shares import Shares
 from wantrim.methods.tokens import TokenPlan
-from wantrim.methods.width import Width
 from wantrim.tests.small_wan import SIZE, condition, random_wan, words
 from wantrim.toy import CHECKPOINT
 

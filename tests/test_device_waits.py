@@ -13,9 +13,10 @@ from wantrim.hosts.diffusers.attach import attach
 from wantrim.hosts.diffusers.profiling import model_fingerprint
 from wantrim.methods.depth import BlockBudget, BlockPlan
 from wantrim.methods.heads import FRAME, FULL, OFF, HeadPlan
-from wantrim.methods.routers import RandomRouter, RouterMLP, TrainedRouter
+from wantrim.methods.routers import RandomRouter, RouterMLP
 from wantrim.methods.shares import Shares
 from wantrim.methods.tokens import paper_plan
+from wantrim.slim.router import TrainedRouter
 from wantrim.tests.small_wan import random_wan
 
 BLOCKS, HEADS, LATENT = 6, 4, (3, 8, 8)

@@ -9,11 +9,12 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from wantrim.methods.calibration import CALIBRATE, Calibration, input_size, load_calibration
-from wantrim.methods.fingerprint import Fingerprint
-from wantrim.methods.profile import Profile, load_profile
-from wantrim.methods.routers import Content, RouterMLP, TrainedRouter, load_router, save_router
+from wantrim.methods.routers import Content, RouterMLP
+from wantrim.profiles.calibration import CALIBRATE, Calibration, input_size, load_calibration
+from wantrim.profiles.fingerprint import Fingerprint
+from wantrim.profiles.profile import Profile, load_profile
 from wantrim.slim.file import DTYPES, Entry, list_entries, read_tensor, write_tensors
+from wantrim.slim.router import TrainedRouter, load_router, save_router
 from wantrim.tests.hypotheses import few
 from wantrim.tests.test_fuzz_files import READERS, check, joined, parts, places, put
 

@@ -14,22 +14,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from wantrim.hosts.diffusers.weights import load_original, save_original
-from wantrim.methods import routers
-from wantrim.methods.calibration import Calibration, load_calibration
-from wantrim.methods.fingerprint import Fingerprint
-from wantrim.methods.profile import Profile
-from wantrim.methods.routers import (
-    Content,
-    ProfiledRouter,
-    RouterMLP,
-    TrainedRouter,
-    load_router,
-    save_router,
-)
+from wantrim.methods.routers import Content, ProfiledRouter, RouterMLP
+from wantrim.profiles.calibration import Calibration, load_calibration
+from wantrim.profiles.fingerprint import Fingerprint
 from wantrim.profiles.picture import summary
+from wantrim.profiles.profile import Profile, residual_sizes
 from wantrim.profiles.recorder import open_profile
 from wantrim.slim.export import export_slim
 from wantrim.slim.file import list_entries, read_header, read_tensor
+from wantrim.slim.router import KIND, TrainedRouter, load_router, save_router
 from wantrim.slim.source import open_source
 from wantrim.tests.test_slim import SMALL_WIDTH, small
 
@@ -77,7 +70,7 @@ def write_slim(path: Path) -> None:
 def use_profile(path: Path) -> None:
     opened = open_profile(path)
     summary(opened.profile)
-    ProfiledRouter(opened.profile).run(opened.profile.model.num_blocks)
+    ProfiledRouter(residual_sizes(opened.profile)).run(opened.profile.model.num_blocks)
 
 
 def use_router(path: Path) -> None:
@@ -380,7 +373,7 @@ def test_files_of_another_kind_or_of_a_later_format_are_refused(kind, good, tmp_
         return
     outer, body = parts(good[kind])
     key = READERS[kind].key
-    newest = routers.KIND.version if key == routers.KIND.key else 1
+    newest = KIND.version if key == KIND.key else 1
     for version in (f"{key}/{newest + 1}", f"{key}/1.1", f"{key}/1 ", key, f"{key}/9999999999"):
         text = json.dumps(json.loads(outer["__metadata__"][key]) | {"format": version})
         path.write_bytes(joined({**outer, "__metadata__": {key: text}}, body))

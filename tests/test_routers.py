@@ -8,23 +8,19 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from wantrim.methods.conditions import Conditions
-from wantrim.methods.fingerprint import WHOLE, Fingerprint
-from wantrim.methods.profile import BINS, Profile
+from wantrim.methods.cost import Width
 from wantrim.methods.routers import (
-    KIND,
     Content,
     FixedRouter,
     ProfiledRouter,
     RandomRouter,
     RouterMLP,
-    TrainedRouter,
     latent_statistics,
-    load_router,
-    residual_sizes,
-    save_router,
 )
-from wantrim.methods.width import Width
+from wantrim.methods.schedule import BINS
+from wantrim.profiles.fingerprint import WHOLE, Fingerprint, width_digest
+from wantrim.profiles.profile import Profile, residual_sizes
+from wantrim.slim.router import KIND, Conditions, TrainedRouter, load_router, save_router
 
 BLOCKS = 5
 MODEL = Fingerprint(48, 64, BLOCKS, 4, 16, 16, (0.5, -0.25))
@@ -57,11 +53,11 @@ def test_sizes_are_relative_to_the_blocks_input_and_empty_bins_take_the_nearest(
 
 def test_a_profile_without_a_run_is_refused():
     with pytest.raises(ValueError, match="at least one recorded run"):
-        ProfiledRouter(profile({}))
+        ProfiledRouter(residual_sizes(profile({})))
 
 
 def test_the_profiled_router_reads_the_bin_of_sigma():
-    router = ProfiledRouter(profile({0: 1, 9: 1}))
+    router = ProfiledRouter(residual_sizes(profile({0: 1, 9: 1})))
     run = router.run(BLOCKS)
     torch.testing.assert_close(run.logits(0.05, CONTENT), router.sizes[0])
     torch.testing.assert_close(run.logits(1.0, CONTENT), router.sizes[9])
@@ -274,13 +270,13 @@ def test_a_student_is_told_from_its_teacher_and_from_another_cut():
         replace(cut, cross_heads=((0, 2), (1, 3))),
         replace(cut, ffn_channels=((0, 1, 2), (1, 3, 4))),
     ]
-    student = replace(model, width=cut.digest(model))
+    student = replace(model, width=width_digest(model, cut))
     assert student.differs(replace(student, sample=(0.500015, -0.25003))) is None
     for other in others:
-        said = student.differs(replace(model, width=other.digest(model)))
+        said = student.differs(replace(model, width=width_digest(model, other)))
         assert said == "expected a slim one, got a slim one: other heads and channels were cut"
     every = Width(((0, 1, 2, 3),) * 2, ((0, 1, 2, 3),) * 2, ((0, 1, 2, 3, 4),) * 2)
-    teacher = replace(model, width=every.digest(model))
+    teacher = replace(model, width=width_digest(model, every))
     assert teacher.width == WHOLE
     assert teacher.differs(student).startswith("expected the full model, got a slim one")
     assert student.differs(teacher).startswith("expected a slim one, got the full model")

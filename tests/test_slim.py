@@ -16,8 +16,8 @@ from wantrim.hosts.diffusers.profiling import profile_run
 from wantrim.hosts.diffusers.sample import denoise
 from wantrim.hosts.diffusers.slim import load_slim
 from wantrim.hosts.diffusers.weights import load_original, new_transformer, save_original
-from wantrim.methods.calibration import load_calibration
-from wantrim.methods.width import Width
+from wantrim.methods.cost import Width
+from wantrim.profiles.calibration import load_calibration
 from wantrim.profiles.recorder import open_profile, save_profile
 from wantrim.slim import file as slim_file
 from wantrim.slim.cut import (
@@ -727,7 +727,7 @@ import torch
 from wantrim.slim.export import export_slim
 from wantrim.slim.file import PREFIX
 from wantrim.slim.source import open_source
-from wantrim.methods.width import Width
+from wantrim.methods.cost import Width
 
 folder, blocks, heads, channels = Path(sys.argv[1]), *map(int, sys.argv[2:])
 dim, ffn = 5120, 13824

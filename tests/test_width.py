@@ -3,11 +3,11 @@ import math
 import pytest
 import torch
 
-from wantrim.methods import width as module
-from wantrim.methods.fingerprint import Fingerprint
-from wantrim.methods.profile import Profile
-from wantrim.methods.width import (
-    Width,
+from wantrim.methods.cost import Width
+from wantrim.profiles.fingerprint import Fingerprint
+from wantrim.profiles.profile import Profile
+from wantrim.slim import width as module
+from wantrim.slim.width import (
     ffn_channels,
     ffn_count,
     ffn_scores,

@@ -17,9 +17,9 @@ from rich.console import Console
 from rich.table import Table
 
 from ..methods.cost import WanShape, block_flops, block_parameters, outside_flops
-from ..methods.width import ffn_count, kept_count
 from ..slim.file import list_entries
 from ..slim.source import open_source
+from ..slim.width import ffn_count, kept_count
 from ..toy import CHECKPOINT
 from ..toy.text import TEXT_DIM, TEXT_TOKENS
 from .encode_cost import describe_encoding
@@ -273,7 +273,7 @@ def model_shape(recipe: Recipe) -> WanShape:
             raise ValueError(f"{config}: expected a Wan transformer's config: {error!r}") from error
     if path.is_file():
         clip = any("img_emb." in entry.name for entry in list_entries(path)[0])
-        shape = WanShape.of(open_source(path).model, image_tokens=CLIP_TOKENS if clip else 0)
+        shape = open_source(path).model.shape(image_tokens=CLIP_TOKENS if clip else 0)
         return replace(shape, text_dim=TEXT_DIM) if recipe.model == TINY else shape
     if recipe.name not in KNOWN:
         raise ValueError(

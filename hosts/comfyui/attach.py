@@ -23,8 +23,8 @@ from ...engine.compiled import paused, resumed
 from ...engine.engine import COND, Engine, check_latent
 from ...engine.plan import TrimPlan
 from ...engine.record import Record
-from ...methods.routers import TrainedRouter
 from ...methods.schedule import progress_at
+from ...slim.router import TrainedRouter
 from ...solve.dial import Dial
 from .attachment import KEY, Attachment, attachment_of, replaced_by
 from .blocks import replace_blocks

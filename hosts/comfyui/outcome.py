@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import torch
 
-from ...methods.profile import Profile
-from ...methods.video_metrics import SSIM_WINDOW
+from ...profiles.profile import Profile
 from ...report.compare import compare
 from ...report.figures import step_work
 from ...report.verdict import FORMAT, Choice, Row, row_json
+from ...report.video_metrics import SSIM_WINDOW
 from ...solve.tuned import Tuned
 from .candidates import PLAN
 from .trial import CACHE, STEPS, WHOLE, Candidate, Trial

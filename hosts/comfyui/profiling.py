@@ -17,9 +17,9 @@ from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 
 from ...engine.compiled import paused
 from ...engine.engine import check_latent
-from ...methods.calibration import calibration_bytes
-from ...methods.fingerprint import Fingerprint, sample_modulation
-from ...methods.profile import Profile
+from ...profiles.calibration import calibration_bytes
+from ...profiles.fingerprint import Fingerprint, sample_modulation
+from ...profiles.profile import Profile
 from ...profiles.recorder import Projections, Recorder
 from ...profiles.recording import BlockRecord, BlockWatch, CallRecord
 from .attach import attachment_of
@@ -38,7 +38,7 @@ class ProfileAttachment:
     """A recorder as it sits on a MODEL, with what the last run showed.
 
     Args:
-        calibrate: name in `methods.calibration.CALIBRATE`.
+        calibrate: name in `profiles.calibration.CALIBRATE`.
 
     Attributes:
         recorder: of the last run, if there is something in it.

@@ -20,7 +20,7 @@ import comfy.model_management
 import comfy.model_patcher
 from comfy.patcher_extension import WrappersMP
 
-from ...methods.fingerprint import Fingerprint
+from ...profiles.fingerprint import Fingerprint
 from ...solve.tuned import Travel
 from .attachment import KEY as PLAN_KEY
 from .attachment import Attachment, attachment_of

@@ -20,7 +20,8 @@ from wantrim.hosts.comfyui.attach import attach
 from wantrim.hosts.comfyui.blocks import OVERRIDE
 from wantrim.hosts.comfyui.profiling import model_fingerprint
 from wantrim.methods.depth import BlockBudget, BlockPlan
-from wantrim.methods.routers import RandomRouter, RouterMLP, TrainedRouter
+from wantrim.methods.routers import RandomRouter, RouterMLP
+from wantrim.slim.router import TrainedRouter
 from wantrim.tests.comfyui import put, test_heads, tiny
 
 STEPS = 4

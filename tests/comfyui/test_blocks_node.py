@@ -11,15 +11,10 @@ from wantrim.engine.plan import TrimPlan
 from wantrim.hosts.comfyui.attach import KEY, attach, attachment_of, detach
 from wantrim.hosts.comfyui.profiling import model_fingerprint
 from wantrim.methods.depth import BlockPlan, choose_blocks
-from wantrim.methods.routers import (
-    Content,
-    ProfiledRouter,
-    RouterMLP,
-    TrainedRouter,
-    save_router,
-)
+from wantrim.methods.routers import Content, ProfiledRouter, RouterMLP
 from wantrim.nodes.blocks import FOLDER, ROUTERS, WanTrimBlocks, parse_blocks
 from wantrim.profiles.recorder import ProfileFile
+from wantrim.slim.router import TrainedRouter, save_router
 from wantrim.tests.comfyui import tiny
 from wantrim.tests.comfyui.test_blocks import (
     DEFAULTS,

@@ -24,10 +24,8 @@ from wantrim.hosts.comfyui.profiling import (
     detach_profile,
     profile_of,
 )
-from wantrim.methods.calibration import load_calibration
 from wantrim.methods.grid import TokenGrid
 from wantrim.methods.heads import FRAME, OFF, HeadPlan
-from wantrim.methods.profile import Profile, load_profile
 from wantrim.methods.roles import intra_slice_ratio
 from wantrim.nodes import demo
 from wantrim.nodes.profile import (
@@ -39,6 +37,8 @@ from wantrim.nodes.profile import (
     WanTrimSaveProfile,
     saved_profiles,
 )
+from wantrim.profiles.calibration import load_calibration
+from wantrim.profiles.profile import Profile, load_profile
 from wantrim.profiles.recorder import ProfileFile, calibration_path
 from wantrim.tests.comfyui import neighbours, put, tiny
 from wantrim.toy.world import held_out_scenes

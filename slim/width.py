@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 
-from .fingerprint import Fingerprint, width_digest
-from .profile import PER_BIN, Profile
-from .roles import TEMPORAL
+from ..methods.cost import Width
+from ..methods.roles import TEMPORAL
+from ..profiles.profile import PER_BIN, Profile
 
 # PARE's smallest number of heads, of how many
 MINIMUM, PAPER_HEADS = 8, 40
@@ -31,33 +30,6 @@ WHAT = {"cross_output": "the cross-attention heads", "channel_energy": "the FFN 
 
 # [c, 2 * dim] of a block: rows of W_up beside columns of W_down
 Signature = Callable[[int], torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Width:
-    """What each block keeps, as ascending indices. The residual width is never cut.
-
-    Args:
-        self_heads, cross_heads: kept heads per block.
-        ffn_channels: kept FFN channels per block.
-    """
-
-    self_heads: tuple[tuple[int, ...], ...]
-    cross_heads: tuple[tuple[int, ...], ...]
-    ffn_channels: tuple[tuple[int, ...], ...]
-
-    @property
-    def num_blocks(self) -> int:
-        return len(self.self_heads)
-
-    def digest(self, model: Fingerprint) -> str:
-        """What tells this cut of a model from others, see `fingerprint.width_digest`."""
-        return width_digest(model, (self.self_heads, self.cross_heads, self.ffn_channels))
-
-    def sizes(self, block_index: int) -> tuple[int, int, int]:
-        """Self-attention heads, cross-attention heads and FFN channels of a block."""
-        parts = (self.self_heads, self.cross_heads, self.ffn_channels)
-        return tuple(len(part[block_index]) for part in parts)
 
 
 def check_ratio(prune_ratio: float) -> None:

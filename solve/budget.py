@@ -11,21 +11,13 @@ from collections.abc import Sequence
 
 import torch
 
-from .attend import pattern_pairs
-from .cost import WanShape, block_flops, block_parameters
-from .grid import TokenGrid
-from .heads import CHEAP, FULL, OFF, HeadPlan
-from .knapsack import BudgetTooSmall, Option, choose
-from .profile import Profile
-from .width import (
-    Signature,
-    Width,
-    channels,
-    check_recorded,
-    ffn_multiple,
-    ffn_scores,
-    protected,
-)
+from ..methods.attend import pattern_pairs
+from ..methods.cost import WanShape, Width, block_flops, block_parameters
+from ..methods.grid import TokenGrid
+from ..methods.heads import CHEAP, FULL, OFF, HeadPlan
+from ..methods.knapsack import BudgetTooSmall, Option, choose
+from ..profiles.profile import Profile
+from ..slim.width import Signature, channels, check_recorded, ffn_multiple, ffn_scores, protected
 
 TEXT_TOKENS = 512
 # of a block's FFN against one of its attentions: least squares gives back most of what dropped
@@ -99,18 +91,6 @@ def solve_heads(
     return HeadPlan(_rows(own_names, n), _rows(cross_names, n))
 
 
-def attention_share(
-    plan: HeadPlan, grid: TokenGrid, text_tokens: int = TEXT_TOKENS, image_tokens: int = 0
-) -> float:
-    """Share of the attention's FLOPs that a plan computes, as `solve_heads` counts its budget."""
-    own = [name for heads in plan.self_attention for name in heads]
-    cross = [name for heads in plan.cross_attention for name in heads]
-    pairs = {name: pattern_pairs(name, grid) for name in {FULL, *own}}
-    cross_pairs = grid.tokens * (text_tokens + image_tokens)
-    left = sum(pairs[name] for name in own) + cross.count(FULL) * cross_pairs
-    return left / (len(own) * pairs[FULL] + len(cross) * cross_pairs)
-
-
 def solve_width(
     profile: Profile,
     budget: float,
@@ -144,7 +124,7 @@ def solve_width(
     check_recorded(profile, "cross_output", "channel_energy")
     model = profile.model
     blocks, n, multiple = model.num_blocks, model.num_heads, ffn_multiple(model.ffn_dim)
-    shape = WanShape.of(model, text_tokens, image_tokens)
+    shape = model.shape(text_tokens, image_tokens)
     head, cross_head, channel = unit_costs(shape, grid)
     scores = ffn_scores(profile, "energy")
     groups: list[list[Option]] = []
