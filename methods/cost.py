@@ -86,27 +86,6 @@ class Work:
         return Work(self.linear * times, self.attention * times, self.moved * times)
 
 
-def block_parameters(shape: WanShape, width: tuple[int, int, int] | None = None) -> int:
-    """Numbers that a block stores.
-
-    Args:
-        width: self-attention heads, cross-attention heads and FFN channels of a slim block.
-    """
-    d, inner, cross_inner, channels = shape.dim, shape.dim, shape.dim, shape.ffn_dim
-    if width is not None:
-        inner, cross_inner = width[0] * shape.head_dim, width[1] * shape.head_dim
-        channels = width[2]
-
-    def attention(inner: int) -> int:
-        # q, k, v with their biases, the norms of q and k, and o
-        return 3 * inner * (d + 1) + 2 * inner + d * (inner + 1)
-
-    image = cross_inner * (2 * (d + 1) + 1) if shape.image_tokens else 0
-    ffn = channels * (d + 1) + d * (channels + 1)
-    # the modulation and the norm before cross-attention
-    return attention(inner) + attention(cross_inner) + image + ffn + 8 * d
-
-
 # Times that a block goes over [s, c] between its products, reads and writes alike, with one kernel
 # for each step, as ComfyUI runs it: norm and modulation 4, gate 3, norm 2, sum 3, norm and
 # modulation 4, gate 3. Over the heads' part: RMS norm and RoPE of q and k 8, RMS norm of the

@@ -30,7 +30,6 @@ from wantrim.methods.cost import (
     Width,
     Work,
     block_flops,
-    block_parameters,
     block_work,
     forward_flops,
     outside_flops,
@@ -44,6 +43,7 @@ from wantrim.methods.shares import Shares
 from wantrim.methods.tokens import TokenPlan
 from wantrim.tests.small_wan import SIZE, condition, random_wan, words
 from wantrim.toy import CHECKPOINT
+from wantrim.training.memory import block_parameters
 
 GRID, BLOCKS, HEADS = TokenGrid(3, 4, 3), 6, 4
 SHIFT, STEPS = 3.0, 5

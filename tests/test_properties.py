@@ -26,9 +26,10 @@ from wantrim.methods.tokens import TokenPlan, paper_plan, select_tokens
 from wantrim.profiles.fingerprint import Fingerprint
 from wantrim.profiles.profile import Profile
 from wantrim.slim.width import ffn_count, ffn_multiple, kept_count, pare_width
-from wantrim.solve.budget import solve_heads, solve_width, width_share
+from wantrim.solve.budget import solve_heads, solve_width
 from wantrim.solve.dial import HIGH, LOW, TOLERANCE, Dial, Run
 from wantrim.tests.hypotheses import few
+from wantrim.tests.test_budget import width_share
 
 shares = st.floats(0.01, 1.0)
 places = st.floats(0.0, 1.0)
@@ -321,23 +322,21 @@ def profile_of(seed: int, blocks=3, heads=4, head_dim=4, ffn=48) -> Profile:
 
 
 @few
-@given(st.integers(0, 99), st.floats(0.05, 1.0), st.booleans(), grids)
-def test_a_width_is_within_its_budget_and_leaves_something_everywhere(seed, budget, counted, grid):
+@given(st.integers(0, 99), st.floats(0.05, 1.0))
+def test_a_width_is_within_its_budget_and_leaves_something_everywhere(seed, budget):
     profile = profile_of(seed)
-    shape = profile.model.shape()
-    grid = grid if counted else None
     try:
-        width = solve_width(profile, budget, grid=grid)
+        width = solve_width(profile, budget)
     except ValueError as error:
         least = float(str(error).split("at least ")[1].split(" ")[0])
-        assert budget < least and solve_width(profile, least, grid=grid)
+        assert budget < least and solve_width(profile, least)
         return
-    assert width_share(width, shape, grid) <= budget + 1e-9
+    assert width_share(width, profile.model) <= budget + 1e-9
     for block in range(width.num_blocks):
         own, cross, channels = width.sizes(block)
         assert min(own, cross, channels) >= 1 and channels % 16 == 0
     if budget == 1.0:
-        assert width_share(width, shape, grid) == 1.0
+        assert width_share(width, profile.model) == 1.0
 
 
 @few

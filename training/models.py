@@ -18,7 +18,7 @@ from ..slim.export import check_profile, export_slim, package_version
 from ..slim.file import SlimHeader, read_header
 from ..slim.router import Conditions, TrainedRouter, save_router
 from ..slim.source import Source, open_source
-from ..slim.width import channels, ffn_count, ffn_scores, pare_heads
+from ..slim.width import channels, ffn_count, pare_heads
 from ..solve.budget import solve_width
 from ..toy import CHECKPOINT, PROFILE
 from .loading import Waiting
@@ -113,7 +113,7 @@ def starting_width(profile: Profile, stage: Stage, signature) -> Width:
     return Width(
         pare_heads(profile, stage.prune_ratio, stage.protection),
         pare_heads(profile, stage.prune_ratio, kind="cross"),
-        channels(ffn_scores(profile), [keep] * profile.model.num_blocks, signature),
+        channels(profile.tensors["channel_norm"], [keep] * profile.model.num_blocks, signature),
     )
 
 
