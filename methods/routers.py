@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from .schedule import millionths, sigma_bin
+from .schedule import sigma_bin
 
 
 @dataclass
@@ -98,27 +98,6 @@ class Constant:
 
     def logits(self, sigma: float, content: Content) -> torch.Tensor:
         return self._logits
-
-
-@dataclass(frozen=True)
-class RandomRouter(Budgeted):
-    """Blocks by chance, anew at every sigma: what any other router has to beat."""
-
-    seed: int = 0
-    name = "random"
-
-    def run(self, num_blocks: int) -> RouterRun:
-        return _Random(num_blocks, self.seed)
-
-
-class _Random(Constant):
-    def __init__(self, num_blocks: int, seed: int):
-        super().__init__(torch.zeros(num_blocks))
-        self._seed = seed
-
-    def logits(self, sigma: float, content: Content) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + millionths(sigma))
-        return torch.rand(len(self._logits), generator=generator)
 
 
 class ProfiledRouter(Budgeted):

@@ -39,11 +39,6 @@ def sigma_bin(sigma: float) -> int:
     return min(BINS - 1, int(min(1.0, max(0.0, sigma)) * BINS))
 
 
-def millionths(sigma: float) -> int:
-    """A whole number of a noise level, for seeds; of what is no number, 0."""
-    return round(1e6 * min(1e6, max(0.0, sigma)))
-
-
 @dataclass(frozen=True)
 class Schedule:
     """Keep ratio over progress.

@@ -141,9 +141,9 @@ class Profile:
         }
         return Profile(self.model, tensors, self.runs + other.runs, self.tuned + other.tuned)
 
-    def save(self, path: Path, package: str = "") -> None:
+    def save(self, path: Path) -> None:
         """Write it whole or not at all."""
-        header = {"runs": self.runs, "tuned": self.tuned, "package": package}
+        header = {"runs": self.runs, "tuned": self.tuned}
         tensors = {name: value.contiguous() for name, value in self.tensors.items()}
         save_artifact(path, KIND, self.model, header, tensors)
 

@@ -139,11 +139,11 @@ class _Trained(Constant):
         return self._router.ask(torch.tensor([sigma]), content).cpu()
 
 
-def save_router(path: Path, router: TrainedRouter, package: str = "") -> None:
+def save_router(path: Path, router: TrainedRouter) -> None:
     """Write it whole or not at all."""
     mlp = router.mlp
     sizes = [mlp.num_blocks, mlp.content_dim, mlp.hidden, mlp.time_dim]
-    header = {"content": router.kind, "sizes": sizes, "package": package}
+    header = {"content": router.kind, "sizes": sizes}
     if router.conditions is not None:
         header["trained"] = router.conditions.to_json()
     tensors = {name: value.detach().cpu().contiguous() for name, value in mlp.state_dict().items()}

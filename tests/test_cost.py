@@ -7,6 +7,7 @@ import torch
 from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
 
 from wantrim.benchmarks.flops import count_flops
+from wantrim.benchmarks.random_router import RandomRouter
 from wantrim.engine.engine import COND, UNCOND
 from wantrim.engine.plan import TrimPlan
 from wantrim.engine.program import (
@@ -37,7 +38,7 @@ from wantrim.methods.cost import (
 from wantrim.methods.depth import BlockBudget, BlockPlan
 from wantrim.methods.grid import TokenGrid
 from wantrim.methods.heads import OFF, PATTERNS, HeadPlan
-from wantrim.methods.routers import FixedRouter, RandomRouter
+from wantrim.methods.routers import FixedRouter
 from wantrim.methods.schedule import Schedule
 from wantrim.methods.shares import Shares
 from wantrim.methods.tokens import TokenPlan

@@ -39,13 +39,13 @@ def write_profile(path: Path) -> None:
         made.tensors[name] = torch.rand_like(value)
     made.tensors["count"] = torch.ones(10)
     made.runs = [{"grid": [3, 4, 5], "context_tokens": 7, "sigmas": [1.0, 0.5], "calls": 2}]
-    made.save(path, "1")
+    made.save(path)
 
 
 def write_router(path: Path) -> None:
     torch.manual_seed(2)
     mlp = RouterMLP(MODEL.num_blocks, 16, hidden=8, time_dim=8).requires_grad_(False)
-    save_router(path, TrainedRouter(mlp, "latent", MODEL), "1")
+    save_router(path, TrainedRouter(mlp, "latent", MODEL))
 
 
 def write_calibration(path: Path) -> None:
@@ -53,7 +53,7 @@ def write_calibration(path: Path) -> None:
     torch.manual_seed(3)
     for kind, size in (("self", 48), ("cross", 48), ("ffn", 80)):
         made.add(kind, 1, torch.randn(5, size))
-    made.save(path, "1")
+    made.save(path)
 
 
 def write_full(path: Path) -> None:

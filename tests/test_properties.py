@@ -8,6 +8,7 @@ import torch
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
+from wantrim.benchmarks.random_router import RandomRouter
 from wantrim.engine.plan import TrimPlan
 from wantrim.engine.program import Facts, compile_step, expected_programs
 from wantrim.engine.work import plan_work
@@ -19,7 +20,7 @@ from wantrim.methods.grid import TokenGrid, gather_tokens, other_positions, scat
 from wantrim.methods.heads import CHEAP, FULL, OFF
 from wantrim.methods.importance import query_count, sample_queries
 from wantrim.methods.knapsack import BudgetTooSmall, choose, hull
-from wantrim.methods.routers import FixedRouter, RandomRouter
+from wantrim.methods.routers import FixedRouter
 from wantrim.methods.schedule import BINS, DIRECTIONS, Schedule, progress_at, sigma_at, sigma_bin
 from wantrim.methods.shares import Shares, latent_mask, token_change
 from wantrim.methods.tokens import TokenPlan, paper_plan, select_tokens

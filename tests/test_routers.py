@@ -8,16 +8,17 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from wantrim.benchmarks.random_router import RandomRouter
 from wantrim.methods.cost import Width
 from wantrim.methods.routers import (
     Content,
     FixedRouter,
     ProfiledRouter,
-    RandomRouter,
     RouterMLP,
     latent_statistics,
 )
 from wantrim.methods.schedule import BINS
+from wantrim.profiles.artifact import package_version
 from wantrim.profiles.fingerprint import WHOLE, Fingerprint, width_digest
 from wantrim.profiles.profile import Profile, residual_sizes
 from wantrim.slim.router import KIND, Conditions, TrainedRouter, load_router, save_router
@@ -138,7 +139,7 @@ def test_a_router_of_clip_needs_an_image():
 @pytest.mark.parametrize(("kind", "content_dim"), [("latent", 16), ("none", 0)])
 def test_a_saved_router_is_the_same_router(tmp_path, kind, content_dim):
     router, path = trained(kind, content_dim), tmp_path / "deep" / "router.safetensors"
-    save_router(path, router, "0.3.0")
+    save_router(path, router)
     loaded = load_router(path)
     assert loaded.kind == kind and loaded.model == MODEL
     for name, value in router.mlp.state_dict().items():
@@ -149,6 +150,8 @@ def test_a_saved_router_is_the_same_router(tmp_path, kind, content_dim):
         # weights read from a file lie elsewhere in memory, and sums may round otherwise
         torch.testing.assert_close(one, other)
     assert [file.name for file in path.parent.iterdir()] == ["router.safetensors"]
+    with safe_open(path, "pt") as file:
+        assert json.loads(file.metadata()[KIND.key])["package"] == package_version() != ""
 
 
 def _rewritten(path, **header):

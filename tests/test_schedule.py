@@ -1,6 +1,7 @@
 import pytest
 
-from wantrim.methods.schedule import Schedule, millionths, progress_at, sigma_at
+from wantrim.benchmarks.random_router import millionths
+from wantrim.methods.schedule import Schedule, progress_at, sigma_at
 
 
 def test_paper_schedule_in_five_stages():

@@ -12,9 +12,10 @@ from ..hosts.diffusers.slim import empty_slim, save_slim
 from ..hosts.diffusers.weights import to_diffusers_keys
 from ..methods.cost import Width
 from ..methods.routers import RouterMLP
+from ..profiles.artifact import package_version
 from ..profiles.fingerprint import sample_modulation, width_digest
 from ..profiles.profile import Profile, load_profile
-from ..slim.export import check_profile, export_slim, package_version
+from ..slim.export import check_profile, export_slim
 from ..slim.file import SlimHeader, read_header
 from ..slim.router import Conditions, TrainedRouter, save_router
 from ..slim.source import Source, open_source
@@ -157,7 +158,7 @@ def write_student(
     if router is not None:
         own = replace(model, width=width_digest(model, header.width))
         trained_router = TrainedRouter(router, kind, own, conditions)
-        save_router(folder / "router.safetensors", trained_router, package_version())
+        save_router(folder / "router.safetensors", trained_router)
     save_slim(folder / "student.safetensors", student, header, dtype)
 
 
