@@ -6,22 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
-from ..methods.routers import Budgeted, Constant, Content
+from ..methods.routers import Budgeted
 
 
 def millionths(sigma: float) -> int:
     """A whole number of a noise level, for seeds; of what is no number, 0."""
     return round(1e6 * min(1e6, max(0.0, sigma)))
-
-
-class _Random(Constant):
-    def __init__(self, num_blocks: int, seed: int):
-        super().__init__(torch.zeros(num_blocks))
-        self._seed = seed
-
-    def logits(self, sigma: float, content: Content) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + millionths(sigma))
-        return torch.rand(len(self._logits), generator=generator)
 
 
 @dataclass(frozen=True)
@@ -31,5 +21,6 @@ class RandomRouter(Budgeted):
     seed: int = 0
     name = "random"
 
-    def run(self, num_blocks: int) -> _Random:
-        return _Random(num_blocks, self.seed)
+    def logits(self, num_blocks: int, sigma: float) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + millionths(sigma))
+        return torch.rand(num_blocks, generator=generator)

@@ -30,25 +30,26 @@ class Content:
     clip: torch.Tensor | None = None
 
 
-class RouterRun(Protocol):
-    """A router during one sampling run."""
-
-    def logits(self, sigma: float, content: Content) -> torch.Tensor:
-        """One logit per block [l]; the highest run."""
-
-
 class Router(Protocol):
-    """Plain data; `run` makes the state of one sampling run."""
+    """Says which blocks matter. Plain data, independent of a run."""
 
     name: str
     skips_nothing: bool
-    # logits [l] for a sigma [1] that are read with the step's other facts; None where `run` has them
+    # logits [l] for a sigma [1] that are read with the step's other facts; None: by `logits`
     ask: Callable[[torch.Tensor, Content], torch.Tensor] | None
+
+    def check(self, num_blocks: int) -> None:
+        """Refuse a model of another number of blocks than this was made for.
+
+        Raises:
+            ValueError: says what was expected.
+        """
 
     def count(self, num_blocks: int, budget: int) -> int:
         """Blocks that run where the budget asks for `budget`."""
 
-    def run(self, num_blocks: int) -> RouterRun: ...
+    def logits(self, num_blocks: int, sigma: float) -> torch.Tensor:
+        """One logit per block [l]; the highest run."""
 
 
 class Budgeted:
@@ -56,6 +57,8 @@ class Budgeted:
 
     skips_nothing = False
     ask = None
+
+    def check(self, num_blocks: int) -> None: ...
 
     def count(self, num_blocks: int, budget: int) -> int:
         return budget
@@ -77,27 +80,18 @@ class FixedRouter:
     def skips_nothing(self) -> bool:
         return not self.skipped
 
-    def _inside(self, num_blocks: int) -> set[int]:
+    def check(self, num_blocks: int) -> None:
         outside = [index for index in self.skipped if not 0 <= index < num_blocks]
         if outside:
             raise ValueError(f"blocks: expected numbers from 0 to {num_blocks - 1}, got {outside}")
-        return set(self.skipped) - {0, num_blocks - 1}
 
     def count(self, num_blocks: int, budget: int) -> int:
-        return num_blocks - len(self._inside(num_blocks))
+        return num_blocks - len(set(self.skipped) - {0, num_blocks - 1})
 
-    def run(self, num_blocks: int) -> RouterRun:
+    def logits(self, num_blocks: int, sigma: float) -> torch.Tensor:
         logits = torch.ones(num_blocks)
-        logits[sorted(self._inside(num_blocks))] = 0
-        return Constant(logits)
-
-
-class Constant:
-    def __init__(self, logits: torch.Tensor):
-        self._logits = logits
-
-    def logits(self, sigma: float, content: Content) -> torch.Tensor:
-        return self._logits
+        logits[sorted(set(self.skipped) - {0, num_blocks - 1})] = 0
+        return logits
 
 
 class ProfiledRouter(Budgeted):
@@ -112,22 +106,15 @@ class ProfiledRouter(Budgeted):
     def __init__(self, sizes: torch.Tensor):
         self.sizes = sizes
 
-    def run(self, num_blocks: int) -> RouterRun:
+    def check(self, num_blocks: int) -> None:
         if self.sizes.shape[1] != num_blocks:
             raise ValueError(
                 f"profile: expected one of a model with {num_blocks} blocks, got "
                 f"{self.sizes.shape[1]}: the profile is of another model"
             )
-        return _Profiled(self.sizes)
 
-
-class _Profiled(Constant):
-    def __init__(self, sizes: torch.Tensor):
-        super().__init__(sizes[0])
-        self._sizes = sizes
-
-    def logits(self, sigma: float, content: Content) -> torch.Tensor:
-        return self._sizes[sigma_bin(sigma)]
+    def logits(self, num_blocks: int, sigma: float) -> torch.Tensor:
+        return self.sizes[sigma_bin(sigma)]
 
 
 def latent_statistics(latent: torch.Tensor) -> torch.Tensor:

@@ -148,8 +148,7 @@ class WanTrimBlocks(io.ComfyNode):
         network = model.model.diffusion_model
         try:
             chosen = _router(model, router, profile)
-            # made for this many blocks?
-            chosen.run(len(network.blocks))
+            chosen.check(len(network.blocks))
             given = {"k_min": k_min, "k_max": k_max, "curve": curve}
             given, remarks = _settled(chosen, given)
             plan = BlockPlan(

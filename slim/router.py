@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ..methods.routers import Budgeted, Constant, Content, RouterMLP, RouterRun, latent_statistics
+from ..methods.routers import Budgeted, Content, RouterMLP, latent_statistics
 from ..profiles.artifact import Kind, open_artifact, save_artifact
 from ..profiles.fingerprint import Fingerprint
 
@@ -98,13 +98,12 @@ class TrainedRouter(Budgeted):
     ):
         self.mlp, self.kind, self.model, self.conditions = mlp, kind, model, conditions
 
-    def run(self, num_blocks: int) -> RouterRun:
+    def check(self, num_blocks: int) -> None:
         if self.mlp.num_blocks != num_blocks:
             raise ValueError(
                 f"router: expected one for {num_blocks} blocks, got {self.mlp.num_blocks}: it was "
                 "trained for another model"
             )
-        return _Trained(self)
 
     @torch.no_grad()
     def ask(self, sigma: torch.Tensor, content: Content) -> torch.Tensor:
@@ -128,15 +127,6 @@ class TrainedRouter(Budgeted):
         device = mlp.layers[0].weight.device
         given = None if given is None else given.to(device)
         return mlp(sigma.to(device), given)[0].float()
-
-
-class _Trained(Constant):
-    def __init__(self, router: TrainedRouter):
-        super().__init__(torch.zeros(router.mlp.num_blocks))
-        self._router = router
-
-    def logits(self, sigma: float, content: Content) -> torch.Tensor:
-        return self._router.ask(torch.tensor([sigma]), content).cpu()
 
 
 def save_router(path: Path, router: TrainedRouter) -> None:

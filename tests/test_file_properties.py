@@ -178,7 +178,7 @@ def test_a_router_is_read_as_it_was_written(folder, model, seed, kind, hidden, h
     assert again.mlp.state_dict().keys() == written.keys()
     assert all(torch.equal(again.mlp.state_dict()[name], value) for name, value in written.items())
     seen = Content(torch.randn(1, model.in_channels, 2, 3, 4), torch.randn(1, 7))
-    assert len(again.run(model.num_blocks).logits(0.5, seen)) == model.num_blocks
+    assert len(again.ask(torch.tensor([0.5]), seen)) == model.num_blocks
 
 
 @few

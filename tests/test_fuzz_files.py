@@ -70,13 +70,13 @@ def write_slim(path: Path) -> None:
 def use_profile(path: Path) -> None:
     opened = open_profile(path)
     summary(opened.profile)
-    ProfiledRouter(residual_sizes(opened.profile)).run(opened.profile.model.num_blocks)
+    ProfiledRouter(residual_sizes(opened.profile)).check(opened.profile.model.num_blocks)
 
 
 def use_router(path: Path) -> None:
     router = load_router(path)
     content = Content(torch.zeros(1, 4, 3, 6, 5), torch.zeros(1, 16))
-    router.run(router.mlp.num_blocks).logits(0.5, content)
+    router.ask(torch.tensor([0.5]), content)
 
 
 def use_calibration(path: Path) -> None:
