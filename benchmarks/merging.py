@@ -19,8 +19,8 @@ from diffusers.hooks import ModelHook
 from torch.nn.functional import normalize
 
 from ..methods.grid import TokenGrid
-from ..methods.schedule import millionths
 from .baselines import OneVideo, one_video
+from .random_router import millionths
 
 
 @dataclass(frozen=True)

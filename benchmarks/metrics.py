@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from ..methods.video_metrics import SSIM_WINDOW, motion, motion_ratio, psnr, ssim
+from ..report.video_metrics import SSIM_WINDOW, motion, motion_ratio, psnr, ssim
 
 # equal videos have an infinite PSNR, which no mean survives
 MAX_DB = 100.0

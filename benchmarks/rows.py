@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..methods.fingerprint import Fingerprint
+from ..profiles.fingerprint import Fingerprint
 from ..report.verdict import FORMAT
 
 log = logging.getLogger(__name__)

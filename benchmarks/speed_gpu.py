@@ -209,7 +209,7 @@ def _selection_row(row, size: Size, name: str, plan: TrimPlan, forward: float, s
         if tokens is None:
             select_tokens(change, grid, grid.tokens, round(SHARE * grid.per_frame))
             return
-        received = attention_received(grid, q, k, tokens.query_ratio)
+        received = attention_received(grid, q, k)
         budget = tokens.budget(0.5, grid)
         select_tokens(received, grid, grid.tokens, budget, alpha=tokens.alpha)
 

@@ -12,9 +12,9 @@ from ..methods.cost import WanShape, Work
 from ..methods.depth import BlockBudget, BlockPlan
 from ..methods.grid import TokenGrid
 from ..methods.heads import FRAME, FULL, OFF, HeadPlan
-from ..methods.routers import RandomRouter
 from ..methods.shares import Shares
 from ..methods.tokens import paper_plan
+from .random_router import RandomRouter
 
 TEXT_TOKENS = 512
 # share of the tokens, the heads and the blocks that the plans keep

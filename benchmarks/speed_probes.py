@@ -10,10 +10,9 @@ from collections.abc import Sequence
 import torch
 
 from ..engine.plan import TrimPlan
-from ..engine.program import KEPT
 from .speed_models import Runner
 from .speed_plans import WHOLE, Size
-from .traffic import Traffic, no_collection, watch_blocks
+from .traffic import Traffic, in_states, no_collection, watch_blocks
 
 
 def timed(runner: Runner) -> float:
@@ -80,10 +79,7 @@ def interval(ratios: Sequence[float], draws: int = 2000) -> tuple[float, float]:
 
 
 def trimmed_blocks(model, size: Size, plan: TrimPlan) -> list[Traffic]:
-    """What each trimmed block of a steady step costs beside its own work, bytes in hidden states.
-
-    A hidden state is that of all tokens.
-    """
+    """What each trimmed block of a steady step costs beside its own work, bytes in hidden states."""
     runner = Runner(model, size, plan)
     for _ in range(WHOLE):
         runner.step()
@@ -91,8 +87,4 @@ def trimmed_blocks(model, size: Size, plan: TrimPlan) -> list[Traffic]:
         runner.step()
     runner.close()
     state = size.grid.tokens * size.dim * next(model.parameters()).element_size()
-    return [
-        Traffic(cost.launches, cost.moved / state, cost.allocated / state)
-        for row, cost in found
-        if row.run == KEPT or row.heads
-    ]
+    return in_states(found, state)

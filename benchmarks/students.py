@@ -17,11 +17,12 @@ from ..hosts.diffusers.attach import attach
 from ..hosts.diffusers.sample import sigmas_for
 from ..hosts.diffusers.slim import load_slim
 from ..methods.depth import BlockBudget, BlockPlan
-from ..methods.routers import RandomRouter, load_router
 from ..slim.file import read_header
+from ..slim.router import load_router
 from .bench import Bench
 from .cases import DENSE, POINTS, Case
 from .quality import parse_args, refuse_rows, run_cases
+from .random_router import RandomRouter
 from .table import COLUMNS
 
 RUNS = Path("out/training")

@@ -1,4 +1,4 @@
-"""What a piece of work launches, moves and allocates, operation by operation. Knows nothing but torch.
+"""What a piece of work launches, moves and allocates, operation by operation. Knows no host.
 
 Bytes are those that an ideal kernel of each operation reads and writes: of an expanded tensor what is
 stored, of a gathered one what is taken. Attention itself is not counted: it is the block's own, and
@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from ..engine.program import KEPT, Row
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ def count_traffic(work: Callable[[], object]) -> Traffic:
 
 
 @contextmanager
-def watch_blocks(engine) -> Iterator[list[tuple[object, Traffic]]]:
+def watch_blocks(engine) -> Iterator[list[tuple[Row, Traffic]]]:
     """What each block that runs within the context costs beside its own work, with its row.
 
     Its own work is that of the host's block alone, on the tokens that it was given.
@@ -110,7 +112,7 @@ def watch_blocks(engine) -> Iterator[list[tuple[object, Traffic]]]:
     Args:
         engine: of any host.
     """
-    found: list[tuple[object, Traffic]] = []
+    found: list[tuple[Row, Traffic]] = []
     begin = engine.begin
 
     def watched(**facts):
@@ -134,6 +136,19 @@ def watch_blocks(engine) -> Iterator[list[tuple[object, Traffic]]]:
         yield found
     finally:
         del engine.begin
+
+
+def in_states(found: list[tuple[Row, Traffic]], state: int) -> list[Traffic]:
+    """What `watch_blocks` saw of the trimmed blocks, bytes in hidden states.
+
+    Args:
+        state: bytes of the hidden state of all tokens.
+    """
+    return [
+        Traffic(cost.launches, cost.moved / state, cost.allocated / state)
+        for row, cost in found
+        if row.run == KEPT or row.heads
+    ]
 
 
 class _Given:

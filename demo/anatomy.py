@@ -21,10 +21,11 @@ from ..hosts.diffusers.blocks import watch_blocks
 from ..hosts.diffusers.lora import merge_lora
 from ..hosts.diffusers.sample import sample
 from ..hosts.diffusers.weights import load_original
+from ..kernels import frame_mass
 from ..methods.grid import TokenGrid
 from ..methods.importance import sample_queries
-from ..methods.roles import SPATIAL, TEMPORAL, intra_slice_ratio, role
-from ..methods.video_metrics import psnr
+from ..methods.roles import SPATIAL, TEMPORAL, role
+from ..report.video_metrics import psnr
 from ..toy.metrics import adherence
 from ..toy.worlds import FIRST, WORLDS, World
 from .measure import sample_videos, score_prompts
@@ -48,7 +49,8 @@ def measure_heads(model, world: World, scenes, out: Path) -> None:
     calls = Counter()
 
     def seen(index, block, q, k):
-        total[index] += intra_slice_ratio(q, k, grid, queries).mean(0)
+        mass = frame_mass(q, k, (frames, grid.height, grid.width), queries, tiles=())
+        total[index] += mass[..., 0].mean(0)
         calls[index] += 1
 
     text = torch.stack([world.encode(scene.prompt()) for scene in scenes])

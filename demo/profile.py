@@ -17,8 +17,8 @@ from ..engine.engine import COND, UNCOND
 from ..hosts.diffusers.profiling import profile_run
 from ..hosts.diffusers.sample import sample
 from ..hosts.diffusers.weights import load_original
-from ..methods.profile import Profile
 from ..profiles.picture import draw_profile, summary
+from ..profiles.profile import Profile
 from ..toy import CHECKPOINT, PROFILE
 from ..toy.text import encode_prompt
 from ..toy.vae import ToyVAE, image_condition

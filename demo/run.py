@@ -23,7 +23,7 @@ from ..hosts.diffusers.weights import load_original
 from ..methods.grid import TokenGrid
 from ..methods.shares import Shares
 from ..methods.tokens import paper_plan
-from ..methods.video_metrics import flicker, motion, psnr
+from ..report.video_metrics import flicker, motion, psnr
 from ..solve.dial import Dial
 from ..solve.dial import Run as Sampling
 from ..toy import CHECKPOINT

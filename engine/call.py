@@ -309,9 +309,8 @@ class Call:
             # scored at once: held through the FFN, q and k would add to the peak of memory
             plan = self.plan.tokens
             seen["received"] = attention_received(
-                self.grid, self._own(q), self._own(k),
-                plan.query_ratio, plan.exclude_radius, plan.min_queries,
-            )  # fmt: skip
+                self.grid, self._own(q), self._own(k), min_queries=plan.min_queries
+            )
 
         def keep(q, k, v) -> None:
             try:

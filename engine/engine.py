@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..methods.budget import attention_share
+from ..methods.attend import attention_share
 from ..methods.depth import choose_blocks
 from ..methods.grid import TokenGrid
 from ..methods.heads import OFF, HeadPlan
-from ..methods.routers import Content, TrainedRouter
+from ..methods.routers import Content
 from .attention import head_groups
 from .call import Call, Shared, StepState
 from .memory import STRAYED, Memory
@@ -86,7 +86,7 @@ class Engine:
 
     def take(self, plan: TrimPlan) -> None:
         """Go by this plan; later only when it cannot be made before the first model call."""
-        self.plan, self._router = plan, None
+        self.plan = plan
         self._shared.plan = plan
         self._shared.heads, self._heads = None, None
         if plan.trims_heads and not plan.finds_roles:
@@ -132,10 +132,11 @@ class Engine:
             strayed = part.strayed(levels.max().float() / unit, own)
         asked.append(levels.new_zeros(()) if strayed is None else strayed)
         told = [torch.stack([value.to(latent.device).float() for value in asked])]
-        blocks = self.plan.blocks.router if self.plan.trims_blocks else None
-        if isinstance(blocks, TrainedRouter):
+        ask = self.plan.blocks.router.ask if self.plan.trims_blocks else None
+        if ask is not None:
             level = levels.max().float().reshape(1) / unit
-            told.append(blocks.ask(level, _content(own, clip, len(chunks), decider)))
+            image = None if clip is None else clip.chunk(len(chunks))[decider]
+            told.append(ask(level, Content(own, image)))
         frames = 0 if anchored is None else len(anchored)
         if anchored is not None:
             told.append(anchored)
@@ -206,14 +207,13 @@ class Engine:
                 part.clear()
             part.noisy |= seen.strayed > STRAYED
             keys = [(*pair, 1) for pair in zip(names, cond_or_uncond, strict=True)]
-            content = _content(own, clip, len(chunks), decider)
             self._find_roles(grid, num_blocks)
             facts = Facts(
                 sigma, progress, grid, num_blocks, seen.anchored, inside, seen.mixed,
                 known=part.known(keys), seen=part.seen,
                 begun=any(one.sigma != sigma and not one.answered for one in self.record.steps),
                 context=not self.memory.lost,
-                skipped=self._skipped(sigma, progress, content, num_blocks, seen.logits),
+                skipped=self._skipped(sigma, progress, num_blocks, seen.logits),
                 heads=self._heads,
                 by_frame=by_frame,
             )  # fmt: skip
@@ -275,20 +275,18 @@ class Engine:
         return later or any(row.context for row in program.rows)
 
     def _skipped(
-        self, sigma, progress, content: Content, num_blocks: int, logits: tuple[float, ...] | None
+        self, sigma, progress, num_blocks: int, logits: tuple[float, ...] | None
     ) -> frozenset[int]:
         """Blocks that the router leaves out of a step."""
         if not self.plan.trims_blocks:
             return frozenset()
+        router = self.plan.blocks.router
+        router.check(num_blocks)
         count = self.plan.blocks.count(sigma, progress, num_blocks)
         if count >= num_blocks:
             return frozenset()
-        if self._router is None:
-            self._router = self.plan.blocks.router.run(num_blocks)
-        if logits is None:
-            runs = choose_blocks(self._router.logits(sigma, content), count)
-        else:
-            runs = choose_blocks(torch.tensor(logits), count)
+        known = router.logits(num_blocks, sigma) if logits is None else torch.tensor(logits)
+        runs = choose_blocks(known, count)
         return frozenset(range(num_blocks)) - frozenset(runs)
 
     def finish(self, completed: bool) -> Record:
@@ -372,10 +370,6 @@ def _decider(cond_or_uncond: Sequence[int]) -> int:
     """Which chunk of a batch decides: the conditional prompt that also comes first, call by call."""
     cond = [i for i, role in enumerate(cond_or_uncond) if role == COND]
     return cond[0] if cond else len(cond_or_uncond) - 1
-
-
-def _content(latent, clip: torch.Tensor | None, chunks: int, decider: int) -> Content:
-    return Content(latent, None if clip is None else clip.chunk(chunks)[decider])
 
 
 def _names(prompts: Sequence[Hashable], chunks: Sequence) -> list[Hashable]:

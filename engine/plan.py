@@ -56,12 +56,6 @@ class TrimPlan:
         """Whether a step may compute a part of its tokens: every block must have seen all others."""
         return not (self.trims_tokens or self.trims_blocks)
 
-    @property
-    def looks_inside(self) -> bool:
-        """Whether the plan wants more of a block than to leave it out."""
-        partial = self.trims_shares and self.shares.partial
-        return partial or self.trims_tokens or self.trims_heads
-
     def describe(self) -> str:
         parts = []
         if self.trims_shares:

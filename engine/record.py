@@ -8,10 +8,9 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from ..methods.cost import WanShape
+from ..methods.cost import WanShape, Width
 from ..methods.grid import TokenGrid
 from ..methods.tokens import Selection
-from ..methods.width import Width
 from .plan import TrimPlan
 from .program import SKIP, Program, Row
 

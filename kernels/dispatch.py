@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import wraps
 from importlib.util import find_spec
 
 import torch
@@ -29,76 +30,25 @@ _checked: dict[tuple, str | None] = {}
 _said: set[tuple[str, str]] = set()
 
 
-def token_mass(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    grid: tuple[int, int, int],
-    query_index: torch.Tensor,
-    *,
-    start: int = 0,
-    exclude_radius: int = 0,
-    backend: str = "auto",
-) -> torch.Tensor:
-    """`reference.token_mass`."""
-    run = _choose("token_mass", backend, q, q.shape[-1])
-    return run(q, k, grid, query_index, start=start, exclude_radius=exclude_radius)
+def _dispatched(name: str) -> Callable:
+    """The function of this name that takes `backend` too; the kernel is chosen by its first tensor."""
+
+    @wraps(getattr(reference, name))
+    def run(tensor: torch.Tensor, *args, backend: str = "auto", **options):
+        return _choose(name, backend, tensor)(tensor, *args, **options)
+
+    return run
 
 
-def frame_mass(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    grid: tuple[int, int, int],
-    query_index: torch.Tensor,
-    *,
-    start: int = 0,
-    tiles: Sequence[int] = (2, 3, 4),
-    backend: str = "auto",
-) -> torch.Tensor:
-    """`reference.frame_mass`."""
-    run = _choose("frame_mass", backend, q, q.shape[-1])
-    return run(q, k, grid, query_index, start=start, tiles=tiles)
+token_mass, frame_mass = _dispatched("token_mass"), _dispatched("frame_mass")
+smooth_select = _dispatched("smooth_select")
+store_rows, join_rows = _dispatched("store_rows"), _dispatched("join_rows")
 
 
-def smooth_select(
-    scores: torch.Tensor, keep: int, alpha: float, *, backend: str = "auto"
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`reference.smooth_select`."""
-    return _choose("smooth_select", backend, scores, scores.shape[-1])(scores, keep, alpha)
-
-
-def store_rows(
-    k: torch.Tensor,
-    v: torch.Tensor,
-    bits: int,
-    held: reference.Packed | None = None,
-    index: torch.Tensor | None = None,
-    *,
-    backend: str = "auto",
-) -> reference.Packed:
-    """`reference.store_rows`."""
-    return _choose("store_rows", backend, k, k.shape[-1])(k, v, bits, held, index)
-
-
-def join_rows(
-    k: torch.Tensor,
-    v: torch.Tensor,
-    held: reference.Packed,
-    index: torch.Tensor | None,
-    bits: int,
-    out: tuple[torch.Tensor, torch.Tensor],
-    *,
-    backend: str = "auto",
-) -> None:
-    """`reference.join_rows`."""
-    _choose("join_rows", backend, k, k.shape[-1])(k, v, held, index, bits, out)
-
-
-def why_not(name: str, tensor: torch.Tensor, size: int) -> str | None:
-    """Why Triton's kernel `name` cannot take this tensor, or None.
-
-    Args:
-        size: channels of a head; for smooth_select positions of a latent frame.
-    """
+def why_not(name: str, tensor: torch.Tensor) -> str | None:
+    """Why Triton's kernel `name` cannot take this tensor, or None."""
+    # channels of a head; of scores the positions of a latent frame
+    size = tensor.shape[-1]
     if find_spec("triton") is None:
         return "Triton is not installed"
     arch = _architecture(tensor.device)
@@ -121,7 +71,7 @@ def why_not(name: str, tensor: torch.Tensor, size: int) -> str | None:
     return _check(name, tensor, size)
 
 
-def _choose(name: str, backend: str, tensor: torch.Tensor, size: int) -> Callable:
+def _choose(name: str, backend: str, tensor: torch.Tensor) -> Callable:
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend == "torch":
@@ -130,7 +80,7 @@ def _choose(name: str, backend: str, tensor: torch.Tensor, size: int) -> Callabl
     if backend == "auto" and tensor.device.type == "cpu":
         why = "the tensors are on the CPU"
     else:
-        why = None if interpreted else why_not(name, tensor, size)
+        why = None if interpreted else why_not(name, tensor)
     if why is None:
         return _kernel(name, tensor)
     if backend == "triton":

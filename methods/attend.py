@@ -13,7 +13,7 @@ from itertools import accumulate
 import torch
 
 from .grid import TokenGrid
-from .heads import FRAME, FULL, OFF, TILES
+from .heads import FRAME, FULL, OFF, TILES, HeadPlan
 
 # q, k, v [b, s, n, d] -> [b, s, n, d], for any number of heads
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -258,3 +258,13 @@ def _put(out: torch.Tensor, result, heads: torch.Tensor, index=None) -> None:
 def _samples(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Number of each sample, beside positions [b or 1, groups, size] and heads."""
     return torch.arange(len(tensor), device=index.device)[:, None, None, None]
+
+
+def attention_share(plan: HeadPlan, grid: TokenGrid, text_tokens: int) -> float:
+    """Share of the attention's FLOPs that a plan computes, self- and cross-attention together."""
+    own = [name for heads in plan.self_attention for name in heads]
+    cross = [name for heads in plan.cross_attention for name in heads]
+    pairs = {name: pattern_pairs(name, grid) for name in {FULL, *own}}
+    cross_pairs = grid.tokens * text_tokens
+    left = sum(pairs[name] for name in own) + cross.count(FULL) * cross_pairs
+    return left / (len(own) * pairs[FULL] + len(cross) * cross_pairs)

@@ -9,8 +9,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from .fingerprint import Fingerprint
-
 
 @dataclass(frozen=True)
 class WanShape:
@@ -35,19 +33,28 @@ class WanShape:
     image_dim: int = 1280
     head_dim: int = 128
 
-    @classmethod
-    def of(cls, model: Fingerprint, text_tokens: int = 512, image_tokens: int = 0) -> WanShape:
-        """The sizes that a fingerprint has; the others are those of every Wan."""
-        return cls(
-            model.dim,
-            model.ffn_dim,
-            model.num_blocks,
-            model.in_channels,
-            model.out_channels,
-            text_tokens=text_tokens,
-            image_tokens=image_tokens,
-            head_dim=model.head_dim,
-        )
+
+@dataclass(frozen=True)
+class Width:
+    """What each block keeps, as ascending indices. The residual width is never cut.
+
+    Args:
+        self_heads, cross_heads: kept heads per block.
+        ffn_channels: kept FFN channels per block.
+    """
+
+    self_heads: tuple[tuple[int, ...], ...]
+    cross_heads: tuple[tuple[int, ...], ...]
+    ffn_channels: tuple[tuple[int, ...], ...]
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.self_heads)
+
+    def sizes(self, block_index: int) -> tuple[int, int, int]:
+        """Self-attention heads, cross-attention heads and FFN channels of a block."""
+        parts = (self.self_heads, self.cross_heads, self.ffn_channels)
+        return tuple(len(part[block_index]) for part in parts)
 
 
 @dataclass(frozen=True)
@@ -77,27 +84,6 @@ class Work:
 
     def __mul__(self, times: float) -> Work:
         return Work(self.linear * times, self.attention * times, self.moved * times)
-
-
-def block_parameters(shape: WanShape, width: tuple[int, int, int] | None = None) -> int:
-    """Numbers that a block stores.
-
-    Args:
-        width: self-attention heads, cross-attention heads and FFN channels of a slim block.
-    """
-    d, inner, cross_inner, channels = shape.dim, shape.dim, shape.dim, shape.ffn_dim
-    if width is not None:
-        inner, cross_inner = width[0] * shape.head_dim, width[1] * shape.head_dim
-        channels = width[2]
-
-    def attention(inner: int) -> int:
-        # q, k, v with their biases, the norms of q and k, and o
-        return 3 * inner * (d + 1) + 2 * inner + d * (inner + 1)
-
-    image = cross_inner * (2 * (d + 1) + 1) if shape.image_tokens else 0
-    ffn = channels * (d + 1) + d * (channels + 1)
-    # the modulation and the norm before cross-attention
-    return attention(inner) + attention(cross_inner) + image + ffn + 8 * d
 
 
 # Times that a block goes over [s, c] between its products, reads and writes alike, with one kernel

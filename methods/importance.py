@@ -9,6 +9,8 @@ import torch
 from ..kernels import token_mass
 from .grid import TokenGrid
 
+# share of the tokens that are queries (paper not stated)
+QUERY_RATIO = 1 / 64
 GOLDEN = (math.sqrt(5) - 1) / 2
 
 
@@ -36,22 +38,19 @@ def attention_received(
     grid: TokenGrid,
     q: torch.Tensor,
     k: torch.Tensor,
-    query_ratio: float = 1 / 64,
-    exclude_radius: int | None = None,
+    query_ratio: float = QUERY_RATIO,
     min_queries: int = 256,
 ) -> torch.Tensor:
     """Attention that each token receives in self-attention, mean over heads, fp32 [b, tokens].
 
     Args:
         q, k: [b, s, n, d] after RoPE.
-        query_ratio: share of the tokens used as queries (paper not stated).
-        exclude_radius: tube exclusion in rows and columns; None chooses by the grid's size.
+        query_ratio: share of the tokens used as queries.
         min_queries: use more of them on a small video.
     """
     index = sample_queries(grid, query_ratio, min_queries).to(q.device, non_blocking=True)
-    if exclude_radius is None:
-        # the imprint only exists when queries are sampled, and a small grid has no room for a tube
-        sampled = len(index) < grid.tokens
-        exclude_radius = 2 if sampled and min(grid.height, grid.width) >= 16 else 0
+    # queries imprint their neighbourhood only when they are sampled, and a small grid has no room
+    sampled = len(index) < grid.tokens
+    exclude_radius = 2 if sampled and min(grid.height, grid.width) >= 16 else 0
     size = (grid.frames, grid.height, grid.width)
     return token_mass(q, k, size, index, start=grid.start, exclude_radius=exclude_radius)

@@ -7,23 +7,14 @@ what each block adds at each timestep; the profiled router reads that off a prof
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import nn
 
-from .artifact import Kind, open_artifact, save_artifact
-from .conditions import Conditions
-from .fingerprint import Fingerprint
-from .profile import BINS, Profile, sigma_bin
-from .schedule import millionths
-
-# 2: the header says what the router was trained with, and of which cut
-KIND = Kind("router", "Choose a file that WanTrim's training wrote.", 2)
-# of content that a trained router may look at
-KINDS = ("clip", "latent", "none")
+from .schedule import sigma_bin
 
 
 @dataclass
@@ -39,29 +30,35 @@ class Content:
     clip: torch.Tensor | None = None
 
 
-class RouterRun(Protocol):
-    """A router during one sampling run."""
-
-    def logits(self, sigma: float, content: Content) -> torch.Tensor:
-        """One logit per block [l]; the highest run."""
-
-
 class Router(Protocol):
-    """Plain data; `run` makes the state of one sampling run."""
+    """Says which blocks matter. Plain data, independent of a run."""
 
     name: str
     skips_nothing: bool
+    # logits [l] for a sigma [1] that are read with the step's other facts; None: by `logits`
+    ask: Callable[[torch.Tensor, Content], torch.Tensor] | None
+
+    def check(self, num_blocks: int) -> None:
+        """Refuse a model of another number of blocks than this was made for.
+
+        Raises:
+            ValueError: says what was expected.
+        """
 
     def count(self, num_blocks: int, budget: int) -> int:
         """Blocks that run where the budget asks for `budget`."""
 
-    def run(self, num_blocks: int) -> RouterRun: ...
+    def logits(self, num_blocks: int, sigma: float) -> torch.Tensor:
+        """One logit per block [l]; the highest run."""
 
 
-class _Budgeted:
+class Budgeted:
     """A router that follows the budget."""
 
     skips_nothing = False
+    ask = None
+
+    def check(self, num_blocks: int) -> None: ...
 
     def count(self, num_blocks: int, budget: int) -> int:
         return budget
@@ -77,96 +74,47 @@ class FixedRouter:
 
     skipped: tuple[int, ...]
     name = "fixed"
+    ask = None
 
     @property
     def skips_nothing(self) -> bool:
         return not self.skipped
 
-    def _inside(self, num_blocks: int) -> set[int]:
+    def check(self, num_blocks: int) -> None:
         outside = [index for index in self.skipped if not 0 <= index < num_blocks]
         if outside:
             raise ValueError(f"blocks: expected numbers from 0 to {num_blocks - 1}, got {outside}")
-        return set(self.skipped) - {0, num_blocks - 1}
 
     def count(self, num_blocks: int, budget: int) -> int:
-        return num_blocks - len(self._inside(num_blocks))
+        return num_blocks - len(set(self.skipped) - {0, num_blocks - 1})
 
-    def run(self, num_blocks: int) -> RouterRun:
+    def logits(self, num_blocks: int, sigma: float) -> torch.Tensor:
         logits = torch.ones(num_blocks)
-        logits[sorted(self._inside(num_blocks))] = 0
-        return _Constant(logits)
+        logits[sorted(set(self.skipped) - {0, num_blocks - 1})] = 0
+        return logits
 
 
-class _Constant:
-    def __init__(self, logits: torch.Tensor):
-        self._logits = logits
+class ProfiledRouter(Budgeted):
+    """By the size of what each block added at this sigma when a profile was recorded.
 
-    def logits(self, sigma: float, content: Content) -> torch.Tensor:
-        return self._logits
-
-
-@dataclass(frozen=True)
-class RandomRouter(_Budgeted):
-    """Blocks by chance, anew at every sigma: what any other router has to beat."""
-
-    seed: int = 0
-    name = "random"
-
-    def run(self, num_blocks: int) -> RouterRun:
-        return _Random(num_blocks, self.seed)
-
-
-class _Random(_Constant):
-    def __init__(self, num_blocks: int, seed: int):
-        super().__init__(torch.zeros(num_blocks))
-        self._seed = seed
-
-    def logits(self, sigma: float, content: Content) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + millionths(sigma))
-        return torch.rand(len(self._logits), generator=generator)
-
-
-def residual_sizes(profile: Profile) -> torch.Tensor:
-    """What each block adds relative to its input, per sigma bin [t, l].
-
-    Bins that saw no call take over from the nearest one that did.
-
-    Raises:
-        ValueError: the profile holds no calls.
+    Args:
+        sizes: relative to the block's input, per sigma bin [t, l].
     """
-    counts = profile.tensors["count"]
-    seen = counts.nonzero()[:, 0]
-    if not len(seen):
-        raise ValueError("profile: expected one with at least one recorded run, got an empty one")
-    size = profile.mean("residual") / profile.mean("hidden").clamp(min=1e-12)
-    nearest = (torch.arange(BINS)[:, None] - seen).abs().argmin(1)
-    return size[seen[nearest]]
-
-
-class ProfiledRouter(_Budgeted):
-    """By the size of what each block added at this sigma when the profile was recorded."""
 
     name = "profiled"
 
-    def __init__(self, profile: Profile):
-        self.sizes = residual_sizes(profile)
+    def __init__(self, sizes: torch.Tensor):
+        self.sizes = sizes
 
-    def run(self, num_blocks: int) -> RouterRun:
+    def check(self, num_blocks: int) -> None:
         if self.sizes.shape[1] != num_blocks:
             raise ValueError(
                 f"profile: expected one of a model with {num_blocks} blocks, got "
                 f"{self.sizes.shape[1]}: the profile is of another model"
             )
-        return _Profiled(self.sizes)
 
-
-class _Profiled(_Constant):
-    def __init__(self, sizes: torch.Tensor):
-        super().__init__(sizes[0])
-        self._sizes = sizes
-
-    def logits(self, sigma: float, content: Content) -> torch.Tensor:
-        return self._sizes[sigma_bin(sigma)]
+    def logits(self, num_blocks: int, sigma: float) -> torch.Tensor:
+        return self.sizes[sigma_bin(sigma)]
 
 
 def latent_statistics(latent: torch.Tensor) -> torch.Tensor:
@@ -213,116 +161,3 @@ class RouterMLP(nn.Module):
         if self.content_dim:
             given = torch.cat([given, content.float()], 1)
         return self.layers(given.to(self.layers[0].weight.dtype))
-
-
-class TrainedRouter(_Budgeted):
-    """A `RouterMLP` with weights.
-
-    Args:
-        kind: of content, one of `KINDS`.
-        conditions: that it was trained under; None where the file does not say.
-    """
-
-    name = "trained"
-
-    def __init__(
-        self, mlp: RouterMLP, kind: str, model: Fingerprint, conditions: Conditions | None = None
-    ):
-        self.mlp, self.kind, self.model, self.conditions = mlp, kind, model, conditions
-
-    def run(self, num_blocks: int) -> RouterRun:
-        if self.mlp.num_blocks != num_blocks:
-            raise ValueError(
-                f"router: expected one for {num_blocks} blocks, got {self.mlp.num_blocks}: it was "
-                "trained for another model"
-            )
-        return _Trained(self)
-
-    @torch.no_grad()
-    def ask(self, sigma: torch.Tensor, content: Content) -> torch.Tensor:
-        """Logits [l] for a sigma [1], on the router's device; reading them waits for it."""
-        mlp, kind = self.mlp, self.kind
-        given = None
-        if kind == "clip":
-            if content.clip is None:
-                raise ValueError(
-                    "router: this one looks at the start image through CLIP; connect a CLIP vision "
-                    "output to the image-to-video conditioning, or use another router"
-                )
-            given = content.clip[:1]
-        elif kind == "latent":
-            given = latent_statistics(content.latent[:1])
-        if given is not None and given.shape[1] != mlp.content_dim:
-            raise ValueError(
-                f"router: expected {mlp.content_dim} numbers of content, got {given.shape[1]}: it "
-                "was trained for another kind of latent or image"
-            )
-        device = mlp.layers[0].weight.device
-        given = None if given is None else given.to(device)
-        return mlp(sigma.to(device), given)[0].float()
-
-
-class _Trained(_Constant):
-    def __init__(self, router: TrainedRouter):
-        super().__init__(torch.zeros(router.mlp.num_blocks))
-        self._router = router
-
-    def logits(self, sigma: float, content: Content) -> torch.Tensor:
-        return self._router.ask(torch.tensor([sigma]), content).cpu()
-
-
-def save_router(path: Path, router: TrainedRouter, package: str = "") -> None:
-    """Write it whole or not at all."""
-    mlp = router.mlp
-    sizes = [mlp.num_blocks, mlp.content_dim, mlp.hidden, mlp.time_dim]
-    header = {"content": router.kind, "sizes": sizes, "package": package}
-    if router.conditions is not None:
-        header["trained"] = router.conditions.to_json()
-    tensors = {name: value.detach().cpu().contiguous() for name, value in mlp.state_dict().items()}
-    save_artifact(path, KIND, router.model, header, tensors)
-
-
-def load_router(path: Path) -> TrainedRouter:
-    """Read a trained router.
-
-    Raises:
-        ValueError: the file is damaged or something else, in an artist's words.
-    """
-    with open_artifact(path, KIND) as (header, model, file):
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
-    sizes, kind = header.get("sizes"), header.get("content")
-    if kind not in KINDS or not _plausible(sizes) or (kind == "none") != (sizes[1] == 0):
-        raise ValueError(
-            f"{path.name}: damaged file: impossible sizes {sizes!r:.100} for content {kind!r:.20}"
-        )
-    if model.num_blocks != sizes[0]:
-        raise ValueError(
-            f"{path.name}: damaged file: it is for {sizes[0]} blocks, and its model has "
-            f"{model.num_blocks} blocks"
-        )
-    conditions = None
-    if header.get("trained") is not None:
-        try:
-            conditions = Conditions.from_json(header["trained"])
-        except ValueError as error:
-            raise ValueError(f"{path.name}: damaged file: {error}") from error
-    with torch.device("meta"):
-        mlp = RouterMLP(*sizes)
-    shapes = {name: value.shape for name, value in mlp.state_dict().items()}
-    if {name: value.shape for name, value in tensors.items()} != shapes:
-        raise ValueError(f"{path.name}: damaged file: its tensors do not fit its header")
-    for name, value in tensors.items():
-        if not value.is_floating_point() or not torch.isfinite(value.float()).all():
-            raise ValueError(f"{path.name}: damaged file: {name} holds values that are not finite")
-    mlp.load_state_dict(tensors, assign=True)
-    return TrainedRouter(mlp.requires_grad_(False), kind, model, conditions)
-
-
-def _plausible(sizes: object) -> bool:
-    """Whether these are sizes of a `RouterMLP`."""
-    if not isinstance(sizes, list) or len(sizes) != 4:
-        return False
-    if not all(type(n) is int and 0 <= n < 1 << 16 for n in sizes):
-        return False
-    num_blocks, _, hidden, time_dim = sizes
-    return min(num_blocks, hidden, time_dim) > 0 and time_dim % 2 == 0

@@ -10,7 +10,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+# equal stages of a run, and how far the ratio moves to either side of its mean (paper 5 and 0.10)
+STAGES, SPREAD = 5, 0.10
 DIRECTIONS = ("falling", "constant", "rising")
+# parts of 0..1 in which a profile keeps what it measured
+BINS = 10
 # samplers round their sigmas
 SAME_PROGRESS = 1e-3
 
@@ -32,9 +36,9 @@ def sigma_at(progress: float, shift: float = 1.0) -> float:
     return shift * u / (1 + (shift - 1) * u)
 
 
-def millionths(sigma: float) -> int:
-    """A whole number of a noise level, for seeds; of what is no number, 0."""
-    return round(1e6 * min(1e6, max(0.0, sigma)))
+def sigma_bin(sigma: float) -> int:
+    """Which of BINS equal parts of 0..1 a sigma falls into."""
+    return min(BINS - 1, int(min(1.0, max(0.0, sigma)) * BINS))
 
 
 @dataclass(frozen=True)
@@ -46,14 +50,10 @@ class Schedule:
             of a run is a little off, as no step starts in the last stage (4 steps: by 0.025).
         direction: of the *pruning*: "falling" as in the paper (prunes most at high noise),
             "constant", or "rising" (spares the early steps that decide the motion).
-        spread: how far the ratio moves to either side of the mean (paper 0.10), less near 0 and 1.
-        stages: number of equal stages (paper 5).
     """
 
     keep_ratio: float
     direction: str = "falling"
-    spread: float = 0.10
-    stages: int = 5
 
     def __post_init__(self):
         if not 0.0 < self.keep_ratio <= 1.0:
@@ -64,17 +64,13 @@ class Schedule:
             raise ValueError(
                 f"schedule: expected one of {', '.join(DIRECTIONS)}, got {self.direction!r}"
             )
-        if not 0.0 <= self.spread < 1.0:
-            raise ValueError(f"spread: expected 0 to less than 1, got {self.spread}")
-        if self.stages < 1:
-            raise ValueError(f"stages: expected at least 1, got {self.stages}")
 
     def at(self, progress: float) -> float:
         """Keep ratio at a progress in 0..1. A mean of 1 keeps everything at every step."""
-        if self.keep_ratio == 1.0 or self.direction == "constant" or self.stages == 1:
+        if self.keep_ratio == 1.0 or self.direction == "constant":
             return self.keep_ratio
-        stage = min(int(progress * self.stages + 1e-6), self.stages - 1)
+        stage = min(int(progress * STAGES + 1e-6), STAGES - 1)
         # narrower near 0 and 1, so that the mean stays what was asked for
-        spread = min(self.spread, self.keep_ratio, 1.0 - self.keep_ratio)
-        offset = spread * (1 - 2 * stage / (self.stages - 1))
+        spread = min(SPREAD, self.keep_ratio, 1.0 - self.keep_ratio)
+        offset = spread * (1 - 2 * stage / (STAGES - 1))
         return self.keep_ratio - (offset if self.direction == "falling" else -offset)

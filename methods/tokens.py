@@ -29,9 +29,7 @@ class TokenPlan:
         alpha: weight of a latent frame's own score in the temporal smoothing (paper 0.5; 1 = off).
         anchor: never drop tokens of conditioned latent frames (image-to-video, references; ours).
         start, end: progress between which tokens are dropped.
-        query_ratio: share of the tokens used as queries (paper not stated; 1/64).
-        min_queries: but at least this many.
-        exclude_radius: tube exclusion in rows and columns; None chooses by the grid's size.
+        min_queries: tokens that importance is measured by, at least (paper not stated).
     """
 
     schedule: Schedule
@@ -40,9 +38,7 @@ class TokenPlan:
     anchor: bool = True
     start: float = 0.0
     end: float = 1.0
-    query_ratio: float = 1 / 64
     min_queries: int = 256
-    exclude_radius: int | None = None
 
     def __post_init__(self):
         if self.reselect_every < 1:
@@ -52,10 +48,6 @@ class TokenPlan:
         if not 0.0 <= self.start <= self.end <= 1.0:
             raise ValueError(
                 f"start and end: expected 0 <= start <= end <= 1, got {self.start} and {self.end}"
-            )
-        if not 0.0 < self.query_ratio <= 1.0:
-            raise ValueError(
-                f"query_ratio: expected more than 0 and at most 1, got {self.query_ratio}"
             )
 
     def keep_at(self, progress: float) -> float:

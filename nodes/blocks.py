@@ -9,7 +9,6 @@ from functools import lru_cache
 from pathlib import Path
 
 import comfy.samplers
-import folder_paths
 from comfy_api.latest import io
 from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 
@@ -18,16 +17,13 @@ from ..hosts.comfyui.profiling import check_profile, model_fingerprint
 from ..hosts.comfyui.slim import slim_header
 from ..hosts.comfyui.variants import SKIP_BLOCKS, check_variant
 from ..methods.depth import SHAPES, BlockBudget, BlockPlan, blocks_per_step
-from ..methods.fingerprint import WHOLE
-from ..methods.routers import (
-    FixedRouter,
-    ProfiledRouter,
-    Router,
-    TrainedRouter,
-    load_router,
-)
+from ..methods.routers import FixedRouter, ProfiledRouter, Router
+from ..profiles.fingerprint import WHOLE, width_digest
+from ..profiles.profile import residual_sizes
 from ..profiles.recorder import ProfileFile
-from .files import find_file, list_files
+from ..slim.router import TrainedRouter, load_router
+from .files import add_folder, find_file, list_files
+from .inputs import model_input, percent_inputs, planned_output, text_output
 from .profile import ProfileSocket
 
 NAME = "WanTrim Blocks"
@@ -41,9 +37,7 @@ WORDS = {
     "start and end": "start_percent and end_percent",
 }
 
-folder_paths.add_model_folder_path(
-    FOLDER, str(Path(folder_paths.models_dir) / "wantrim" / "routers")
-)
+add_folder(FOLDER, "routers")
 
 
 class WanTrimBlocks(io.ComfyNode):
@@ -64,7 +58,7 @@ class WanTrimBlocks(io.ComfyNode):
             # else ComfyUI takes equal nodes for one, and the live map is drawn on the other
             not_idempotent=True,
             inputs=[
-                io.Model.Input("model", tooltip="A Wan 2.1 or 2.2 model, after its LoRAs."),
+                model_input(),
                 ProfileSocket.Input(
                     "profile",
                     optional=True,
@@ -120,14 +114,11 @@ class WanTrimBlocks(io.ComfyNode):
                         "the model's own."
                     ),
                 ),
-                _percent("start_percent", 0.0, "starts"),
-                _percent("end_percent", 1.0, "ends"),
+                *percent_inputs("skipping"),
             ],
             outputs=[
-                io.Model.Output(tooltip="The model with the plan on it."),
-                io.String.Output(
-                    "text", display_name="text", tooltip="How many blocks will run at each step."
-                ),
+                planned_output(),
+                text_output("How many blocks will run at each step."),
             ],
         )
 
@@ -157,8 +148,7 @@ class WanTrimBlocks(io.ComfyNode):
         network = model.model.diffusion_model
         try:
             chosen = _router(model, router, profile)
-            # made for this many blocks?
-            chosen.run(len(network.blocks))
+            chosen.check(len(network.blocks))
             given = {"k_min": k_min, "k_max": k_max, "curve": curve}
             given, remarks = _settled(chosen, given)
             plan = BlockPlan(
@@ -220,7 +210,7 @@ def _router(model, choice: dict | str | None, profile: ProfileFile | None) -> Ro
             "input 'profile', or choose 'fixed'"
         )
     check_profile(model, profile.profile, NAME)
-    return ProfiledRouter(profile.profile)
+    return ProfiledRouter(residual_sizes(profile.profile))
 
 
 def _settled(router: Router, given: dict) -> tuple[dict, list[str]]:
@@ -242,7 +232,7 @@ def _trained(model, filename: str) -> TrainedRouter:
     router = _load(path, path.stat().st_mtime_ns)
     network = model.model.diffusion_model
     header = slim_header(model)
-    width = WHOLE if header is None else header.width.digest(header.model)
+    width = WHOLE if header is None else width_digest(header.model, header.width)
     reason = replace(model_fingerprint(network), width=width).differs(router.model)
     if reason is not None:
         raise ValueError(
@@ -323,18 +313,6 @@ def _share(name: str, default: float, what: str):
         round=0.001,
         display_mode=io.NumberDisplay.slider,
         tooltip=f"Share of the blocks that run {what}. 1 at both is off and bit-exact.",
-    )
-
-
-def _percent(name: str, default: float, does: str):
-    return io.Float.Input(
-        name,
-        default=default,
-        min=0.0,
-        max=1.0,
-        step=0.01,
-        advanced=True,
-        tooltip=f"Progress of the whole run (both experts) at which skipping {does}.",
     )
 
 

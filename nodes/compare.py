@@ -9,9 +9,9 @@ import torch
 
 from comfy_api.latest import io, ui
 
-from ..methods.video_metrics import SSIM_WINDOW
 from ..report.compare import compare, draw_difference, side_by_side
 from ..report.picture import as_pictures
+from ..report.video_metrics import SSIM_WINDOW
 
 NAME = "WanTrim Compare"
 

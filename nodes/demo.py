@@ -49,6 +49,15 @@ class DemoVAE:
         return self.vae.decode(from_wan_scale(samples.float().cpu())).movedim(1, -1)
 
 
+def _valid(node: str, prompt: str) -> bool | str:
+    """Whether a prompt that does not come over a link is one, or why not."""
+    try:
+        parse_prompt(prompt)
+    except ValueError as error:
+        return f"{node}: {error}"
+    return True
+
+
 class WanTrimDemoModel(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -101,13 +110,7 @@ class WanTrimDemoPrompt(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, prompt: str | None = None) -> bool | str:
-        # None: the prompt comes over a link and is checked when it is there
-        if prompt is not None and prompt.strip():
-            try:
-                parse_prompt(prompt)
-            except ValueError as error:
-                return f"WanTrim Demo: Prompt: {error}"
-        return True
+        return prompt is None or not prompt.strip() or _valid("WanTrim Demo: Prompt", prompt)
 
     @classmethod
     def execute(cls, prompt: str) -> io.NodeOutput:
@@ -139,12 +142,7 @@ class WanTrimDemoImage(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, prompt: str | None = None) -> bool | str:
-        try:
-            if prompt is not None:
-                parse_prompt(prompt)
-        except ValueError as error:
-            return f"WanTrim Demo: Start Image: {error}"
-        return True
+        return prompt is None or _valid("WanTrim Demo: Start Image", prompt)
 
     @classmethod
     def execute(cls, prompt: str, seed: int) -> io.NodeOutput:

@@ -22,6 +22,16 @@ NAME = re.compile(r"[^\W_][\w .+()\[\]-]*")
 RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 
 
+def add_folder(name: str, inside: str, first: bool = False) -> None:
+    """Make models/wantrim/`inside` known to the host under `name`, `first` of those it has there."""
+    path = Path(folder_paths.models_dir) / "wantrim" / inside
+    folder_paths.add_model_folder_path(name, str(path), first)
+
+
+def cannot_write(path: Path, error: Exception) -> str:
+    return f"{path.name} cannot be written ({error}). Is the disk full, or the folder read-only?"
+
+
 def plain_name(node: str, given: object, example: str) -> str:
     """The name of a new file, without its ending.
 

@@ -8,13 +8,22 @@ from ..hosts.comfyui.attach import attach_part
 from ..hosts.comfyui.profiling import check_profile, model_fingerprint
 from ..hosts.comfyui.slim import refuse_slim
 from ..hosts.comfyui.variants import check_variant
-from ..methods.budget import attention_share, solve_heads
+from ..methods.attend import attention_share
 from ..methods.grid import TokenGrid
 from ..methods.heads import OFF, PATTERNS, HeadPlan
-from ..methods.profile import Profile
 from ..methods.role_plan import RolePlan
-from ..methods.width import pare_heads
+from ..profiles.profile import Profile
 from ..profiles.recorder import ProfileFile
+from ..slim.width import pare_heads
+from ..solve.budget import solve_heads
+from .inputs import (
+    check_choice,
+    check_range,
+    model_input,
+    planned_output,
+    prune_input,
+    text_output,
+)
 from .profile import ProfileSocket
 
 NAME = "WanTrim Heads"
@@ -48,7 +57,7 @@ class WanTrimHeads(io.ComfyNode):
             # else ComfyUI takes equal nodes for one, and the live map is drawn on the other
             not_idempotent=True,
             inputs=[
-                io.Model.Input("model", tooltip="A Wan 2.1 or 2.2 model, after its LoRAs."),
+                model_input(),
                 ProfileSocket.Input(
                     "profile",
                     optional=True,
@@ -57,17 +66,10 @@ class WanTrimHeads(io.ComfyNode):
                         "the first step of each run computes all attention and measures the roles."
                     ),
                 ),
-                io.Float.Input(
-                    "prune_ratio",
-                    default=0.30,
-                    min=0.0,
-                    max=MAX_PRUNE,
-                    step=0.01,
-                    display_mode=io.NumberDisplay.slider,
-                    tooltip=(
-                        "Share of the attention that is not computed. 0 is off and bit-exact. The "
-                        "paper drops 0.30 of the heads, and then trains the model again."
-                    ),
+                prune_input(
+                    MAX_PRUNE,
+                    "Share of the attention that is not computed. 0 is off and bit-exact. The paper "
+                    "drops 0.30 of the heads, and then trains the model again.",
                 ),
                 io.Combo.Input(
                     "method",
@@ -82,10 +84,8 @@ class WanTrimHeads(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Model.Output(tooltip="The model with the plan on it."),
-                io.String.Output(
-                    "text", display_name="text", tooltip="What each block's heads will do."
-                ),
+                planned_output(),
+                text_output("What each block's heads will do."),
             ],
         )
 
@@ -101,13 +101,8 @@ class WanTrimHeads(io.ComfyNode):
         refuse_slim(model, NAME)
         if profile is not None:
             check_profile(model, profile.profile, NAME)
-        # a linked value passes by what ComfyUI checks
-        if not 0.0 <= prune_ratio <= MAX_PRUNE:
-            raise ValueError(f"{NAME}: prune_ratio: expected 0 to {MAX_PRUNE}, got {prune_ratio}")
-        if method not in METHODS:
-            raise ValueError(
-                f"{NAME}: method: expected one of {', '.join(METHODS)}, got {method!r}"
-            )
+        check_range(NAME, "prune_ratio", prune_ratio, MAX_PRUNE)
+        check_choice(NAME, "method", method, METHODS)
         if profile is None:
             if method != "demote":
                 raise ValueError(

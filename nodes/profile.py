@@ -14,9 +14,9 @@ from comfy_api.latest import io, ui
 from ..hosts.comfyui.profiling import attach_profile, profile_of
 from ..hosts.comfyui.slim import refuse_slim
 from ..hosts.comfyui.variants import check_variant
-from ..methods.calibration import CALIBRATE
-from ..methods.profile import load_profile
+from ..profiles.calibration import CALIBRATE
 from ..profiles.picture import draw_profile, summary
+from ..profiles.profile import load_profile
 from ..profiles.recorder import (
     CALIBRATION_ENDING,
     NotFinite,
@@ -26,7 +26,8 @@ from ..profiles.recorder import (
     save_profile,
 )
 from ..toy import PROFILE
-from .files import SUFFIX, find_file, plain_name
+from .files import SUFFIX, add_folder, cannot_write, find_file, plain_name
+from .inputs import check_choice, model_input, text_output
 
 CATEGORY = "model/patch/wan"
 FOLDER = "wantrim_profiles"
@@ -36,9 +37,7 @@ DEMO, DEMO_FILE = "tiny Wan (demo)", PROFILE
 
 ProfileSocket = io.Custom("WANTRIM_PROFILE")
 
-folder_paths.add_model_folder_path(
-    FOLDER, str(Path(folder_paths.models_dir) / "wantrim" / "profiles")
-)
+add_folder(FOLDER, "profiles")
 
 
 class WanTrimProfile(io.ComfyNode):
@@ -56,7 +55,7 @@ class WanTrimProfile(io.ComfyNode):
             ),
             search_aliases=["PARE", "head roles", "calibrate wan", "record profile"],
             inputs=[
-                io.Model.Input("model", tooltip="A Wan 2.1 or 2.2 model, after its LoRAs."),
+                model_input(),
                 io.Combo.Input(
                     "calibrate",
                     options=list(CALIBRATE),
@@ -76,11 +75,7 @@ class WanTrimProfile(io.ComfyNode):
     def execute(cls, model, calibrate: str) -> io.NodeOutput:
         check_variant(model, RECORD, "record")
         refuse_slim(model, RECORD)
-        # a linked value passes by what ComfyUI checks
-        if calibrate not in CALIBRATE:
-            raise ValueError(
-                f"{RECORD}: calibrate: expected one of {', '.join(CALIBRATE)}, got {calibrate!r}"
-            )
+        check_choice(RECORD, "calibrate", calibrate, list(CALIBRATE))
         return io.NodeOutput(attach_profile(model, calibrate))
 
 
@@ -147,10 +142,7 @@ class WanTrimSaveProfile(io.ComfyNode):
         try:
             saved = save_profile(recorder, path, merge)
         except (OSError, SafetensorError) as error:
-            raise ValueError(
-                f"{SAVE}: {path.name} cannot be written ({error}). Is the disk full, or the folder "
-                "read-only?"
-            ) from error
+            raise ValueError(f"{SAVE}: {cannot_write(path, error)}") from error
         except NotFinite as error:
             raise ValueError(f"{SAVE}: {error}.") from error
         except ValueError as error:
@@ -239,7 +231,7 @@ def _outputs() -> list:
             "profile", display_name="profile", tooltip="For WanTrim Heads and WanTrim Slim."
         ),
         io.Image.Output("picture", display_name="picture", tooltip="The profile as a picture."),
-        io.String.Output("text", display_name="text", tooltip="The profile in words."),
+        text_output("The profile in words."),
     ]
 
 

@@ -12,7 +12,8 @@ from comfy_api.latest import io
 from ..hosts.comfyui.slim import DTYPES, load_slim
 from ..slim.export import RULES, TICKS, slim_checkpoint
 from ..toy import CHECKPOINT
-from .files import SUFFIX, find_file, list_files, plain_name
+from .files import SUFFIX, add_folder, cannot_write, find_file, list_files, plain_name
+from .inputs import check_choice, check_range, prune_input, text_output
 from .profile import DEMO, ProfileSocket
 
 CATEGORY = "model/patch/wan"
@@ -20,9 +21,7 @@ TRIM, LOAD = "WanTrim Slim", "WanTrim Load Slim"
 FOLDER = "wantrim_slim"
 MAX_PRUNE = 0.8
 
-folder_paths.add_model_folder_path(
-    FOLDER, str(Path(folder_paths.models_dir) / "wantrim" / "slim"), is_default=True
-)
+add_folder(FOLDER, "slim", first=True)
 
 
 class WanTrimSlim(io.ComfyNode):
@@ -53,17 +52,10 @@ class WanTrimSlim(io.ComfyNode):
                     "profile",
                     tooltip="From WanTrim Load Profile or WanTrim Save Profile, of this model.",
                 ),
-                io.Float.Input(
-                    "prune_ratio",
-                    default=0.30,
-                    min=0.0,
-                    max=MAX_PRUNE,
-                    step=0.01,
-                    display_mode=io.NumberDisplay.slider,
-                    tooltip=(
-                        "Share of the heads and FFN channels that goes. The paper uses 0.30, with "
-                        "training afterwards; without, stay below."
-                    ),
+                prune_input(
+                    MAX_PRUNE,
+                    "Share of the heads and FFN channels that goes. The paper uses 0.30, with "
+                    "training afterwards; without, stay below.",
                 ),
                 io.Combo.Input(
                     "rule",
@@ -95,9 +87,7 @@ class WanTrimSlim(io.ComfyNode):
                     advanced=True,
                 ),
             ],
-            outputs=[
-                io.String.Output("text", display_name="text", tooltip="What was written, in words.")
-            ],
+            outputs=[text_output("What was written, in words.")],
         )
 
     @classmethod
@@ -111,9 +101,7 @@ class WanTrimSlim(io.ComfyNode):
         filename: str,
         overwrite: bool = False,
     ) -> io.NodeOutput:
-        # a linked value passes by the ranges that ComfyUI checks
-        if not 0.0 <= prune_ratio <= MAX_PRUNE:
-            raise ValueError(f"{TRIM}: prune_ratio: expected 0 to {MAX_PRUNE}, got {prune_ratio}")
+        check_range(TRIM, "prune_ratio", prune_ratio, MAX_PRUNE)
         out = _target(filename)
         if out.exists() and not overwrite:
             raise ValueError(
@@ -148,10 +136,7 @@ class WanTrimSlim(io.ComfyNode):
         except ValueError as error:
             raise ValueError(f"{TRIM}: {error}") from error
         except OSError as error:
-            raise ValueError(
-                f"{TRIM}: {out.name} cannot be written ({error}). Is the disk full, or the folder "
-                "read-only?"
-            ) from error
+            raise ValueError(f"{TRIM}: {cannot_write(out, error)}") from error
         text = summary.text()
         return io.NodeOutput(text, ui={"text": (text,)})
 
@@ -198,10 +183,7 @@ class WanTrimLoadSlim(io.ComfyNode):
 
     @classmethod
     def execute(cls, slim_model: str, weight_dtype: str = "default") -> io.NodeOutput:
-        if weight_dtype not in DTYPES:
-            raise ValueError(
-                f"{LOAD}: weight_dtype: expected one of {', '.join(DTYPES)}, got {weight_dtype!r}"
-            )
+        check_choice(LOAD, "weight_dtype", weight_dtype, list(DTYPES))
         path = find_file(FOLDER, slim_model)
         if path is None:
             raise ValueError(

@@ -12,6 +12,7 @@ from ..hosts.comfyui.variants import check_variant
 from ..methods.schedule import DIRECTIONS, Schedule
 from ..methods.tokens import TokenPlan, paper_plan
 from ..solve.dial import Dial
+from .inputs import check_range, model_input, percent_inputs, planned_output, prune_input
 
 CATEGORY = "model/patch/wan"
 NAME = "WanTrim Tokens"
@@ -84,19 +85,12 @@ class WanTrimTokens(io.ComfyNode):
             # else ComfyUI takes equal nodes for one, and the live map is drawn on the other
             not_idempotent=True,
             inputs=[
-                io.Model.Input("model", tooltip="A Wan 2.1 or 2.2 model, after its LoRAs."),
-                io.Float.Input(
-                    "prune_ratio",
-                    default=0.30,
-                    min=0.0,
-                    max=MAX_PRUNE,
-                    step=0.01,
-                    display_mode=io.NumberDisplay.slider,
-                    tooltip=(
-                        "Mean share of the tokens left out: with 'auto' of the whole run, with "
-                        "'paper' of the blocks that leave any out. 0 is off and bit-exact. The paper "
-                        "uses 0.20 (mild), 0.30 and 0.40 (strong)."
-                    ),
+                model_input(),
+                prune_input(
+                    MAX_PRUNE,
+                    "Mean share of the tokens left out: with 'auto' of the whole run, with 'paper' of "
+                    "the blocks that leave any out. 0 is off and bit-exact. The paper uses 0.20 "
+                    "(mild), 0.30 and 0.40 (strong).",
                 ),
                 io.DynamicCombo.Input(
                     "preset",
@@ -111,26 +105,9 @@ class WanTrimTokens(io.ComfyNode):
                         "attention. 'custom': TAPE with numbers of your own."
                     ),
                 ),
-                io.Float.Input(
-                    "start_percent",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    advanced=True,
-                    tooltip="Progress of the whole run (both experts) at which dropping starts.",
-                ),
-                io.Float.Input(
-                    "end_percent",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    advanced=True,
-                    tooltip="Progress of the whole run (both experts) at which dropping ends.",
-                ),
+                *percent_inputs("dropping"),
             ],
-            outputs=[io.Model.Output(tooltip="The model with the plan on it.")],
+            outputs=[planned_output()],
         )
 
     @classmethod
@@ -143,15 +120,9 @@ class WanTrimTokens(io.ComfyNode):
         preset: dict | str | None = None,
     ) -> io.NodeOutput:
         check_variant(model, NAME)
-        # a linked value passes by the ranges that ComfyUI checks
-        given = (
-            ("prune_ratio", prune_ratio, MAX_PRUNE),
-            ("start_percent", start_percent, 1),
-            ("end_percent", end_percent, 1),
-        )
-        for name, value, most in given:
-            if not 0.0 <= value <= most:
-                raise ValueError(f"{NAME}: {name}: expected 0 to {most}, got {value}")
+        check_range(NAME, "prune_ratio", prune_ratio, MAX_PRUNE)
+        check_range(NAME, "start_percent", start_percent, 1)
+        check_range(NAME, "end_percent", end_percent, 1)
         if start_percent > end_percent:
             raise ValueError(
                 f"{NAME}: start_percent ({start_percent}) is after end_percent ({end_percent}); "

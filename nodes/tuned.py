@@ -18,11 +18,12 @@ from ..hosts.comfyui.live import running_prompt
 from ..hosts.comfyui.outcome import rows_of, shared_row, tuned_of, with_tuned
 from ..hosts.comfyui.trial import Trial
 from ..hosts.comfyui.variants import check_variant
-from ..methods.profile import Profile, load_profile
+from ..profiles.profile import Profile, load_profile
 from ..report.verdict import choose, clip_of_all, draw_verdict, headline, verdict_text
 from ..solve.dial import HIGH, LOW, MAX_SPEEDUP
 from ..solve.tuned import Tuned
 from .files import SUFFIX, plain_name
+from .inputs import check_choice, check_range, model_input, text_output
 from .profile import FOLDER
 
 CATEGORY = "model/patch/wan"
@@ -49,7 +50,7 @@ class WanTrimCandidates(io.ComfyNode):
             search_aliases=["benchmark", "EasyCache", "tune", "wan speed", "compare settings"],
             not_idempotent=True,
             inputs=[
-                io.Model.Input("model", tooltip="A Wan 2.1 or 2.2 model, after its LoRAs."),
+                model_input(),
                 io.Float.Input(
                     "speedup",
                     default=1.5,
@@ -162,15 +163,10 @@ class WanTrimCandidates(io.ComfyNode):
 
 
 def _check(speedup: float, steps: int, candidates: str, change_at: int) -> None:
-    # a linked value passes by what ComfyUI checks
-    if not 1.05 <= speedup <= MAX_SPEEDUP:
-        raise ValueError(f"{NAME}: speedup: expected 1.05 to {MAX_SPEEDUP:g}, got {speedup}")
-    if not 2 <= steps <= MAX_STEPS:
-        raise ValueError(f"{NAME}: steps: expected 2 to {MAX_STEPS}, got {steps}")
-    if not 0 <= change_at < steps:
-        raise ValueError(f"{NAME}: change_at: expected 0 to {steps - 1}, got {change_at}")
-    if candidates not in (ALL, FEW):
-        raise ValueError(f"{NAME}: candidates: expected {ALL} or {FEW}, got {candidates!r:.60}")
+    check_range(NAME, "speedup", speedup, MAX_SPEEDUP, 1.05)
+    check_range(NAME, "steps", steps, MAX_STEPS, 2)
+    check_range(NAME, "change_at", change_at, steps - 1)
+    check_choice(NAME, "candidates", candidates, (ALL, FEW))
 
 
 class WanTrimVerdict(io.ComfyNode):
@@ -206,7 +202,7 @@ class WanTrimVerdict(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.String.Output("text", display_name="text", tooltip="The verdict as a table."),
+                text_output("The verdict as a table."),
                 io.Image.Output(
                     "side_by_side",
                     display_name="side_by_side",

@@ -9,9 +9,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from ..methods.heads import CHEAP, FRAME, TILES
-from ..methods.profile import Profile
 from ..methods.roles import role
 from ..report.picture import BACKGROUND, FAINT, HEAT_LOW, INK, KEPT, MARGIN, TIME, WIDTH
+from .profile import Profile
 
 ROLES = {"spatial": KEPT, "mixed": (122, 128, 141), "temporal": (232, 150, 72)}
 # two maps beside each other

@@ -14,11 +14,12 @@ from pathlib import Path
 import torch
 
 from ..engine.engine import COND
-from ..methods.artifact import replacing
-from ..methods.calibration import Calibration, load_calibration
-from ..methods.fingerprint import Fingerprint
 from ..methods.grid import TokenGrid
-from ..methods.profile import PER_BIN, Profile, load_profile, sigma_bin
+from ..methods.schedule import sigma_bin
+from .artifact import replacing
+from .calibration import Calibration, load_calibration
+from .fingerprint import Fingerprint
+from .profile import PER_BIN, Profile, load_profile
 from .recording import CallRecord
 
 # rows of the identity that a linear layer gets at once
@@ -47,7 +48,7 @@ class Recorder:
 
     Args:
         image: the model has CLIP image cross-attention.
-        calibrate: name in `methods.calibration.CALIBRATE`.
+        calibrate: name in `profiles.calibration.CALIBRATE`.
         about: what else to say about the run, such as the plan on the model.
     """
 

@@ -8,17 +8,16 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from ..kernels import frame_mass
-from ..methods.calibration import Calibration
-from ..methods.fingerprint import Fingerprint
 from ..methods.grid import TokenGrid
 from ..methods.heads import TILES
 from ..methods.importance import sample_queries
-from ..methods.profile import timestep_weight
+from ..methods.role_plan import MIN_QUERIES, QUERY_RATIO
+from .calibration import Calibration
+from .fingerprint import Fingerprint
+from .profile import timestep_weight
 
 # tokens that everything but the attention mass is measured on, and those of the calibration
 SAMPLED, CALIBRATED = 2048, 1024
-# queries of the attention mass
-QUERY_RATIO, MIN_QUERIES = 1 / 256, 64
 # norms over all heads in the order in which a block calls them
 NORMS = ("q_share", "k_share", "cross_q_share", "cross_k_share", "k_img_share")
 

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..methods.video_metrics import calm_places, flicker, motion, motion_ratio, psnr, ssim
 from .picture import FAINT, INK, MARGIN, WIDTH, canvas, font_of
+from .video_metrics import calm_places, flicker, motion, motion_ratio, psnr, ssim
 
 # pixel columns between the two videos
 GAP = 4

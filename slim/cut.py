@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..methods.fingerprint import Fingerprint
-from ..methods.width import Width
+from ..methods.cost import Width
+from ..profiles.fingerprint import Fingerprint
 
 ROWS = {
     "self_attn": ("q", "k", "v", "norm_q", "norm_k"),

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from ..methods.budget import solve_width
-from ..methods.calibration import load_calibration
-from ..methods.fingerprint import Fingerprint
-from ..methods.profile import Profile
-from ..methods.width import Width, pare_width
+from ..methods.cost import Width
+from ..profiles.artifact import package_version
+from ..profiles.calibration import load_calibration
+from ..profiles.fingerprint import Fingerprint
+from ..profiles.profile import Profile
+from ..solve.budget import solve_width
 from .cut import SHARES, Cut, check_width, find_cut, norm_scale, refit, take
 from .file import (
     DTYPES,
@@ -22,12 +22,10 @@ from .file import (
     Entry,
     Progress,
     SlimHeader,
-    list_entries,
-    read_header,
-    read_tensor,
     write_tensors,
 )
 from .source import Source, open_source
+from .width import pare_width
 
 log = logging.getLogger(__name__)
 
@@ -202,19 +200,6 @@ class _Refits:
             ) from error
 
 
-def copy_slim(path: Path, out: Path, progress: Progress | None = None) -> int:
-    """Write a slim file again from what is read of it; returns the size in bytes.
-
-    Raises:
-        ValueError: it is not a slim file.
-    """
-    header = read_header(path)
-    entries, _ = list_entries(path)
-    return write_tensors(
-        out, entries, header.metadata(), lambda entry: read_tensor(path, entry), progress
-    )
-
-
 def slim_checkpoint(
     path: Path,
     out: Path,
@@ -269,14 +254,6 @@ def slim_checkpoint(
             "the output projections were not refitted: the profile was recorded without calibration"
         )
     return summary
-
-
-def package_version() -> str:
-    """WanTrim's version, as its folder says; empty when it does not."""
-    project = Path(__file__).resolve().parents[1] / "pyproject.toml"
-    text = project.read_text("utf-8") if project.is_file() else ""
-    found = re.search(r'^version = "([^"]+)"$', text, re.MULTILINE)
-    return found[1] if found else ""
 
 
 def check_profile(source: Source, profile: Profile) -> None:

@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..methods.artifact import replacing
-from ..methods.fingerprint import Fingerprint
-from ..methods.width import Width
+from ..methods.cost import Width
+from ..profiles.artifact import replacing
+from ..profiles.fingerprint import Fingerprint
 from .cut import SHARES, check_width, find_cut
 
 FORMAT = "wantrim_slim/1"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ..methods.fingerprint import Fingerprint, sample_modulation
+from ..profiles.fingerprint import Fingerprint, sample_modulation
 from .cut import find_cut
 from .file import Entry, is_slim, list_entries, read_tensor, transformer_config
 

@@ -8,11 +8,10 @@ from dataclasses import dataclass, replace
 from ..engine.plan import TrimPlan
 from ..engine.program import Program, expected_programs
 from ..engine.work import program_work
-from ..methods.cost import WanShape, Work
+from ..methods.cost import WanShape, Width, Work
 from ..methods.grid import TokenGrid
 from ..methods.schedule import progress_at, sigma_at
 from ..methods.shares import Shares
-from ..methods.width import Width
 from . import priors
 from .curves import Curves
 from .solver import TOLERANCE, Task, solve_nearest

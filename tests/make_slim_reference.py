@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from wantrim.hosts.diffusers.slim import load_slim
-from wantrim.methods.width import Width
+from wantrim.methods.cost import Width
 from wantrim.slim.export import export_slim
 from wantrim.slim.source import open_source
 from wantrim.toy import CHECKPOINT, STUDENT

@@ -32,7 +32,7 @@ TRAINING = "tests/test_training_wiring.py tests/test_training.py -k"
 TESTS = {
     "methods/tokens.py": "tests/test_tokens.py",
     "methods/schedule.py": "tests/test_schedule.py",
-    "methods/width.py": "tests/test_width.py",
+    "slim/width.py": "tests/test_width.py",
     "methods/knapsack.py": "tests/test_knapsack.py",
     "methods/depth.py": "tests/test_depth.py tests/test_routers.py",
     "methods/routers.py": "tests/test_routers.py",

@@ -93,7 +93,7 @@ class Oracle:
             hidden, q, k = self.block(block, *given)
             if row.choose:
                 p = self.plan.tokens
-                scores = attention_received(grid, q[:half], k[:half], p.query_ratio)
+                scores = attention_received(grid, q[:half], k[:half])
                 chosen = select_tokens(scores, grid, grid.tokens, program.budget, alpha=p.alpha)
                 kept = self._mask(chosen)
         shift, scale = (m.scale_shift_table + temb.unsqueeze(1)).chunk(2, 1)

@@ -79,10 +79,11 @@ def small_wan(in_dim: int):
 
 def plan_of(case: dict):
     """The case's plan."""
+    from wantrim.benchmarks.random_router import RandomRouter
     from wantrim.engine.plan import TrimPlan
     from wantrim.methods.depth import BlockBudget, BlockPlan
     from wantrim.methods.heads import HeadPlan
-    from wantrim.methods.routers import FixedRouter, RandomRouter
+    from wantrim.methods.routers import FixedRouter
     from wantrim.methods.schedule import Schedule
     from wantrim.methods.tokens import TokenPlan
 

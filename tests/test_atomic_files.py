@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from wantrim.methods import artifact
-from wantrim.methods.artifact import replacing
-from wantrim.methods.calibration import Calibration, load_calibration
+from wantrim.profiles import artifact
+from wantrim.profiles.artifact import replacing
+from wantrim.profiles.calibration import Calibration, load_calibration
 from wantrim.profiles.recorder import NotFinite, Recorder, open_profile, save_profile
 from wantrim.slim import file as slim_file
 from wantrim.slim.file import Entry, write_tensors

@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
+from wantrim.benchmarks.random_router import RandomRouter
 from wantrim.engine.compiled import outside_graphs
 from wantrim.engine.plan import TrimPlan
 from wantrim.hosts.diffusers.attach import attach
 from wantrim.methods.depth import BlockBudget, BlockPlan
 from wantrim.methods.heads import FRAME, FULL, OFF, HeadPlan
-from wantrim.methods.routers import RandomRouter
 from wantrim.methods.shares import Shares
 from wantrim.methods.tokens import paper_plan
 from wantrim.tests.small_wan import noise, random_wan, words

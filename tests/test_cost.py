@@ -7,6 +7,7 @@ import torch
 from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
 
 from wantrim.benchmarks.flops import count_flops
+from wantrim.benchmarks.random_router import RandomRouter
 from wantrim.engine.engine import COND, UNCOND
 from wantrim.engine.plan import TrimPlan
 from wantrim.engine.program import (
@@ -27,9 +28,9 @@ from wantrim.hosts.diffusers.shape import wan_shape
 from wantrim.hosts.diffusers.weights import load_original, new_transformer
 from wantrim.methods.cost import (
     WanShape,
+    Width,
     Work,
     block_flops,
-    block_parameters,
     block_work,
     forward_flops,
     outside_flops,
@@ -37,13 +38,13 @@ from wantrim.methods.cost import (
 from wantrim.methods.depth import BlockBudget, BlockPlan
 from wantrim.methods.grid import TokenGrid
 from wantrim.methods.heads import OFF, PATTERNS, HeadPlan
-from wantrim.methods.routers import FixedRouter, RandomRouter
+from wantrim.methods.routers import FixedRouter
 from wantrim.methods.schedule import Schedule
 from wantrim.methods.shares import Shares
 from wantrim.methods.tokens import TokenPlan
-from wantrim.methods.width import Width
 from wantrim.tests.small_wan import SIZE, condition, random_wan, words
 from wantrim.toy import CHECKPOINT
+from wantrim.training.memory import block_parameters
 
 GRID, BLOCKS, HEADS = TokenGrid(3, 4, 3), 6, 4
 SHIFT, STEPS = 3.0, 5

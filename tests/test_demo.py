@@ -12,8 +12,8 @@ from wantrim.engine.program import ALL, KEPT, Program, Row
 from wantrim.engine.record import Record, Step
 from wantrim.methods.grid import TokenGrid
 from wantrim.methods.tokens import Selection
-from wantrim.methods.video_metrics import flicker, motion, psnr
 from wantrim.report.picture import draw_report, overlay
+from wantrim.report.video_metrics import flicker, motion, psnr
 from wantrim.report.words import record_text
 from wantrim.solve.dial import Dial
 from wantrim.toy.metrics import adherence, still_ground

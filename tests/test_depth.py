@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from wantrim.benchmarks.random_router import RandomRouter
 from wantrim.hosts.diffusers.sample import sigmas_for
 from wantrim.methods.depth import SHAPES, BlockBudget, BlockPlan, blocks_per_step, choose_blocks
-from wantrim.methods.routers import FixedRouter, RandomRouter
+from wantrim.methods.routers import FixedRouter
 
 
 def test_the_papers_budget_of_forty_blocks():

@@ -6,6 +6,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from wantrim.benchmarks.random_router import RandomRouter
 from wantrim.engine.context import context_bytes
 from wantrim.engine.engine import COND, UNCOND
 from wantrim.engine.plan import TrimPlan
@@ -13,9 +14,10 @@ from wantrim.hosts.diffusers.attach import attach
 from wantrim.hosts.diffusers.profiling import model_fingerprint
 from wantrim.methods.depth import BlockBudget, BlockPlan
 from wantrim.methods.heads import FRAME, FULL, OFF, HeadPlan
-from wantrim.methods.routers import RandomRouter, RouterMLP, TrainedRouter
+from wantrim.methods.routers import RouterMLP
 from wantrim.methods.shares import Shares
 from wantrim.methods.tokens import paper_plan
+from wantrim.slim.router import TrainedRouter
 from wantrim.tests.small_wan import random_wan
 
 BLOCKS, HEADS, LATENT = 6, 4, (3, 8, 8)

@@ -9,11 +9,12 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from wantrim.methods.calibration import CALIBRATE, Calibration, input_size, load_calibration
-from wantrim.methods.fingerprint import Fingerprint
-from wantrim.methods.profile import Profile, load_profile
-from wantrim.methods.routers import Content, RouterMLP, TrainedRouter, load_router, save_router
+from wantrim.methods.routers import Content, RouterMLP
+from wantrim.profiles.calibration import CALIBRATE, Calibration, input_size, load_calibration
+from wantrim.profiles.fingerprint import Fingerprint
+from wantrim.profiles.profile import Profile, load_profile
 from wantrim.slim.file import DTYPES, Entry, list_entries, read_tensor, write_tensors
+from wantrim.slim.router import TrainedRouter, load_router, save_router
 from wantrim.tests.hypotheses import few
 from wantrim.tests.test_fuzz_files import READERS, check, joined, parts, places, put
 
@@ -153,7 +154,7 @@ def test_a_profile_is_read_as_it_was_written(folder, model, seed, runs):
         made.tensors[name] = torch.rand(value.shape, generator=generator)
     made.runs = runs
     path = folder / "profile.safetensors"
-    made.save(path, "1")
+    made.save(path)
     again = load_profile(path)
     assert all(torch.equal(again.tensors[name], value) for name, value in made.tensors.items())
     assert json.dumps(again.runs) == json.dumps(runs) and again.model.differs(model) is None
@@ -177,7 +178,7 @@ def test_a_router_is_read_as_it_was_written(folder, model, seed, kind, hidden, h
     assert again.mlp.state_dict().keys() == written.keys()
     assert all(torch.equal(again.mlp.state_dict()[name], value) for name, value in written.items())
     seen = Content(torch.randn(1, model.in_channels, 2, 3, 4), torch.randn(1, 7))
-    assert len(again.run(model.num_blocks).logits(0.5, seen)) == model.num_blocks
+    assert len(again.ask(torch.tensor([0.5]), seen)) == model.num_blocks
 
 
 @few

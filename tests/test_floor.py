@@ -7,19 +7,19 @@ from dataclasses import replace
 import pytest
 
 from wantrim.benchmarks.predicted import predicted_table, step_seconds
+from wantrim.benchmarks.random_router import RandomRouter
 from wantrim.engine.plan import TrimPlan
 from wantrim.engine.program import KEPT, expected_programs
 from wantrim.engine.work import plan_work
-from wantrim.methods.cost import Work, forward_flops
+from wantrim.methods.cost import Width, Work, forward_flops
 from wantrim.methods.depth import BlockBudget, BlockPlan
 from wantrim.methods.grid import TokenGrid
 from wantrim.methods.heads import FULL, OFF, HeadPlan
 from wantrim.methods.importance import query_count
-from wantrim.methods.routers import FixedRouter, RandomRouter
+from wantrim.methods.routers import FixedRouter
 from wantrim.methods.schedule import Schedule
 from wantrim.methods.shares import Shares
 from wantrim.methods.tokens import TokenPlan
-from wantrim.methods.width import Width
 from wantrim.solve.floor import DEVICES, WAN, Rates, device_rates, video_grid
 
 

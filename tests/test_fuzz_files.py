@@ -14,22 +14,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from wantrim.hosts.diffusers.weights import load_original, save_original
-from wantrim.methods import routers
-from wantrim.methods.calibration import Calibration, load_calibration
-from wantrim.methods.fingerprint import Fingerprint
-from wantrim.methods.profile import Profile
-from wantrim.methods.routers import (
-    Content,
-    ProfiledRouter,
-    RouterMLP,
-    TrainedRouter,
-    load_router,
-    save_router,
-)
+from wantrim.methods.routers import Content, ProfiledRouter, RouterMLP
+from wantrim.profiles.calibration import Calibration, load_calibration
+from wantrim.profiles.fingerprint import Fingerprint
 from wantrim.profiles.picture import summary
+from wantrim.profiles.profile import Profile, residual_sizes
 from wantrim.profiles.recorder import open_profile
 from wantrim.slim.export import export_slim
 from wantrim.slim.file import list_entries, read_header, read_tensor
+from wantrim.slim.router import KIND, TrainedRouter, load_router, save_router
 from wantrim.slim.source import open_source
 from wantrim.tests.test_slim import SMALL_WIDTH, small
 
@@ -46,13 +39,13 @@ def write_profile(path: Path) -> None:
         made.tensors[name] = torch.rand_like(value)
     made.tensors["count"] = torch.ones(10)
     made.runs = [{"grid": [3, 4, 5], "context_tokens": 7, "sigmas": [1.0, 0.5], "calls": 2}]
-    made.save(path, "1")
+    made.save(path)
 
 
 def write_router(path: Path) -> None:
     torch.manual_seed(2)
     mlp = RouterMLP(MODEL.num_blocks, 16, hidden=8, time_dim=8).requires_grad_(False)
-    save_router(path, TrainedRouter(mlp, "latent", MODEL), "1")
+    save_router(path, TrainedRouter(mlp, "latent", MODEL))
 
 
 def write_calibration(path: Path) -> None:
@@ -60,7 +53,7 @@ def write_calibration(path: Path) -> None:
     torch.manual_seed(3)
     for kind, size in (("self", 48), ("cross", 48), ("ffn", 80)):
         made.add(kind, 1, torch.randn(5, size))
-    made.save(path, "1")
+    made.save(path)
 
 
 def write_full(path: Path) -> None:
@@ -77,13 +70,13 @@ def write_slim(path: Path) -> None:
 def use_profile(path: Path) -> None:
     opened = open_profile(path)
     summary(opened.profile)
-    ProfiledRouter(opened.profile).run(opened.profile.model.num_blocks)
+    ProfiledRouter(residual_sizes(opened.profile)).check(opened.profile.model.num_blocks)
 
 
 def use_router(path: Path) -> None:
     router = load_router(path)
     content = Content(torch.zeros(1, 4, 3, 6, 5), torch.zeros(1, 16))
-    router.run(router.mlp.num_blocks).logits(0.5, content)
+    router.ask(torch.tensor([0.5]), content)
 
 
 def use_calibration(path: Path) -> None:
@@ -380,7 +373,7 @@ def test_files_of_another_kind_or_of_a_later_format_are_refused(kind, good, tmp_
         return
     outer, body = parts(good[kind])
     key = READERS[kind].key
-    newest = routers.KIND.version if key == routers.KIND.key else 1
+    newest = KIND.version if key == KIND.key else 1
     for version in (f"{key}/{newest + 1}", f"{key}/1.1", f"{key}/1 ", key, f"{key}/9999999999"):
         text = json.dumps(json.loads(outer["__metadata__"][key]) | {"format": version})
         path.write_bytes(joined({**outer, "__metadata__": {key: text}}, body))

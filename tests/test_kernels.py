@@ -398,13 +398,13 @@ def test_a_kernel_that_agrees_is_used_after_one_check(as_if):
 def test_auto_declines_with_a_reason(as_if, name, dtype, size, arch, why):
     as_if(broken, arch)
     tensor = torch.zeros(1, 4, size, dtype=dtype)
-    assert re.search(why, dispatch.why_not(name, tensor, size))
+    assert re.search(why, dispatch.why_not(name, tensor))
 
 
 def test_without_triton_the_reason_is_that(as_if, monkeypatch):
     as_if(broken)
     monkeypatch.setattr(dispatch, "find_spec", lambda name: None)
-    assert dispatch.why_not("token_mass", torch.zeros(1, 1, 12), 12) == "Triton is not installed"
+    assert dispatch.why_not("token_mass", torch.zeros(1, 1, 12)) == "Triton is not installed"
 
 
 def test_a_nan_never_agrees():

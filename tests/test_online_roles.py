@@ -7,8 +7,7 @@ from wantrim.engine.plan import TrimPlan
 from wantrim.engine.program import Facts, compile_step, expected_programs
 from wantrim.engine.work import program_work
 from wantrim.hosts.diffusers.attach import attach
-from wantrim.methods.attend import pattern_pairs
-from wantrim.methods.budget import attention_share
+from wantrim.methods.attend import attention_share, pattern_pairs
 from wantrim.methods.cost import WanShape
 from wantrim.methods.grid import TokenGrid
 from wantrim.methods.heads import CHEAP, FRAME, FULL, OFF, HeadPlan

@@ -16,13 +16,13 @@ from wantrim.hosts.diffusers.profiling import model_fingerprint, profile_run
 from wantrim.hosts.diffusers.sample import sample
 from wantrim.hosts.diffusers.weights import load_original
 from wantrim.kernels.reference import frame_mass
-from wantrim.methods.calibration import Calibration, calibration_bytes
-from wantrim.methods.fingerprint import Fingerprint
 from wantrim.methods.heads import CHEAP
-from wantrim.methods.profile import Profile, load_profile, of_weights
 from wantrim.methods.tokens import paper_plan
 from wantrim.profiles import recording
+from wantrim.profiles.calibration import Calibration, calibration_bytes
+from wantrim.profiles.fingerprint import Fingerprint
 from wantrim.profiles.picture import draw_profile, summary
+from wantrim.profiles.profile import Profile, load_profile, of_weights
 from wantrim.toy import CHECKPOINT
 
 BOTH = (COND, UNCOND)

@@ -7,8 +7,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from wantrim.methods.calibration import load_calibration
-from wantrim.methods.profile import KIND, load_profile
+from wantrim.profiles.calibration import load_calibration
+from wantrim.profiles.profile import KIND, load_profile
 from wantrim.profiles.recorder import calibration_path, open_profile, save_profile
 from wantrim.tests.test_profile import GRID, TOKENS, recorded, same, wan
 

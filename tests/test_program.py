@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from wantrim.benchmarks.random_router import RandomRouter
 from wantrim.engine.engine import COND, UNCOND
 from wantrim.engine.plan import TrimPlan
 from wantrim.engine.program import (
@@ -28,7 +29,7 @@ from wantrim.hosts.diffusers.sample import sample, sigmas_for
 from wantrim.methods.depth import BlockBudget, BlockPlan
 from wantrim.methods.grid import TokenGrid
 from wantrim.methods.heads import FRAME, FULL, OFF, HeadPlan
-from wantrim.methods.routers import FixedRouter, RandomRouter
+from wantrim.methods.routers import FixedRouter
 from wantrim.methods.schedule import Schedule
 from wantrim.methods.shares import Shares
 from wantrim.methods.tokens import TokenPlan

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from wantrim.methods.grid import TokenGrid
-from wantrim.methods.roles import intra_slice_ratio, role
+from wantrim.kernels import frame_mass
+from wantrim.methods.roles import role
 
 
 @pytest.mark.parametrize(
@@ -14,12 +14,11 @@ def test_roles_at_the_papers_thresholds(ratio, name):
 
 
 def test_a_head_that_stays_in_its_frame_and_one_that_leaves_it():
-    grid = TokenGrid(3, 2, 2, start=1)
     # head 0 matches its own latent frame, head 1 the next one
     frame = torch.eye(3).repeat_interleave(4, 0)
     q = torch.stack([frame, frame.roll(1, 1)], 1)
     k = torch.stack([frame, frame], 1)
     outside = torch.zeros(1, 2, 3)
     q, k = (100 * torch.cat([outside, t])[None] for t in (q, k))
-    ratio = intra_slice_ratio(q, k, grid, torch.arange(12))
+    ratio = frame_mass(q, k, (3, 2, 2), torch.arange(12), start=1, tiles=())[..., 0]
     torch.testing.assert_close(ratio, torch.tensor([[1.0, 0.0]]))

@@ -8,23 +8,20 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from wantrim.methods.conditions import Conditions
-from wantrim.methods.fingerprint import WHOLE, Fingerprint
-from wantrim.methods.profile import BINS, Profile
+from wantrim.benchmarks.random_router import RandomRouter
+from wantrim.methods.cost import Width
 from wantrim.methods.routers import (
-    KIND,
     Content,
     FixedRouter,
     ProfiledRouter,
-    RandomRouter,
     RouterMLP,
-    TrainedRouter,
     latent_statistics,
-    load_router,
-    residual_sizes,
-    save_router,
 )
-from wantrim.methods.width import Width
+from wantrim.methods.schedule import BINS
+from wantrim.profiles.artifact import package_version
+from wantrim.profiles.fingerprint import WHOLE, Fingerprint, width_digest
+from wantrim.profiles.profile import Profile, residual_sizes
+from wantrim.slim.router import KIND, Conditions, TrainedRouter, load_router, save_router
 
 BLOCKS = 5
 MODEL = Fingerprint(48, 64, BLOCKS, 4, 16, 16, (0.5, -0.25))
@@ -57,32 +54,31 @@ def test_sizes_are_relative_to_the_blocks_input_and_empty_bins_take_the_nearest(
 
 def test_a_profile_without_a_run_is_refused():
     with pytest.raises(ValueError, match="at least one recorded run"):
-        ProfiledRouter(profile({}))
+        ProfiledRouter(residual_sizes(profile({})))
 
 
 def test_the_profiled_router_reads_the_bin_of_sigma():
-    router = ProfiledRouter(profile({0: 1, 9: 1}))
-    run = router.run(BLOCKS)
-    torch.testing.assert_close(run.logits(0.05, CONTENT), router.sizes[0])
-    torch.testing.assert_close(run.logits(1.0, CONTENT), router.sizes[9])
+    router = ProfiledRouter(residual_sizes(profile({0: 1, 9: 1})))
+    torch.testing.assert_close(router.logits(BLOCKS, 0.05), router.sizes[0])
+    torch.testing.assert_close(router.logits(BLOCKS, 1.0), router.sizes[9])
     with pytest.raises(ValueError, match="model with 7 blocks, got 5"):
-        router.run(7)
+        router.check(7)
 
 
 def test_random_is_a_function_of_seed_and_sigma():
-    one, other = RandomRouter(1).run(9), RandomRouter(2).run(9)
-    assert torch.equal(one.logits(0.5, CONTENT), RandomRouter(1).run(9).logits(0.5, CONTENT))
-    assert not torch.equal(one.logits(0.5, CONTENT), one.logits(0.6, CONTENT))
-    assert not torch.equal(one.logits(0.5, CONTENT), other.logits(0.5, CONTENT))
+    one, other = RandomRouter(1), RandomRouter(2)
+    assert torch.equal(one.logits(9, 0.5), RandomRouter(1).logits(9, 0.5))
+    assert not torch.equal(one.logits(9, 0.5), one.logits(9, 0.6))
+    assert not torch.equal(one.logits(9, 0.5), other.logits(9, 0.5))
 
 
 def test_a_fixed_list_keeps_the_first_and_the_last_block():
     router = FixedRouter((0, 2, 4))
     assert router.count(5, 2) == 4
-    assert router.run(5).logits(0.5, CONTENT).tolist() == [1, 1, 0, 1, 1]
+    assert router.logits(5, 0.5).tolist() == [1, 1, 0, 1, 1]
     for outside in (5, -1):
         with pytest.raises(ValueError, match=rf"from 0 to 4, got \[{outside}\]"):
-            FixedRouter((outside,)).run(5)
+            FixedRouter((outside,)).check(5)
 
 
 def test_latent_statistics_of_constructed_latents():
@@ -114,7 +110,7 @@ def test_latent_statistics_of_one_frame_of_one_pixel_are_finite():
 def test_the_trained_router_is_its_mlp_on_sigma_and_content():
     latent = torch.randn(2, 4, 3, 6, 5)
     router = trained()
-    got = router.run(BLOCKS).logits(0.7, Content(latent))
+    got = router.ask(torch.tensor([0.7]), Content(latent))
     # eq. 9 by hand
     angle = 700 * 10000 ** -(torch.arange(8.0) / 8)
     given = torch.cat([angle.cos(), angle.sin(), latent_statistics(latent)[0]])
@@ -124,35 +120,37 @@ def test_the_trained_router_is_its_mlp_on_sigma_and_content():
     torch.testing.assert_close(got, third.weight @ hidden + third.bias, rtol=1e-4, atol=1e-4)
     alone = trained("none", 0)
     one, other = (
-        alone.run(BLOCKS).logits(0.7, Content(torch.randn_like(latent))) for _ in range(2)
+        alone.ask(torch.tensor([0.7]), Content(torch.randn_like(latent))) for _ in range(2)
     )
     assert torch.equal(one, other)
 
 
 def test_a_router_of_clip_needs_an_image():
     router = trained("clip", 12)
-    run = router.run(BLOCKS)
-    assert run.logits(0.7, Content(torch.zeros(1), torch.randn(1, 12))).shape == (BLOCKS,)
+    sigma = torch.tensor([0.7])
+    assert router.ask(sigma, Content(torch.zeros(1), torch.randn(1, 12))).shape == (BLOCKS,)
     with pytest.raises(ValueError, match="start image through CLIP"):
-        run.logits(0.7, CONTENT)
+        router.ask(sigma, CONTENT)
     with pytest.raises(ValueError, match="expected one for 7 blocks, got 5"):
-        router.run(7)
+        router.check(7)
 
 
 @pytest.mark.parametrize(("kind", "content_dim"), [("latent", 16), ("none", 0)])
 def test_a_saved_router_is_the_same_router(tmp_path, kind, content_dim):
     router, path = trained(kind, content_dim), tmp_path / "deep" / "router.safetensors"
-    save_router(path, router, "0.3.0")
+    save_router(path, router)
     loaded = load_router(path)
     assert loaded.kind == kind and loaded.model == MODEL
     for name, value in router.mlp.state_dict().items():
         assert torch.equal(loaded.mlp.state_dict()[name], value)
     content = Content(torch.randn(1, 4, 3, 6, 5))
     for sigma in (0.05, 0.5, 1.0):
-        one, other = (r.run(BLOCKS).logits(sigma, content) for r in (router, loaded))
+        one, other = (r.ask(torch.tensor([sigma]), content) for r in (router, loaded))
         # weights read from a file lie elsewhere in memory, and sums may round otherwise
         torch.testing.assert_close(one, other)
     assert [file.name for file in path.parent.iterdir()] == ["router.safetensors"]
+    with safe_open(path, "pt") as file:
+        assert json.loads(file.metadata()[KIND.key])["package"] == package_version() != ""
 
 
 def _rewritten(path, **header):
@@ -274,13 +272,13 @@ def test_a_student_is_told_from_its_teacher_and_from_another_cut():
         replace(cut, cross_heads=((0, 2), (1, 3))),
         replace(cut, ffn_channels=((0, 1, 2), (1, 3, 4))),
     ]
-    student = replace(model, width=cut.digest(model))
+    student = replace(model, width=width_digest(model, cut))
     assert student.differs(replace(student, sample=(0.500015, -0.25003))) is None
     for other in others:
-        said = student.differs(replace(model, width=other.digest(model)))
+        said = student.differs(replace(model, width=width_digest(model, other)))
         assert said == "expected a slim one, got a slim one: other heads and channels were cut"
     every = Width(((0, 1, 2, 3),) * 2, ((0, 1, 2, 3),) * 2, ((0, 1, 2, 3, 4),) * 2)
-    teacher = replace(model, width=every.digest(model))
+    teacher = replace(model, width=width_digest(model, every))
     assert teacher.width == WHOLE
     assert teacher.differs(student).startswith("expected the full model, got a slim one")
     assert student.differs(teacher).startswith("expected a slim one, got the full model")

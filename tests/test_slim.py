@@ -16,8 +16,8 @@ from wantrim.hosts.diffusers.profiling import profile_run
 from wantrim.hosts.diffusers.sample import denoise
 from wantrim.hosts.diffusers.slim import load_slim
 from wantrim.hosts.diffusers.weights import load_original, new_transformer, save_original
-from wantrim.methods.calibration import load_calibration
-from wantrim.methods.width import Width
+from wantrim.methods.cost import Width
+from wantrim.profiles.calibration import load_calibration
 from wantrim.profiles.recorder import open_profile, save_profile
 from wantrim.slim import file as slim_file
 from wantrim.slim.cut import (
@@ -29,8 +29,14 @@ from wantrim.slim.cut import (
     take,
     whole_width,
 )
-from wantrim.slim.export import copy_slim, export_slim, slim_checkpoint
-from wantrim.slim.file import PREFIX, read_header
+from wantrim.slim.export import export_slim, slim_checkpoint
+from wantrim.slim.file import (
+    PREFIX,
+    list_entries,
+    read_header,
+    read_tensor,
+    write_tensors,
+)
 from wantrim.slim.source import open_source
 from wantrim.toy import CHECKPOINT
 from wantrim.toy.text import encode_prompt
@@ -391,7 +397,9 @@ def test_exported_and_exported_again_is_the_same_file(recorded, tmp_path):
     for path in paths[:2]:
         slim_checkpoint(CHECKPOINT, path, recorded.profile, **options)
     assert paths[0].read_bytes() == paths[1].read_bytes()
-    copy_slim(paths[0], paths[2])
+    entries, _ = list_entries(paths[0])
+    said = read_header(paths[0]).metadata()
+    write_tensors(paths[2], entries, said, lambda entry: read_tensor(paths[0], entry))
     assert paths[0].read_bytes() == paths[2].read_bytes()
 
 
@@ -727,7 +735,7 @@ import torch
 from wantrim.slim.export import export_slim
 from wantrim.slim.file import PREFIX
 from wantrim.slim.source import open_source
-from wantrim.methods.width import Width
+from wantrim.methods.cost import Width
 
 folder, blocks, heads, channels = Path(sys.argv[1]), *map(int, sys.argv[2:])
 dim, ffn = 5120, 13824

@@ -30,7 +30,7 @@ from wantrim.benchmarks.subjects import (
 )
 from wantrim.hosts.diffusers.sample import sample
 from wantrim.hosts.diffusers.weights import save_original, to_original_keys
-from wantrim.methods.video_metrics import psnr
+from wantrim.report.video_metrics import psnr
 from wantrim.tests.tiny_pipeline import ASKED, NEGATIVE, TEXT_DIM, parts, transformer
 from wantrim.toy.text import encode_prompt
 from wantrim.toy.vae import ToyVAE

@@ -13,9 +13,10 @@ from wantrim.hosts.diffusers.profiling import model_fingerprint
 from wantrim.hosts.diffusers.sample import sample
 from wantrim.hosts.diffusers.slim import load_slim
 from wantrim.methods.depth import BlockBudget, BlockPlan
-from wantrim.methods.routers import FixedRouter, TrainedRouter, load_router
+from wantrim.methods.routers import FixedRouter
 from wantrim.methods.tokens import paper_plan
 from wantrim.slim.file import read_header
+from wantrim.slim.router import TrainedRouter, load_router
 from wantrim.tests.small_wan import RECIPE, make_origin, write_recipe
 from wantrim.toy.text import TEXT_DIM
 from wantrim.training.changes import change

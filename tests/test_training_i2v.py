@@ -14,7 +14,7 @@ from wantrim.hosts.diffusers.profiling import profile_run
 from wantrim.hosts.diffusers.slim import load_slim
 from wantrim.hosts.diffusers.weights import to_original_keys
 from wantrim.methods.depth import BlockBudget, BlockPlan
-from wantrim.methods.routers import load_router
+from wantrim.slim.router import load_router
 from wantrim.training.parallel import world
 from wantrim.training.recipe import load_recipe
 from wantrim.training.run import train

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from wantrim.hosts.diffusers.profiling import profile_run
-from wantrim.methods.profile import load_profile
+from wantrim.profiles.profile import load_profile
 from wantrim.tests.small_wan import make_origin, write_recipe
 from wantrim.tests.tiny_pipeline import parts
 from wantrim.training import decode, encode_cost, memory, record

@@ -10,13 +10,12 @@ import torch
 from torch import nn
 
 from wantrim.hosts.diffusers.slim import load_slim
-from wantrim.methods.conditions import Conditions
 from wantrim.methods.depth import BlockBudget
-from wantrim.methods.fingerprint import WHOLE, sample_modulation
-from wantrim.methods.routers import load_router
-from wantrim.methods.width import ffn_channels, pare_heads
+from wantrim.profiles.fingerprint import WHOLE, sample_modulation, width_digest
 from wantrim.slim.file import read_header
+from wantrim.slim.router import Conditions, load_router
 from wantrim.slim.source import open_source
+from wantrim.slim.width import ffn_channels, pare_heads
 from wantrim.tests.small_wan import make_origin, random_wan, write_recipe
 from wantrim.tests.test_width import profile_of, set_heads
 from wantrim.toy.text import TEXT_DIM
@@ -298,7 +297,7 @@ def test_a_student_has_its_own_fingerprint(folder, tmp_path):
     state = {n: v.detach().clone() for n, v in made.student.state_dict().items()}
     write_student(tmp_path, state, made.pair.routing.mlp, "latent", made.header, [], torch.float32)
     router = load_router(tmp_path / "router.safetensors")
-    assert router.model.width == made.header.width.digest(made.header.model) != WHOLE
+    assert router.model.width == width_digest(made.header.model, made.header.width) != WHOLE
     tables = [state[f"blocks.{block}.scale_shift_table"] for block in range(4)]
     own = sample_modulation([*tables, state["scale_shift_table"]])
     teacher = open_source(folder / "wan.safetensors").model

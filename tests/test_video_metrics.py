@@ -7,7 +7,7 @@ import pytest
 import torch
 from skimage.metrics import structural_similarity
 
-from wantrim.methods.video_metrics import (
+from wantrim.report.video_metrics import (
     SSIM_WINDOW,
     calm_places,
     changes,

@@ -3,14 +3,14 @@ import math
 import pytest
 import torch
 
-from wantrim.methods import width as module
-from wantrim.methods.fingerprint import Fingerprint
-from wantrim.methods.profile import Profile
-from wantrim.methods.width import (
-    Width,
+from wantrim.methods.cost import Width
+from wantrim.profiles.fingerprint import Fingerprint
+from wantrim.profiles.profile import Profile
+from wantrim.slim import width as module
+from wantrim.slim.width import (
+    channel_sizes,
     ffn_channels,
     ffn_count,
-    ffn_scores,
     head_scores,
     kept_count,
     pare_heads,
@@ -96,7 +96,6 @@ def test_protection_changes_the_choice():
     assert pare_heads(profile, 0.5)[0] == (0, 1, 2, 5)
     assert pare_heads(profile, 0.5, protection=1.6)[0] == (0, 1, 2, 5)
     assert pare_heads(profile, 0.5, protection=1.0)[0] == (0, 1, 2, 3)
-    assert pare_heads(profile, 0.5, rule="uniform")[0] == (0, 1, 2, 3)
 
 
 def test_blocks_choose_for_themselves_and_keep_equally_many():
@@ -119,7 +118,7 @@ def test_cross_attention_has_no_roles():
     profile = profile_of()
     assert pare_heads(profile, kind="cross", protection=99.0) == pare_heads(profile, kind="cross")
     assert torch.equal(head_scores(profile, "cross"), profile.importance("cross"))
-    assert not torch.equal(head_scores(profile), profile.importance("self"))
+    assert not torch.equal(head_scores(profile, "self"), profile.importance("self"))
 
 
 def test_every_noise_level_counts_alike_however_often_it_was_recorded():
@@ -134,17 +133,6 @@ def test_every_noise_level_counts_alike_however_often_it_was_recorded():
         profile.tensors[f"{kind}_output"][1, 0] = torch.tensor([8.0, 1.0])
         profile.tensors[f"{kind}_output"][9, 0] = torch.tensor([38.0, 57.0])
         assert profile.importance(kind)[0].tolist() == pytest.approx([5.0, 4.0])
-
-
-def test_magnitude_looks_at_the_weights_alone():
-    profile = profile_of()
-    before = pare_heads(profile, 0.5, rule="magnitude")
-    profile.tensors["self_output"].mul_(torch.rand(profile.tensors["self_output"].shape))
-    assert pare_heads(profile, 0.5, rule="magnitude") == before
-    profile.tensors["self_o_norm"][0] = torch.tensor([1.0, 9.0, 1.0, 9.0, 1.0, 9.0, 9.0, 1.0])
-    assert pare_heads(profile, 0.5, rule="magnitude")[0] == (1, 3, 5, 6)
-    with pytest.raises(ValueError, match="role_aware, uniform, magnitude"):
-        pare_heads(profile, rule="size")
 
 
 def test_an_empty_profile_is_refused():
@@ -230,10 +218,7 @@ def test_channels_by_energy_weigh_what_they_add():
     profile = profile_of(calls=4)
     profile.tensors["channel_energy"][0, :3] = torch.tensor([16.0, 4.0, 36.0])
     profile.tensors["down_norm"][0, :3] = torch.tensor([1.0, 5.0, 0.5])
-    assert ffn_scores(profile, "energy")[0, :3].tolist() == [2.0, 5.0, 1.5]
-    assert torch.equal(ffn_scores(profile), profile.tensors["channel_norm"])
-    with pytest.raises(ValueError, match="norm or energy"):
-        ffn_scores(profile, "size")
+    assert channel_sizes(profile)[0, :3].tolist() == [2.0, 5.0, 1.5]
 
 
 def test_a_width_is_ascending_and_the_same_everywhere():

@@ -6,7 +6,7 @@ import json
 import logging
 from pathlib import Path
 
-from ..methods.artifact import replacing
+from ..profiles.artifact import replacing
 
 log = logging.getLogger(__name__)
 

@@ -16,10 +16,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from ..methods.cost import WanShape, block_flops, block_parameters, outside_flops
-from ..methods.width import ffn_count, kept_count
+from ..methods.cost import WanShape, block_flops, outside_flops
 from ..slim.file import list_entries
 from ..slim.source import open_source
+from ..slim.width import ffn_count, kept_count
 from ..toy import CHECKPOINT
 from ..toy.text import TEXT_DIM, TEXT_TOKENS
 from .encode_cost import describe_encoding
@@ -132,6 +132,27 @@ def outside_parameters(shape: WanShape) -> int:
     image = 2 * e + e * (e + 1) + d * (e + 1) + 2 * d if shape.image_tokens else 0
     # the head's modulation
     return patches + text + time + image + 2 * d
+
+
+def block_parameters(shape: WanShape, width: tuple[int, int, int] | None = None) -> int:
+    """Numbers that a block stores.
+
+    Args:
+        width: self-attention heads, cross-attention heads and FFN channels of a slim block.
+    """
+    d, inner, cross_inner, channels = shape.dim, shape.dim, shape.dim, shape.ffn_dim
+    if width is not None:
+        inner, cross_inner = width[0] * shape.head_dim, width[1] * shape.head_dim
+        channels = width[2]
+
+    def attention(inner: int) -> int:
+        # q, k, v with their biases, the norms of q and k, and o
+        return 3 * inner * (d + 1) + 2 * inner + d * (inner + 1)
+
+    image = cross_inner * (2 * (d + 1) + 1) if shape.image_tokens else 0
+    ffn = channels * (d + 1) + d * (channels + 1)
+    # the modulation and the norm before cross-attention
+    return attention(inner) + attention(cross_inner) + image + ffn + 8 * d
 
 
 def parameters(shape: WanShape, width: tuple[int, int, int] | None = None) -> int:
@@ -273,7 +294,7 @@ def model_shape(recipe: Recipe) -> WanShape:
             raise ValueError(f"{config}: expected a Wan transformer's config: {error!r}") from error
     if path.is_file():
         clip = any("img_emb." in entry.name for entry in list_entries(path)[0])
-        shape = WanShape.of(open_source(path).model, image_tokens=CLIP_TOKENS if clip else 0)
+        shape = open_source(path).model.shape(image_tokens=CLIP_TOKENS if clip else 0)
         return replace(shape, text_dim=TEXT_DIM) if recipe.model == TINY else shape
     if recipe.name not in KNOWN:
         raise ValueError(

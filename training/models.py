@@ -10,15 +10,17 @@ import torch
 from ..hosts.diffusers.checkpoints import checkpoint_config, empty_model
 from ..hosts.diffusers.slim import empty_slim, save_slim
 from ..hosts.diffusers.weights import to_diffusers_keys
-from ..methods.budget import solve_width
-from ..methods.conditions import Conditions
-from ..methods.fingerprint import sample_modulation
-from ..methods.profile import Profile, load_profile
-from ..methods.routers import RouterMLP, TrainedRouter, save_router
-from ..methods.width import Width, channels, ffn_count, ffn_scores, pare_heads
-from ..slim.export import check_profile, export_slim, package_version
+from ..methods.cost import Width
+from ..methods.routers import RouterMLP
+from ..profiles.artifact import package_version
+from ..profiles.fingerprint import sample_modulation, width_digest
+from ..profiles.profile import Profile, load_profile
+from ..slim.export import check_profile, export_slim
 from ..slim.file import SlimHeader, read_header
+from ..slim.router import Conditions, TrainedRouter, save_router
 from ..slim.source import Source, open_source
+from ..slim.width import channels, ffn_count, pare_heads
+from ..solve.budget import solve_width
 from ..toy import CHECKPOINT, PROFILE
 from .loading import Waiting
 from .recipe import TINY, Recipe, Stage
@@ -112,7 +114,7 @@ def starting_width(profile: Profile, stage: Stage, signature) -> Width:
     return Width(
         pare_heads(profile, stage.prune_ratio, stage.protection),
         pare_heads(profile, stage.prune_ratio, kind="cross"),
-        channels(ffn_scores(profile), [keep] * profile.model.num_blocks, signature),
+        channels(profile.tensors["channel_norm"], [keep] * profile.model.num_blocks, signature),
     )
 
 
@@ -154,9 +156,9 @@ def write_student(
     header = replace(header, model=model, norm_scale={}, made=made)
     # the student last: where it is, the stage is done
     if router is not None:
-        own = replace(model, width=header.width.digest(model))
+        own = replace(model, width=width_digest(model, header.width))
         trained_router = TrainedRouter(router, kind, own, conditions)
-        save_router(folder / "router.safetensors", trained_router, package_version())
+        save_router(folder / "router.safetensors", trained_router)
     save_slim(folder / "student.safetensors", student, header, dtype)
 
 

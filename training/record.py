@@ -14,7 +14,8 @@ import torch
 from rich.progress import track
 
 from ..hosts.diffusers.profiling import profile_run
-from ..methods.profile import BINS, Profile
+from ..methods.schedule import BINS
+from ..profiles.profile import Profile
 from ..profiles.recorder import save_profile
 from ..slim.source import open_source
 from ..toy import CHECKPOINT

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..methods.conditions import Conditions
 from ..methods.depth import BlockBudget
-from ..methods.routers import RouterMLP, load_router
+from ..methods.routers import RouterMLP
 from ..slim.file import SlimHeader
+from ..slim.router import Conditions, load_router
 from .average import Average
 from .checkpoints import State, whole_state
 from .draws import Draws

@@ -12,10 +12,10 @@ from ..engine.engine import COND, UNCOND
 from ..engine.plan import TrimPlan
 from ..hosts.diffusers.attach import attach
 from ..hosts.diffusers.sample import sample
-from ..methods.artifact import replacing
 from ..methods.depth import BlockPlan
-from ..methods.fingerprint import Fingerprint
-from ..methods.routers import TrainedRouter
+from ..profiles.artifact import replacing
+from ..profiles.fingerprint import Fingerprint
+from ..slim.router import TrainedRouter
 from ..toy.vae import ToyVAE
 from .objectives import Pair
 from .recipe import Recipe, Stage

@@ -23,8 +23,8 @@ from ...engine.compiled import paused, resumed
 from ...engine.engine import COND, Engine, check_latent
 from ...engine.plan import TrimPlan
 from ...engine.record import Record
-from ...methods.routers import TrainedRouter
 from ...methods.schedule import progress_at
+from ...slim.router import TrainedRouter
 from ...solve.dial import Dial
 from .attachment import KEY, Attachment, attachment_of, replaced_by
 from .blocks import replace_blocks
@@ -113,6 +113,7 @@ def _outer_sample(executor, *args, **kwargs):
         Engine(TrimPlan() if neutral else attachment.plan, record, live.step),
         shift or 1.0,
         original,
+        Ran(record, Where.now()),
     )
     record.planned = attachment.describe()
     header = slim_header(guider.model_patcher)
@@ -141,8 +142,7 @@ def _outer_sample(executor, *args, **kwargs):
         run.patched = why_not_patched(guider.model_patcher)
         for remark in attachment.replaced:
             record.note(remark)
-    ran = Ran(record, Where.now(), run.calls)
-    keep_run(attachment.runs, ran)
+    keep_run(attachment.runs, run.ran)
     guider.model_options = options
     completed = False
     try:
@@ -151,7 +151,6 @@ def _outer_sample(executor, *args, **kwargs):
         return result
     finally:
         guider.model_options = original
-        ran.solved, ran.unmeasurable = run.solved, run.unmeasurable
         run.engine.finish(completed)
         if completed and not neutral and run.dense is None:
             compare_run(run, len(sigmas))
@@ -234,32 +233,22 @@ def _apply_model(
 
 
 @torch.compiler.disable
-def _diffusion_model(
-    executor,
-    x,
-    timestep,
-    context,
-    clip_fea=None,
-    time_dim_concat=None,
-    transformer_options=None,
-    **kwargs,
-):
-    options = as_dict(transformer_options)
+def _diffusion_model(executor, *args, **kwargs):
+    given = ModelCall.of(*args, **kwargs)
+    options, dm = given.options, executor.class_obj
     run: SamplingRun | None = options.get(SESSION_KEY)
-    dm, call = executor.class_obj, None
-    own = (x, timestep, context, clip_fea, time_dim_concat)
-    if run is not None:
-        given = ModelCall(*own, options, kwargs)
-        call = _begin(dm, run, given)
+    if run is None:
+        with resumed():
+            return given.run(executor, options)
+    call, compiled = _begin(dm, run, given), run.compiled
     if call is not None and call.repeats:
         return call.repeated()
-    compiled = None if run is None else run.compiled
     touched = call is not None and call.touches_blocks
     if compiled is not None and compiled.whole is not None and not touched:
         plain = bare(options, (KEY, SESSION_KEY))
         if plain is not None:
             with resumed():
-                out = compiled.whole(*own, plain, **kwargs)
+                out = given.run(compiled.whole, plain)
             if call is None:
                 return out
             if call.first:
@@ -270,11 +259,9 @@ def _diffusion_model(
     if touched:
         options = replace_blocks(options, call, len(dm.blocks), compiled)
         run.call, run.replaced = call, options["patches_replace"]["dit"]
-    if run is not None:
-        run.reached = False
+    run.reached = False
     with resumed():
-        # positional, because other packs' wrappers read the options as the last argument
-        out = executor(*own, options, **kwargs)
+        out = given.run(executor, options)
     if call is None:
         return out
     run.call = run.replaced = None
@@ -295,7 +282,8 @@ def _begin(dm, run: SamplingRun, given: ModelCall) -> Call | None:
     anchored = anchored_frames(dm, x, given.timestep, grid, given.extra)
     inside = run.patched or why_not_now(given.options)
     if run.wish is not None:
-        run.solved, run.wish = run.wish.solve(dm, given, grid, anchored, engine, inside), None
+        solved = run.wish.solve(dm, given, grid, anchored, engine, inside)
+        run.ran.solved, run.wish = solved, None
         log.info("WanTrim: %s", record.planned)
     if record.shape is None:
         sizes = full_shape if record.width is not None else wan_shape

@@ -5,13 +5,13 @@ from __future__ import annotations
 from ...engine.plan import TrimPlan
 from ...engine.record import Record
 from ...solve.dial import Dial, Solved
-from .given import options_of
+from .given import Kept, options_of
 from .runs import Ran
 
 KEY = "wantrim"
 
 
-class Attachment:
+class Attachment(Kept):
     """A plan as it sits on a MODEL, with what came of it in the runs that used it.
 
     Args:
@@ -58,10 +58,6 @@ class Attachment:
         if not parts or not self.plan.neutral:
             parts.append(self.plan.describe())
         return "; ".join(parts)
-
-    def __deepcopy__(self, memo) -> Attachment:
-        # older hosts deep-copy model_options with every clone; the report must stay reachable
-        return self
 
 
 def attachment_of(model) -> Attachment | None:

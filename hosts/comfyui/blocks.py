@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import gcd
 
 import torch
@@ -31,23 +32,30 @@ class BlockReplacement:
         return {**block.given, "img": out}
 
 
-def replace_blocks(
-    transformer_options: dict, call: Call, num_blocks: int, compiled: Compiled | None = None
-) -> dict:
-    """A copy of `transformer_options` in which `call` runs every block.
+def with_replacements(transformer_options: dict, num_blocks: int, make: Callable) -> dict:
+    """A copy of `transformer_options` in which make(index, earlier replacement) runs every block.
 
-    torch.compile must not freeze a step's decision into the graph, so the replacements stay
-    outside of it.
+    torch.compile must not freeze what one of them decides into the graph, so they stay outside.
     """
     replaced = dict(as_dict(transformer_options.get("patches_replace")))
     blocks = dict(as_dict(replaced.get("dit")))
-    call.options = transformer_options
     for index in range(num_blocks):
         key = ("double_block", index)
-        replacement = BlockReplacement(call, index, blocks.get(key), compiled)
-        blocks[key] = torch.compiler.disable(replacement.__call__)
+        blocks[key] = torch.compiler.disable(make(index, blocks.get(key)).__call__)
     replaced["dit"] = blocks
     return {**transformer_options, "patches_replace": replaced}
+
+
+def replace_blocks(
+    transformer_options: dict, call: Call, num_blocks: int, compiled: Compiled | None = None
+) -> dict:
+    """A copy of `transformer_options` in which `call` runs every block."""
+    call.options = transformer_options
+    return with_replacements(
+        transformer_options,
+        num_blocks,
+        lambda index, previous: BlockReplacement(call, index, previous, compiled),
+    )
 
 
 class _Block:

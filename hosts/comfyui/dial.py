@@ -14,8 +14,8 @@ from ...engine.context import AHEAD, Room, context_bytes
 from ...engine.engine import Engine
 from ...engine.plan import TrimPlan
 from ...engine.record import Record
+from ...methods.cost import Width
 from ...methods.grid import TokenGrid
-from ...methods.width import Width
 from ...solve.dial import Dial, Run, Solved, flops
 from ...solve.floor import device_rates
 from .given import ModelCall, conds_of

@@ -23,6 +23,13 @@ def as_dict(value) -> dict:
     return value if isinstance(value, dict) else {}
 
 
+class Kept:
+    """Travels in a MODEL's options, and stays itself: older hosts deep-copy them with every clone."""
+
+    def __deepcopy__(self, memo):
+        return self
+
+
 @dataclass
 class ModelCall:
     """The arguments of one call of the network, as the wrapper got them."""
@@ -34,6 +41,27 @@ class ModelCall:
     time_dim_concat: torch.Tensor | None
     options: dict
     extra: dict
+
+    @classmethod
+    def of(
+        cls,
+        x,
+        timestep,
+        context,
+        clip_fea=None,
+        time_dim_concat=None,
+        transformer_options=None,
+        **extra,
+    ) -> ModelCall:
+        """As the host calls its network."""
+        options = as_dict(transformer_options)
+        return cls(x, timestep, context, clip_fea, time_dim_concat, options, extra)
+
+    def run(self, network, options: dict):
+        """What a network, or what wraps it, gives with these options."""
+        # positional, because other packs' wrappers read the options as the last argument
+        own = (self.x, self.timestep, self.context, self.clip_fea, self.time_dim_concat)
+        return network(*own, options, **self.extra)
 
     @property
     def unreadable(self) -> str | None:

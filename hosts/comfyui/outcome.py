@@ -7,15 +7,16 @@ from dataclasses import replace
 
 import torch
 
-from ...methods.profile import Profile
-from ...methods.video_metrics import SSIM_WINDOW
+from ...profiles.artifact import package_version
+from ...profiles.profile import Profile
 from ...report.compare import compare
 from ...report.figures import step_work
 from ...report.verdict import FORMAT, Choice, Row, row_json
+from ...report.video_metrics import SSIM_WINDOW
 from ...solve.tuned import Tuned
 from .candidates import PLAN
 from .trial import CACHE, STEPS, WHOLE, Candidate, Trial
-from .version import comfyui_version, pack_version
+from .version import comfyui_version
 
 
 def rows_of(trial: Trial, videos: Sequence[torch.Tensor | None], prompt: str | None) -> list[Row]:
@@ -187,7 +188,7 @@ def shared_row(
         },
         "device": _plain((first and first.device) or "cpu"),
         "versions": {
-            "wantrim": pack_version(),
+            "wantrim": package_version(),
             "comfyui": _plain(comfyui_version()),
             "torch": _plain(torch.__version__),
         },

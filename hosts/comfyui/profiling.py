@@ -17,14 +17,14 @@ from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 
 from ...engine.compiled import paused
 from ...engine.engine import check_latent
-from ...methods.calibration import calibration_bytes
-from ...methods.fingerprint import Fingerprint, sample_modulation
-from ...methods.profile import Profile
+from ...profiles.calibration import calibration_bytes
+from ...profiles.fingerprint import Fingerprint, sample_modulation
+from ...profiles.profile import Profile
 from ...profiles.recorder import Projections, Recorder
 from ...profiles.recording import BlockRecord, BlockWatch, CallRecord
 from .attach import attachment_of
-from .blocks import OVERRIDE
-from .given import ModelCall, as_dict, options_of
+from .blocks import OVERRIDE, with_replacements
+from .given import Kept, ModelCall, as_dict, options_of
 from .variants import RUN_KEY, token_grid
 
 log = logging.getLogger(__name__)
@@ -34,11 +34,11 @@ KEY = "wantrim_profile"
 COMPILE_KEY = "torch.compile"
 
 
-class ProfileAttachment:
+class ProfileAttachment(Kept):
     """A recorder as it sits on a MODEL, with what the last run showed.
 
     Args:
-        calibrate: name in `methods.calibration.CALIBRATE`.
+        calibrate: name in `profiles.calibration.CALIBRATE`.
 
     Attributes:
         recorder: of the last run, if there is something in it.
@@ -49,10 +49,6 @@ class ProfileAttachment:
         self.calibrate = calibrate
         self.recorder: Recorder | None = None
         self.reason = "the model was not sampled yet"
-
-    def __deepcopy__(self, memo) -> ProfileAttachment:
-        # older hosts deep-copy model_options with every clone; the recorder must stay reachable
-        return self
 
 
 def profile_of(model) -> ProfileAttachment | None:
@@ -105,7 +101,7 @@ def check_profile(model, profile: Profile, node: str) -> None:
         )
 
 
-class _Run:
+class _Run(Kept):
     """The recorder of one sampling run; it is made when the network is seen."""
 
     def __init__(self, calibrate: str, about: dict):
@@ -114,9 +110,6 @@ class _Run:
         self.notes: list[str] = []
         # why nothing of this run can be recorded
         self.off: str | None = None
-
-    def __deepcopy__(self, memo) -> _Run:
-        return self
 
     def begin(self, network, given: ModelCall) -> CallRecord | None:
         check_latent(given.x)
@@ -193,44 +186,24 @@ def _outer_sample(executor, *args, **kwargs):
 
 
 @torch.compiler.disable
-def _diffusion_model(
-    executor,
-    x,
-    timestep,
-    context,
-    clip_fea=None,
-    time_dim_concat=None,
-    transformer_options=None,
-    **kwargs,
-):
-    options, network = as_dict(transformer_options), executor.class_obj
-    run: _Run | None = options.get(RUN_KEY)
-    call = None
-    given = ModelCall(x, timestep, context, clip_fea, time_dim_concat, options, kwargs)
-    if run is not None and run.off is None and given.unreadable is None:
-        call = run.begin(network, given)
-    if call is not None:
-        patches = as_dict(options.get("patches"))
-        if patches.get("attn1_patch") or patches.get("attn2_patch"):
-            run.recorder.note("another node patches the attention: what it adds was not recorded")
-        options = _watched(options, call, len(network.blocks))
-    # positional, because other packs' wrappers read the options as the last argument
-    out = executor(x, timestep, context, clip_fea, time_dim_concat, options, **kwargs)
-    if call is not None:
-        run.finish(network, call)
+def _diffusion_model(executor, *args, **kwargs):
+    given, network = ModelCall.of(*args, **kwargs), executor.class_obj
+    run: _Run | None = given.options.get(RUN_KEY)
+    if run is None or run.off is not None or given.unreadable is not None:
+        return given.run(executor, given.options)
+    call, options = run.begin(network, given), given.options
+    if call is None:
+        return given.run(executor, options)
+    patches = as_dict(options.get("patches"))
+    if patches.get("attn1_patch") or patches.get("attn2_patch"):
+        run.recorder.note("another node patches the attention: what it adds was not recorded")
+
+    def watch(index: int, previous) -> _WatchedBlock:
+        return _WatchedBlock(call, index, previous, options)
+
+    out = given.run(executor, with_replacements(options, len(network.blocks), watch))
+    run.finish(network, call)
     return out
-
-
-def _watched(transformer_options: dict, call: CallRecord, num_blocks: int) -> dict:
-    """A copy of `transformer_options` in which `call` sees every block."""
-    replaced = dict(as_dict(transformer_options.get("patches_replace")))
-    blocks = dict(as_dict(replaced.get("dit")))
-    for index in range(num_blocks):
-        key = ("double_block", index)
-        watch = _WatchedBlock(call, index, blocks.get(key), transformer_options)
-        blocks[key] = torch.compiler.disable(watch.__call__)
-    replaced["dit"] = blocks
-    return {**transformer_options, "patches_replace": replaced}
 
 
 class _WatchedBlock:

@@ -7,11 +7,11 @@ import torch
 from ...engine.call import Call
 from ...engine.engine import Engine
 from ...report.figures import expected_speedup
-from ...solve.dial import Solved
 from .compiled import Compiled
 from .dense_step import Unmeasurable, call_sizes
 from .dial import Wish
-from .given import as_dict
+from .given import Kept, as_dict
+from .runs import Ran
 
 SESSION_KEY = "wantrim_session"
 # relative distance of what was done from what was expected that is said
@@ -20,11 +20,16 @@ OFF_PLAN = 0.05
 BETWEEN = "double_block"
 
 
-class SamplingRun:
-    """The engine of one sampling run and the model's way from sigma to progress."""
+class SamplingRun(Kept):
+    """The engine of one sampling run and the model's way from sigma to progress.
 
-    def __init__(self, engine: Engine, shift: float, model_options: dict):
+    Args:
+        ran: what a report will need of it.
+    """
+
+    def __init__(self, engine: Engine, shift: float, model_options: dict, ran: Ran):
         self.engine, self.shift, self.model_options = engine, shift, model_options
+        self.ran = ran
         # why this run computes everything
         self.dense: str | None = None
         # why this run looks into no block
@@ -43,22 +48,15 @@ class SamplingRun:
         self.replaced: dict | None = None
         # a dial's, until the first model call
         self.wish: Wish | None = None
-        self.solved: Solved | None = None
-        # of the first step's model calls
-        self.calls: list[dict] = []
-        self.unmeasurable: str | None = None
 
     def note_call(self, arguments: dict) -> None:
         """Keep the sizes of a model call that was made, if it is of the first step."""
-        if len(self.engine.record.steps) != 1 or self.unmeasurable is not None:
+        if len(self.engine.record.steps) != 1 or self.ran.unmeasurable is not None:
             return
         try:
-            self.calls.append(call_sizes(arguments))
+            self.ran.calls.append(call_sizes(arguments))
         except Unmeasurable as error:
-            self.unmeasurable = str(error)
-
-    def __deepcopy__(self, memo) -> SamplingRun:
-        return self
+            self.ran.unmeasurable = str(error)
 
 
 def compare_run(run: SamplingRun, levels: int) -> None:
@@ -71,7 +69,8 @@ def compare_run(run: SamplingRun, levels: int) -> None:
                 "a sampler of its own in its place, and nothing was trimmed"
             )
         return
-    expected, done = run.solved and run.solved.reached, expected_speedup(record)
+    solved = run.ran.solved
+    expected, done = solved and solved.reached, expected_speedup(record)
     if expected and done and abs(done / expected - 1) > OFF_PLAN:
         record.note(
             f"{expected:.2f}x was expected and {done:.2f}x was done: the steps that came, or what "

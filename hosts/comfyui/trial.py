@@ -20,12 +20,12 @@ import comfy.model_management
 import comfy.model_patcher
 from comfy.patcher_extension import WrappersMP
 
-from ...methods.fingerprint import Fingerprint
+from ...profiles.fingerprint import Fingerprint
 from ...solve.tuned import Travel
 from .attachment import KEY as PLAN_KEY
 from .attachment import Attachment, attachment_of
 from .easycache import Probe
-from .given import levels_of
+from .given import Kept, levels_of
 from .live import running_prompt, tell_node
 from .same_run import sampler_name, sampling_key
 from .shape import device_name
@@ -166,15 +166,12 @@ class Trial:
 
 
 @dataclass
-class Place:
+class Place(Kept):
     """Where a MODEL stands in a trial."""
 
     trial: Trial
     candidate: Candidate
     part: str
-
-    def __deepcopy__(self, memo) -> Place:
-        return self
 
     @property
     def outcome(self) -> Outcome:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 # as requires-comfyui in pyproject.toml
 OLDEST = "0.16.0"
@@ -40,16 +39,6 @@ def comfyui_version() -> str:
         # a fork, or one from before 2025
         return ""
     return __version__
-
-
-def pack_version() -> str:
-    """As pyproject.toml says it, which lies in the pack's folder; empty without it."""
-    try:
-        text = (Path(__file__).parents[2] / "pyproject.toml").read_text("utf-8")
-    except OSError:
-        return ""
-    found = re.search(r'^version = "([\w.+-]{1,40})"$', text, re.MULTILINE)
-    return found[1] if found else ""
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -10,8 +10,8 @@ from diffusers import WanTransformer3DModel
 from diffusers.hooks import HookRegistry, ModelHook
 
 from ...engine.engine import COND
-from ...methods.fingerprint import Fingerprint, sample_modulation
 from ...methods.grid import TokenGrid
+from ...profiles.fingerprint import Fingerprint, sample_modulation
 from ...profiles.recorder import Projections, Recorder
 from ...profiles.recording import BlockRecord, BlockWatch, CallRecord
 
@@ -47,7 +47,7 @@ def profile_run(
         cond_or_uncond: COND or UNCOND for each chunk of a batch, in order; one chunk when the two
             come in separate calls, as in WanPipeline. Then the first call of a step is recorded.
         shift: the scheduler's flow shift, to be named in the profile.
-        calibrate: name in `methods.calibration.CALIBRATE`.
+        calibrate: name in `profiles.calibration.CALIBRATE`.
 
     Raises:
         ValueError: the model is not a WanTransformer3DModel, or unknown `calibrate`.

@@ -11,10 +11,10 @@ import torch
 
 from wantrim.hosts.comfyui.attach import attachment_of
 from wantrim.hosts.comfyui.profiling import model_fingerprint
-from wantrim.methods.profile import Profile
 from wantrim.nodes import demo
 from wantrim.nodes.blocks import WanTrimBlocks
 from wantrim.nodes.wantrim import DRAFT, WanTrim, WanTrimPair
+from wantrim.profiles.profile import Profile
 from wantrim.profiles.recorder import ProfileFile
 from wantrim.report.figures import mean_work
 from wantrim.tests.comfyui import tiny

@@ -11,6 +11,7 @@ from torch._subclasses import FakeTensor
 import comfy.model_management
 from comfy.model_management import InterruptProcessingException
 from comfy_extras.nodes_model_advanced import ModelSamplingSD3
+from wantrim.benchmarks.random_router import RandomRouter
 from wantrim.engine import attention, call, engine, memory
 from wantrim.engine.plan import TrimPlan
 from wantrim.hosts.comfyui import blocks as host_blocks
@@ -20,7 +21,8 @@ from wantrim.hosts.comfyui.attach import attach
 from wantrim.hosts.comfyui.blocks import OVERRIDE
 from wantrim.hosts.comfyui.profiling import model_fingerprint
 from wantrim.methods.depth import BlockBudget, BlockPlan
-from wantrim.methods.routers import RandomRouter, RouterMLP, TrainedRouter
+from wantrim.methods.routers import RouterMLP
+from wantrim.slim.router import TrainedRouter
 from wantrim.tests.comfyui import put, test_heads, tiny
 
 STEPS = 4

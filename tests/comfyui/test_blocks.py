@@ -17,11 +17,11 @@ from wantrim.hosts.comfyui.attach import SESSION_KEY, attach, attachment_of, det
 from wantrim.hosts.comfyui.profiling import model_fingerprint
 from wantrim.hosts.comfyui.variants import SKIPPABLE, SUPPORTED
 from wantrim.methods.depth import BlockBudget, BlockPlan
-from wantrim.methods.profile import Profile
 from wantrim.methods.routers import (
     FixedRouter,
 )
 from wantrim.nodes.blocks import WanTrimBlocks
+from wantrim.profiles.profile import Profile
 from wantrim.profiles.recorder import ProfileFile
 from wantrim.report.words import record_text
 from wantrim.tests.comfyui import tiny

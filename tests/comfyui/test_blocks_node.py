@@ -11,15 +11,10 @@ from wantrim.engine.plan import TrimPlan
 from wantrim.hosts.comfyui.attach import KEY, attach, attachment_of, detach
 from wantrim.hosts.comfyui.profiling import model_fingerprint
 from wantrim.methods.depth import BlockPlan, choose_blocks
-from wantrim.methods.routers import (
-    Content,
-    ProfiledRouter,
-    RouterMLP,
-    TrainedRouter,
-    save_router,
-)
+from wantrim.methods.routers import Content, FixedRouter, RouterMLP
 from wantrim.nodes.blocks import FOLDER, ROUTERS, WanTrimBlocks, parse_blocks
 from wantrim.profiles.recorder import ProfileFile
+from wantrim.slim.router import TrainedRouter, save_router
 from wantrim.tests.comfyui import tiny
 from wantrim.tests.comfyui.test_blocks import (
     DEFAULTS,
@@ -71,7 +66,7 @@ def test_a_trained_router_chooses_and_is_carried_by_the_host(router_folder):
     assert [len(blocks) for *_, blocks in calls] == blocks_run(model)
     assert text.splitlines()[1] == " ".join(map(str, blocks_run(model)))
     for (sigma, _, blocks), latent in zip(calls, latents, strict=True):
-        logits = router.run(tiny.LAYERS).logits(sigma, Content(latent))
+        logits = router.ask(torch.tensor([sigma]), Content(latent))
         assert list(choose_blocks(logits, len(blocks))) == blocks
     # further nodes keep it, another plan and no plan let go of it
     assert len(tiny.at_node(model).additional_models[KEY]) == 1
@@ -208,7 +203,7 @@ def test_the_nodes_inputs_are_the_plans_fields():
     schema = WanTrimBlocks.define_schema()
     inputs = {given.id: given for given in schema.inputs}
     assert tuple(option.key for option in inputs["router"].options) == ROUTERS
-    plan = BlockPlan(ProfiledRouter(profile_for(tiny.base_model())))
+    plan = BlockPlan(FixedRouter(()))
     assert (inputs["k_min"].default, inputs["k_max"].default) == (0.5, 0.875)
     assert (plan.budget.k_min, plan.budget.k_max) == (0.5, 0.875)
     assert not {"skipped_blocks_give", "memory", "repeat_at_most"}.intersection(inputs)

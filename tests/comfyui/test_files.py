@@ -10,14 +10,15 @@ from safetensors.torch import load_file, save_file
 
 import folder_paths
 from wantrim.hosts.comfyui.slim import load_slim
-from wantrim.methods.profile import load_profile
-from wantrim.methods.routers import RouterMLP, TrainedRouter, save_router
-from wantrim.methods.width import Width
+from wantrim.methods.cost import Width
+from wantrim.methods.routers import RouterMLP
 from wantrim.nodes import blocks, profile, slim
 from wantrim.nodes.files import plain_name
+from wantrim.profiles.profile import load_profile
 from wantrim.profiles.recorder import ProfileFile
 from wantrim.slim.export import export_slim
 from wantrim.slim.file import KEY
+from wantrim.slim.router import TrainedRouter, save_router
 from wantrim.slim.source import open_source
 from wantrim.tests.comfyui import put, tiny
 from wantrim.toy import CHECKPOINT

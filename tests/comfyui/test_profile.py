@@ -24,11 +24,9 @@ from wantrim.hosts.comfyui.profiling import (
     detach_profile,
     profile_of,
 )
-from wantrim.methods.calibration import load_calibration
+from wantrim.kernels import frame_mass
 from wantrim.methods.grid import TokenGrid
 from wantrim.methods.heads import FRAME, OFF, HeadPlan
-from wantrim.methods.profile import Profile, load_profile
-from wantrim.methods.roles import intra_slice_ratio
 from wantrim.nodes import demo
 from wantrim.nodes.profile import (
     DEMO,
@@ -39,6 +37,8 @@ from wantrim.nodes.profile import (
     WanTrimSaveProfile,
     saved_profiles,
 )
+from wantrim.profiles.calibration import load_calibration
+from wantrim.profiles.profile import Profile, load_profile
 from wantrim.profiles.recorder import ProfileFile, calibration_path
 from wantrim.tests.comfyui import neighbours, put, tiny
 from wantrim.toy.world import held_out_scenes
@@ -166,10 +166,10 @@ def test_mass_is_that_of_the_attentions_own_queries_and_keys(kind):
     start = pairs[0][0].shape[1] - grid.tokens
     assert start == (tiny.PER_FRAME if kind == "fun" else 0)
     # 60 tokens: all of them are queries
-    where = TokenGrid(grid.frames, grid.height, grid.width, start)
+    size = (grid.frames, grid.height, grid.width)
     for index, (q, k) in enumerate(pairs):
-        ratio = intra_slice_ratio(q, k, where, torch.arange(grid.tokens))
-        torch.testing.assert_close(profile.ratio()[index], ratio[0], rtol=1e-3, atol=1e-5)
+        mass = frame_mass(q, k, size, torch.arange(grid.tokens), start=start, tiles=())
+        torch.testing.assert_close(profile.ratio()[index], mass[0, :, 0], rtol=1e-3, atol=1e-5)
 
 
 def test_prompts_in_two_calls_give_the_same_profile(monkeypatch):

@@ -16,10 +16,10 @@ import folder_paths
 import nodes as comfy_nodes
 from comfy_extras.nodes_lora_debug import LoraLoaderBypassModelOnly
 from wantrim.hosts.comfyui.slim import load_slim, operations, slim_header
-from wantrim.methods.profile import Profile
-from wantrim.methods.width import Width
+from wantrim.methods.cost import Width
 from wantrim.nodes.profile import DEMO
 from wantrim.nodes.slim import FOLDER, WanTrimLoadSlim, WanTrimSlim
+from wantrim.profiles.profile import Profile
 from wantrim.profiles.recorder import ProfileFile
 from wantrim.slim.cut import find_cut, whole_width
 from wantrim.slim.export import export_slim

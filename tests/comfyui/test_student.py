@@ -5,12 +5,12 @@ import torch
 from safetensors.torch import load_file
 
 from wantrim.hosts.comfyui.attach import attachment_of
-from wantrim.methods.routers import load_router
 from wantrim.nodes.blocks import WanTrimBlocks
 from wantrim.nodes.demo import WanTrimDemoModel, WanTrimDemoPrompt
 from wantrim.nodes.files import DEMO_FILES, DEMO_STUDENT, find_file, list_files
 from wantrim.nodes.slim import WanTrimLoadSlim
 from wantrim.slim.file import read_header
+from wantrim.slim.router import load_router
 from wantrim.tests.comfyui import put, tiny
 
 BUDGET = {"k_min": 0.4, "k_max": 0.7}

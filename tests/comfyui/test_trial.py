@@ -17,11 +17,11 @@ from wantrim.hosts.comfyui import candidates as candidates_module
 from wantrim.hosts.comfyui.attachment import attachment_of
 from wantrim.hosts.comfyui.profiling import model_fingerprint
 from wantrim.hosts.comfyui.trial import place_of
-from wantrim.methods.fingerprint import Fingerprint
-from wantrim.methods.profile import Profile, load_profile
 from wantrim.nodes.profile import FOLDER
 from wantrim.nodes.tuned import WanTrimCandidates, WanTrimVerdict
 from wantrim.nodes.wantrim import WanTrim, WanTrimPair
+from wantrim.profiles.fingerprint import Fingerprint
+from wantrim.profiles.profile import Profile, load_profile
 from wantrim.profiles.recorder import ProfileFile
 from wantrim.tests.comfyui import tiny
 

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 
+from ..methods.heads import CHEAP
+from ..methods.schedule import BINS
 from .artifact import Kind, open_artifact, save_artifact
 from .fingerprint import Fingerprint
-from .heads import CHEAP
 
 KIND = Kind("profile", "Choose a file that WanTrim Save Profile wrote.")
-BINS = 10
 # fp32 counts no further
 MOST_CALLS = 1 << 24
 # measurements that are kept per sigma bin
@@ -27,11 +27,6 @@ PER_BIN = ("mass", "self_output", "cross_output", "residual", "hidden")
 def timestep_weight(sigma: float) -> float:
     """w(t) of eq. 3, for t/T = sigma."""
     return math.log1p(sigma)
-
-
-def sigma_bin(sigma: float) -> int:
-    """Which of BINS equal parts of 0..1 a sigma falls into."""
-    return min(BINS - 1, int(min(1.0, max(0.0, sigma)) * BINS))
 
 
 def layout(model: Fingerprint) -> dict[str, tuple[int, ...]]:
@@ -146,11 +141,28 @@ class Profile:
         }
         return Profile(self.model, tensors, self.runs + other.runs, self.tuned + other.tuned)
 
-    def save(self, path: Path, package: str = "") -> None:
+    def save(self, path: Path) -> None:
         """Write it whole or not at all."""
-        header = {"runs": self.runs, "tuned": self.tuned, "package": package}
+        header = {"runs": self.runs, "tuned": self.tuned}
         tensors = {name: value.contiguous() for name, value in self.tensors.items()}
         save_artifact(path, KIND, self.model, header, tensors)
+
+
+def residual_sizes(profile: Profile) -> torch.Tensor:
+    """What each block adds relative to its input, per sigma bin [t, l].
+
+    Bins that saw no call take over from the nearest one that did.
+
+    Raises:
+        ValueError: the profile holds no calls.
+    """
+    counts = profile.tensors["count"]
+    seen = counts.nonzero()[:, 0]
+    if not len(seen):
+        raise ValueError("profile: expected one with at least one recorded run, got an empty one")
+    size = profile.mean("residual") / profile.mean("hidden").clamp(min=1e-12)
+    nearest = (torch.arange(BINS)[:, None] - seen).abs().argmin(1)
+    return size[seen[nearest]]
 
 
 def load_profile(path: Path) -> Profile:

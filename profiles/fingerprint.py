@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from ..methods.cost import WanShape, Width
+
 # numbers taken of each modulation table
 SAMPLES = 8
 # relative distance up to which two samples are the same model: above what fp8 rounds away
@@ -42,6 +44,19 @@ class Fingerprint:
     @property
     def head_dim(self) -> int:
         return self.dim // self.num_heads
+
+    def shape(self, text_tokens: int = 512, image_tokens: int = 0) -> WanShape:
+        """These sizes for the cost model; the others are those of every Wan."""
+        return WanShape(
+            self.dim,
+            self.ffn_dim,
+            self.num_blocks,
+            self.in_channels,
+            self.out_channels,
+            text_tokens=text_tokens,
+            image_tokens=image_tokens,
+            head_dim=self.head_dim,
+        )
 
     def to_json(self) -> dict:
         said = asdict(self) | {"sample": [float(f"{value:.6g}") for value in self.sample]}
@@ -108,12 +123,9 @@ def sample_modulation(tables: Sequence[torch.Tensor]) -> tuple[float, ...]:
     return tuple(numbers)
 
 
-def width_digest(model: Fingerprint, parts: Sequence[Sequence[Sequence[int]]]) -> str:
-    """What tells a cut of a model from others: `WHOLE`, or a checksum of what each block keeps.
-
-    Args:
-        parts: kept self-attention heads, cross-attention heads and FFN channels of every block.
-    """
+def width_digest(model: Fingerprint, width: Width) -> str:
+    """What tells a cut of a model from others: `WHOLE`, or a checksum of what each block keeps."""
+    parts = (width.self_heads, width.cross_heads, width.ffn_channels)
     sizes = (model.num_heads, model.num_heads, model.ffn_dim)
     if all(len(kept) == size for part, size in zip(parts, sizes, strict=True) for kept in part):
         return WHOLE

@@ -7,18 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 
-from .fingerprint import Fingerprint, width_digest
-from .profile import PER_BIN, Profile
-from .roles import TEMPORAL
+from ..methods.cost import Width
+from ..methods.roles import TEMPORAL
+from ..profiles.profile import PER_BIN, Profile
 
 # PARE's smallest number of heads, of how many
 MINIMUM, PAPER_HEADS = 8, 40
-# how a head is scored: eq. 3 and 5; eq. 3 alone; the weights alone
-HEAD_RULES = ("role_aware", "uniform", "magnitude")
 # FFN widths are multiples of this; in an FFN of less than SMALL channels, of the second
 MULTIPLE, SMALL_MULTIPLE, SMALL = 128, 16, 1024
 # cosine from which two channels are alike, and how it is relaxed; not stated in the paper
@@ -31,33 +28,6 @@ WHAT = {"cross_output": "the cross-attention heads", "channel_energy": "the FFN 
 
 # [c, 2 * dim] of a block: rows of W_up beside columns of W_down
 Signature = Callable[[int], torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Width:
-    """What each block keeps, as ascending indices. The residual width is never cut.
-
-    Args:
-        self_heads, cross_heads: kept heads per block.
-        ffn_channels: kept FFN channels per block.
-    """
-
-    self_heads: tuple[tuple[int, ...], ...]
-    cross_heads: tuple[tuple[int, ...], ...]
-    ffn_channels: tuple[tuple[int, ...], ...]
-
-    @property
-    def num_blocks(self) -> int:
-        return len(self.self_heads)
-
-    def digest(self, model: Fingerprint) -> str:
-        """What tells this cut of a model from others, see `fingerprint.width_digest`."""
-        return width_digest(model, (self.self_heads, self.cross_heads, self.ffn_channels))
-
-    def sizes(self, block_index: int) -> tuple[int, int, int]:
-        """Self-attention heads, cross-attention heads and FFN channels of a block."""
-        parts = (self.self_heads, self.cross_heads, self.ffn_channels)
-        return tuple(len(part[block_index]) for part in parts)
 
 
 def check_ratio(prune_ratio: float) -> None:
@@ -98,14 +68,14 @@ def check_recorded(profile: Profile, *needed: str) -> None:
             )
 
 
-def kept_count(num_heads: int, prune_ratio: float, minimum: int = MINIMUM) -> int:
+def kept_count(num_heads: int, prune_ratio: float) -> int:
     """K = max(8, ceil(H(1-p))); the 8 is of 40 heads, so a model with fewer heads keeps its share.
 
     Raises:
         ValueError: prune_ratio is not a share.
     """
     check_ratio(prune_ratio)
-    least = min(minimum, math.ceil(minimum * num_heads / PAPER_HEADS))
+    least = min(MINIMUM, math.ceil(MINIMUM * num_heads / PAPER_HEADS))
     return max(least, _ceil(num_heads * (1 - prune_ratio)))
 
 
@@ -130,27 +100,16 @@ def _ceil(value: float) -> int:
     return math.ceil(value - 1e-9)
 
 
-def protected(profile: Profile, protection: float = 1.5) -> torch.Tensor:
-    """Importance of self-attention heads, that of temporal heads times `protection` (eq. 5)."""
-    factor = torch.where(profile.ratio() < TEMPORAL, protection, 1.0)
-    return profile.importance("self") * factor
+def head_scores(profile: Profile, kind: str, protection: float = 1.5) -> torch.Tensor:
+    """Score of each head of "self" or "cross" attention [l, n] (eq. 3 and 5).
 
-
-def head_scores(
-    profile: Profile, kind: str = "self", rule: str = "role_aware", protection: float = 1.5
-) -> torch.Tensor:
-    """Score of each head of "self" or "cross" attention [l, n] by a name in `HEAD_RULES`.
-
-    Raises:
-        ValueError: there is no such rule.
+    Args:
+        protection: factor on the score of temporal self-attention heads.
     """
-    if rule not in HEAD_RULES:
-        raise ValueError(f"rule: expected one of {', '.join(HEAD_RULES)}, got {rule!r}")
-    if rule == "magnitude":
-        return profile.tensors[f"{kind}_o_norm"]
-    if rule == "role_aware" and kind == "self":
-        return protected(profile, protection)
-    return profile.importance(kind)
+    scores = profile.importance(kind)
+    if kind == "self":
+        scores = scores * torch.where(profile.ratio() < TEMPORAL, protection, 1.0)
+    return scores
 
 
 def top(scores: torch.Tensor, count: int) -> tuple[int, ...]:
@@ -159,30 +118,19 @@ def top(scores: torch.Tensor, count: int) -> tuple[int, ...]:
 
 
 def pare_heads(
-    profile: Profile,
-    prune_ratio: float = 0.3,
-    protection: float = 1.5,
-    minimum: int = MINIMUM,
-    *,
-    kind: str = "self",
-    rule: str = "role_aware",
+    profile: Profile, prune_ratio: float = 0.3, protection: float = 1.5, *, kind: str = "self"
 ) -> tuple[tuple[int, ...], ...]:
     """Heads that each block keeps (section 3.2): equally many in every block, each its own best.
 
     Args:
-        protection: factor on the score of temporal heads; cross-attention has none.
-        minimum: heads that stay of 40.
-        kind: "self" or "cross".
-        rule: name in `HEAD_RULES`; all but "role_aware" are ablations.
+        kind, protection: see `head_scores`.
 
     Raises:
-        ValueError: prune_ratio is not a share, no such rule, or the profile lacks a measurement.
+        ValueError: prune_ratio is not a share, or the profile lacks a measurement.
     """
-    uses_outputs = kind == "cross" and rule != "magnitude"
-    check_recorded(profile, *(["cross_output"] if uses_outputs else []))
-    count = kept_count(profile.model.num_heads, prune_ratio, minimum)
-    scores = head_scores(profile, kind, rule, protection)
-    return tuple(top(block, count) for block in scores)
+    check_recorded(profile, *(["cross_output"] if kind == "cross" else []))
+    count = kept_count(profile.model.num_heads, prune_ratio)
+    return tuple(top(block, count) for block in head_scores(profile, kind, protection))
 
 
 def ffn_channels(
@@ -246,45 +194,32 @@ def _unlike(
     return kept, torch.cat(rest) if rest else candidates
 
 
-def ffn_scores(profile: Profile, by: str = "norm") -> torch.Tensor:
-    """Score of each FFN channel [l, c].
-
-    Args:
-        by: "norm" is eq. 6, from the weights alone; "energy" is ours, the root mean square of what
-            the channel adds to the hidden state while the model samples.
+def channel_sizes(profile: Profile) -> torch.Tensor:
+    """What each FFN channel adds to the hidden state while the model samples, rms [l, c] (ours).
 
     Raises:
-        ValueError: there is no such score, or the profile lacks its measurement.
+        ValueError: the profile lacks its measurement.
     """
-    if by == "norm":
-        return profile.tensors["channel_norm"]
-    if by == "energy":
-        check_recorded(profile, "channel_energy")
-        return profile.mean("channel_energy").sqrt() * profile.tensors["down_norm"]
-    raise ValueError(f"by: expected norm or energy, got {by!r}")
+    check_recorded(profile, "channel_energy")
+    return profile.mean("channel_energy").sqrt() * profile.tensors["down_norm"]
 
 
 def pare_width(
-    profile: Profile,
-    prune_ratio: float = 0.3,
-    signature: Signature | None = None,
-    *,
-    rule: str = "role_aware",
-    ffn_by: str = "norm",
+    profile: Profile, prune_ratio: float = 0.3, signature: Signature | None = None
 ) -> Width:
     """PARE's width: heads by `pare_heads`, channels by `ffn_channels`, alike in every block.
+
+    Channels are scored by the weights alone (eq. 6).
 
     Args:
         signature: makes a block's signatures, called once a block; None does not look for
             channels that are alike.
-        rule: of the heads; a name in `HEAD_RULES`.
-        ffn_by: score of the channels, see `ffn_scores`.
     """
     keep = ffn_count(profile.model.ffn_dim, prune_ratio)
     return Width(
-        pare_heads(profile, prune_ratio, rule=rule),
-        pare_heads(profile, prune_ratio, kind="cross", rule=rule),
-        channels(ffn_scores(profile, ffn_by), [keep] * profile.model.num_blocks, signature),
+        pare_heads(profile, prune_ratio),
+        pare_heads(profile, prune_ratio, kind="cross"),
+        channels(profile.tensors["channel_norm"], [keep] * profile.model.num_blocks, signature),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -90,6 +91,14 @@ def _exchange(paths: tuple[Path, ...], partials: tuple[Path, ...]) -> None:
         aside.unlink(missing_ok=True)
 
 
+def package_version() -> str:
+    """WanTrim's version, as its folder says; empty when it does not."""
+    project = Path(__file__).resolve().parents[1] / "pyproject.toml"
+    text = project.read_text("utf-8") if project.is_file() else ""
+    found = re.search(r'^version = "([\w.+-]{1,40})"$', text, re.MULTILINE)
+    return found[1] if found else ""
+
+
 def save_artifact(
     path: Path, kind: Kind, model: Fingerprint, header: dict, tensors: Mapping[str, torch.Tensor]
 ) -> None:
@@ -98,7 +107,7 @@ def save_artifact(
     Raises:
         OSError, SafetensorError: the disk is full or cannot be written.
     """
-    said = {"format": kind.format, "model": model.to_json(), **header}
+    said = {"format": kind.format, "model": model.to_json(), "package": package_version(), **header}
     with replacing(path) as (partial,):
         save_file(dict(tensors), partial, {kind.key: json.dumps(said)})
 

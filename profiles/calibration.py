@@ -89,10 +89,9 @@ class Calibration:
         """Whether all of it are numbers."""
         return all(bool(torch.isfinite(gram).all()) for gram in self.sums.values())
 
-    def save(self, path: Path, package: str = "") -> None:
+    def save(self, path: Path) -> None:
         """Write it whole or not at all."""
-        header = {"tokens": self.tokens, "package": package}
-        save_artifact(path, KIND, self.model, header, self.sums)
+        save_artifact(path, KIND, self.model, {"tokens": self.tokens}, self.sums)
 
     def clear(self) -> None:
         """Let go of everything."""

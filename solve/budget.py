@@ -11,23 +11,15 @@ from collections.abc import Sequence
 
 import torch
 
-from .attend import pattern_pairs
-from .cost import WanShape, block_flops, block_parameters
-from .grid import TokenGrid
-from .heads import CHEAP, FULL, OFF, HeadPlan
-from .knapsack import BudgetTooSmall, Option, choose
-from .profile import Profile
-from .width import (
-    Signature,
-    Width,
-    channels,
-    check_recorded,
-    ffn_multiple,
-    ffn_scores,
-    protected,
-)
+from ..methods.attend import pattern_pairs
+from ..methods.cost import Width
+from ..methods.grid import TokenGrid
+from ..methods.heads import CHEAP, FULL, OFF, HeadPlan
+from ..methods.knapsack import BudgetTooSmall, Option, choose
+from ..profiles.fingerprint import Fingerprint
+from ..profiles.profile import Profile
+from ..slim.width import Signature, channel_sizes, channels, check_recorded, ffn_multiple
 
-TEXT_TOKENS = 512
 # of a block's FFN against one of its attentions: least squares gives back most of what dropped
 # channels added, and little of what dropped heads did (benchmarks/results/old/width.csv)
 FFN_WORTH = 0.5
@@ -49,12 +41,9 @@ def solve_heads(
     profile: Profile,
     grid: TokenGrid,
     budget: float,
-    patterns: Sequence[str] = CHEAP,
     *,
     demote: bool = True,
-    text_tokens: int = TEXT_TOKENS,
-    image_tokens: int = 0,
-    protection: float = 1.0,
+    text_tokens: int = 512,
 ) -> HeadPlan:
     """Full, a cheap pattern or off for every head, for the most importance within a budget.
 
@@ -62,17 +51,15 @@ def solve_heads(
     between blocks, and between the two, the gates and the depth behind make sums incomparable. One
     that is off keeps nothing of it; a cheap pattern keeps 2 m - 1 where m is the attention mass
     that it keeps, as the rest of the attention goes astray. Every block keeps at least one
-    self-attention head that is not off.
+    self-attention head that is not off. Temporal heads are not protected (eq. 5): over the whole
+    model that takes from the blocks that have few of them.
 
     Args:
         grid: of the video that will be made; what a pattern costs depends on it.
         budget: share of the attention's FLOPs that stays, self- and cross-attention together.
             Projections are computed in any case.
-        patterns: the cheap ones that may be used.
         demote: False drops only, as PARE does.
-        text_tokens, image_tokens: keys of cross-attention.
-        protection: of temporal heads (eq. 5; PARE's is 1.5). 1 here: over the whole model it takes
-            from the blocks that have few of them.
+        text_tokens: keys of cross-attention.
 
     Raises:
         ValueError: not a share, too small for a head in every block, or the profile lacks a
@@ -83,15 +70,14 @@ def solve_heads(
     blocks, n = profile.model.num_blocks, profile.model.num_heads
     if budget == 1.0:
         return HeadPlan.full(blocks, n)
-    names = [OFF, *(name for name in CHEAP if demote and name in patterns), FULL]
+    names = [OFF, *(CHEAP if demote else ()), FULL]
     pairs = [pattern_pairs(name, grid) for name in names]
-    values = _share(protected(profile, protection))[..., None] * _retained(profile, names)
-    cross_pairs = grid.tokens * (text_tokens + image_tokens)
+    values = _share(profile.importance("self"))[..., None] * _retained(profile, names)
     groups: list[list[Option]] = [
         list(zip(pairs, head, strict=True)) for head in values.flatten(0, 1).tolist()
     ]
     for share in _share(profile.importance("cross")).flatten().tolist():
-        groups.append([(0, 0.0), (cross_pairs, share)])
+        groups.append([(0, 0.0), (grid.tokens * text_tokens, share)])
     needed = [range(block * n, (block + 1) * n) for block in range(blocks)]
     chosen = _spend(groups, budget, needed)
     own_names = [names[option] for option in chosen[: blocks * n]]
@@ -99,41 +85,22 @@ def solve_heads(
     return HeadPlan(_rows(own_names, n), _rows(cross_names, n))
 
 
-def attention_share(
-    plan: HeadPlan, grid: TokenGrid, text_tokens: int = TEXT_TOKENS, image_tokens: int = 0
-) -> float:
-    """Share of the attention's FLOPs that a plan computes, as `solve_heads` counts its budget."""
-    own = [name for heads in plan.self_attention for name in heads]
-    cross = [name for heads in plan.cross_attention for name in heads]
-    pairs = {name: pattern_pairs(name, grid) for name in {FULL, *own}}
-    cross_pairs = grid.tokens * (text_tokens + image_tokens)
-    left = sum(pairs[name] for name in own) + cross.count(FULL) * cross_pairs
-    return left / (len(own) * pairs[FULL] + len(cross) * cross_pairs)
-
-
 def solve_width(
     profile: Profile,
     budget: float,
     signature: Signature | None = None,
     *,
-    grid: TokenGrid | None = None,
-    text_tokens: int = TEXT_TOKENS,
-    image_tokens: int = 0,
-    protection: float = 1.0,
     ffn_worth: float = FFN_WORTH,
 ) -> Width:
     """Heads and channels of every block, for the most importance within a budget.
 
     A head is worth what it is in `solve_heads`, a channel its share in what the channels of its
-    block add to the hidden state (`ffn_scores` by energy), times `ffn_worth`. Every block keeps at
-    least one head of each attention and one group of channels.
+    block add to the hidden state (`channel_sizes`), times `ffn_worth`. Every block keeps at least
+    one head of each attention and one group of channels.
 
     Args:
-        budget: share of what can be cut (heads, FFN channels) that stays.
+        budget: share of the parameters of heads and FFN channels that stays.
         signature: as for `pare_width`; tells channels that are alike.
-        grid: counts FLOPs of a video of this size; None counts parameters.
-        text_tokens, image_tokens: keys of cross-attention.
-        protection: of temporal heads, see `solve_heads`.
         ffn_worth: what all of a block's channels are worth against all heads of one attention.
 
     Raises:
@@ -144,15 +111,12 @@ def solve_width(
     check_recorded(profile, "cross_output", "channel_energy")
     model = profile.model
     blocks, n, multiple = model.num_blocks, model.num_heads, ffn_multiple(model.ffn_dim)
-    shape = WanShape.of(model, text_tokens, image_tokens)
-    head, cross_head, channel = unit_costs(shape, grid)
-    scores = ffn_scores(profile, "energy")
+    head, channel = unit_parameters(model)
+    scores = channel_sizes(profile)
     groups: list[list[Option]] = []
-    for importance, cost in (
-        (protected(profile, protection), head),
-        (profile.importance("cross"), cross_head),
-    ):
-        groups += [[(0, 0.0), (cost, one)] for one in _share(importance).flatten().tolist()]
+    for kind in ("self", "cross"):
+        shares = _share(profile.importance(kind)).flatten().tolist()
+        groups += [[(0, 0.0), (head, one)] for one in shares]
     steps = [*range(0, model.ffn_dim, multiple), model.ffn_dim]
     for block in _share(scores) * ffn_worth:
         total = block.sort(descending=True).values.cumsum(0).tolist()
@@ -166,30 +130,10 @@ def solve_width(
     return Width(tuple(heads[:blocks]), tuple(heads[blocks:]), channels(scores, counts, signature))
 
 
-def unit_costs(shape: WanShape, grid: TokenGrid | None = None) -> tuple[int, int, int]:
-    """What one self-attention head, one cross-attention head and one FFN channel of a block cost.
-
-    Args:
-        grid: FLOPs of a video of this size; None counts parameters.
-    """
-
-    def cost(*sizes: int) -> int:
-        if grid is None:
-            return block_parameters(shape, sizes)
-        return block_flops(shape, grid.tokens, width=sizes)
-
-    none = cost(0, 0, 0)
-    return cost(1, 0, 0) - none, cost(0, 1, 0) - none, cost(0, 0, 1) - none
-
-
-def width_share(width: Width, shape: WanShape, grid: TokenGrid | None = None) -> float:
-    """Share of what can be cut that a width keeps, as `solve_width` counts its budget."""
-    costs = unit_costs(shape, grid)
-    num_heads = shape.dim // shape.head_dim
-    full = (num_heads, num_heads, shape.ffn_dim)
-    kept = [width.sizes(block) for block in range(width.num_blocks)]
-    left = sum(cost * size for sizes in kept for cost, size in zip(costs, sizes, strict=True))
-    return left / (len(kept) * sum(cost * size for cost, size in zip(costs, full, strict=True)))
+def unit_parameters(model: Fingerprint) -> tuple[int, int]:
+    """Numbers that a head of either attention and an FFN channel of a block store."""
+    # rows of q, k and v with their biases, their part of two norms, columns of o
+    return model.head_dim * (4 * model.dim + 5), 2 * model.dim + 1
 
 
 def _share(contribution: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,92 @@
+"""What a trimmed block of ComfyUI's own WanModel costs beside its own work, counted."""
+
+from contextlib import ExitStack
+
+import pytest
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+from wantrim.benchmarks.speed_plans import PAPER, PARTIAL, SIGMAS, WHOLE, Size, plans
+from wantrim.benchmarks.traffic import Traffic, in_states, watch_blocks
+from wantrim.engine import memory
+from wantrim.engine.plan import TrimPlan
+from wantrim.hosts.comfyui import attach as module
+from wantrim.hosts.comfyui.timing import random_model, seconds_per_step
+from wantrim.methods.tokens import paper_plan
+
+# as wide beside its heads' rotary tables as a small Wan is, and as many blocks
+WIDE = Size("", 480, 10, 64, 30, (2, 8, 8))
+
+
+@pytest.fixture(scope="module")
+def wide():
+    return random_model(WIDE.shape, torch.float32)
+
+
+@pytest.fixture
+def trimmed_blocks(wide, monkeypatch):
+    """trimmed_blocks(plan): of a steady step, bytes in hidden states of all tokens."""
+    made = module.Engine
+    with ExitStack() as stack:
+
+        def run(plan: TrimPlan) -> list[Traffic]:
+            watched = []
+
+            def engine(*args):
+                one = made(*args)
+                watched.append(stack.enter_context(watch_blocks(one)))
+                return one
+
+            monkeypatch.setattr(module, "Engine", engine)
+            seconds_per_step(wide, plan, WIDE.latent, SIGMAS[: WHOLE + 1], 7)
+            state = WIDE.grid.tokens * WIDE.dim * 4
+            return in_states(watched[0][-WIDE.blocks :], state)
+
+        yield run
+
+
+def mean(found: list[Traffic]) -> Traffic:
+    return sum(found, Traffic()) * (1 / len(found))
+
+
+def test_kept_tokens_go_short_from_block_to_block(trimmed_blocks):
+    """Law of the house: 2 launches, 1.6 hidden states and 0.1 allocated a trimmed block at most."""
+    found = trimmed_blocks(TrimPlan(paper_plan(0.7, reselect_every=40)))
+    assert len(found) == 29
+    whole = mean(found)
+    assert whole.launches <= 2 and whole.moved <= 1.6 and whole.allocated <= 0.1
+    # all of it where a stretch begins and ends
+    assert found[0].moved > 0 and found[-1].moved > 0
+    assert all(cost == Traffic() for cost in found[1:-1])
+    every_ten = mean(trimmed_blocks(plans(WIDE)[PAPER]))
+    assert every_ten.launches <= 2 and every_ten.moved <= 1.6
+
+
+@pytest.mark.parametrize("others", ["off", "demoted"])
+def test_heads_move_eight_hidden_states_at_most(trimmed_blocks, others):
+    found = trimmed_blocks(plans(WIDE)[f"heads 0.7, others {others}"])
+    assert len(found) == WIDE.blocks
+    # and a token's positions, 8 bytes beside its 1,920, made and read
+    assert 0 < mean(found).moved <= 8 + 8 * 8 / 1920
+
+
+def test_a_part_of_the_tokens_moves_little_beside_keys_and_values(trimmed_blocks, monkeypatch):
+    """The default's partial step; the kernels that remember keys and values are not counted."""
+    calls = []
+
+    def apart(kernel):
+        def run(*args):
+            calls.append(kernel.__name__)
+            with _disable_current_modes():
+                return kernel(*args)
+
+        return run
+
+    for name in ("store_rows", "join_rows"):
+        monkeypatch.setattr(memory, name, apart(getattr(memory, name)))
+    found = trimmed_blocks(plans(WIDE)[PARTIAL])
+    assert len(found) == WIDE.blocks
+    assert calls[-2 * WIDE.blocks :] == ["store_rows", "join_rows"] * WIDE.blocks
+    # but for the joined keys and values, which the host's attention wants in one piece
+    assert all(cost == Traffic(0, 0, 2) for cost in found[1:-1])
+    assert 0 < mean(found).moved <= 1.6 and mean(found).launches <= 2
