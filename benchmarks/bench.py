@@ -15,12 +15,15 @@ from safetensors.torch import load_file, save_file
 from ..engine.engine import COND, UNCOND
 from ..engine.plan import TrimPlan
 from ..hosts.diffusers.attach import attach
+from ..hosts.diffusers.profiling import profile_run
 from ..hosts.diffusers.sample import sample, sigmas_for
 from ..hosts.diffusers.shape import wan_shape
 from ..methods.grid import TokenGrid
+from ..profiles.profile import Profile
 from ..solve.dial import Run
 from .cases import Case, Point, solve_plan
 from .flops import count_flops
+from .head_cases import HEADS, head_plan
 from .metrics import measure, summarise
 from .peers import CALIBRATED, PEERS, Method, Tuner
 from .subjects import Item, Subject
@@ -84,6 +87,7 @@ class Bench:
         self.grid, self.shape = self.sampling.grid, self.sampling.shape
         self._dense: torch.Tensor | None = None
         self._tuner: Tuner | None = None
+        self._profile: Profile | None = None
         self.dense_flops = 0
 
     def sample(self, item: Item, steps: int | None = None) -> torch.Tensor:
@@ -190,7 +194,10 @@ class Bench:
         if case.method in PEERS | CALIBRATED:
             knob, method = self._tune(case)
             return knob, method, steps, ""
-        plan = solve_plan(case, self.sampling)
+        if case.method in HEADS:
+            plan = head_plan(case, self.sampling, self._record_profile)
+        else:
+            plan = solve_plan(case, self.sampling)
         if plan is None:
             raise ValueError("no keep ratio comes near the target")
         knob = plan.describe()
@@ -198,11 +205,25 @@ class Bench:
             knob = f"keep {plan.tokens.schedule.keep_ratio:.3f}"
         return knob, self.trimmed(plan), steps, 1 / self.sampling.speedup(plan)
 
+    @property
+    def _roles(self) -> tuple[int, ...]:
+        """Of a model call's rows."""
+        return (COND, UNCOND) if self.point.prompts == 2 else (COND,)
+
     def trimmed(self, plan: TrimPlan) -> Method:
         """A plan on the model, for one video."""
-        roles = (COND, UNCOND) if self.point.prompts == 2 else (COND,)
-        shift = self.point.shift
+        roles, shift = self._roles, self.point.shift
         return lambda: attach(self.model, plan, cond_or_uncond=roles, shift=shift)
+
+    def _record_profile(self) -> Profile:
+        """Of videos of further prompts."""
+        if self._profile is None:
+            options = {"cond_or_uncond": self._roles, "shift": self.point.shift}
+            with profile_run(self.model, **options) as recorder:
+                for item in self._items_to_tune_on():
+                    self.sample(item)
+            self._profile = recorder.profile()
+        return self._profile
 
     def _tune(self, case: Case) -> tuple[str, Method]:
         if self._tuner is None:

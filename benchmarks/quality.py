@@ -23,7 +23,7 @@ import torch
 from safetensors import safe_open
 
 from ..solve.dial import Run
-from ..toy.worlds import FIRST, WORLDS
+from ..toy.worlds import FIRST, SECOND, WORLDS
 from .bench import Bench, read_result, sampling_of, write_result
 from .cases import (
     DEFAULT,
@@ -39,6 +39,7 @@ from .cases import (
     cases_at,
     solve_plan,
 )
+from .head_cases import head_cases
 from .metrics import difference
 from .subjects import (
     PROMPTS,
@@ -62,6 +63,9 @@ FAST = {
 def selected(args: argparse.Namespace, point: Point) -> list[Case]:
     """The cases to run: those asked for by method or target, all, or the fast subset."""
     cases = cases_at(point.steps)
+    # the first world's model has few roles
+    if args.world == SECOND.name or args.only:
+        cases += head_cases(point.steps)
     if args.targets:
         cases = [case for case in cases if case.target in args.targets]
     if args.only:
@@ -227,7 +231,9 @@ def main() -> None:
     args = parse_args()
     refuse_rows(args.results, None if args.weights else args.world)
     cases = {point: selected(args, point) for point in args.points}
-    known = {point: [DENSE, *cases_at(point.steps)] for point in args.points}
+    known = {
+        point: [DENSE, *cases_at(point.steps), *head_cases(point.steps)] for point in args.points
+    }
     run_cases(args, cases, known, args.results / "quality.csv")
 
 

@@ -10,6 +10,7 @@ from ..toy.worlds import FIRST, WORLDS, World
 from .calibration import calibration_table
 from .cases import DEFAULT, METHODS, POINTS, STUDY_TARGET, TARGETS
 from .concentration import concentration_table
+from .head_cases import HEADS
 from .headline import TEMPLATES, fill_templates, headline_table, met, template_table
 from .predicted import predicted_table
 from .table import RESULTS, TASKS, fixed, full_rows, psnr_of, read_rows, truth_of
@@ -28,7 +29,9 @@ def models_of(world: World) -> tuple[str, str]:
     return world.checkpoint.stem, world.four_step_lora.stem
 
 
-def bench_table(rows: Sequence[dict[str, str]], task: str, steps: int) -> str:
+def bench_table(
+    rows: Sequence[dict[str, str]], task: str, steps: int, methods: Sequence[str] = METHODS
+) -> str:
     """PSNR of every method by share of the dense FLOPs; what it keeps else at the study's share.
 
     A cell that met another share says which. Of those that did not, the best of a column is bold,
@@ -37,7 +40,7 @@ def bench_table(rows: Sequence[dict[str, str]], task: str, steps: int) -> str:
     mine = {
         (r["method"], float(r["target"])): r
         for r in rows
-        if (r["task"], r["steps"]) == (task, str(steps)) and r["method"] in ("dense", *METHODS)
+        if (r["task"], r["steps"]) == (task, str(steps)) and r["method"] in ("dense", *methods)
     }
     targets = [t for t in TARGETS if any(target == t for _, target in mine)]
     if not targets:
@@ -50,7 +53,7 @@ def bench_table(rows: Sequence[dict[str, str]], task: str, steps: int) -> str:
     heads += [f"motion at {STUDY_TARGET}", "colour / shape / direction"]
     lines = ["| method | " + " | ".join(heads) + " |", "|---" * (1 + len(heads)) + "|"]
     named = {"dense": 1.0, DEFAULT: STUDY_TARGET}
-    named |= {name: STUDY_TARGET for name in METHODS if name != DEFAULT}
+    named |= {name: STUDY_TARGET for name in methods if name != DEFAULT}
     for name, shown in named.items():
         cells = [_cell(mine.get((name, target)), target, best) for target in targets]
         there = mine.get((name, shown))
@@ -114,6 +117,7 @@ def tables(results: Path) -> dict[str, str]:
             for point in POINTS[world.name]:
                 name = f"{world.name} {task} {point.steps}"
                 made[name] = bench_table(rows, task, point.steps)
+                made[f"{name} heads"] = bench_table(rows, task, point.steps, (DEFAULT, *HEADS))
     rows = full_rows(read, models_of(FIRST))
     points = [(task, steps) for task in TASKS for steps in ("20", "4")]
     made["headline"] = headline_table(rows, points)

@@ -19,11 +19,21 @@ from wantrim.benchmarks.cases import (
     SKIP,
     TARGETS,
     TOLERANCE,
+    Case,
     Point,
     case_of,
     cases_at,
     paper_plan_of,
     solve_plan,
+)
+from wantrim.benchmarks.head_cases import (
+    BESIDE,
+    HEADS,
+    ONLINE,
+    PARE,
+    SHUFFLED,
+    head_cases,
+    head_plan,
 )
 from wantrim.benchmarks.headline import TEMPLATES, fill_templates, headline_table
 from wantrim.benchmarks.plots import draw
@@ -70,13 +80,45 @@ def test_the_issue_is_covered():
     assert {point.guidance for point in POINTS["2"]} == {1.0, 5.0}
 
 
+@pytest.mark.parametrize("method", HEADS)
+def test_heads_come_to_the_target_by_another_way_each(bench, method):
+    made = bench(point=Point(12, 5.0, shift=3.0), prompts=2)
+    target = 0.6 if method == BESIDE else 0.92
+    plan = head_plan(Case(method, target), made.sampling, made._record_profile)
+    assert 1 / made.sampling.speedup(plan) == pytest.approx(target, abs=0.02)
+    assert plan.trims_heads and plan.trims_shares == (method == BESIDE)
+    assert plan.finds_roles == (method in (ONLINE, SHUFFLED, BESIDE))
+    with made.trimmed(plan)() as attachment:
+        made.sample(made.items[0])
+        heads = attachment.engine.record.steps[-1].program.heads.self_attention
+    counts = {sum(name == "full" for name in own) for own in heads}
+    if method == PARE:
+        # it takes equally many of every block
+        assert len(counts) == 1
+    with pytest.raises(ValueError, match="left out by heads"):
+        head_plan(Case("heads", 0.5), made.sampling, made._record_profile)
+
+
+def test_shuffled_heads_are_the_same_ones_elsewhere(bench):
+    made = bench(point=Point(6, 5.0, shift=3.0))
+    found = []
+    for method in (ONLINE, SHUFFLED):
+        plan = head_plan(Case(method, 0.93), made.sampling, made._record_profile)
+        with made.trimmed(plan)() as attachment:
+            made.sample(made.items[0])
+            found.append(attachment.engine.record.steps[1].program.heads.self_attention)
+    online, shuffled = found
+    assert online != shuffled
+    assert [sorted(own) for own in online] == [sorted(own) for own in shuffled]
+
+
 def test_every_row_is_a_case_of_the_registry_from_a_clean_commit():
     """What has no case is an old study and stands in results/old."""
     known = {
         (case.method, case.setting, f"{case.target:g}", str(point.steps))
         for points in POINTS.values()
         for point in points
-        for case in (DENSE, *cases_at(point.steps))
+        for case in (DENSE, *cases_at(point.steps), *head_cases(point.steps))
     }
     rows = read_rows(RESULTS / "quality.csv")
     assert len(rows) >= 100
@@ -244,7 +286,9 @@ def test_another_world_has_its_own_model_points_and_subset(monkeypatch, tmp_path
     assert {(c.method, c.target) for c in cases} == {
         ("dense", 1.0), ("fewer_steps", 0.67), (DEFAULT, 0.67), ("easycache", 0.67),
     }  # fmt: skip
-    assert len(quality.selected(full, full.points[1])) == 1 + 4 * len(METHODS)
+    heads = head_cases(20)
+    assert len(quality.selected(full, full.points[1])) == 1 + 4 * len(METHODS) + len(heads) == 61
+    assert not head_cases(50)
     subject = quality.load_subject(fast, fast.points[1])
     assert subject.name == "tiny_wan_2" and subject.size == (5, 24, 24)
     item = subject.items("t2v", 1, 1)[0]
