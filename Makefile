@@ -22,7 +22,7 @@ demo: $(READY)
 
 # the pytest script, not `python -m pytest`: that puts the root on sys.path, where nodes/ hides ComfyUI's
 test: $(READY)
-	$(BIN)/pytest -q -rs --ignore=tests/comfyui --ignore=tests/kernels tests
+	$(BIN)/pytest -q -rs -n auto --maxprocesses 4 --dist loadfile --ignore=tests/comfyui --ignore=tests/kernels tests
 	TRITON_INTERPRET=1 OPENBLAS_NUM_THREADS=1 $(BIN)/pytest -q -rs tests/kernels
 	sh tests/run_comfyui.sh
 
