@@ -12,7 +12,7 @@ from .cases import DEFAULT, METHODS, POINTS, STUDY_TARGET, TARGETS
 from .concentration import concentration_table
 from .head_cases import HEADS
 from .headline import TEMPLATES, fill_templates, headline_table, met, template_table
-from .predicted import predicted_table
+from .predicted import heads_table, predicted_table
 from .table import RESULTS, TASKS, fixed, full_rows, psnr_of, read_rows, truth_of
 
 READMES = (Path(__file__).parent / "README.md", Path(__file__).parents[1] / "README.md")
@@ -123,6 +123,7 @@ def tables(results: Path) -> dict[str, str]:
     made["headline"] = headline_table(rows, points)
     made |= {f"template {task} {n}": template_table(rows, task, n) for task, n in points}
     made["predicted"] = predicted_table()
+    made["predicted heads"] = heads_table()
     made["calibration"] = calibration_table(read_rows(results / "calibration.csv"))
     made["concentration"] = concentration_table(read_rows(results / "concentration.csv"))
     made["speed"] = speed_table(read_rows(results / "speed.csv"))
