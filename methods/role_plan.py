@@ -18,6 +18,7 @@ from .grid import TokenGrid
 from .heads import CHEAP, FULL, OFF, TILES, HeadPlan
 from .importance import query_count, sample_queries
 from .knapsack import choose
+from .schedule import check_window
 
 # share of the tokens that are queries of a measurement, and how many at least
 QUERY_RATIO, MIN_QUERIES = 1 / 256, 64
@@ -43,10 +44,7 @@ class RolePlan:
             raise ValueError(
                 f"keep_ratio: expected more than 0 (nothing left) to 1 (all), got {self.keep_ratio}"
             )
-        if not 0.0 <= self.start <= self.end <= 1.0:
-            raise ValueError(
-                f"start and end: expected 0 <= start <= end <= 1, got {self.start} and {self.end}"
-            )
+        check_window(self.start, self.end)
 
     @property
     def neutral(self) -> bool:
