@@ -132,9 +132,9 @@ def block_work(
     )
 
 
-def block_flops(shape: WanShape, tokens: int, extra_keys: int = 0, **options) -> int:
+def block_flops(shape: WanShape, tokens: int, **options) -> int:
     """FLOPs of `block_work`, with its options."""
-    return block_work(shape, tokens, extra_keys, **options).flops
+    return block_work(shape, tokens, **options).flops
 
 
 def outside_flops(shape: WanShape, tokens: int) -> int:
