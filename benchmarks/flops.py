@@ -1,12 +1,17 @@
-"""Floating-point operations of a piece of work, attention included on every device."""
+"""Floating-point operations: counted of a piece of work, and computed of whole forwards and runs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, shape_wrapper
+
+from ..engine.plan import TrimPlan
+from ..engine.program import Program
+from ..engine.work import program_work
+from ..methods.cost import WanShape, Work, block_work, outside_flops
 
 
 def attention_flops(query, key, value, *args, out_shape=None, **kwargs) -> int:
@@ -55,3 +60,20 @@ def count_flops(work: Callable[[], object]) -> int:
     with _Counter() as counter:
         work()
     return counter.total
+
+
+def forward_flops(shape: WanShape, tokens: int, **options) -> int:
+    """FLOPs of one forward of one sample, all blocks alike, with the options of `block_work`."""
+    each = block_work(shape, tokens, **options).flops
+    return outside_flops(shape, tokens) + shape.num_blocks * each
+
+
+def plan_work(
+    shape: WanShape, programs: Sequence[Program], plan: TrimPlan, prompts: int = 2, **options
+) -> Work:
+    """A whole sampling run of one video, with the options of `program_work`."""
+    known: dict[Program, Work] = {}
+    for program in programs:
+        if program not in known:
+            known[program] = program_work(shape, program, plan, prompts, **options)
+    return sum((known[program] for program in programs), Work())

@@ -12,7 +12,6 @@ from pathlib import Path
 
 from ..engine.engine import COND, UNCOND
 from ..engine.plan import TrimPlan
-from ..engine.work import plan_work
 from ..hosts.diffusers.attach import attach
 from ..hosts.diffusers.sample import sigmas_for
 from ..hosts.diffusers.slim import load_slim
@@ -21,6 +20,7 @@ from ..slim.file import read_header
 from ..slim.router import load_router
 from .bench import Bench
 from .cases import DENSE, POINTS, Case
+from .flops import plan_work
 from .quality import parse_args, refuse_rows, run_cases
 from .random_router import RandomRouter
 from .table import COLUMNS

@@ -209,35 +209,17 @@ class Call:
             self._ran(index, row)
             return self._whole(hidden) if last else hidden
         if row.run == ALL:
-            hidden = self._whole(hidden)
-            seen: dict[str, torch.Tensor] = {}
-            attend = self._attend(index, row, None, seen)
-            out = host.run(hidden, None, attend)
-            if row.choose:
-                self._choose_by_attention(index, seen)
-            self._ran(index, row, attend)
-            return out
+            return self._run_all(index, row, host)
         if self.program.partial and self.current is None:
             self.current = self._choose_by_change()
-        if self.current is None or not self.current.dropped.numel():
-            out = host.run(hidden, None, self._attend(index, row, None, {}))
-            self._ran(index, Row(ALL, self.grid.tokens, heads=row.heads))
-            return out
+        whole = self.current is None or not self.current.dropped.numel() or not host.movable
         reads = row.context in (READ, UPDATE)
-        if not host.movable or (reads and not self.part.has_context(self.keys, index)):
-            # another node skipped it when all others were remembered, there was no room any more, or
-            # a forward of another pack keeps to itself what the tokens need
-            hidden = self._whole(hidden)
-            row = Row(
-                ALL,
-                self.grid.tokens,
-                heads=row.heads,
-                context=WRITE if row.context == UPDATE else "",
-            )
-            attend = self._attend(index, row, None, {})
-            out = host.run(hidden, None, attend)
-            self._ran(index, row, attend)
-            return out
+        if whole or (reads and not self.part.has_context(self.keys, index)):
+            # nothing to leave out; or a forward of another pack keeps to itself what the tokens need,
+            # another node skipped the block when all others were remembered, or there was no room
+            context = WRITE if row.context == UPDATE else ""
+            row = Row(ALL, self.grid.tokens, heads=row.heads, context=context)
+            return self._run_all(index, row, host)
         places = self._at(self.current)
         short = self._full is not None
         kept = hidden if short else _gather(hidden, places.index)
@@ -252,6 +234,16 @@ class Call:
         if self.alone:
             return self._whole(out)
         return _scatter(hidden, places.index, out)
+
+    def _run_all(self, index: int, row: Row, host: HostBlock) -> torch.Tensor:
+        """Run a block on all tokens."""
+        seen: dict[str, torch.Tensor] = {}
+        attend = self._attend(index, row, None, seen)
+        out = host.run(self._whole(host.hidden), None, attend)
+        if row.choose:
+            self._choose_by_attention(index, seen)
+        self._ran(index, row, attend)
+        return out
 
     def _whole(self, hidden: torch.Tensor) -> torch.Tensor:
         """The full sequence, when only kept tokens came."""

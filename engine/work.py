@@ -56,17 +56,6 @@ def program_work(
     return total + _moving(shape, rows, program.grid) * prompts
 
 
-def plan_work(
-    shape: WanShape, programs: Sequence[Program], plan: TrimPlan, prompts: int = 2, **options
-) -> Work:
-    """A whole sampling run of one video, with the options of `program_work`."""
-    known: dict[Program, Work] = {}
-    for program in programs:
-        if program not in known:
-            known[program] = program_work(shape, program, plan, prompts, **options)
-    return sum((known[program] for program in programs), Work())
-
-
 def _patterns(heads: HeadPlan, index: int) -> tuple:
     return heads.self_attention[index], heads.cross_attention[index]
 

@@ -132,9 +132,9 @@ def block_work(
     )
 
 
-def block_flops(shape: WanShape, tokens: int, extra_keys: int = 0, **options) -> int:
+def block_flops(shape: WanShape, tokens: int, **options) -> int:
     """FLOPs of `block_work`, with its options."""
-    return block_work(shape, tokens, extra_keys, **options).flops
+    return block_work(shape, tokens, **options).flops
 
 
 def outside_flops(shape: WanShape, tokens: int) -> int:
@@ -145,9 +145,3 @@ def outside_flops(shape: WanShape, tokens: int) -> int:
     time = 2 * (shape.freq_dim * d + 7 * d * d)
     clip = shape.image_tokens * (2 * shape.image_dim**2 + 2 * shape.image_dim * d)
     return patches + text + time + clip
-
-
-def forward_flops(shape: WanShape, tokens: int, **options) -> int:
-    """FLOPs of one forward of one sample, all blocks alike, with the options of `block_work`."""
-    each = block_work(shape, tokens, **options).flops
-    return outside_flops(shape, tokens) + shape.num_blocks * each

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from .routers import Router
-from .schedule import progress_at
+from .schedule import check_window, progress_at
 
 SHAPES = ("falling", "constant", "rising")
 # of 40 blocks, in the paper: 20 and 35
@@ -80,10 +80,7 @@ class BlockPlan:
     end: float = 1.0
 
     def __post_init__(self):
-        if not 0.0 <= self.start <= self.end <= 1.0:
-            raise ValueError(
-                f"start and end: expected 0 <= start <= end <= 1, got {self.start} and {self.end}"
-            )
+        check_window(self.start, self.end)
 
     @property
     def neutral(self) -> bool:

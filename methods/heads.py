@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from .schedule import check_window
+
 FULL, FRAME, OFF = "full", "frame", "off"
 # tiles per side of the picture
 TILES = {"tile2": 2, "tile3": 3, "tile4": 4}
@@ -46,10 +48,7 @@ class HeadPlan:
                 f"expected as many blocks in cross_attention as in self_attention, got "
                 f"{len(self.cross_attention)} and {len(self.self_attention)}"
             )
-        if not 0.0 <= self.start <= self.end <= 1.0:
-            raise ValueError(
-                f"start and end: expected 0 <= start <= end <= 1, got {self.start} and {self.end}"
-            )
+        check_window(self.start, self.end)
 
     @property
     def num_blocks(self) -> int:

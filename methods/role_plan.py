@@ -18,9 +18,12 @@ from .grid import TokenGrid
 from .heads import CHEAP, FULL, OFF, TILES, HeadPlan
 from .importance import query_count, sample_queries
 from .knapsack import choose
+from .schedule import check_window
 
 # share of the tokens that are queries of a measurement, and how many at least
 QUERY_RATIO, MIN_QUERIES = 1 / 256, 64
+# what a head may do, from the cheapest on
+CHOICES = (OFF, *CHEAP, FULL)
 
 
 @dataclass(frozen=True)
@@ -43,10 +46,7 @@ class RolePlan:
             raise ValueError(
                 f"keep_ratio: expected more than 0 (nothing left) to 1 (all), got {self.keep_ratio}"
             )
-        if not 0.0 <= self.start <= self.end <= 1.0:
-            raise ValueError(
-                f"start and end: expected 0 <= start <= end <= 1, got {self.start} and {self.end}"
-            )
+        check_window(self.start, self.end)
 
     @property
     def neutral(self) -> bool:
@@ -70,30 +70,27 @@ class RolePlan:
     ) -> HeadPlan:
         """The pattern of every head, for the most of what heads add within the budget.
 
-        A head is worth its share in what its block's heads add. A cheap pattern that keeps attention
-        mass m keeps 2 m - 1 of it, as the rest of the attention goes astray; one that is off keeps
-        nothing. Each block keeps at least one head that is not off.
+        A head is worth its share in what its block's heads add. Each block keeps at least one head
+        that is not off.
 
         Args:
             shown: by block what `measure_roles` gave; heads of blocks that are not there stay full.
         """
-        names = (OFF, *CHEAP, FULL)
-        pairs = [pattern_pairs(name, grid) for name in names]
+        pairs = [pattern_pairs(name, grid) for name in CHOICES]
         groups = []
         for block in range(num_blocks):
             if block not in shown:
                 groups += [[(pairs[-1], 1.0)]] * self.num_heads
                 continue
             added, mass = shown[block].double().split([1, len(CHEAP)], 1)
-            share = added / added.sum().clamp(min=1e-30)
-            kept = torch.cat([0 * share, (2 * mass - 1).clamp(0, 1) * share, share], 1)
+            kept = pattern_values(added[:, 0] / added.sum().clamp(min=1e-30), mass)
             groups += [list(zip(pairs, values, strict=True)) for values in kept.tolist()]
         needed = [range(at, at + self.num_heads) for at in range(0, len(groups), self.num_heads)]
         budget = math.floor(self.keep_ratio * pairs[-1] * len(groups) + 1e-6)
         # less than a head in every block, and all of those that were not seen, is not possible
         least = sum(group[-1][0] for group in groups if len(group) == 1) + num_blocks * pairs[-1]
         chosen = [
-            FULL if len(group) == 1 else names[option]
+            FULL if len(group) == 1 else CHOICES[option]
             for group, option in zip(
                 groups, choose(groups, max(budget, least), needed), strict=True
             )
@@ -101,8 +98,26 @@ class RolePlan:
         return _plan(chosen, self.num_heads, self.start, self.end)
 
 
+def pattern_values(share: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
+    """What each of `CHOICES` leaves of heads that are worth `share` [..., n]: [..., n, choices].
+
+    One that is off keeps nothing; a cheap pattern keeps 2 m - 1 where m is the attention mass that
+    it keeps, as the rest of the attention goes astray.
+
+    Args:
+        mass: of each cheap pattern [..., n, patterns].
+    """
+    share = share[..., None]
+    return torch.cat([0 * share, (2 * mass - 1).clamp(0, 1) * share, share], -1)
+
+
+def by_block(names: list[str], heads: int) -> tuple[tuple[str, ...], ...]:
+    """Patterns of all heads, block after block, as rows."""
+    return tuple(tuple(names[at : at + heads]) for at in range(0, len(names), heads))
+
+
 def _plan(names: list[str], heads: int, start: float, end: float) -> HeadPlan:
-    own = tuple(tuple(names[at : at + heads]) for at in range(0, len(names), heads))
+    own = by_block(names, heads)
     return HeadPlan(own, ((FULL,) * heads,) * len(own), start, end)
 
 

@@ -15,8 +15,6 @@ STAGES, SPREAD = 5, 0.10
 DIRECTIONS = ("falling", "constant", "rising")
 # parts of 0..1 in which a profile keeps what it measured
 BINS = 10
-# samplers round their sigmas
-SAME_PROGRESS = 1e-3
 
 
 def progress_at(sigma: float, shift: float = 1.0) -> float:
@@ -34,6 +32,16 @@ def sigma_at(progress: float, shift: float = 1.0) -> float:
     """The sigma at which that share of the steps is done under a flow shift."""
     u = 1.0 - progress
     return shift * u / (1 + (shift - 1) * u)
+
+
+def check_window(start: float, end: float) -> None:
+    """Refuse what is no part of a run.
+
+    Raises:
+        ValueError: says what was expected.
+    """
+    if not 0.0 <= start <= end <= 1.0:
+        raise ValueError(f"start and end: expected 0 <= start <= end <= 1, got {start} and {end}")
 
 
 def sigma_bin(sigma: float) -> int:

@@ -15,7 +15,7 @@ import torch
 
 from ..kernels import smooth_select
 from .grid import TokenGrid, other_positions, positions
-from .schedule import Schedule
+from .schedule import Schedule, check_window
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,7 @@ class TokenPlan:
             raise ValueError(f"reselect_every: expected at least 1, got {self.reselect_every}")
         if not 0.0 <= self.alpha <= 1.0:
             raise ValueError(f"alpha: expected 0 to 1, got {self.alpha}")
-        if not 0.0 <= self.start <= self.end <= 1.0:
-            raise ValueError(
-                f"start and end: expected 0 <= start <= end <= 1, got {self.start} and {self.end}"
-            )
+        check_window(self.start, self.end)
 
     def keep_at(self, progress: float) -> float:
         """Share of each latent frame's tokens that stays at this progress."""

@@ -298,8 +298,10 @@ def _file_input():
     return io.Combo.Input(
         "router_file",
         options=list_files(FOLDER),
-        tooltip="A file in models/wantrim/routers, trained for this model, or the demo's. k_min, k_max, "
-        "curve and skipped_blocks_give are the router's own where they are left at their defaults.",
+        tooltip=(
+            "A file in models/wantrim/routers, trained for this model, or the demo's. k_min, k_max and "
+            "curve are the router's own where they are left at their defaults."
+        ),
     )
 
 

@@ -137,8 +137,6 @@ def ffn_channels(
     score: torch.Tensor,
     signature: torch.Tensor | None,
     keep: int,
-    tau: float = TAU,
-    relax: float = RELAX,
 ) -> tuple[int, ...]:
     """FFN channels that a block keeps (eq. 7), ascending.
 
@@ -149,17 +147,15 @@ def ffn_channels(
     Args:
         score: [c].
         signature: [c, 2 * dim], any float type and device; None keeps the highest scores.
-        tau: cosine up to which two channels are different.
-        relax: what is added to `tau` each time.
     """
     order = score.argsort(descending=True, stable=True)
     if signature is None or keep >= len(score):
         return tuple(sorted(order[:keep].tolist()))
-    skipped = order.to(signature.device)
+    skipped, tau = order.to(signature.device), TAU
     kept = skipped[:0]
     while len(kept) < keep and tau < 1:
         kept, skipped = _unlike(signature, kept, skipped, keep, tau)
-        tau += relax
+        tau += RELAX
     # nothing is alike any more
     return tuple(sorted([*kept.tolist(), *skipped[: keep - len(kept)].tolist()]))
 

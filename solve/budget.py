@@ -7,15 +7,15 @@ where the profile says that it buys most, and may demote a head to a cheap patte
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 
 from ..methods.attend import pattern_pairs
 from ..methods.cost import Width
 from ..methods.grid import TokenGrid
-from ..methods.heads import CHEAP, FULL, OFF, HeadPlan
+from ..methods.heads import FULL, OFF, HeadPlan
 from ..methods.knapsack import BudgetTooSmall, Option, choose
+from ..methods.role_plan import CHOICES, by_block, pattern_values
 from ..profiles.fingerprint import Fingerprint
 from ..profiles.profile import Profile
 from ..slim.width import Signature, channel_sizes, channels, check_recorded, ffn_multiple
@@ -48,10 +48,8 @@ def solve_heads(
     """Full, a cheap pattern or off for every head, for the most importance within a budget.
 
     A head is worth its share in its block's importance (eq. 3), self- and cross-attention apart:
-    between blocks, and between the two, the gates and the depth behind make sums incomparable. One
-    that is off keeps nothing of it; a cheap pattern keeps 2 m - 1 where m is the attention mass
-    that it keeps, as the rest of the attention goes astray. Every block keeps at least one
-    self-attention head that is not off. Temporal heads are not protected (eq. 5): over the whole
+    between blocks, and between the two, the gates and the depth behind make sums incomparable.
+    Every block keeps at least one self-attention head that is not off. Temporal heads are not protected (eq. 5): over the whole
     model that takes from the blocks that have few of them.
 
     Args:
@@ -70,9 +68,10 @@ def solve_heads(
     blocks, n = profile.model.num_blocks, profile.model.num_heads
     if budget == 1.0:
         return HeadPlan.full(blocks, n)
-    names = [OFF, *(CHEAP if demote else ()), FULL]
+    names = CHOICES if demote else (OFF, FULL)
     pairs = [pattern_pairs(name, grid) for name in names]
-    values = _share(profile.importance("self"))[..., None] * _retained(profile, names)
+    values = pattern_values(_share(profile.importance("self")), profile.mass().double())
+    values = values[..., [CHOICES.index(name) for name in names]]
     groups: list[list[Option]] = [
         list(zip(pairs, head, strict=True)) for head in values.flatten(0, 1).tolist()
     ]
@@ -82,7 +81,7 @@ def solve_heads(
     chosen = _spend(groups, budget, needed)
     own_names = [names[option] for option in chosen[: blocks * n]]
     cross_names = [FULL if option else OFF for option in chosen[blocks * n :]]
-    return HeadPlan(_rows(own_names, n), _rows(cross_names, n))
+    return HeadPlan(by_block(own_names, n), by_block(cross_names, n))
 
 
 def solve_width(
@@ -145,14 +144,6 @@ def _share(contribution: torch.Tensor) -> torch.Tensor:
     return contribution / contribution.sum(1, keepdim=True)
 
 
-def _retained(profile: Profile, names: Sequence[str]) -> torch.Tensor:
-    """Share of a head's importance that each pattern keeps [l, n, names]."""
-    kept = (2 * profile.mass().double() - 1).clamp(0, 1)
-    zero, one = torch.zeros_like(kept[..., 0]), torch.ones_like(kept[..., 0])
-    shares = {OFF: zero, FULL: one, **{name: kept[..., p] for p, name in enumerate(CHEAP)}}
-    return torch.stack([shares[name] for name in names], -1)
-
-
 def _spend(groups: list[list[Option]], budget: float, needed) -> list[int]:
     whole = sum(max(cost for cost, _ in options) for options in groups)
     try:
@@ -163,7 +154,3 @@ def _spend(groups: list[list[Option]], budget: float, needed) -> list[int]:
             f"budget: expected at least {least} here, so that every block keeps something; got "
             f"{budget}"
         ) from error
-
-
-def _rows(names: list[str], n: int) -> tuple[tuple[str, ...], ...]:
-    return tuple(tuple(names[at : at + n]) for at in range(0, len(names), n))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
 
-from wantrim.benchmarks.flops import count_flops
+from wantrim.benchmarks.flops import count_flops, forward_flops, plan_work
 from wantrim.benchmarks.random_router import RandomRouter
 from wantrim.engine.engine import COND, UNCOND
 from wantrim.engine.plan import TrimPlan
@@ -21,20 +21,12 @@ from wantrim.engine.program import (
     Row,
     expected_programs,
 )
-from wantrim.engine.work import plan_work, program_work
+from wantrim.engine.work import program_work
 from wantrim.hosts.diffusers.attach import attach
 from wantrim.hosts.diffusers.sample import denoise, sigmas_for
 from wantrim.hosts.diffusers.shape import wan_shape
 from wantrim.hosts.diffusers.weights import load_original, new_transformer
-from wantrim.methods.cost import (
-    WanShape,
-    Width,
-    Work,
-    block_flops,
-    block_work,
-    forward_flops,
-    outside_flops,
-)
+from wantrim.methods.cost import WanShape, Width, Work, block_flops, block_work, outside_flops
 from wantrim.methods.depth import BlockBudget, BlockPlan
 from wantrim.methods.grid import TokenGrid
 from wantrim.methods.heads import OFF, PATTERNS, HeadPlan
@@ -44,7 +36,7 @@ from wantrim.methods.shares import Shares
 from wantrim.methods.tokens import TokenPlan
 from wantrim.tests.small_wan import SIZE, condition, random_wan, words
 from wantrim.toy import CHECKPOINT
-from wantrim.training.memory import block_parameters
+from wantrim.training.parameters import block_parameters
 
 GRID, BLOCKS, HEADS = TokenGrid(3, 4, 3), 6, 4
 SHIFT, STEPS = 3.0, 5

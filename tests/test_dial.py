@@ -6,15 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from wantrim.benchmarks.flops import count_flops
+from wantrim.benchmarks.flops import count_flops, forward_flops, plan_work
 from wantrim.engine.engine import COND, UNCOND
 from wantrim.engine.plan import TrimPlan
-from wantrim.engine.work import plan_work
 from wantrim.hosts.diffusers.attach import attach
 from wantrim.hosts.diffusers.sample import sample, sigmas_for
 from wantrim.hosts.diffusers.shape import wan_shape
 from wantrim.hosts.diffusers.weights import load_original
-from wantrim.methods.cost import forward_flops
 from wantrim.methods.depth import BlockPlan
 from wantrim.methods.grid import TokenGrid
 from wantrim.methods.heads import FULL, OFF, HeadPlan

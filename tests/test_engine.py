@@ -618,7 +618,9 @@ def test_the_choice_is_by_tapes_smoothed_scores(wan, monkeypatch, alpha, kept):
     scores[0, 1, 2] = 3.0
     # 0.6 * 1 < 0.4 * 3
     scores[0, 2, 0] = 1.0
-    monkeypatch.setattr("wantrim.engine.call.attention_received", lambda *_: scores.flatten(1))
+    monkeypatch.setattr(
+        "wantrim.engine.call.attention_received", lambda *_, **__: scores.flatten(1)
+    )
     plan = TrimPlan(TokenPlan(Schedule(0.1, "constant"), alpha=alpha, reselect_every=BLOCKS))
     with attach(wan, plan) as attachment, torch.no_grad():
         wan(noise(1, 16, *SIZE), torch.tensor([700.0]), words())

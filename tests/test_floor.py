@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 
 from wantrim.benchmarks import predicted
+from wantrim.benchmarks.flops import forward_flops, plan_work
 from wantrim.benchmarks.predicted import predicted_table, step_seconds
 from wantrim.benchmarks.random_router import RandomRouter
 from wantrim.engine.plan import TrimPlan
 from wantrim.engine.program import KEPT, expected_programs
-from wantrim.engine.work import plan_work
-from wantrim.methods.cost import Width, Work, forward_flops
+from wantrim.methods.cost import Width, Work
 from wantrim.methods.depth import BlockBudget, BlockPlan
 from wantrim.methods.grid import TokenGrid
 from wantrim.methods.heads import FULL, OFF, HeadPlan

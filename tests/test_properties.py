@@ -8,10 +8,10 @@ import torch
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
+from wantrim.benchmarks.flops import plan_work
 from wantrim.benchmarks.random_router import RandomRouter
 from wantrim.engine.plan import TrimPlan
 from wantrim.engine.program import Facts, compile_step, expected_programs
-from wantrim.engine.work import plan_work
 from wantrim.kernels import reference
 from wantrim.methods.attend import Layout, attention_share, pattern_pairs
 from wantrim.methods.cost import WanShape

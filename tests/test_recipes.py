@@ -8,7 +8,7 @@ from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanAttention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from wantrim.methods.cost import forward_flops
+from wantrim.benchmarks.flops import forward_flops
 from wantrim.toy import CHECKPOINT
 from wantrim.training import memory
 from wantrim.training.memory import (

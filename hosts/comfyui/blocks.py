@@ -120,13 +120,14 @@ def _expanded(index: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 class AttentionTap:
-    """A chained attention override for one run of one block: hands its attention to the engine.
+    """A chained attention override for one run of one block: hands its attention over.
 
     Args:
+        attend: gets q, k, v and the host's attention, all [b, s, n, d]; gives what it comes to.
         options: the block's.
     """
 
-    def __init__(self, attend: Attend, previous, options: dict):
+    def __init__(self, attend: Callable, previous, options: dict):
         self.attend, self.previous, self.options = attend, previous, options
 
     def __call__(self, func, q, k, v, *args, **kwargs):

@@ -21,9 +21,9 @@ from ...profiles.calibration import calibration_bytes
 from ...profiles.fingerprint import Fingerprint, sample_modulation
 from ...profiles.profile import Profile
 from ...profiles.recorder import Projections, Recorder
-from ...profiles.recording import BlockRecord, BlockWatch, CallRecord
+from ...profiles.recording import BlockWatch, CallRecord
 from .attach import attachment_of
-from .blocks import OVERRIDE, with_replacements
+from .blocks import OVERRIDE, AttentionTap, with_replacements
 from .given import Kept, ModelCall, as_dict, options_of
 from .variants import RUN_KEY, token_grid
 
@@ -222,7 +222,14 @@ class _WatchedBlock:
             if record is None:
                 return original(args)
             options = dict(as_dict(args.get("transformer_options")) or self.options)
-            options[OVERRIDE] = _Tap(record, options.get(OVERRIDE))
+
+            def shown(q, k, v, attention):
+                out = attention(q, k, v)
+                record.attention(q, k, out)
+                return out
+
+            # the outermost
+            options[OVERRIDE] = AttentionTap(shown, options.get(OVERRIDE), options)
             with BlockWatch(record):
                 out = original({**args, "transformer_options": options})
             record.done(out["img"])
@@ -231,23 +238,3 @@ class _WatchedBlock:
         if self.previous is None:
             return watched(args)
         return self.previous(args, {**extra, "original_block": watched})
-
-
-class _Tap:
-    """A chained attention override, the outermost: shows each call and its result to the record."""
-
-    def __init__(self, record: BlockRecord, previous):
-        self.record, self.previous = record, previous
-
-    def __call__(self, func, q, k, v, *args, **kwargs):
-        heads = kwargs["heads"] if "heads" in kwargs else args[0]
-        if self.previous is None:
-            out = func(q, k, v, *args, **kwargs)
-        else:
-            out = self.previous(func, q, k, v, *args, **kwargs)
-        # [b, n, s, d] or [b, s, n * d]
-        seen = (
-            t.transpose(1, 2) if t.ndim == 4 else t.unflatten(-1, (heads, -1)) for t in (q, k, out)
-        )
-        self.record.attention(*seen)
-        return out

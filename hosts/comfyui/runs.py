@@ -1,7 +1,8 @@
 """Which sampling runs made the images that a report is given.
 
 A run is known by the prompt and the node that it ran in, and by all that stood before that node: a
-sampler that ComfyUI did not run again, because nothing before it changed, still made its images.
+sampler that ComfyUI did not run again, because nothing before it changed, still made its images. A
+trial, which samples one MODEL after another, knows a run by what it is made of (`sampling_key`).
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import hashlib
 import json
 import sys
 from dataclasses import dataclass, field
+
+import torch
 
 from comfy_execution.utils import get_executing_context
 
@@ -161,3 +164,44 @@ def _running_prompt(number: str) -> dict | None:
     # (priority, id, prompt, ...)
     items = [item for item in running.values() if len(item) > 2 and item[1] == number]
     return items[0][2] if items and isinstance(items[0][2], dict) else None
+
+
+def sampler_name(sampler) -> str:
+    """Of a stock sampler, such as "euler"; empty for others."""
+    name = getattr(getattr(sampler, "sampler_function", None), "__name__", "")
+    return name.removeprefix("sample_")
+
+
+def sampling_key(guider, given: dict) -> str:
+    """What a sampling is made of besides the MODEL: noise, latent, steps, sampler, prompts."""
+    sampler = given.get("sampler")
+    parts = [given.get(name) for name in ("noise", "latent_image", "sigmas", "denoise_mask")]
+    parts += [given.get("seed"), getattr(guider, "cfg", None), type(guider).__name__]
+    parts += [sampler_name(sampler), getattr(sampler, "extra_options", None)]
+    parts += [getattr(guider, "original_conds", None)]
+    found = hashlib.blake2b(digest_size=16)
+    _digest(parts, found)
+    return found.hexdigest()
+
+
+def _digest(value, into) -> None:
+    if isinstance(value, torch.Tensor):
+        into.update(f"{value.dtype}{tuple(value.shape)}".encode())
+        plain = value.detach().cpu().contiguous().flatten()
+        into.update(plain.view(torch.uint8).numpy().tobytes() if plain.numel() else b"")
+    elif isinstance(value, dict):
+        for name in sorted(value, key=str):
+            # new in every run
+            if name != "uuid":
+                into.update(str(name).encode())
+                _digest(value[name], into)
+    elif isinstance(value, list | tuple):
+        into.update(b"[")
+        for one in value:
+            _digest(one, into)
+        into.update(b"]")
+    elif value is None or isinstance(value, str | int | float | bool):
+        into.update(repr(value).encode())
+    else:
+        # a control net, a hook: the same object or another
+        into.update(str(id(value)).encode())

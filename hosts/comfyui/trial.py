@@ -27,7 +27,7 @@ from .attachment import Attachment, attachment_of
 from .easycache import Probe
 from .given import Kept, levels_of
 from .live import running_prompt, tell_node
-from .same_run import sampler_name, sampling_key
+from .runs import sampler_name, sampling_key
 from .shape import device_name
 
 log = logging.getLogger(__name__)
