@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from ..methods.video_metrics import calm_places, flicker, motion, motion_ratio, psnr, ssim
-from .picture import FAINT, INK, MARGIN, WIDTH, canvas, font_of
+from .picture import FAINT, INK, MARGIN, WIDTH, canvas, font_of, text_row
 
 # pixel columns between the two videos
 GAP = 4
@@ -136,10 +136,12 @@ def draw_difference(dense: torch.Tensor, trimmed: torch.Tensor, found: Compariso
     # a single picture need not fill the page
     cell = min(cell, 320)
     height = max(round(cell * dense.shape[1] / dense.shape[2]), 1)
-    image, draw = canvas(40 + len(rows) * (height + 26) + 22)
-    draw.text((MARGIN, 10), f"PSNR {found.psnr_db:.1f} dB, SSIM {found.ssim:.3f}", INK, font_of(17))
+    title = text_row(found.verdict(), 24, INK)
+    begin = title.height
+    image, draw = canvas(begin + len(rows) * (height + 26) + 22)
+    image.paste(title, (0, 0))
     for row, (name, frames) in enumerate(rows):
-        top = 40 + row * (height + 26)
+        top = begin + row * (height + 26)
         draw.text((MARGIN, top), name, FAINT, font_of(15))
         for column, frame in enumerate(frames):
             picture = Image.fromarray((255 * frame).astype(np.uint8))
@@ -147,7 +149,7 @@ def draw_difference(dense: torch.Tensor, trimmed: torch.Tensor, found: Compariso
             image.paste(picture.resize((cell, height), Image.Resampling.BILINEAR), place)
     for column, frame in enumerate(spread):
         worst = " (worst)" if frame == found.worst and found.psnr_db != math.inf else ""
-        place = (MARGIN + column * (cell + 4), 40 + len(rows) * (height + 26))
+        place = (MARGIN + column * (cell + 4), begin + len(rows) * (height + 26))
         draw.text(place, f"frame {frame + 1}{worst}", FAINT, font_of(14))
     return image
 

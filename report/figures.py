@@ -139,33 +139,25 @@ def why_no_speed(record: Record) -> str:
 
 
 def speed_lines(record: Record) -> list[str]:
-    """Measured and expected speed in an artist's words."""
-    speed = measured_speed(record)
+    """What the seconds and the work of the verdict are by, in an artist's words."""
+    speed, lines = measured_speed(record), []
     if speed is None:
-        lines = [f"Measured speed-up: none: {why_no_speed(record)}."]
-        expected = expected_speedup(record)
-        if expected is not None:
-            lines.append(f"Expected from {_by(record)} over these steps: {expected:.2f} x.")
-        return lines
-    whole = f"whole one {speed.whole:.2f} s ({_which(speed)})"
-    named, count = "all steps", len(record.steps)
-    if speed.counted < count:
-        named = f"the {speed.counted} of {count} steps that ran and are of one size"
-    if speed.trimmed is None:
-        lines = [f"Measured: a {whole}, the others repeated; {named} {speed.run:.2f} x."]
+        lines.append(f"No seconds are compared: {why_no_speed(record)}.")
     else:
-        lines = [
-            f"Measured: a trimmed step {speed.trimmed:.2f} s, a {whole}: {speed.measured:.2f} x; "
-            f"{named} {speed.run:.2f} x."
-        ]
-    if speed.expected_run is not None:
-        own = "" if speed.expected is None else f"a trimmed step {speed.expected:.2f} x; "
-        lines.append(f"Expected from {_by(record)}: {own}{named} {speed.expected_run:.2f} x.")
-    if speed.warming_up:
+        trimmed = "the others repeated"
+        if speed.trimmed is not None:
+            trimmed = f"a trimmed one {speed.trimmed:.2f} s, {speed.measured:.2f}x faster"
+        alike = "" if speed.counted == len(record.steps) else f", of {speed.counted} steps alike"
         lines.append(
-            "The whole step was the first one, which warms up as well: the measured figure may be "
-            "too good."
+            f"Seconds: a whole step {speed.whole:.2f} s ({_which(speed)}), {trimmed}{alike}."
         )
+        if speed.warming_up:
+            lines.append(
+                "The whole step was the first one, which warms up as well: the seconds of a whole "
+                "one may be too many, so no gain is claimed."
+            )
+    if record.shape is not None:
+        lines.append(f"Work: by {_by(record)} of the steps as they ran.")
     return lines
 
 
