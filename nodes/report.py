@@ -118,7 +118,7 @@ class WanTrimReport(io.ComfyNode):
             top += len(page)
         picture = torch.from_numpy(canvas)[None]
         shown = {**ui.PreviewImage(picture, cls=cls).as_dict(), "text": (text,)}
-        figures = json.dumps(reports_json(reports), indent=1)
+        figures = json.dumps({"verdict": title, **reports_json(reports)}, indent=1)
         return io.NodeOutput(text, picture, figures, ui=shown)
 
 
@@ -179,7 +179,7 @@ def _page(report: Record, video: np.ndarray | None, title: str) -> np.ndarray:
 
 
 def _with_dense_step(report: Record, model, ran: Ran) -> Record:
-    """The report with the seconds of a dense step, or with the reason why there are none."""
+    """The report with the seconds of a whole step, or with the reason why there are none."""
     report = replace(report, notes=[*report.notes])
     reason = ran.unmeasurable
     if reason is None and len(ran.calls) != report.steps[0].calls:
@@ -190,7 +190,7 @@ def _with_dense_step(report: Record, model, ran: Ran) -> Record:
         except comfy.model_management.OOM_EXCEPTION:
             reason = "there was not enough memory for it"
         except Exception as error:
-            log.warning("WanTrim Report: no dense step could be timed", exc_info=True)
+            log.warning("WanTrim Report: no whole step could be timed", exc_info=True)
             reason = f"the model could not be run apart ({type(error).__name__})"
     if reason is not None:
         report.note(f"no whole step was timed: {reason}")

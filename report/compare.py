@@ -1,4 +1,4 @@
-"""A trimmed video beside the dense one of the same seed: numbers, a verdict, pictures."""
+"""A trimmed video beside the whole one of the same seed: numbers, a verdict, pictures."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ GAP = 4
 SHOWN = 6
 # the verdict's words by PSNR in dB, from the best
 CLOSENESS = (
-    (40, "Very close to the dense video"),
-    (30, "Close to the dense video, with differences in detail"),
+    (40, "Very close to the whole video"),
+    (30, "Close to the whole video, with differences in detail"),
     (20, "Clearly another rendering of the same video"),
-    (-math.inf, "Another video than the dense one"),
+    (-math.inf, "Another video than the whole one"),
 )
 # motion ratio within which nothing is said of it
 MOTION = (0.85, 1.18)
@@ -30,12 +30,12 @@ FLICKER_TIMES, FLICKER_LEAST = 1.5, 0.5 / 255
 
 @dataclass(frozen=True)
 class Comparison:
-    """What the trimmed video is beside the dense one.
+    """What the trimmed video is beside the whole one.
 
     Args:
         psnr_db: infinite for equal videos.
         frame_psnr_db: of every pixel frame.
-        flicker: change over time in the half of the places that is calmest in the dense video.
+        flicker: change over time in the half of the places that is calmest in the whole one.
     """
 
     psnr_db: float
@@ -63,7 +63,7 @@ class Comparison:
         said = f"{closeness} (PSNR {self.psnr_db:.1f} dB, SSIM {self.ssim:.3f}): "
         ratio, remarks = self.motion_ratio, []
         if ratio == math.inf:
-            remarks.append("it moves where the dense one stands still")
+            remarks.append("it moves where the whole one stands still")
         elif not MOTION[0] <= ratio <= MOTION[1]:
             more = "more" if ratio > 1 else "less"
             remarks.append(f"it moves {more} ({ratio:.2f} x the motion)")
@@ -73,7 +73,7 @@ class Comparison:
         worst = self.frame_psnr_db[self.worst]
         if worst < self.psnr_db - 6:
             remarks.append(f"frame {self.worst + 1} is far worse than the rest ({worst:.1f} dB)")
-        return said + ("; ".join(remarks) or "motion and flicker are the dense one's") + "."
+        return said + ("; ".join(remarks) or "motion and flicker are the whole one's") + "."
 
     def json(self) -> dict:
         """The numbers; null stands for infinite, which JSON has not."""
@@ -130,7 +130,7 @@ def draw_difference(dense: torch.Tensor, trimmed: torch.Tensor, found: Compariso
     apart = np.abs(one - other).max(-1)
     # of all frames shown, so that they can be compared; a shade of 255 at the least
     most = max(float(np.quantile(apart, 0.999)), 1 / 255)
-    rows = (("dense", one), ("trimmed", other))
+    rows = (("whole", one), ("trimmed", other))
     rows += ((f"difference; white is {most:.1%} of the range or more", _glow(apart / most)),)
     cell = (WIDTH - 2 * MARGIN) // len(spread) - 4
     # a single picture need not fill the page

@@ -73,7 +73,7 @@ class Outcome:
         if self.less is not None and self.less > 1 + SAME:
             gains.append(f"{self.less:.1f}x less work")
         if self.asked is not None:
-            gains.append(f"{self.asked:g}x was asked for")
+            gains.append(f"{self.asked:.3g}x was asked for")
         if self.starved:
             gains.append("too little for a video")
         if self.faster is not None:

@@ -23,7 +23,7 @@ def verdict(records: Sequence[Record]) -> str:
     came, said = outcome(record), []
     if record.asked is not None:
         whose = " of both experts, this one" if record.both and not both else ","
-        said.append(f"asked {record.asked:g}x{whose} did {came.less or 1:.2f}x")
+        said.append(f"asked {record.asked:.3g}x{whose} did {came.less or 1:.2f}x")
     elif came.whole == came.steps:
         said.append("nothing was left out")
     elif came.less is not None:

@@ -159,7 +159,7 @@ def test_a_dense_step_that_cannot_be_timed_is_said(monkeypatch):
     [ran] = attachment_of(model).runs
     ran.unmeasurable = "the model was given a ControlNet as 'control'"
     text = report(model, measure_dense_step=True)[0]
-    assert "no dense step was timed: the model was given a ControlNet" in text
+    assert "no whole step was timed: the model was given a ControlNet" in text
     ran.unmeasurable = None
 
     def full(*_):
@@ -167,7 +167,7 @@ def test_a_dense_step_that_cannot_be_timed_is_said(monkeypatch):
 
     monkeypatch.setattr("wantrim.nodes.report.time_dense_step", full)
     assert "not enough memory" in report(model, measure_dense_step=True)[0]
-    assert "no dense step" not in report(model)[0]
+    assert "no whole step was timed" not in report(model)[0]
 
 
 def test_only_sizes_are_kept_of_the_calls():
