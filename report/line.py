@@ -71,7 +71,7 @@ class Outcome:
     def _gains(self) -> str:
         gains = []
         if self.less is not None and self.less > 1 + SAME:
-            gains.append(f"{self.less:.1f}x less work")
+            gains.append(f"{self.less:.2g}x less work")
         if self.asked is not None:
             gains.append(f"{self.asked:.3g}x was asked for")
         if self.starved:
@@ -84,8 +84,8 @@ class Outcome:
 def faster_words(ratio: float) -> str:
     """Measured seconds in words."""
     if ratio > 1 + SAME:
-        return f"{ratio:.1f}x faster here"
-    return "not faster here" if ratio > 1 - SAME else f"{1 / ratio:.1f}x slower here"
+        return f"{ratio:.2g}x faster here"
+    return "not faster here" if ratio > 1 - SAME else f"{1 / ratio:.2g}x slower here"
 
 
 def fraction(share: float) -> tuple[int, int]:

@@ -241,7 +241,7 @@ def test_one_line_says_the_steps_the_work_and_what_was_measured():
     whole, part = step(WHOLE, 2.0), step([3] * 4, 1.0)
     report = dialled(whole, whole, whole, part, part, repeated(0.1))
     less = expected_speedup(report)
-    line = f"3 of 6 steps whole, 2 at an eighth, 1 repeated: {less:.1f}x less work"
+    line = f"3 of 6 steps whole, 2 at an eighth, 1 repeated: {less:.2g}x less work"
     assert outcome(report).line() == f"{line}, 1.5x faster here"
     # without a measure there is none
     report.steps[4].seconds = 0.0
@@ -258,13 +258,13 @@ def test_one_line_says_the_steps_the_work_and_what_was_measured():
     # half the first step's pace, twice it, or the same
     slow = [dialled(whole, step(WHOLE, 2.0), step(HALF, s)) for s in (8.0, 2.0)]
     assert [outcome(one).line().split(", ")[-1] for one in slow] == [
-        "2.0x slower here", "not faster here",
+        "2x slower here", "not faster here",
     ]  # fmt: skip
 
 
 def test_a_run_that_computes_its_first_step_alone_is_no_video():
     report = dialled(step(WHOLE, 2.0), repeated(), repeated(), repeated(), asked=4.0)
-    said = "1 of 4 steps whole, 3 repeated: 4.0x less work, too little for a video"
+    said = "1 of 4 steps whole, 3 repeated: 4x less work, too little for a video"
     assert outcome(report).line() == said
     # an expert of two has the other one's steps beside it
     report.both = True
@@ -277,6 +277,6 @@ def test_the_plan_is_said_while_it_runs_as_it_will_be():
     sigmas = (0.9, 0.8, 0.6, 0.4, 0.2)
     shares = Shares(sigmas, (1.0, 1.0, 0.14, 0.33, 0.0))
     report = dialled(step(WHOLE), plan=TrimPlan(shares=shares), expected=2.04)
-    line = "2 of 5 steps whole, 2 at a seventh to a third, 1 repeated: 2.0x less work"
+    line = "2 of 5 steps whole, 2 at a seventh to a third, 1 repeated: 2x less work"
     assert planned(report, sigmas).line() == line
     assert planned(run(step(WHOLE)), sigmas) is None

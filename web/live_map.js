@@ -34,7 +34,7 @@ const WORDS = {
         o.less > 1.05 && `工作量为原来的 ${Math.round(100 / o.less)}%`,
         o.asked && `要求的是 ${o.asked} 倍`,
         o.starved && "不足以成为视频",
-        o.faster && `这里的速度为 ${o.faster.toFixed(1)} 倍`,
+        o.faster && `这里的速度为 ${Number(o.faster.toPrecision(2))} 倍`,
       ]
       return `${o.steps} 步中 ${steps.join("、")}` + tail(gains, "：", "，")
     },
@@ -58,7 +58,7 @@ const WORDS = {
         o.less > 1.05 && `計算量は元の ${Math.round(100 / o.less)}%`,
         o.asked && `指定は ${o.asked} 倍`,
         o.starved && "動画には少なすぎます",
-        o.faster && `ここでの速さは ${o.faster.toFixed(1)} 倍`,
+        o.faster && `ここでの速さは ${Number(o.faster.toPrecision(2))} 倍`,
       ]
       return `${o.steps} ステップのうち ${steps.join("、")}` + tail(gains, "：", "、")
     },

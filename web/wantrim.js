@@ -10,6 +10,8 @@ const WIDGET = "wantrim_live"
 const MAP_HEIGHT = 72
 // the classic canvas leaves this much around a widget on both sides together
 const MARGINS = 20
+// and Nodes 2.0 between two
+const GAP = 4
 // modes of a node that does not run: never, and bypassed
 const OFF = [2, 4]
 
@@ -130,7 +132,7 @@ function hook(node) {
 
 // the height of a node without its map
 function without(live, height) {
-  const added = LiteGraph.vueNodesMode ? live.parts.root.offsetHeight : live.grown
+  const added = LiteGraph.vueNodesMode ? live.parts.root.offsetHeight + GAP : live.grown
   return live.grown ? Math.max(live.before, height - added) : height
 }
 
@@ -138,9 +140,11 @@ function clear(node) {
   const live = node.wantrimLive
   if (!live) return
   live.resized.disconnect()
+  const height = without(live, node.size[1])
   node.wantrimLive = undefined
   node.removeWidget(live.widget)
-  node.setSize([node.size[0], without(live, node.size[1])])
+  node.setSize([node.size[0], height])
+  node.setDirtyCanvas?.(true, true)
 }
 
 function show(node, map) {
@@ -171,16 +175,24 @@ function forget() {
   }
 }
 
-// beneath a folded node, where there is room for all of it
+// beneath a folded node, as wide as it is when it is open
 function underFolded(context, node) {
   const { map } = node.wantrimLive
   const [left, top] = node.pos
-  const width = node._collapsed_width || node.size[0]
-  map.strip(context, left, top + 5, width, 4)
+  const width = node.size[0]
   context.font = "11px sans-serif"
   context.textAlign = "left"
-  context.fillStyle = LiteGraph.NODE_TEXT_COLOR
-  context.fillText(map.text(say()), left, top + 22)
+  const lines = [""]
+  for (const word of map.text(say()).split(" ")) {
+    const longer = `${lines.at(-1)} ${word}`.trim()
+    if (context.measureText(longer).width > width - 12) lines.push(word)
+    else lines[lines.length - 1] = longer
+  }
+  context.fillStyle = "rgba(20, 22, 27, 0.85)"
+  context.fillRect(left, top + 4, width, 15 * lines.length + 16)
+  map.strip(context, left + 6, top + 9, width - 12, 4)
+  context.fillStyle = "#ddd"
+  lines.forEach((line, row) => context.fillText(line, left + 6, top + 27 + 15 * row))
 }
 
 app.registerExtension({
