@@ -64,7 +64,6 @@ class Speed:
             when the others only repeat.
         counted: steps of one size that ran.
         run: seconds of those steps, had all been whole, over what they took.
-        expected, expected_run: the same two ratios by the cost model, or None.
     """
 
     whole_steps: tuple[int, ...]
@@ -72,8 +71,6 @@ class Speed:
     trimmed: float | None
     counted: int
     run: float
-    expected: float | None
-    expected_run: float | None
 
     @property
     def measured(self) -> float | None:
@@ -107,11 +104,8 @@ def measured_speed(record: Record) -> Speed | None:
     # a first step that warmed up counts as if it had not: else a run seems to save more than it does
     steps = [*later, *trimmed]
     took = [s.seconds if any(s is one for one in steps) else reference for s in counted]
-    work = [step_floor(record, s) for s in counted]
-    known = all(share is not None for share in work)
     # repeated steps cost next to nothing: they count in the run alone
     partial = [s for s in trimmed if s.kept_share > 0]
-    left = [step_floor(record, s) for s in partial] if known else []
     return Speed(
         tuple(
             i + 1
@@ -122,8 +116,6 @@ def measured_speed(record: Record) -> Speed | None:
         statistics.median(s.seconds for s in partial) if partial else None,
         len(counted),
         len(counted) * reference / sum(took),
-        1 / statistics.median(left) if left else None,
-        len(counted) / sum(work) if known and sum(work) > 0 else None,
     )
 
 
@@ -198,11 +190,7 @@ def report_json(record: Record) -> dict:
         "no_reference": why_no_speed(record) if record.steps and speed is None else None,
         "measured": speed
         and {"trimmed_step_seconds": speed.trimmed, "step": speed.measured, "run": speed.run},
-        "expected": {
-            "by": _by(record),
-            "step": speed and speed.expected,
-            "run": speed.expected_run if speed else expected_speedup(record),
-        },
+        "expected": {"by": _by(record), "run": expected_speedup(record)},
         "steps": [_step_json(record, step) for step in record.steps],
         "did_not_happen": list(record.notes),
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..engine.record import Record, Step
 from .figures import expected_speedup, measured_speed
@@ -102,7 +102,9 @@ def outcome(record: Record) -> Outcome:
         counted = speed.counted + kinds.count("answered")
         faster = speed.run if counted == len(kinds) else None
     shares = [step.kept_share for step in record.steps]
-    return _outcome(record, kinds, shares, expected_speedup(record), faster)
+    # what another node answered is no gain of ours
+    own = replace(record, steps=[step for step in record.steps if not step.answered])
+    return _outcome(record, kinds, shares, expected_speedup(own), faster)
 
 
 def planned(record: Record, sigmas: Sequence[float]) -> Outcome | None:

@@ -195,8 +195,8 @@ def test_nothing_of_the_line_is_cut(page, width):
     page.page.wait_for_timeout(300)
     end(page, node, line=f"{SAID}, and more of it than there is room for", remarks=3)
     page.page.wait_for_timeout(500)
-    # on the screen: the last line of the text is inside of the node, and above its lower edge
-    line, bottom = page.run(
+    # on the screen: the text ends inside of the node
+    line, bottom, cut = page.run(
         """(id) => {
             const node = app.rootGraph.getNodeById(id), {line} = node.wantrimLive.parts
             const {scale, offset} = app.canvas.ds
@@ -204,25 +204,37 @@ def test_nothing_of_the_line_is_cut(page, width):
             const top = app.canvas.canvas.getBoundingClientRect().top
             const low = vue?.getBoundingClientRect().bottom
                 ?? top + (node.pos[1] + offset[1] + node.size[1]) * scale
-            return [line.getBoundingClientRect().bottom, low]
+            return [line.getBoundingClientRect().bottom, low, line.scrollWidth - line.clientWidth]
         }""",
         node,
     )
-    assert 0 <= bottom - line < 80
-    wide = "(id) => { const l = app.rootGraph.getNodeById(id).wantrimLive.parts.line; return l.scrollWidth - l.clientWidth }"
-    assert page.run(wide, node) == 0
+    assert 0 <= bottom - line < 80 and cut == 0
 
 
 def test_the_panel_leaves_the_map_on_its_node(page):
     node = add(page)
     step(page, node, 1)
-    page.run("(id) => app.canvas.select(app.rootGraph.getNodeById(id))", node)
+    title = """(id) => {
+        const [left, top] = app.rootGraph.getNodeById(id).pos, {scale, offset} = app.canvas.ds
+        const box = app.canvas.canvas.getBoundingClientRect()
+        const at = [left + offset[0] + 70, top + offset[1] - 15]
+        return [box.left + at[0] * scale, box.top + at[1] * scale]
+    }"""
+    page.page.mouse.click(*page.run(title, node))
     page.page.get_by_role("button", name="Toggle properties panel").first.click()
     page.page.wait_for_timeout(500)
     step(page, node, 2)
     page.page.wait_for_timeout(300)
     panel = page.page.get_by_test_id("properties-panel")
-    assert panel.is_visible() and panel.locator(".wantrim-live").count() == 0
+    # of this node, and neither lists the map nor makes it as wide as the panel
+    assert panel.get_by_text("prune_ratio").first.is_visible()
+    assert not panel.get_by_text("wantrim_live").count() + panel.locator(".wantrim-live").count()
+    wide = """(id) => {
+        const node = app.rootGraph.getNodeById(id), {root} = node.wantrimLive.parts
+        return [root.getBoundingClientRect().width / app.canvas.ds.scale, node.size[0]]
+    }"""
+    map_wide, node_wide = page.run(wide, node)
+    assert map_wide == pytest.approx(node_wide - 22, abs=4)
     assert page.run(SEEN) == [True]
     panel.get_by_role("button", name="Toggle properties panel").first.click()
 
