@@ -252,7 +252,6 @@ def test_a_node_that_is_turned_off_forgets_its_map(page, mode):
     page.page.wait_for_timeout(300)
     assert not page.run(SEEN) and page.run(LINE, node) is None
     assert page.run(SIZE, node) == pytest.approx(before, abs=2)
-    # and gets one again when it runs again
     page.run("([id, mode]) => { app.rootGraph.getNodeById(id).mode = mode }", [node, 0])
     step(page, node, 1, prompt="another", run="two")
     page.page.wait_for_timeout(300)

@@ -102,7 +102,7 @@ function equip(node) {
     serialize: false,
     hideOnZoom: false,
     // one element cannot be in two places: the panel would take it away from the node
-    hideInPanel: false,
+    hideInPanel: true,
     getMinHeight: height,
     getMaxHeight: height,
   })
