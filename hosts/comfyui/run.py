@@ -71,7 +71,7 @@ def compare_run(run: SamplingRun, levels: int) -> None:
                 "a sampler of its own in its place, and nothing was trimmed"
             )
         return
-    expected, done = record.expected, expected_speedup(record)
+    expected, done = run.solved and run.solved.reached, expected_speedup(record)
     if expected and done and abs(done / expected - 1) > OFF_PLAN:
         record.note(
             f"{expected:.2f}x was expected and {done:.2f}x was done: the steps that came, or what "
