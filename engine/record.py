@@ -140,6 +140,9 @@ class Record:
 
     Args:
         plan: None while it is not known; `planned` is what it is in words.
+        asked, expected: times less work that a dial was asked for, and that its plan is to give.
+        missed: those are not the same.
+        both: `asked` is of two experts, of which this run is one.
         seconds: of the whole run, also when nothing was trimmed.
         attention_share: of the self-attention's query-key pairs, what the heads' patterns leave;
             None without a plan.
@@ -155,6 +158,10 @@ class Record:
     notes: list[str] = field(default_factory=list)
     plan: TrimPlan | None = None
     planned: str = ""
+    asked: float | None = None
+    expected: float | None = None
+    missed: bool = False
+    both: bool = False
     finished: bool = False
     seconds: float = 0.0
     attention_share: float | None = None
@@ -174,12 +181,12 @@ class Record:
         return statistics.fmean(s.kept_share for s in self.steps) if self.steps else 1.0
 
     def coverage(self) -> torch.Tensor | None:
-        """Mean over the steps of the share of blocks that computed each token [b, f, h, w].
+        """Mean over the steps on a part of the share of blocks that computed each token [b, f, h, w].
 
         Of the last step's size, where they are not all of one; b is 1 where all samples are alike.
-        Steps that repeat everything say nothing about places.
+        Steps that compute everything or nothing say nothing about places.
         """
-        maps = [s.coverage for s in self.steps if s.coverage is not None and not s.repeated]
+        maps = [s.coverage for s in self.steps if s.coverage is not None and 0 < s.kept_share < 1]
         same = [m for m in maps if m.shape[1:] == maps[-1].shape[1:]]
         samples = max((len(m) for m in same), default=1)
         alike = [m.expand(samples, *m.shape[1:]) for m in same if len(m) in (1, samples)]
@@ -201,5 +208,6 @@ def join_records(records: Sequence[Record]) -> Record:
         planned="; then ".join(planned),
         finished=all(record.finished for record in records),
         seconds=sum(record.seconds for record in records),
+        missed=any(record.missed for record in records),
         context=next((record.context for record in records if record.context), None),
     )

@@ -1,4 +1,4 @@
-"""The node that says what trimming cost: the trimmed video beside the dense one."""
+"""The node that says what trimming cost: the trimmed video beside the whole one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class WanTrimCompare(io.ComfyNode):
             display_name=NAME,
             category="model/patch/wan",
             description=(
-                "Compares a trimmed video with the dense one of the same seed: PSNR, SSIM, motion "
+                "Compares a trimmed video with the whole model's of the same seed: PSNR, SSIM, motion "
                 "and flicker, a clip of both side by side, where they differ, and a plain verdict. "
                 "It measures difference, not beauty."
             ),

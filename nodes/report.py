@@ -18,7 +18,7 @@ from ..hosts.comfyui.dense_step import time_dense_step
 from ..hosts.comfyui.runs import ImagesOf, Ran
 from ..report.figures import measured_speed, reports_json
 from ..report.picture import as_pictures, draw_report
-from ..report.words import record_text
+from ..report.words import record_text, verdict
 
 log = logging.getLogger(__name__)
 
@@ -34,9 +34,9 @@ class WanTrimReport(io.ComfyNode):
             display_name=NAME,
             category="model/patch/wan",
             description=(
-                "Says what WanTrim really did in the run that made these images: blocks, heads and "
-                "tokens per step beside the plan, seconds per step beside whole steps of the same "
-                "run, which parts of the picture were computed, and what did not happen and why."
+                "Says what WanTrim really did in the run that made these images: how much less work "
+                "and time it took, what each step computed, which parts of the picture were left "
+                "out, and what did not happen and why."
             ),
             search_aliases=["trim report", "token overlay", "wan benchmark"],
             is_output_node=True,
@@ -48,7 +48,7 @@ class WanTrimReport(io.ComfyNode):
                 io.Model.Input("model", tooltip="The model that was sampled, with WanTrim on it."),
                 io.Image.Input(
                     "images",
-                    tooltip="The decoded video of that run; the kept tokens are drawn over it.",
+                    tooltip="The decoded video of that run; what was left out is drawn over it.",
                 ),
                 io.Model.Input(
                     "model_low_noise",
@@ -61,9 +61,9 @@ class WanTrimReport(io.ComfyNode):
                     optional=True,
                     advanced=True,
                     tooltip=(
-                        "After the run, time one step of the untouched model on random input of the "
-                        "same size, to compare the trimmed steps with. Takes two steps' time; left out "
-                        "where the run has whole steps of its own."
+                        "After the run, time one whole step of the untouched model on random input "
+                        "of the same size, to compare with. Takes two steps' time; not done where the "
+                        "run has whole steps of its own."
                     ),
                 ),
             ],
@@ -102,10 +102,14 @@ class WanTrimReport(io.ComfyNode):
                 "'model' and 'model_low_noise' are the same model, so there is one report; connect "
                 "the high noise expert to 'model' and the low noise expert to 'model_low_noise'"
             )
-        text = "\n\n".join(record_text(report) for report in reports)
+        title = verdict(reports)
+        texts = [record_text(report) for report in reports]
+        text = "\n\n".join(texts if len(reports) == 1 else [title, *texts])
         pictures = as_pictures(images)
         video = None if pictures is None else pictures.nan_to_num().clamp(0, 1).numpy()
-        pages = [_page(report, video) for report in reports]
+        pages = [
+            _page(report, video, title if at == 0 else "") for at, report in enumerate(reports)
+        ]
         width = max(page.shape[1] for page in pages)
         canvas = np.zeros((sum(len(page) for page in pages), width, 3), np.float32)
         top = 0
@@ -114,7 +118,7 @@ class WanTrimReport(io.ComfyNode):
             top += len(page)
         picture = torch.from_numpy(canvas)[None]
         shown = {**ui.PreviewImage(picture, cls=cls).as_dict(), "text": (text,)}
-        figures = json.dumps(reports_json(reports), indent=1)
+        figures = json.dumps({"verdict": title, **reports_json(reports)}, indent=1)
         return io.NodeOutput(text, picture, figures, ui=shown)
 
 
@@ -160,10 +164,10 @@ def _nothing(model: str, planned: str, why: str) -> Record:
     return report
 
 
-def _page(report: Record, video: np.ndarray | None) -> np.ndarray:
+def _page(report: Record, video: np.ndarray | None, title: str) -> np.ndarray:
     """The picture of a report [h, w, 3] in 0..1."""
     try:
-        drawn = draw_report(report, video)
+        drawn = draw_report(report, video, title)
     except Exception:
         # whatever came as images, the run is done and its words are there
         log.warning("WanTrim Report: the picture could not be drawn", exc_info=True)
@@ -175,7 +179,7 @@ def _page(report: Record, video: np.ndarray | None) -> np.ndarray:
 
 
 def _with_dense_step(report: Record, model, ran: Ran) -> Record:
-    """The report with the seconds of a dense step, or with the reason why there are none."""
+    """The report with the seconds of a whole step, or with the reason why there are none."""
     report = replace(report, notes=[*report.notes])
     reason = ran.unmeasurable
     if reason is None and len(ran.calls) != report.steps[0].calls:
@@ -186,10 +190,10 @@ def _with_dense_step(report: Record, model, ran: Ran) -> Record:
         except comfy.model_management.OOM_EXCEPTION:
             reason = "there was not enough memory for it"
         except Exception as error:
-            log.warning("WanTrim Report: no dense step could be timed", exc_info=True)
+            log.warning("WanTrim Report: no whole step could be timed", exc_info=True)
             reason = f"the model could not be run apart ({type(error).__name__})"
     if reason is not None:
-        report.note(f"no dense step was timed: {reason}")
+        report.note(f"no whole step was timed: {reason}")
     return report
 
 

@@ -54,7 +54,7 @@ CUSTOM_INPUTS = [
         "anchor_given_frames",
         default=True,
         tooltip=(
-            "Never drop tokens of latent frames that are given: the start image, the end image, "
+            "Never leave out tokens of latent frames that are given: the start image, the end image, "
             "references. Not studied in the paper; leave on."
         ),
     ),

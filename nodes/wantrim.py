@@ -22,7 +22,13 @@ DEFAULT_SPEEDUP = 1.5
 def _dials(pair: bool) -> list:
     """The inputs that both nodes have, in their order."""
     first, last = ("high", "low") if pair else ("this", "this")
-    whose = "both experts together" if pair else "the whole run"
+    whose = "both experts together" if pair else "the run"
+    most = (
+        "Half the number of steps is the most of which a video comes (2 of 4 steps): beyond it the "
+        "first step alone is computed."
+    )
+    if pair:
+        most = "With 2 + 2 steps 1.33 and 2 can be reached, and nothing else."
     return [
         io.Float.Input(
             "speedup",
@@ -33,9 +39,9 @@ def _dials(pair: bool) -> list:
             round=0.01,
             display_mode=io.NumberDisplay.slider,
             tooltip=(
-                f"How much less {whose} should compute, in FLOPs. 1 is off and bit-exact. Seconds "
-                "follow on large videos, less so on small ones. What cannot be reached is said in "
-                "the log and in WanTrim Report."
+                f"How many times less {whose} should compute. 1 is off and bit-exact. {most} "
+                "Seconds follow on large videos, less so on small ones. The node says what was "
+                "reached."
             ),
         ),
         io.Combo.Input(
@@ -103,7 +109,7 @@ class WanTrim(io.ComfyNode):
             description=(
                 "Makes the sampling of a Wan model cheaper by the factor that you ask for. When "
                 "sampling begins it is solved what each step is worth: everything, the part of the "
-                "picture that still changes, or nothing, repeating its velocity. No training; "
+                "picture that still changes, or nothing: it goes on as it did. No training; "
                 "stacks with 4-step LoRAs. Place it after the LoRA and before ModelSamplingSD3. The "
                 "video will change; speedup 1 changes nothing at all."
             ),

@@ -1,4 +1,4 @@
-"""A trimmed video beside the dense one of the same seed: numbers, a verdict, pictures."""
+"""A trimmed video beside the whole one of the same seed: numbers, a verdict, pictures."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .picture import FAINT, INK, MARGIN, WIDTH, canvas, font_of
+from .picture import FAINT, INK, MARGIN, WIDTH, canvas, font_of, text_row
 from .video_metrics import calm_places, flicker, motion, motion_ratio, psnr, ssim
 
 # pixel columns between the two videos
@@ -17,10 +17,10 @@ GAP = 4
 SHOWN = 6
 # the verdict's words by PSNR in dB, from the best
 CLOSENESS = (
-    (40, "Very close to the dense video"),
-    (30, "Close to the dense video, with differences in detail"),
+    (40, "Very close to the whole video"),
+    (30, "Close to the whole video, with differences in detail"),
     (20, "Clearly another rendering of the same video"),
-    (-math.inf, "Another video than the dense one"),
+    (-math.inf, "Another video than the whole one"),
 )
 # motion ratio within which nothing is said of it
 MOTION = (0.85, 1.18)
@@ -30,12 +30,12 @@ FLICKER_TIMES, FLICKER_LEAST = 1.5, 0.5 / 255
 
 @dataclass(frozen=True)
 class Comparison:
-    """What the trimmed video is beside the dense one.
+    """What the trimmed video is beside the whole one.
 
     Args:
         psnr_db: infinite for equal videos.
         frame_psnr_db: of every pixel frame.
-        flicker: change over time in the half of the places that is calmest in the dense video.
+        flicker: change over time in the half of the places that is calmest in the whole one.
     """
 
     psnr_db: float
@@ -63,7 +63,7 @@ class Comparison:
         said = f"{closeness} (PSNR {self.psnr_db:.1f} dB, SSIM {self.ssim:.3f}): "
         ratio, remarks = self.motion_ratio, []
         if ratio == math.inf:
-            remarks.append("it moves where the dense one stands still")
+            remarks.append("it moves where the whole one stands still")
         elif not MOTION[0] <= ratio <= MOTION[1]:
             more = "more" if ratio > 1 else "less"
             remarks.append(f"it moves {more} ({ratio:.2f} x the motion)")
@@ -73,7 +73,7 @@ class Comparison:
         worst = self.frame_psnr_db[self.worst]
         if worst < self.psnr_db - 6:
             remarks.append(f"frame {self.worst + 1} is far worse than the rest ({worst:.1f} dB)")
-        return said + ("; ".join(remarks) or "motion and flicker are the dense one's") + "."
+        return said + ("; ".join(remarks) or "motion and flicker are the whole one's") + "."
 
     def json(self) -> dict:
         """The numbers; null stands for infinite, which JSON has not."""
@@ -130,16 +130,18 @@ def draw_difference(dense: torch.Tensor, trimmed: torch.Tensor, found: Compariso
     apart = np.abs(one - other).max(-1)
     # of all frames shown, so that they can be compared; a shade of 255 at the least
     most = max(float(np.quantile(apart, 0.999)), 1 / 255)
-    rows = (("dense", one), ("trimmed", other))
+    rows = (("whole", one), ("trimmed", other))
     rows += ((f"difference; white is {most:.1%} of the range or more", _glow(apart / most)),)
     cell = (WIDTH - 2 * MARGIN) // len(spread) - 4
     # a single picture need not fill the page
     cell = min(cell, 320)
     height = max(round(cell * dense.shape[1] / dense.shape[2]), 1)
-    image, draw = canvas(40 + len(rows) * (height + 26) + 22)
-    draw.text((MARGIN, 10), f"PSNR {found.psnr_db:.1f} dB, SSIM {found.ssim:.3f}", INK, font_of(17))
+    title = text_row(found.verdict(), 24, INK)
+    begin = title.height
+    image, draw = canvas(begin + len(rows) * (height + 26) + 22)
+    image.paste(title, (0, 0))
     for row, (name, frames) in enumerate(rows):
-        top = 40 + row * (height + 26)
+        top = begin + row * (height + 26)
         draw.text((MARGIN, top), name, FAINT, font_of(15))
         for column, frame in enumerate(frames):
             picture = Image.fromarray((255 * frame).astype(np.uint8))
@@ -147,7 +149,7 @@ def draw_difference(dense: torch.Tensor, trimmed: torch.Tensor, found: Compariso
             image.paste(picture.resize((cell, height), Image.Resampling.BILINEAR), place)
     for column, frame in enumerate(spread):
         worst = " (worst)" if frame == found.worst and found.psnr_db != math.inf else ""
-        place = (MARGIN + column * (cell + 4), 40 + len(rows) * (height + 26))
+        place = (MARGIN + column * (cell + 4), begin + len(rows) * (height + 26))
         draw.text(place, f"frame {frame + 1}{worst}", FAINT, font_of(14))
     return image
 

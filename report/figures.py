@@ -64,7 +64,6 @@ class Speed:
             when the others only repeat.
         counted: steps of one size that ran.
         run: seconds of those steps, had all been whole, over what they took.
-        expected, expected_run: the same two ratios by the cost model, or None.
     """
 
     whole_steps: tuple[int, ...]
@@ -72,8 +71,6 @@ class Speed:
     trimmed: float | None
     counted: int
     run: float
-    expected: float | None
-    expected_run: float | None
 
     @property
     def measured(self) -> float | None:
@@ -107,11 +104,8 @@ def measured_speed(record: Record) -> Speed | None:
     # a first step that warmed up counts as if it had not: else a run seems to save more than it does
     steps = [*later, *trimmed]
     took = [s.seconds if any(s is one for one in steps) else reference for s in counted]
-    work = [step_floor(record, s) for s in counted]
-    known = all(share is not None for share in work)
     # repeated steps cost next to nothing: they count in the run alone
     partial = [s for s in trimmed if s.kept_share > 0]
-    left = [step_floor(record, s) for s in partial] if known else []
     return Speed(
         tuple(
             i + 1
@@ -122,8 +116,6 @@ def measured_speed(record: Record) -> Speed | None:
         statistics.median(s.seconds for s in partial) if partial else None,
         len(counted),
         len(counted) * reference / sum(took),
-        1 / statistics.median(left) if left else None,
-        len(counted) / sum(work) if known and sum(work) > 0 else None,
     )
 
 
@@ -139,33 +131,25 @@ def why_no_speed(record: Record) -> str:
 
 
 def speed_lines(record: Record) -> list[str]:
-    """Measured and expected speed in an artist's words."""
-    speed = measured_speed(record)
+    """What the seconds and the work of the verdict are by, in an artist's words."""
+    speed, lines = measured_speed(record), []
     if speed is None:
-        lines = [f"Measured speed-up: none: {why_no_speed(record)}."]
-        expected = expected_speedup(record)
-        if expected is not None:
-            lines.append(f"Expected from {_by(record)} over these steps: {expected:.2f} x.")
-        return lines
-    whole = f"whole one {speed.whole:.2f} s ({_which(speed)})"
-    named, count = "all steps", len(record.steps)
-    if speed.counted < count:
-        named = f"the {speed.counted} of {count} steps that ran and are of one size"
-    if speed.trimmed is None:
-        lines = [f"Measured: a {whole}, the others repeated; {named} {speed.run:.2f} x."]
+        lines.append(f"No seconds are compared: {why_no_speed(record)}.")
     else:
-        lines = [
-            f"Measured: a trimmed step {speed.trimmed:.2f} s, a {whole}: {speed.measured:.2f} x; "
-            f"{named} {speed.run:.2f} x."
-        ]
-    if speed.expected_run is not None:
-        own = "" if speed.expected is None else f"a trimmed step {speed.expected:.2f} x; "
-        lines.append(f"Expected from {_by(record)}: {own}{named} {speed.expected_run:.2f} x.")
-    if speed.warming_up:
+        trimmed = "the others repeated"
+        if speed.trimmed is not None:
+            trimmed = f"a trimmed one {speed.trimmed:.2f} s, {speed.measured:.2f}x faster"
+        alike = "" if speed.counted == len(record.steps) else f", of {speed.counted} steps alike"
         lines.append(
-            "The whole step was the first one, which warms up as well: the measured figure may be "
-            "too good."
+            f"Seconds: a whole step {speed.whole:.2f} s ({_which(speed)}), {trimmed}{alike}."
         )
+        if speed.warming_up:
+            lines.append(
+                "The whole step was the first one, which warms up as well: the seconds of a whole "
+                "one may be too many, so no gain is claimed."
+            )
+    if record.shape is not None:
+        lines.append(f"Work: by {_by(record)} of the steps as they ran.")
     return lines
 
 
@@ -206,11 +190,7 @@ def report_json(record: Record) -> dict:
         "no_reference": why_no_speed(record) if record.steps and speed is None else None,
         "measured": speed
         and {"trimmed_step_seconds": speed.trimmed, "step": speed.measured, "run": speed.run},
-        "expected": {
-            "by": _by(record),
-            "step": speed and speed.expected,
-            "run": speed.expected_run if speed else expected_speedup(record),
-        },
+        "expected": {"by": _by(record), "run": expected_speedup(record)},
         "steps": [_step_json(record, step) for step in record.steps],
         "did_not_happen": list(record.notes),
     }

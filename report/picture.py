@@ -1,4 +1,4 @@
-"""Draws a report: kept tokens over the video, work and seconds per step, work per block."""
+"""Draws a report: the verdict, the video and what was left out of it, work and seconds per step."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from ..engine.record import Record
+from ..engine.record import Record, Step
+from ..methods.heads import FRAME, FULL, OFF, PATTERNS
 from .figures import measured_speed, step_work
+from .words import NOTHING, steps_line, verdict
 
 WIDTH = 960
 MARGIN = 16
@@ -22,6 +24,9 @@ OVERLAY_FRAMES = 6
 # laid over what was left out; dark pictures cannot get darker
 LEFT_OUT = np.array([0.16, 0.30, 0.75], np.float32)
 HEAT_LOW = np.array([36, 40, 52], np.float32)
+# of heads: those of a tile lie between the frame's and off's
+TILE = (176, 126, 216)
+HEADS = {FULL: KEPT, FRAME: TIME, OFF: (52, 56, 68)}
 
 
 def as_pictures(images) -> torch.Tensor | None:
@@ -39,7 +44,7 @@ def as_pictures(images) -> torch.Tensor | None:
 def overlay(video: np.ndarray, coverage: np.ndarray, shown: Sequence[int]) -> np.ndarray:
     """Frames `shown` of a video [frames, h, w, 3] in 0..1 with a tint over what was left out.
 
-    Token-sized squares, as blue as the share of blocks that did not compute them.
+    Token-sized squares, as blue as the share of blocks that did not compute them: none is as it was.
 
     Args:
         video: of a batch, one video behind the other.
@@ -51,11 +56,10 @@ def overlay(video: np.ndarray, coverage: np.ndarray, shown: Sequence[int]) -> np
     # the first pixel frame is a latent frame of its own
     stride = max((each - 1) / max(latent_frames - 1, 1), 1)
     shade = np.empty((len(shown), height, width), np.float32)
-    low = min(float(coverage.min()), 0.999)
     for place, index in enumerate(shown):
         sample, frame = divmod(index, each)
         latent = min(int(np.ceil(frame / stride)), latent_frames - 1)
-        light = (coverage[min(sample, len(coverage) - 1), latent] - low) / (1 - low)
+        light = coverage[min(sample, len(coverage) - 1), latent]
         image = Image.fromarray((255 * light).astype(np.uint8))
         shade[place] = np.asarray(image.resize((width, height), Image.Resampling.NEAREST)) / 255
     veil = 0.6 * (1 - shade[..., None])
@@ -72,16 +76,23 @@ def videos_in(frames: int, coverage: np.ndarray) -> int | None:
     return count if rest == 0 and len(coverage) in (1, count) else None
 
 
-def draw_report(record: Record, video: np.ndarray | None = None) -> Image.Image:
-    """The report as a picture; `video` [frames, h, w, 3] in 0..1 gets the overlay."""
-    rows = [_title(record)]
-    coverage = record.coverage()
-    if video is not None and coverage is not None and len(video):
-        rows.append(_strip(video, coverage.numpy()))
+def draw_report(record: Record, video: np.ndarray | None = None, title: str = "") -> Image.Image:
+    """The report as a picture.
+
+    Args:
+        video: [frames, h, w, 3] in 0..1, gets the overlay.
+        title: the first line, in place of the verdict of this run alone.
+    """
+    rows = [text_row(title or verdict([record]), 24, INK)]
     if record.steps:
-        rows.append(_work_bars(record))
-        rows.append(_time_bars(record))
-        rows.append(_heat(record))
+        rows.append(text_row(steps_line(record), 17, FAINT))
+    if video is not None and len(video):
+        rows.append(_strip(video, record))
+    if record.steps:
+        rows += [_work_bars(record), _time_bars(record), _heat(record)]
+    patterned = [step for step in record.steps if step.patterned and step.program.heads]
+    if patterned:
+        rows.append(_heads(patterned[-1], record.steps.index(patterned[-1]) + 1))
     rows.append(_notes(record))
     page = Image.new("RGB", (WIDTH, sum(row.height for row in rows) + MARGIN), BACKGROUND)
     top = 0
@@ -112,47 +123,62 @@ def _lines(text: str, font) -> list[str]:
     return lines
 
 
-def _title(record: Record) -> Image.Image:
-    image, draw = canvas(72)
-    draw.text((MARGIN, 12), f"WanTrim on {record.model}", INK, font_of(22))
-    count = len(record.steps)
-    steps = f"{count} {'step' if count == 1 else 'steps'}, " if count else ""
-    took = f"{record.seconds:.1f} s   " if record.seconds else ""
-    font = font_of(16)
-    share = record.attention_share
-    left = "" if share is None else f"self-attention left {share:.0%}   "
-    speed = measured_speed(record)
-    # a reference that warmed up is no headline
-    known = speed is not None and speed.measured is not None and not speed.warming_up
-    faster = f"trimmed steps {speed.measured:.2f} x as fast   " if known else ""
-    line = f"{steps}{took}{faster}{left}{record.planned}"
-    # the report's text has the whole of it
-    while draw.textlength(line, font) > WIDTH - 2 * MARGIN:
-        line = line.removesuffix(" ...").rpartition(" ")[0] + " ..."
-    draw.text((MARGIN, 44), line, FAINT, font)
+def text_row(text: str, size: int, colour) -> Image.Image:
+    """A text on the page, in as many lines as it needs."""
+    font = font_of(size)
+    lines = _lines(text, font)
+    image, draw = canvas(round(1.35 * size * len(lines)) + 10)
+    for number, line in enumerate(lines):
+        draw.text((MARGIN, 8 + round(1.35 * size * number)), line, colour, font)
     return image
 
 
-def _strip(video: np.ndarray, coverage: np.ndarray) -> Image.Image:
+def _rgb(colour: np.ndarray) -> tuple[int, int, int]:
+    return tuple(round(255 * float(one)) for one in colour)
+
+
+def _key(
+    draw: ImageDraw.ImageDraw, top: int, said: str, *named: tuple[tuple[int, int, int], str]
+) -> None:
+    """A title, and behind it what its colours are."""
+    font, left = font_of(17), MARGIN
+    draw.text((left, top), said, FAINT, font)
+    left += font.getlength(said) + 18
+    for colour, name in named:
+        draw.rectangle((left, top + 4, left + 14, top + 18), colour, (90, 96, 108))
+        draw.text((left + 20, top), name, INK, font)
+        left += 20 + font.getlength(name) + 16
+
+
+def _strip(video: np.ndarray, record: Record) -> Image.Image:
+    """Frames of the video, and below them what was left out where it was by place."""
     shown = np.linspace(0, len(video) - 1, min(OVERLAY_FRAMES, len(video))).round().astype(int)
-    tinted = overlay(video, coverage, shown)
+    found, strips, remark = record.coverage(), [video[shown]], ""
+    if found is not None:
+        coverage = found.numpy()
+        strips.append(overlay(video, coverage, shown))
+        videos = videos_in(len(video), coverage)
+        if videos is None:
+            # frames that were cut off or made afterwards, or a part of a batch
+            remark = "Other frames were sampled, so the tint is misplaced."
+        elif videos > 1:
+            remark = f"{videos} videos, one behind the other."
     cell = (WIDTH - 2 * MARGIN) // len(shown) - 4
     # of a narrow strip something is left to see, and a high one does not fill the page
     height = min(max(round(cell * video.shape[1] / video.shape[2]), 1), 2 * WIDTH)
-    videos = videos_in(len(video), coverage)
-    said = "the video, and below it what was left out (bluer = computed in fewer blocks)"
-    if videos is None:
-        # frames that were cut off or made afterwards, or a part of a batch
-        said += "; other frames were sampled, so the tint is misplaced"
-    elif videos > 1:
-        said += f"; {videos} videos, one behind the other"
-    font = font_of(17)
-    lines = _lines(said, font)
-    top = 24 * len(lines)
-    image, draw = canvas(2 * height + 20 + top)
-    for number, line in enumerate(lines):
-        draw.text((MARGIN, 24 * number), line, FAINT, font)
-    for row, frames in enumerate((video[shown], tinted)):
+    top = 28 * len(strips[1:]) + 24 * bool(remark)
+    image, draw = canvas(len(strips) * (height + 4) + 12 + top)
+    if found is not None:
+        count = sum(0 < step.kept_share < 1 for step in record.steps)
+        steps = "the step" if count == 1 else f"the {count} steps"
+        grey = np.full((1, 1, 1, 3), 0.65, np.float32)
+        named = [
+            (_rgb(overlay(grey, np.full((1, 1, 1, 1), share, np.float32), [0])[0, 0, 0]), name)
+            for share, name in ((1, "always"), (0.5, "half of it"), (0, "never"))
+        ]
+        _key(draw, 2, f"how often a place was computed, in {steps} on a part:", *named)
+        draw.text((MARGIN, 26), remark, FAINT, font_of(17))
+    for row, frames in enumerate(strips):
         for column, frame in enumerate(frames):
             pixels = (255 * frame.clip(0, 1)).astype(np.uint8)
             picture = Image.fromarray(pixels).resize((cell, height), Image.Resampling.BILINEAR)
@@ -162,22 +188,18 @@ def _strip(video: np.ndarray, coverage: np.ndarray) -> Image.Image:
 
 def _work_bars(record: Record) -> Image.Image:
     work = [step_work(record, step) for step in record.steps]
-    title = "work done per step, of an untouched model's FLOPs"
+    title = "work of each step, of a whole one's"
     if None in work:
-        work, title = [step.kept_share for step in record.steps], "token work done per step"
-    title += f": {min(work):.0%} to {max(work):.0%}"
-    repeated = sum(step.repeated for step in record.steps)
-    if repeated:
-        title += f"; {repeated} {'repeats' if repeated == 1 else 'repeat'} an earlier step"
+        work, title = [step.kept_share for step in record.steps], "tokens computed in each step"
     return _bars(title, work, KEPT, [f"{value:.0%}" for value in work])
 
 
 def _time_bars(record: Record) -> Image.Image:
     times, speed = [step.seconds for step in record.steps], measured_speed(record)
-    title = f"seconds per step: {min(times):.2f} to {max(times):.2f} s"
+    title = f"seconds of each step: {min(times):.2f} to {max(times):.2f} s"
     whole = None if speed is None else speed.whole
     if speed is not None:
-        title += f"; the line is a whole step, {whole:.2f} s"
+        title += f"; the line is a whole one, {whole:.2f} s"
     return _bars(title, times, TIME, [f"{value:.2f}" for value in times], whole)
 
 
@@ -208,27 +230,48 @@ def _heat(record: Record) -> Image.Image:
         if step.num_blocks == blocks
     ]
     cells = HEAT_LOW + np.array(shares, np.float32).T[..., None] * (np.array(KEPT) - HEAT_LOW)
-    height = max(min(8 * blocks, 320), 64)
-    image, draw = canvas(height + 30)
-    draw.text(
-        (MARGIN, 0),
-        "tokens computed, block (down) by step (across); bright = all, dark = none",
-        FAINT,
-        font_of(17),
-    )
-    heat = Image.fromarray(cells.astype(np.uint8))
-    image.paste(heat.resize((WIDTH - 2 * MARGIN, height), Image.Resampling.NEAREST), (MARGIN, 24))
+    named = [
+        (tuple(round(x) for x in HEAT_LOW + share * (np.array(KEPT) - HEAT_LOW)), name)
+        for share, name in ((1, "all"), (0.5, "half"), (0, "none"))
+    ]
+    said = "tokens computed, blocks down and steps across:"
+    return _field(said, cells, max(min(8 * blocks, 320), 64), named)
+
+
+def _heads(step: Step, number: int) -> Image.Image:
+    """The self-attention heads of every block as they ran in a step, alike beside alike."""
+    plan, ran = step.program.heads, set(step.patterned)
+    heads = [
+        sorted(names if index in ran else [FULL] * len(names), key=PATTERNS.index)
+        for index, names in enumerate(plan.self_attention)
+    ]
+    most = max(map(len, heads))
+    cells = np.empty((most, len(heads), 3), np.float32)
+    cells[:] = BACKGROUND
+    for block, names in enumerate(heads):
+        for head, name in enumerate(names):
+            cells[head, block] = HEADS.get(name, TILE)
+    named = ((KEPT, "full"), (TIME, "own frame"), (TILE, "tile"), (HEADS[OFF], "off"))
+    said = f"heads in step {number}, blocks across:"
+    return _field(said, cells, max(min(10 * most, 200), 60), named)
+
+
+def _field(said: str, cells: np.ndarray, height: int, named) -> Image.Image:
+    """A field of colours [rows, columns, 3] in 0..255 under its title and key."""
+    image, draw = canvas(height + 36)
+    _key(draw, 0, said, *named)
+    field = Image.fromarray(cells.astype(np.uint8))
+    image.paste(field.resize((WIDTH - 2 * MARGIN, height), Image.Resampling.NEAREST), (MARGIN, 26))
     return image
 
 
 def _notes(record: Record) -> Image.Image:
-    notes = record.notes or ["nothing: everything ran as planned"]
     lines, font = [], font_of(17)
-    for note in notes:
+    for note in record.notes or [NOTHING]:
         first, *others = _lines(f"- {note}", font)
         lines += [first, *(f"  {line}" for line in others)]
     image, draw = canvas(34 + 22 * len(lines))
-    draw.text((MARGIN, 6), "what did not happen, and why", FAINT, font_of(17))
+    draw.text((MARGIN, 6), "what did not happen, and why", FAINT, font)
     for index, line in enumerate(lines):
         draw.text((MARGIN, 30 + 22 * index), line, INK, font)
     return image

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from .compare import MOTION, Comparison
-from .picture import BACKGROUND, FAINT, INK, KEPT, MARGIN, WIDTH, canvas, font_of
+from .picture import BACKGROUND, FAINT, INK, KEPT, MARGIN, WIDTH, canvas, font_of, text_row
 
 FORMAT = "wantrim_trial/1"
 # PSNR in dB within which two candidates are as good as each other
@@ -205,13 +205,11 @@ def draw_verdict(
     spread = np.linspace(0, count - 1, min(SHOWN, count)).round().astype(int)
     cell = min(184, (WIDTH - 2 * MARGIN) // SHOWN - 4)
     height = 0 if shown is None else max(round(cell * shown.shape[1] / shown.shape[2]), 1)
-    image, draw = canvas(62 + len(rows) * (height + 38))
-    line, font = title, font_of(24)
-    while draw.textlength(line, font) > WIDTH - 2 * MARGIN:
-        line = line.removesuffix(" ...").rpartition(" ")[0] + " ..."
-    draw.text((MARGIN, 12), line, INK, font)
+    head = text_row(title, 24, INK)
+    image, draw = canvas(head.height + 10 + len(rows) * (height + 38))
+    image.paste(head, (0, 0))
     for place, (row, video) in enumerate(zip(rows, videos, strict=True)):
-        top = 52 + place * (height + 38)
+        top = head.height + place * (height + 38)
         colour = KEPT if place == choice.best else FAINT
         draw.text((MARGIN, top), f"{row.label}   {_figures(row)}", colour, font_of(22))
         if video is None:

@@ -3,70 +3,72 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 
-from ..engine.record import Record, Step
-from .figures import mean_work, speed_lines, step_work
+from ..engine.record import Record, Step, join_records
+from .figures import measured_speed, speed_lines, step_work
+from .line import outcome
+
+NOTHING = "nothing: everything ran as planned"
+
+
+def verdict(records: Sequence[Record]) -> str:
+    """What was asked, what was done and the seconds of a step, of runs that made one video."""
+    both = len(records) > 1
+    record = join_records([record for record in records if record.steps] or records)
+    if not record.steps:
+        if record.seconds:
+            return f"Nothing was left out: the model ran untouched, {record.seconds:.1f} s in all."
+        return "No run to report on: why is said below."
+    came, said = outcome(record), []
+    if record.asked is not None:
+        whose = " of both experts, this one" if record.both and not both else ","
+        said.append(f"asked {record.asked:.3g}x{whose} did {came.less or 1:.2f}x")
+    elif came.whole == came.steps:
+        said.append("nothing was left out")
+    elif came.less is not None:
+        said.append(f"{came.less:.2f}x less work")
+    seconds, instead = statistics.fmean(step.seconds for step in record.steps), ""
+    if came.faster is not None:
+        speed = measured_speed(record)
+        seconds, instead = speed.whole / speed.run, f" instead of {speed.whole:.2f} s"
+    said.append(f"a step took {seconds:.2f} s{instead}")
+    line = "; ".join(said)
+    ended = "" if record.finished else "The run did not finish (cancelled or failed). "
+    return f"{ended}{line[0].upper()}{line[1:]}."
+
+
+def steps_line(record: Record) -> str:
+    """What the steps were, and the seconds of the run."""
+    took = f"; {record.seconds:.1f} s in all" if record.seconds else ""
+    return f"{record.model}: {outcome(record).line()}{took}."
 
 
 def record_text(record: Record) -> str:
-    """The whole report."""
+    """The whole report of a run."""
     if not record.steps and not record.finished:
         return "WanTrim: no sampling run seen yet."
     remarks = ["What did not happen, and why:"]
-    remarks += [f"- {note}" for note in record.notes] or ["- nothing: everything ran as planned."]
-    lines = [f"WanTrim on {record.model}: {record.planned}"]
+    remarks += [f"- {note}" for note in record.notes] or [f"- {NOTHING}."]
+    lines = [verdict([record])]
     if not record.steps:
-        if record.seconds:
-            lines.append(f"The model ran untouched, {record.seconds:.1f} s in all.")
-        return "\n".join([*lines, "", *remarks])
-    computed = [step for step in record.steps if not step.repeated] or record.steps
-    seconds = statistics.median(step.seconds for step in computed)
-    count = len(record.steps)
-    each = "per step" if len(computed) == count else "per step that computed something"
+        return "\n".join([*lines, f"{record.model}: {record.planned}.", "", *remarks])
     lines += [
-        f"{count} {'step' if count == 1 else 'steps'}, {record.seconds:.1f} s in all, "
-        f"{seconds:.2f} s {each} (median).",
-        *_repeated_line(record),
-        *_work_lines(record),
+        steps_line(record),
         *_heads_line(record),
         *_blocks_line(record),
+        "",
+        # before the rest: a long run would push them out of sight
+        *remarks,
+        "",
+        f"Plan: {record.planned}.",
         *_context_line(record),
         *speed_lines(record),
         "",
-        # before the table: a long run would push them out of sight
-        *remarks,
-        "",
-        "step  sigma   kept  planned  token work   FLOPs  blocks  calls  seconds",
+        "step  sigma   work  seconds  computed",
     ]
     lines += [_row(record, i + 1, step) for i, step in enumerate(record.steps)]
-    if not record.finished:
-        lines.append("The run did not finish (cancelled or failed).")
     return "\n".join(lines)
-
-
-def _work_lines(record: Record) -> list[str]:
-    work, lines = mean_work(record), []
-    if work is not None:
-        lines.append(
-            f"Work done: {work:.1%} of an untouched model's FLOPs, by the cost model "
-            "(time falls less than work on small videos)."
-        )
-    # with whole tokens and blocks it would seem that a plan of heads did nothing
-    if work is None or record.kept_share < 1.0 or record.attention_share is None:
-        lines.append(
-            f"Token work done: {record.kept_share:.1%} of block x token (an untouched model does "
-            "100%)."
-        )
-    return lines
-
-
-def _repeated_line(record: Record) -> list[str]:
-    count = sum(step.repeated for step in record.steps)
-    if not count:
-        return []
-    if count == 1:
-        return ["One step repeats what an earlier one gave, and runs no block."]
-    return [f"{count} steps repeat what an earlier one gave, and run no block."]
 
 
 def _heads_line(record: Record) -> list[str]:
@@ -92,14 +94,25 @@ def _context_line(record: Record) -> list[str]:
 def _row(record: Record, number: int, step: Step) -> str:
     work = step_work(record, step)
     return (
-        f"{number:>4}  {step.sigma:.4f}  {step.keep_ratio:>4.0%}  {step.program.work:>7.1%}"
-        f"  {step.kept_share:>10.1%}  {'-' if work is None else format(work, '.1%'):>6}"
-        f"  {step.blocks_run:>6}  {step.calls:>5}  {step.seconds:>7.2f}{_remark(step)}"
+        f"{number:>4}  {step.sigma:.3f}  {'-' if work is None else format(work, '.0%'):>5}"
+        f"  {step.seconds:>7.2f}  {computed(step)}"
     )
 
 
-def _remark(step: Step) -> str:
-    """What a step without work was."""
+def computed(step: Step) -> str:
+    """What a step computed, in a word or two."""
+    if step.answered:
+        return "answered by another node"
     if step.repeated:
-        return "  repeated"
-    return "  answered by another node" if step.answered else ""
+        return "repeated"
+    if step.whole:
+        return "whole"
+    said, ran = [], step.blocks_run
+    tokens = step.kept_share * step.num_blocks / ran
+    if tokens < 1:
+        said.append(f"{tokens:.0%} of the tokens")
+    if ran < step.num_blocks:
+        said.append(f"{ran} of {step.num_blocks} blocks")
+    if step.patterned:
+        said.append("heads in patterns")
+    return ", ".join(said)

@@ -266,9 +266,18 @@ class Dial:
                 f"{count} of {task.steps} {steps} {'computes' if count == 1 else 'compute'} everything "
                 f"({first}, and those asked for)"
             )
-        elif not task.partial:
-            said.append("steps are whole or repeated, and the next number of them is further away")
-        return "; ".join(said) or "steps are so few that the next plan is further away"
+        elif not task.partial or not said:
+            said.append(self._beyond(task, together, shares))
+        return "; ".join(said)
+
+    def _beyond(self, task: Task, together: float, shares) -> str:
+        """Why it is not nearer, and what lies on the other side of the wish."""
+        computed = shares.count(1.0) + (1 if together > self.speedup else -1)
+        exact = set(shares) <= {0.0, 1.0} and len(set(task.calls)) == 1 <= computed
+        side = f" ({task.steps / computed:.3g}x)" if exact else ""
+        if task.partial:
+            return f"steps are so few that the next plan{side} is further away"
+        return f"steps are whole or repeated, and the next number of them{side} is further away"
 
 
 def curves_of(run: Run) -> Curves:

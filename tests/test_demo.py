@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import av
 import numpy as np
@@ -11,8 +12,9 @@ from wantrim.demo.run import SPEEDUP, Contestant, Job, paper, run_demo
 from wantrim.engine.program import ALL, KEPT, Program, Row
 from wantrim.engine.record import Record, Step
 from wantrim.methods.grid import TokenGrid
+from wantrim.methods.heads import FRAME, FULL, OFF, HeadPlan
 from wantrim.methods.tokens import Selection
-from wantrim.report.picture import draw_report, overlay
+from wantrim.report.picture import HEADS, TILE, TIME, draw_report, overlay
 from wantrim.report.video_metrics import flicker, motion, psnr
 from wantrim.report.words import record_text
 from wantrim.solve.dial import Dial
@@ -135,7 +137,10 @@ def test_overlay_tints_what_was_left_out_in_its_latent_frame():
         video = np.full((5, 30, 40, 3), shade, np.float32)
         shown = overlay(video, coverage, range(5))
         assert shown[0, 5, 5] == pytest.approx(shade)
-        assert abs(shown[0, 5, 35] - shade).max() > 0.3
+        # the scale is fixed: what three of four blocks computed has a quarter of the tint
+        never = overlay(video, 0 * coverage, range(5))[0, 5, 35] - shade
+        assert shown[0, 5, 35] - shade == pytest.approx(never / 4, abs=0.01)
+        assert abs(never).max() > 0.3
         assert shown.shape == video.shape
 
 
@@ -149,9 +154,33 @@ def test_report_picture_draws_any_video_and_an_empty_run(video):
 
 def test_a_video_that_is_not_the_grids_is_drawn_with_a_doubt():
     # 2 latent frames are 5 pixel frames
-    fits, other = (np.asarray(draw_report(record_of([0]), np.ones((n, 9, 9, 3)))) for n in (5, 6))
-    caption = slice(72, 92)
-    assert (other[caption] > 100).sum() > 1.2 * (fits[caption] > 100).sum()
+    fits, other = (draw_report(record_of([0]), np.ones((n, 9, 9, 3))) for n in (5, 6))
+    # a line more; frames are one to a cell
+    assert other.height - fits.height == 24 + 2 * (928 // 6 - 928 // 5)
+
+
+def test_the_picture_shows_what_heads_did_in_every_block():
+    record = record_of([0, 1])
+    bare = draw_report(record).height
+    heads = HeadPlan(((FULL, FRAME), ("tile3", OFF), (FULL,) * 2, (FULL,) * 2), ((FULL,) * 2,) * 4)
+    step = record.steps[0]
+    step.program = replace(step.program, heads=heads)
+    step.rows[1] = replace(step.rows[1], heads=True)
+    drawn = np.asarray(draw_report(record))[bare - 70 :]
+    counts = [(drawn == colour).all(-1).sum() for colour in (TILE, HEADS[OFF], TIME)]
+    # a block has a quarter of the width, a head half of the height, and each a square in the key
+    assert counts[:2] == pytest.approx([928 / 4 * 30] * 2, rel=0.1)
+    # block 0 did not run in its patterns
+    assert counts[2] < 300
+
+
+def test_without_a_step_on_a_part_nothing_is_tinted():
+    record = record_of([0, 1])
+    whole = Row(ALL, 24)
+    record.steps[0].rows = [whole] * 4
+    assert record.coverage() is None
+    video = np.full((5, 30, 40, 3), 0.5)
+    assert draw_report(record, video).height < draw_report(record_of([0, 1]), video).height
 
 
 def test_report_text_says_what_did_not_happen():

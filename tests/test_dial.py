@@ -73,10 +73,25 @@ def test_without_context_the_reason_is_that_steps_are_whole_or_repeated():
     solved = Dial(1.4).solve(run_of(6, partial=False))
     assert set(shares(solved)) == {0.0, 1.0} and solved.reached == pytest.approx(1.5, rel=1e-3)
     assert solved.why == (
-        "steps are whole or repeated, and the next number of them is further away"
+        "steps are whole or repeated, and the next number of them (1.2x) is further away"
     )
     assert Dial(1.4).solve(run_of(6)).why is None
     assert not solved.plan.shares.context
+
+
+def test_what_the_tooltip_says_is_reachable():
+    """Half the number of steps computes one more than the first; beyond it nothing but the first."""
+    for steps in (4, 6, 8):
+        for prompts in (1, 2):
+            solved = Dial(steps / 2).solve(run_of(steps, prompts=prompts))
+            assert solved.why is None and sum(shares(solved)) == pytest.approx(2, rel=0.1)
+    for wanted in (3.5, 4.0):
+        assert shares(Dial(wanted).solve(run_of(4))) == (1.0, 0.0, 0.0, 0.0)
+    # what lies on the other side of the wish
+    assert Dial(2.4).solve(run_of(4)).why == (
+        "steps are so few that the next plan (4x) is further away"
+    )
+    assert "the next plan (2x) is" in Dial(3.0).solve(run_of(4)).why
 
 
 def test_more_is_never_less():

@@ -256,3 +256,65 @@ def test_the_page_of_the_matrix_is_what_its_promises_give(root):
     assert front == matrix.fill(front) and matrix.summary() in front
     told = [rows(section(page, title)) for title in ("Models", "Neighbours")]
     assert [len(lines) for lines in told] == [len(matrix.KINDS), len(matrix.NEIGHBOURS)]
+
+
+# one word for one thing; what stood for it before and may not come back
+WORDS = {
+    "whole (video, run, step)": r"\bdense (video|one|run|render|step|model)",
+    "left out (tokens), off (heads)": r"\b(dropped|dropping|drops?|pruned|prunes?) tokens|tokens are dropped",
+    "computed (tokens)": r"\bkept tokens",
+    "share, work": r"\btoken work",
+    "repeated (steps), skipped (blocks)": r"\b(skipped|skips?|reused|cached) steps?\b|\brepeated blocks?\b",
+    "goes on in its direction": r"\bvelocit",
+    "faster": r"\b(x|times) as fast",
+    "remark": r"\bcaveats?\b|\bwarnings? in WanTrim",
+    "help page": r"\(i\) button|[Pp]ress \W?i\b",
+}
+
+
+def sentences(source: str) -> list[str]:
+    """The strings of a file that are no docstring."""
+    tree = ast.parse(source)
+    skipped = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and node.body:
+            first = node.body[0]
+            if isinstance(first, ast.Expr):
+                skipped.add(id(first.value))
+    strings = (node for node in ast.walk(tree) if isinstance(node, ast.Constant))
+    return [n.value for n in strings if isinstance(n.value, str) and id(n) not in skipped]
+
+
+def told(root: Path) -> dict[str, str]:
+    """What artists read in English, by its file."""
+    found = {}
+    for folder in ("nodes", "report", "hosts/comfyui", "engine", "solve"):
+        for file in sorted((root / folder).glob("*.py")):
+            found[f"{folder}/{file.name}"] = "\n".join(sentences(file.read_text("utf-8")))
+    others = [*root.glob("web/*.js"), *root.glob("web/docs/*/en.md"), *root.glob("docs/*.md")]
+    # training has words of its own
+    for file in {root / "README.md", *others} - {root / "docs" / "training.md"}:
+        found[file.relative_to(root).as_posix()] = file.read_text("utf-8")
+    for file in root.glob("workflows/*.json"):
+        notes = re.findall(r'"## (?:[^"\\]|\\.)*"', file.read_text("utf-8"))
+        found[file.relative_to(root).as_posix()] = "\n".join(notes)
+    return found
+
+
+def test_a_thing_has_one_word(root):
+    back = [
+        f"{name}: {found.group()!r}, say {word}"
+        for name, text in told(root).items()
+        for word, old in WORDS.items()
+        for found in re.finditer(old, text)
+    ]
+    assert not back
+
+
+@pytest.mark.parametrize(
+    "old",
+    ["the dense video", "dropped tokens", "12 kept tokens", "token work done", "two skipped steps",
+     "repeats its velocity", "1.3 times as fast", "press i for help"],
+)  # fmt: skip
+def test_an_old_word_is_caught(old):
+    assert sum(bool(re.search(pattern, old)) for pattern in WORDS.values()) == 1

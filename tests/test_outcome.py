@@ -10,8 +10,16 @@ from wantrim.engine.record import Record, Step
 from wantrim.methods.cost import WanShape, block_flops, outside_flops
 from wantrim.methods.grid import TokenGrid
 from wantrim.methods.heads import FRAME, FULL, OFF, HeadPlan
-from wantrim.report.figures import _works, measured_speed, report_json, step_work
-from wantrim.report.words import record_text
+from wantrim.methods.shares import Shares
+from wantrim.report.figures import (
+    _works,
+    expected_speedup,
+    measured_speed,
+    report_json,
+    step_work,
+)
+from wantrim.report.line import outcome, planned
+from wantrim.report.words import record_text, verdict
 from wantrim.solve.floor import device_rates
 
 GRID = TokenGrid(2, 3, 4)
@@ -82,7 +90,8 @@ def test_a_report_of_heads_alone_does_not_say_that_all_work_was_done():
     assert "Token work done" not in text
     work = step_work(report, report.steps[0])
     assert work < 1
-    assert f"Work done: {work:.1%} of an untouched model's FLOPs" in text
+    assert text.startswith(f"{1 / work:.2f}x less work; a step took 1.00 s.")
+    assert "1 step with heads in patterns" in text and "100% of the tokens" not in text
     assert "patterns: 50.0%" in text
 
 
@@ -95,18 +104,23 @@ def test_speed_is_measured_against_whole_steps_of_the_run():
     # had it not warmed up, it would have taken as long as the other
     assert speed.run == pytest.approx(4 * 2.0 / 6.5)
     half = step_work(report, report.steps[2])
-    assert speed.expected == pytest.approx(1 / half)
-    assert speed.expected_run == pytest.approx(4 / (2 + 2 * half))
+    assert expected_speedup(report) == pytest.approx(4 / (2 + 2 * half))
     assert not speed.warming_up
-    assert "a whole one 2.00 s (step 2 of this run): 1.60 x; all steps 1.23 x" in record_text(
-        report
+    text = record_text(report)
+    assert "a whole step 2.00 s (step 2 of this run), a trimmed one 1.25 s, 1.60x faster" in text
+    # the verdict is of the mean step
+    assert text.startswith(
+        f"{expected_speedup(report):.2f}x less work; a step took 1.62 s instead of 2.00 s"
     )
+    assert "2 of 4 steps whole, 2 at half: 1.3x less work, 1.2x faster here" in text
 
 
 def test_a_first_step_as_reference_is_said():
     report = run(step(WHOLE, 3.0), step(HALF, 1.0))
     assert measured_speed(report).warming_up
-    assert "warms up as well: the measured figure may be too good" in record_text(report)
+    text = record_text(report)
+    assert "which warms up as well" in text
+    assert "instead of" not in text and "faster here" not in text
     assert report_json(report)["reference"]["warming_up"] is True
 
 
@@ -122,7 +136,8 @@ def test_a_first_step_as_reference_is_said():
 def test_without_a_measured_reference_no_speed_up_is_claimed(steps, why):
     report = run(*steps)
     assert measured_speed(report) is None
-    assert f"Measured speed-up: none: {why}" in record_text(report)
+    assert f"No seconds are compared: {why}" in record_text(report)
+    assert "instead of" not in record_text(report) and "faster" not in record_text(report)
     data = report_json(report)
     assert data["measured"] is data["reference"] is None
     assert data["no_reference"].startswith(why)
@@ -133,8 +148,9 @@ def test_a_step_timed_apart_is_the_reference_when_there_is_one():
     speed = measured_speed(report)
     assert (speed.whole_steps, speed.whole, speed.trimmed) == ((), 2.0, 1.25)
     assert speed.run == pytest.approx(2 * 2.0 / 2.5) and not speed.warming_up
-    assert speed.expected_run == pytest.approx(1 / step_work(report, report.steps[0]))
-    assert "(timed apart, without the sampler's own work): 1.60 x" in record_text(report)
+    text = record_text(report)
+    assert "(timed apart, without the sampler's own work), a trimmed one 1.25 s, 1.60x" in text
+    assert "a step took 1.25 s instead of 2.00 s" in text
     # it is of the first step's size
     report.steps[0].calls = 1
     report.steps.append(step(HALF))
@@ -151,8 +167,9 @@ def test_json_holds_plan_and_deed_side_by_side():
     assert data["did_not_happen"] == ["the sky fell"]
     assert data["measured"]["run"] == pytest.approx(1.0)
     assert json.loads(json.dumps(report_json(Record())))["steps"] == []
-    # planned 3 of 4 blocks on half of the tokens
-    assert "37.5%" in record_text(report)
+    # 60 of 72 tokens in the blocks that ran
+    assert "83% of the tokens, 3 of 4 blocks" in record_text(report)
+    assert record_text(report).splitlines()[0] == verdict([report])
 
 
 def repeated(seconds=0.25, answered=False) -> Step:
@@ -173,24 +190,91 @@ def test_a_repeated_step_counts_in_the_run_and_is_no_trimmed_one():
     assert speed.trimmed == 1.0 and speed.run == pytest.approx(4 * 2.0 / 5.25)
     half = step_work(report, report.steps[3])
     assert step_work(report, report.steps[2]) == 0.0
-    assert speed.expected_run == pytest.approx(4 / (2 + half))
+    assert expected_speedup(report) == pytest.approx(4 / (2 + half))
     alone = run(step(WHOLE, 2.0), repeated())
     assert measured_speed(alone).trimmed is None
-    assert "the others repeated; all steps 1.78 x" in record_text(alone)
+    # its whole step is the first one
+    assert "the others repeated" in record_text(alone) and "faster" not in record_text(alone)
 
 
 def test_on_a_card_whose_rates_are_known_the_expected_is_its_time():
     """Where attention is slower than products, what it saves is worth more."""
-    report = run(step(WHOLE), step(HALF))
-    by_flops = measured_speed(report).expected
-    assert "Expected from FLOPs:" in record_text(report)
+    report = run(step(HALF))
+    by_flops = expected_speedup(report)
+    assert "Work: by FLOPs of" in record_text(report)
     report.device = "NVIDIA GeForce RTX 4090"
-    by_time = measured_speed(report).expected
-    works = _works(report, report.steps[1])
+    by_time = expected_speedup(report)
+    works = _works(report, report.steps[0])
     rates = device_rates(report.device)
     assert by_time == pytest.approx(rates.seconds(works[1]) / rates.seconds(works[0]))
     assert by_time != pytest.approx(by_flops, rel=0.003)
-    assert "Expected from the rates of NVIDIA GeForce RTX 4090:" in record_text(report)
+    assert "Work: by the rates of NVIDIA GeForce RTX 4090 of" in record_text(report)
     assert report_json(report)["expected"]["by"] == "the rates of NVIDIA GeForce RTX 4090"
     # work done is still counted in FLOPs
-    assert step_work(report, report.steps[1]) == pytest.approx(1 / by_flops)
+    assert step_work(report, report.steps[0]) == pytest.approx(1 / by_flops)
+
+
+def dialled(*steps: Step, **fields) -> Record:
+    return run(*steps, **{"asked": 1.5, "expected": 1.5} | fields)
+
+
+def test_the_verdict_says_what_was_asked_and_what_was_done():
+    report = dialled(step(WHOLE, 2.0), step(WHOLE, 2.0), step(HALF, 1.0))
+    did = expected_speedup(report)
+    assert verdict([report]) == (
+        f"Asked 1.5x, did {did:.2f}x; a step took 1.67 s instead of 2.00 s."
+    )
+    report.both = True
+    assert verdict([report]).startswith(f"Asked 1.5x of both experts, this one did {did:.2f}x;")
+    # of both it is all that they did together
+    low = dialled(step(WHOLE, 2.0), step(HALF, 1.0), both=True)
+    together = 5 / (3 / did + 2 / expected_speedup(low))
+    assert verdict([report, low]).startswith(f"Asked 1.5x, did {together:.2f}x;")
+    assert verdict([run(step(WHOLE, 2.0))]) == "Nothing was left out; a step took 2.00 s."
+    report.finished = False
+    assert verdict([report]).startswith("The run did not finish (cancelled or failed). Asked 1.5x")
+
+
+def test_one_line_says_the_steps_the_work_and_what_was_measured():
+    whole, part = step(WHOLE, 2.0), step([3] * 4, 1.0)
+    report = dialled(whole, whole, whole, part, part, repeated(0.1))
+    less = expected_speedup(report)
+    line = f"3 of 6 steps whole, 2 at an eighth, 1 repeated: {less:.2g}x less work"
+    assert outcome(report).line() == f"{line}, 1.5x faster here"
+    # without a measure there is none
+    report.steps[4].seconds = 0.0
+    assert outcome(report).line() == line
+    report.missed, report.asked = True, 2.5
+    assert outcome(report).line() == f"{line}, 2.5x was asked for"
+    mixed = dialled(whole, whole, part, step(HALF), repeated(answered=True))
+    assert (
+        outcome(mixed)
+        .line()
+        .startswith("2 of 5 steps whole, 2 at an eighth to half, 1 answered by another node: ")
+    )
+    assert outcome(run(whole, whole)).line() == "all 2 steps whole"
+    # half the first step's pace, twice it, or the same
+    slow = [dialled(whole, step(WHOLE, 2.0), step(HALF, s)) for s in (8.0, 2.0)]
+    assert [outcome(one).line().split(", ")[-1] for one in slow] == [
+        "2x slower here", "not faster here",
+    ]  # fmt: skip
+
+
+def test_a_run_that_computes_its_first_step_alone_is_no_video():
+    report = dialled(step(WHOLE, 2.0), repeated(), repeated(), repeated(), asked=4.0)
+    said = "1 of 4 steps whole, 3 repeated: 4x less work, too little for a video"
+    assert outcome(report).line() == said
+    # an expert of two has the other one's steps beside it
+    report.both = True
+    assert "too little" not in outcome(report).line()
+    report.both, report.steps[3] = False, step(HALF)
+    assert "too little" not in outcome(report).line()
+
+
+def test_the_plan_is_said_while_it_runs_as_it_will_be():
+    sigmas = (0.9, 0.8, 0.6, 0.4, 0.2)
+    shares = Shares(sigmas, (1.0, 1.0, 0.14, 0.33, 0.0))
+    report = dialled(step(WHOLE), plan=TrimPlan(shares=shares), expected=2.04)
+    line = "2 of 5 steps whole, 2 at a seventh to a third, 1 repeated: 2x less work"
+    assert planned(report, sigmas).line() == line
+    assert planned(run(step(WHOLE)), sigmas) is None

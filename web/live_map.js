@@ -6,30 +6,78 @@ const WHOLE = [116, 214, 146]
 const PATTERNED = "rgb(98, 150, 232)"
 const AHEAD = "rgba(128, 134, 148, 0.18)"
 
+// the server says the line in English; `line` says it in another language, from the same numbers
 const WORDS = {
   en: {
-    step: (at, of) => `step ${at}/${of}`,
-    done: (count) => `${count} ${count === 1 ? "step" : "steps"}`,
-    stopped: (count) => `stopped after ${count} ${count === 1 ? "step" : "steps"}`,
-    work: (share) => `work ${share} %`,
-    tokens: (share) => `token work ${share} %`,
-    seconds: (each, whole) => `${each} s/step` + (whole ? ` (whole: ${whole} s)` : ""),
-    remarks: (count) => `${count} ${count === 1 ? "remark" : "remarks"}: see WanTrim Report`,
-    legend:
-      "Blocks from top to bottom, steps from left to right. Bright: on all tokens; darker: on a " +
-      "part of them; black: not run (all of a step: it repeats an earlier one); blue edge: heads in " +
-      "their patterns.",
+    step: (at, of) => `step ${at} of ${of}`,
+    stopped: (at, of) => `stopped in step ${at} of ${of}`,
+    remarks: (count) => `${count} ${count === 1 ? "remark" : "remarks"} in WanTrim Report`,
+    key: ["all", "a part", "nothing", "heads in patterns"],
+    legend: "What each block (down) computed in each step (across)",
   },
   zh: {
-    step: (at, of) => `第 ${at}/${of} 步`,
-    done: (count) => `${count} 步`,
-    stopped: (count) => `${count} 步后停止`,
-    work: (share) => `工作量 ${share} %`,
-    tokens: (share) => `令牌工作量 ${share} %`,
-    seconds: (each, whole) => `每步 ${each} 秒` + (whole ? `（完整步 ${whole} 秒）` : ""),
+    step: (at, of) => `第 ${at} 步，共 ${of} 步`,
+    stopped: (at, of) => `停在第 ${at} 步，共 ${of} 步`,
     remarks: (count) => `${count} 条说明，见 WanTrim 报告`,
-    legend: "从上到下是块，从左到右是步。亮：全部令牌；较暗：部分令牌；黑：未运行（整列：该步重复之前的结果）；蓝边：按注意力头的模式运行。",
+    key: ["全部", "一部分", "无", "头按模式"],
+    legend: "每个块（向下）在每一步（向右）计算了什么",
+    line: (o) => {
+      const part = (of) => `${of[1]} 分之 ${of[0]}`
+      const steps = counts(o, {
+        whole: "步完整",
+        part: `步算 ${range(o, part, "到")}`,
+        patterned: "步的头按模式",
+        repeated: "步重复",
+        answered: "步由其他节点给出",
+      })
+      const gains = [
+        o.less > 1.05 && `工作量为原来的 ${Math.round(100 / o.less)}%`,
+        o.asked && `要求的是 ${o.asked} 倍`,
+        o.starved && "不足以成为视频",
+        o.faster && `这里的速度为 ${Number(o.faster.toPrecision(2))} 倍`,
+      ]
+      return `${o.steps} 步中 ${steps.join("、")}` + tail(gains, "：", "，")
+    },
   },
+  ja: {
+    step: (at, of) => `ステップ ${at}/${of}`,
+    stopped: (at, of) => `ステップ ${at}/${of} で停止`,
+    remarks: (count) => `注記 ${count} 件は WanTrim レポートに`,
+    key: ["すべて", "一部", "なし", "ヘッドはパターンで"],
+    legend: "各ブロック（下へ）が各ステップ（右へ）で計算したもの",
+    line: (o) => {
+      const part = (of) => `${of[1]} 分の ${of[0]}`
+      const steps = counts(o, {
+        whole: "は完全",
+        part: `は ${range(o, part, "から")}`,
+        patterned: "はヘッドがパターンで",
+        repeated: "は繰り返し",
+        answered: "はほかのノードが回答",
+      })
+      const gains = [
+        o.less > 1.05 && `計算量は元の ${Math.round(100 / o.less)}%`,
+        o.asked && `指定は ${o.asked} 倍`,
+        o.starved && "動画には少なすぎます",
+        o.faster && `ここでの速さは ${Number(o.faster.toPrecision(2))} 倍`,
+      ]
+      return `${o.steps} ステップのうち ${steps.join("、")}` + tail(gains, "：", "、")
+    },
+  },
+}
+
+function counts(outcome, names) {
+  const there = Object.entries(names).filter(([kind]) => outcome[kind])
+  return there.map(([kind, name]) => `${outcome[kind]} ${name}`)
+}
+
+function range({ least, most }, say, to) {
+  if (!least) return ""
+  return String(least) === String(most) ? say(least) : `${say(least)}${to}${say(most)}`
+}
+
+function tail(said, colon, comma) {
+  const there = said.filter(Boolean)
+  return there.length ? colon + there.join(comma) : ""
 }
 
 export function words(locale) {
@@ -51,8 +99,14 @@ export class RunMap {
       this.first = this.columns.length
       this.done = false
       this.at = 0
+      this.line = ""
+      this.outcome = null
     }
     this.steps = event.steps
+    if (event.line) {
+      this.line = event.line
+      this.outcome = event.outcome
+    }
     if (event.done) {
       this.done = true
       this.finished = event.finished
@@ -60,14 +114,8 @@ export class RunMap {
       return
     }
     this.at = event.step
-    const { kept, patterned, repeated, work, tokens, whole, seconds } = event
-    const column = { kept, repeated, work, tokens, whole, seconds }
-    this.columns.push({ ...column, patterned: new Set(patterned) })
-  }
-
-  // of the run that goes on
-  get current() {
-    return this.columns.slice(this.first)
+    const { kept, patterned, work } = event
+    this.columns.push({ kept, work, patterned: new Set(patterned) })
   }
 
   // columns that are filled and those that are still to come
@@ -76,20 +124,18 @@ export class RunMap {
     return this.columns.length + ahead
   }
 
+  // colours that a key has to explain, with their places in its words
+  get key() {
+    const colours = [shade(100), shade(50), shade(0)].map((colour, place) => [place, colour])
+    const patterned = this.columns.some((column) => column.patterned.size)
+    return patterned ? [...colours, [3, PATTERNED]] : colours
+  }
+
   text(say) {
-    const ran = this.current
-    if (!ran.length) return this.done ? say.done(0) : ""
-    const known = ran.every((column) => column.work !== null)
-    const share = Math.round(100 * mean(ran.map((c) => (known ? c.work : c.tokens))))
-    // a step that repeats another takes no time worth a mean
-    const trimmed = ran.filter((column) => !column.whole && !column.repeated)
-    const whole = ran.filter((column) => column.whole)
-    const shown = trimmed.length ? trimmed : whole
-    const reference = trimmed.length && whole.length ? seconds(whole) : null
-    let head = say.step(this.at, this.steps)
-    if (this.done) head = this.finished ? say.done(ran.length) : say.stopped(ran.length)
-    const parts = [head, known ? say.work(share) : say.tokens(share)]
-    parts.push(say.seconds(seconds(shown), reference))
+    const parts = []
+    if (!this.done) parts.push(say.step(this.at, this.steps))
+    else if (!this.finished) parts.push(say.stopped(this.at, this.steps))
+    if (this.line) parts.push(say.line ? say.line(this.outcome) : this.line)
     if (this.done && this.remarks) parts.push(say.remarks(this.remarks))
     return parts.join(" · ")
   }
@@ -124,7 +170,7 @@ export class RunMap {
     context.fillStyle = AHEAD
     context.fillRect(left, top, width, height)
     this.columns.forEach((column, index) => {
-      context.fillStyle = shade(Math.max(100 * (column.work ?? column.tokens), 1))
+      context.fillStyle = shade(100 * column.work)
       context.fillRect(left + index * slot, top, Math.max(slot - (slot > 4 ? 1 : 0), 1), height)
     })
   }
@@ -135,15 +181,4 @@ export function shade(kept) {
   if (!kept) return `rgb(${SKIPPED.join(", ")})`
   const part = Math.min(kept / 100, 1)
   return `rgb(${LEAST.map((low, i) => Math.round(low + part * (WHOLE[i] - low))).join(", ")})`
-}
-
-function mean(values) {
-  return values.reduce((sum, value) => sum + value, 0) / values.length
-}
-
-function seconds(columns) {
-  const sorted = columns.map((column) => column.seconds).sort((a, b) => a - b)
-  const middle = sorted.length >> 1
-  const value = sorted.length % 2 ? sorted[middle] : (sorted[middle - 1] + sorted[middle]) / 2
-  return value < 9.95 ? value.toFixed(2) : value.toFixed(1)
 }

@@ -155,13 +155,6 @@ def _outer_sample(executor, *args, **kwargs):
         if completed and not neutral and run.dense is None:
             compare_run(run, len(sigmas))
         live.end()
-        if record.steps:
-            log.info(
-                "WanTrim: steps: %d, token work done: %.0f%%, remarks: %d",
-                len(record.steps),
-                100 * record.kept_share,
-                len(record.notes),
-            )
 
 
 class _UncondFirst(Exception):

@@ -173,6 +173,8 @@ class Wish:
             f"{self.dial.describe()}: {solved.plan.describe()}; expected {solved.reached:.2f}x{own} "
             f"{measure}"
         )
+        record.asked, record.expected = solved.wanted, solved.reached
+        record.missed, record.both = solved.why is not None, self.dial.expert is not None
         self._say_tuned(solved, run, record)
         if solved.why is not None:
             met = f"{solved.reached:.2f}x is expected"

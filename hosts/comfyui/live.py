@@ -8,11 +8,13 @@ from __future__ import annotations
 import logging
 import sys
 import uuid
+from dataclasses import asdict
 
 from comfy_execution.utils import get_executing_context
 
 from ...engine.record import Record, Step
 from ...report.figures import step_work
+from ...report.line import Outcome, outcome, planned
 
 log = logging.getLogger(__name__)
 
@@ -76,24 +78,26 @@ class Live:
     def _step(self, step: Step) -> None:
         if self._page() is None:
             return
+        work = step_work(self.record, step)
         started = sum(sigma >= step.sigma - SAME_SIGMA for sigma in self._starts)
         self._send(
             step=max(started, 1),
-            repeated=step.repeated,
             # percent per block: 0 did not run, 100 ran on everything
             kept=[_percent(kept, step.grid.tokens) for kept in step.tokens_per_block],
             patterned=step.patterned,
-            work=step_work(self.record, step),
-            tokens=step.kept_share,
-            whole=step.whole,
-            seconds=round(step.seconds, 4),
+            work=step.kept_share if work is None else work,
+            **_said(planned(self.record, self._starts) or outcome(self.record)),
         )
 
     def end(self) -> None:
         """The run is over."""
-        done = self.record.finished
+        record = self.record
         try:
-            self._send(done=True, finished=done, remarks=len(self.record.notes))
+            came = outcome(record) if record.steps else None
+            if came is not None:
+                log.info("WanTrim: %s; remarks: %d", came.line(), len(record.notes))
+            said = {} if came is None else _said(came)
+            self._send(done=True, finished=record.finished, remarks=len(record.notes), **said)
         except Exception:
             log.warning("WanTrim: the page could not be told of the end", exc_info=True)
 
@@ -113,6 +117,11 @@ def _server():
     """ComfyUI's server, if one runs; importing its module would start half of one."""
     module = sys.modules.get("server")
     return getattr(getattr(module, "PromptServer", None), "instance", None)
+
+
+def _said(came: Outcome) -> dict:
+    """The line in English, and what it is made of."""
+    return {"line": came.line(), "outcome": asdict(came)}
 
 
 def _percent(kept: int, tokens: int) -> int:

@@ -13,12 +13,12 @@ SUPPORTED: dict[str, str | None] = {
     "VaceWanModel": None,
     "CameraWanModel": None,
     "WanModel_S2V": "its audio and motion tokens have a layout of their own, not supported yet",
-    "AnimateWanModel": "its face adapter between the blocks is not tested with dropped tokens yet",
+    "AnimateWanModel": "its face adapter between the blocks is not tested with left out tokens yet",
     "HumoWanModel": "its audio attention inside the block needs every token of a latent frame",
     "WanAnimate2Model": "its blocks attend per latent frame and need every token",
     "SCAILWanModel": "its pose tokens have a layout of their own, not supported yet",
     "SCAIL2WanModel": "its pose tokens have a layout of their own, not supported yet",
-    "WanDancerModel": "its music injector between the blocks is not tested with dropped tokens yet",
+    "WanDancerModel": "its music injector between the blocks is not tested with left out tokens yet",
     "CausalWanModel": "it runs with a key/value cache and honours no block hooks",
 }
 SKIP_BLOCKS = "skip blocks of"
@@ -40,7 +40,7 @@ class UnsupportedModel(ValueError):
     """The model cannot do what the plan asks; the message is for the artist."""
 
 
-def check_variant(model, node: str, aim: str = "drop tokens of", given: str = "model") -> None:
+def check_variant(model, node: str, aim: str = "leave out tokens of", given: str = "model") -> None:
     """Refuse a MODEL that cannot do what a node aims at.
 
     Args:

@@ -101,14 +101,14 @@ KINDS = {
     "animate": Kind(
         "Wan2.2 Animate",
         "AnimateWanModel",
-        "its face adapter between the blocks is not tested with dropped tokens yet",
+        "its face adapter between the blocks is not tested with left out tokens yet",
     ),
     "scail": Kind("SCAIL", "SCAILWanModel", _POSES),
     "scail2": Kind("SCAIL-2", "SCAIL2WanModel", _POSES),
     "wandancer": Kind(
         "WanDancer",
         "WanDancerModel",
-        "its music injector between the blocks is not tested with dropped tokens yet",
+        "its music injector between the blocks is not tested with left out tokens yet",
     ),
     "animate2": Kind(
         "Wan-Animate 2",
@@ -155,7 +155,7 @@ COMPILE = (
     "- Whole and repeated steps, and plans that trim nothing: the compiled model as it is; nothing is "
     "traced anew.",
     "- Other steps: the model's blocks, compiled as the compile node was set, at most two graphs more "
-    "in a run: one for all lengths of kept tokens, one for whole blocks whose attention is looked "
+    "in a run: one for all lengths of computed tokens, one for whole blocks whose attention is looked "
     "into. No graph break: what the attention does is looked up when it runs.",
     "- Compiled for these steps are the blocks alone; embeddings and head run as written.",
     "- Behind another node's wrapper around the model, whole steps run block by block too: that "
@@ -167,7 +167,7 @@ COMPILE = (
     "- A run that WanTrim Profile records is not compiled: the compiler would leave out what it sees.",
     "- In diffusers (demo, training, bench) blocks that are compiled (`compile_repeated_blocks`) stay "
     "so: beside the graph of whole steps one for whole blocks whose attention is looked into, and one "
-    "or two for all numbers of kept tokens. A whole model that is compiled gives the right videos, in "
+    "or two for all numbers of computed tokens. A whole model that is compiled gives the right videos, in "
     "many small graphs: compile its blocks.",
     "- Not run: dynamic VRAM, which core's compile node turns off itself.",
 )
@@ -177,7 +177,8 @@ NEIGHBOURS = {
         "LoRA", "Load LoRA patches weights; modules are called, so it applies fully."
     ),
     "lora_bypass": Neighbour(
-        "LoRA (bypass)", "Load LoRA (Bypass) adds to what a module gives; it sees the kept tokens."
+        "LoRA (bypass)",
+        "Load LoRA (Bypass) adds to what a module gives; it sees the computed tokens.",
     ),
     "easycache": Neighbour(
         "EasyCache",
@@ -233,7 +234,7 @@ NEIGHBOURS = {
     "sparse": Neighbour(
         "block-sparse override",
         "Set again in every step and calling what was there before, as core's newer Model Sparse "
-        "Attention; its blocks are of the kept tokens. Where these attend to remembered ones too, its "
+        "Attention; its blocks are of the computed tokens. Where these attend to remembered ones too, its "
         "rule that queries and keys are as many leaves attention whole.",
     ),
     "backend": Neighbour(
@@ -254,7 +255,8 @@ NEIGHBOURS = {
     "windows": Neighbour("context windows", "Every window has its own choice and its own memory."),
     "shift": Neighbour("ModelSamplingSD3", "Schedules follow the shift that the sampler uses."),
     "block": Neighbour(
-        "another pack's block replacement", "It is called inside of WanTrim's, on the kept tokens."
+        "another pack's block replacement",
+        "It is called inside of WanTrim's, on the computed tokens.",
     ),
     "residual": Neighbour(
         "ControlNet-like residual (Uni3C)", "Between the blocks the video always has full length."
@@ -265,7 +267,7 @@ NEIGHBOURS = {
     ),
     "quantised": Neighbour(
         "int8- or NVFP4-like weights",
-        "Layers that quantise what they are given see the kept tokens alone, and scale by these.",
+        "Layers that quantise what they are given see the computed tokens alone, and scale by these.",
     ),
     "low_vram": Neighbour(
         "partial load, with a LoRA", "Weights stay in system memory and are moved for each use."

@@ -54,7 +54,7 @@ def test_the_verdict_follows_the_distance(sigma, words):
     assert figures["psnr_db"] == pytest.approx(-20 * math.log10(sigma), abs=0.3)
     assert text.startswith(words)
     # a still noise neither moves nor flickers
-    assert text.endswith("motion and flicker are the dense one's.")
+    assert text.endswith("motion and flicker are the whole one's.")
 
 
 def test_motion_that_is_lost_or_added_is_said():
@@ -63,7 +63,7 @@ def test_motion_that_is_lost_or_added_is_said():
     text, _, _, figures = run(dense, frozen)
     assert figures["motion_ratio"] == 0 and "moves less (0.00 x the motion)" in text
     text, _, _, figures = run(frozen, dense)
-    assert figures["motion_ratio"] is None and "moves where the dense one stands still" in text
+    assert figures["motion_ratio"] is None and "moves where the whole one stands still" in text
     assert "moves more" in run(moving(1), moving(2))[0]
 
 

@@ -19,6 +19,7 @@ from wantrim.nodes.blocks import WanTrimBlocks
 from wantrim.nodes.heads import WanTrimHeads
 from wantrim.nodes.tokens import WanTrimTokens
 from wantrim.report.figures import step_work
+from wantrim.report.line import outcome
 from wantrim.tests.comfyui import server, tiny
 from wantrim.tests.comfyui.test_heads import heads
 
@@ -71,8 +72,11 @@ def test_every_step_is_told_to_the_page_that_queued_the_run(page):
         shares = [100 * kept / step.grid.tokens for kept in step.tokens_per_block]
         assert event["kept"] == pytest.approx(shares, abs=0.51)
         assert event["work"] == step_work(report, step) < 1
-        assert event["seconds"] == pytest.approx(step.seconds, abs=1e-4)
-        assert event["whole"] is event["repeated"] is False
+    # what is done so far, as no dial knows what is to come
+    assert steps[1]["outcome"]["steps"] == 2 and steps[1]["line"].startswith("all 2 steps at ")
+    came = outcome(report)
+    assert end["line"] == came.line() and end["outcome"]["part"] == came.part == 3
+    assert end["outcome"]["least"] == list(came.least)
     assert end["done"] and end["finished"] and end["remarks"] == len(report.notes)
 
 
@@ -81,10 +85,9 @@ def test_a_repeated_step_is_told_as_what_it_is(page):
         model = tiny.shared(tiny.base_model(), 1.0, 1.0, 0.0, 0.45)
     tiny.sample(model, steps=4)
     *steps, end = [data for data, _ in page.sent]
-    assert [event["repeated"] for event in steps] == [False, False, True, False]
     assert [set(event["kept"]) for event in steps] == [{100}, {100}, {0}, {45}]
-    assert steps[2]["work"] == steps[2]["tokens"] == 0 and not steps[2]["whole"]
-    assert steps[0]["whole"] and not steps[3]["whole"] and 0 < steps[3]["work"] < 0.6
+    assert [event["work"] for event in steps[:3]] == [1, 1, 0] and 0 < steps[3]["work"] < 0.6
+    assert steps[3]["line"].startswith("2 of 4 steps whole, 1 at two fifths, 1 repeated: ")
     assert end["remarks"] == 0
 
 
@@ -108,7 +111,8 @@ def test_heads_in_their_patterns_are_told(page):
     told = page.sent[0][0]
     assert told["kept"] == [100] * tiny.LAYERS
     # block 1 lacks cross-attention heads
-    assert told["patterned"] == [0, 1, 3] and not told["whole"]
+    assert told["patterned"] == [0, 1, 3]
+    assert told["line"].startswith("1 step with heads in patterns")
     assert 0.5 < told["work"] < 1
 
 
@@ -233,7 +237,11 @@ def test_a_real_server_tells_it_over_its_socket(comfyui, root, tmp_path):
     for node in ("2", "12"):
         mine = [event for event in told if event["nodes"] == [node]]
         assert [event.get("step") for event in mine] == [1, 2, 3, 4, None]
-        assert mine[0]["whole"] and set(mine[0]["kept"]) == {100}
-        less = [event for event in mine[:-1] if not event["whole"]]
-        assert less and all(event["repeated"] == (event["kept"][0] == 0) for event in less)
+        assert mine[0]["work"] == 1 and set(mine[0]["kept"]) == {100}
+        # the dial's plan from the first step on, and then what came of it
+        planned, done = mine[0]["outcome"], mine[-1]["outcome"]
+        counted = ("steps", "whole", "part", "repeated")
+        assert [planned[name] for name in counted] == [done[name] for name in counted]
+        assert planned["steps"] == 4 and planned["whole"] < 4 and planned["faster"] is None
+        assert done["less"] == pytest.approx(planned["less"], rel=0.02)
         assert mine[-1]["finished"]

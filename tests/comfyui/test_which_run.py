@@ -191,7 +191,7 @@ def test_a_page_that_cannot_be_drawn_and_a_step_that_cannot_be_timed_end_nothing
         model, torch.rand(9, 64, 80, 3), measure_dense_step=True
     ).result
     assert "4 steps" in text and picture.ndim == 4
-    assert "no dense step was timed: the model could not be run apart (ZeroDivisionError)" in text
+    assert "no whole step was timed: the model could not be run apart (ZeroDivisionError)" in text
 
 
 def test_an_expert_without_a_step_is_said_beside_the_other():
