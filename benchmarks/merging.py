@@ -18,9 +18,9 @@ from diffusers import WanTransformer3DModel
 from diffusers.hooks import ModelHook
 from torch.nn.functional import normalize
 
+from ..hosts.diffusers.one_video import OneVideo, one_video
 from ..methods.grid import TokenGrid
 from ..methods.schedule import millionths
-from .baselines import OneVideo, one_video
 
 
 @dataclass(frozen=True)
