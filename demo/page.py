@@ -13,7 +13,7 @@ import numpy as np
 from ..report.picture import draw_report
 from ..report.words import record_text
 from .run import CACHE, FEWER, PAPER, SPEEDUP, TASKS, WANTRIM, WHOLE, Result, Run
-from .strip import draw_strip, steps_in_words
+from .strip import draw_beside
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
@@ -58,7 +58,9 @@ def write_page(result: Result, out: Path) -> None:
                 _write(out / f"{task}_{run.name}_report.txt", record_text(run.record))
         rows = [np.concatenate(list(run.videos), 2) for run in runs.values()]
         write_video(out / f"{task}_side_by_side.mp4", np.concatenate(rows, 1))
-        strip(runs[WHOLE], runs[WANTRIM]).save(out / f"{task}_strip.png")
+        whole, ours = runs[WHOLE], runs[WANTRIM]
+        strip = draw_beside(whole.videos[0], ours.videos[0], ours.steps_work)
+        strip.save(out / f"{task}_strip.png")
     plot(result, out / "plots.png")
     data = {
         "gained": gained(result),
@@ -89,16 +91,6 @@ def _near(run: Run) -> str:
     if run.psnr_db is None:
         return "are the same"
     return next(words for least, words in NEAR if run.psnr_db >= least)
-
-
-def strip(whole: Run, trimmed: Run):
-    """The first video of both, and what the trimmed one took."""
-    rows = [
-        (f"whole model, {whole.steps} steps", whole.videos[0]),
-        (f"WanTrim: {steps_in_words(trimmed.steps_work)}", trimmed.videos[0]),
-    ]
-    share = sum(trimmed.steps_work) / whole.steps
-    return draw_strip(rows, f"{share:.0%} of the work, step by step:", trimmed.steps_work)
 
 
 def write_video(path: Path, video: np.ndarray) -> None:

@@ -93,13 +93,13 @@ def paper(keep_ratio: float = KEEP, **options) -> TrimPlan:
 
 def ways_of(job: Job) -> list[Way]:
     """The whole model first; then WanTrim, and as much work on what is free; the paper's plan last."""
-    trimmed = Trimmed(WANTRIM, Dial(SPEEDUP), job)
+    trimmed = Trimmed(WANTRIM, job, dial=Dial(SPEEDUP))
     return [
         Way(WHOLE, job.steps),
         trimmed,
         Way(FEWER, max(2, round(job.steps / trimmed.speedup))),
         Cached(CACHE, THRESHOLDS[job.task], job),
-        Trimmed(PAPER, paper(), job),
+        Trimmed(PAPER, job, paper()),
     ]
 
 

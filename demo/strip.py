@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 # large letters: ComfyUI's list of templates shows the picture at 264 pixels
 WIDTH, MARGIN, GAP = 640, 16, 6
-CAPTION, SAID, MARK = 27, 32, 22
+CAPTION, SAID, MARK = 30, 28, 22
 BARS = 84
 BACKGROUND, INK, FAINT = (24, 26, 31), (235, 238, 244), (165, 171, 183)
 DONE, LEFT_OUT = (92, 184, 122), (52, 57, 68)
@@ -59,11 +59,22 @@ def _bars(draw: ImageDraw.ImageDraw, work: Sequence[float], top: int) -> None:
         draw.rectangle((left, top + round(BARS * (1 - min(share, 1))), right, top + BARS), DONE)
 
 
+def draw_beside(whole: np.ndarray, trimmed: np.ndarray, work: Sequence[float]) -> Image.Image:
+    """Both videos [pixel_frames, h, w, 3] and what each step of the trimmed one cost."""
+    share = sum(work) / len(work)
+    rows = [
+        (f"whole model, {len(work)} steps", whole),
+        (f"WanTrim: {share:.0%} of the work", trimmed),
+    ]
+    return draw_strip(rows, f"{steps_in_words(work)}:", work)
+
+
 def steps_in_words(work: Sequence[float]) -> str:
     """How many steps were whole, partial and repeated: "12 steps whole, 6 in part, 2 repeated"."""
     repeated = sum(share < 0.01 for share in work)
     partial = sum(0.01 <= share < 0.99 for share in work)
-    parts = [f"{len(work) - repeated - partial} of {len(work)} steps whole"]
+    whole = len(work) - repeated - partial
+    parts = [f"{whole} {'step' if whole == 1 else 'steps'} whole"]
     parts += [f"{partial} in part"] if partial else []
     parts += [f"{repeated} repeated"] if repeated else []
     return ", ".join(parts)

@@ -104,12 +104,12 @@ class Way:
 
 
 class Trimmed(Way):
-    """With a plan, or with what the dial makes of a job."""
+    """With a plan, or with what a dial makes of a job beside the plan."""
 
-    def __init__(self, name: str, wish: TrimPlan | Dial, job: Job, model=None):
-        super().__init__(name, job.steps, model)
+    def __init__(self, name: str, job: Job, plan: TrimPlan | None = None, dial: Dial | None = None):
+        super().__init__(name, job.steps)
         sampling = job.sampling(self.model)
-        self.plan = wish.solve(sampling).plan if isinstance(wish, Dial) else wish
+        self.plan = plan if dial is None else dial.solve(sampling, plan).plan
         self.speedup = sampling.speedup(self.plan)
         rows = (COND, UNCOND)[: job.prompts]
         self.attachment = attach(self.model, self.plan, cond_or_uncond=rows, shift=job.shift)

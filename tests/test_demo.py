@@ -112,8 +112,8 @@ def test_first_line_says_what_was_gained_and_what_is_free():
 
 def test_strip_counts_steps_and_fits_its_words():
     work = [1.0, 1.0, 0.3, 0.0]
-    assert steps_in_words(work) == "2 of 4 steps whole, 1 in part, 1 repeated"
-    assert steps_in_words([1.0]) == "1 of 1 steps whole"
+    assert steps_in_words(work) == "2 steps whole, 1 in part, 1 repeated"
+    assert steps_in_words([1.0]) == "1 step whole"
     video = np.zeros((17, 96, 96, 3))
     few, many = (draw_strip([("a", video)] * n, "said", work) for n in (1, 2))
     assert many.width == few.width == 640 and many.height > few.height
@@ -134,7 +134,7 @@ def counted(way: Way, job: Job) -> float:
 @pytest.mark.parametrize("task", ["t2v", "i2v"])
 def test_counted_flops_are_those_of_the_cost_model(task):
     job = Job(task, held_out_scenes(1, seed=3), 0, 5)
-    trimmed = Trimmed("trimmed", Dial(1.4), job)
+    trimmed = Trimmed("trimmed", job, dial=Dial(1.4))
     ratio = counted(Way("whole", 5), job) / counted(trimmed, job)
     assert ratio == pytest.approx(trimmed.speedup, rel=0.01)
     assert ratio == pytest.approx(1.4, rel=0.03)
@@ -143,7 +143,7 @@ def test_counted_flops_are_those_of_the_cost_model(task):
 def test_counted_flops_match_the_work_that_the_report_states():
     # every cost but attention is linear in the tokens, so the count lies between the two laws
     job = Job("t2v", held_out_scenes(1, seed=3), 0, 5)
-    trimmed = Trimmed("paper", paper(0.7, alpha=1.0), job)
+    trimmed = Trimmed("paper", job, paper(0.7, alpha=1.0))
     ratio = counted(trimmed, job) / counted(Way("whole", 5), job)
     # 4 of 16 blocks run on all 36 tokens of a latent frame, the others on 22, 23, 25, 27 and 29
     share = np.mean([kept / 36 for kept in (22, 23, 25, 27, 29)])
