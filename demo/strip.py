@@ -11,6 +11,8 @@ from PIL import Image, ImageDraw, ImageFont
 WIDTH, MARGIN, GAP = 640, 16, 6
 CAPTION, SAID, MARK = 30, 28, 22
 BARS = 84
+# ComfyUI's list lays the template's kind over the corner on the left
+TOP = 58
 BACKGROUND, INK, FAINT = (24, 26, 31), (235, 238, 244), (165, 171, 183)
 DONE, LEFT_OUT = (92, 184, 122), (52, 57, 68)
 TEST_BENCH = "tiny Wan, test bench"
@@ -29,10 +31,12 @@ def draw_strip(
     cell = (WIDTH - 2 * MARGIN - (frames - 1) * GAP) // frames
     row_height = CAPTION + 10 + cell + GAP
     bars = BARS + GAP if work else 0
-    height = 2 * MARGIN + len(rows) * row_height + SAID + 12 + bars + MARK + 6
+    height = TOP + len(rows) * row_height + SAID + 12 + bars + MARGIN
     image = Image.new("RGB", (WIDTH, height), BACKGROUND)
     draw = ImageDraw.Draw(image)
-    top = MARGIN
+    font = ImageFont.load_default(MARK)
+    draw.text((WIDTH - MARGIN, TOP / 2), TEST_BENCH, FAINT, font, anchor="rm")
+    top = TOP
     for caption, video in rows:
         draw.text((MARGIN, top), caption, INK, ImageFont.load_default(CAPTION))
         shown = np.linspace(0, len(video) - 1, frames).round().astype(int)
@@ -42,11 +46,8 @@ def draw_strip(
             image.paste(picture.resize((cell, cell), Image.Resampling.BICUBIC), at)
         top += row_height
     draw.text((MARGIN, top + 4), said, DONE, ImageFont.load_default(SAID))
-    top += SAID + 12
     if work:
-        _bars(draw, work, top)
-        top += bars
-    draw.text((MARGIN, top + 4), TEST_BENCH, FAINT, ImageFont.load_default(MARK))
+        _bars(draw, work, top + SAID + 12)
     return image
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import logging
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from ..slim.export import slim_checkpoint
 from ..solve.dial import Dial
 from ..toy import CHECKPOINT, PROFILE
 from ..toy.world import parse_prompt
-from .run import THRESHOLDS, race
+from .run import SPEEDUP, STEPS, THRESHOLDS, race
 from .strip import draw_beside, draw_strip
 from .ways import Cached, Job, Trimmed, Way
 
@@ -36,8 +37,8 @@ class Shown:
 
     task: str
     prompt: str
-    steps: int = 20
-    speedup: float = 1.5
+    steps: int = STEPS
+    speedup: float = SPEEDUP
     seed: int = 7
 
     @property
@@ -66,15 +67,15 @@ TEMPLATES = {
     ),
     "wan2.2_ti2v_5b": Shown("t2v", "a purple triangle moving right slowly on a gray background"),
 }
-CANDIDATES = Shown("t2v", "a red circle moving right slowly on a black background", 12)
+CANDIDATES = "a red circle moving right slowly on a black background"
 SLIM = Shown("t2v", "a green circle moving right slowly on a navy background")
 SLIM_RATIO = 0.2
 
 
 def draw_candidates() -> Image.Image:
     """The same seed whole, with WanTrim, with EasyCache and in fewer steps, and which is nearest."""
-    job = CANDIDATES.job
-    ours = Trimmed("WanTrim", job, dial=Dial(CANDIDATES.speedup))
+    job = Job("t2v", [parse_prompt(CANDIDATES)], 7, STEPS)
+    ours = Trimmed("WanTrim", job, dial=Dial(SPEEDUP))
     fewer = round(job.steps / ours.speedup)
     ways = [
         Way(WHOLE, job.steps),
@@ -108,6 +109,13 @@ def draw_slim() -> Image.Image:
     return draw_strip(rows, f"{size:.0%} of the weights, in memory and on disk")
 
 
+DRAWERS: dict[str, Callable[[], Image.Image]] = {
+    **{name: shown.draw for name, shown in TEMPLATES.items()},
+    "wantrim_demo_tuned": draw_candidates,
+    "wan2.1_t2v_slim": draw_slim,
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=WORKFLOWS)
@@ -115,11 +123,9 @@ def main() -> None:
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(1)
-    drawers = {name: shown.draw for name, shown in TEMPLATES.items()}
-    drawers |= {"wantrim_demo_tuned": draw_candidates, "wan2.1_t2v_slim": draw_slim}
-    if args.only not in (None, *drawers):
-        parser.error(f"--only: expected one of {', '.join(drawers)}, got {args.only}")
-    for name, draw in drawers.items():
+    if args.only not in (None, *DRAWERS):
+        parser.error(f"--only: expected one of {', '.join(DRAWERS)}, got {args.only}")
+    for name, draw in DRAWERS.items():
         if args.only in (None, name):
             draw().save(args.out / f"{name}.jpg", quality=88)
             log.info("%s", name)

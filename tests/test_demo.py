@@ -6,6 +6,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -23,6 +24,7 @@ from wantrim.demo.run import (
     run_demo,
 )
 from wantrim.demo.strip import draw_strip, steps_in_words
+from wantrim.demo.thumbnails import DRAWERS
 from wantrim.demo.ways import Job, Trimmed, Way
 from wantrim.engine.program import ALL, KEPT, Program, Row
 from wantrim.engine.record import Record, Step
@@ -119,6 +121,17 @@ def test_strip_counts_steps_and_fits_its_words():
     assert many.width == few.width == 640 and many.height > few.height
     plain = np.asarray(draw_strip([("a", video)], "said", [1.0] * 4))
     assert (np.asarray(few) != plain).any()
+
+
+def test_pictures_of_the_templates_are_drawn_by_the_command(root):
+    templates = {path.stem for path in (root / "workflows").glob("*.json")}
+    assert set(DRAWERS) == templates
+    # of four steps, so that it takes a second
+    name = "wan2.2_i2v_14b"
+    drawn = np.asarray(DRAWERS[name](), np.float32)
+    with Image.open(root / "workflows" / f"{name}.jpg") as shipped:
+        kept = np.asarray(shipped, np.float32)
+    assert kept.shape == drawn.shape and np.abs(kept - drawn).mean() < 3
 
 
 def counted(way: Way, job: Job) -> float:
