@@ -90,7 +90,7 @@ def draw_candidates() -> Image.Image:
     rows = [(WHOLE, sampled[0].video[0])]
     for way, one in zip(ways[1:], sampled[1:], strict=True):
         share = sum(one.work) / job.steps
-        rows.append((f"{way.name}: {share:.0%} of the work, {near[way.name]:.0f} dB", one.video[0]))
+        rows.append((f"{way.name}: {share:.0%} of the work, {near[way.name]:.1f} dB", one.video[0]))
     return draw_strip(rows, f"nearest here: {max(near, key=near.get)}", frames=7)
 
 
