@@ -1,6 +1,7 @@
-"""Step caches on diffusers' Wan, written from their papers. The form is that of `baselines`.
+"""Step caches on diffusers' Wan, written from their papers, beside EasyCache in hosts/diffusers.
 
-All compute or reuse both rows together; EasyCache and TeaCache decide from the conditional row.
+The form is that of `one_video`. All compute or reuse both rows together; TeaCache decides from the
+conditional row.
 """
 
 from __future__ import annotations
@@ -8,86 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from diffusers import WanTransformer3DModel
 from diffusers.hooks import ModelHook
 
-from .baselines import OneVideo, a_fifth, one_video, packed
-
-
-class _Budget:
-    """Reuses steps while the accumulated change stays under a threshold.
-
-    The first `warmup` steps and the last are computed, and a computed step empties the account.
-    """
-
-    def __init__(self, threshold: float, steps: int, warmup: int):
-        self.threshold, self.steps, self.warmup = threshold, steps, warmup
-        self.step, self.spent = 0, 0.0
-
-    def reuse(self, change: float | None) -> bool:
-        """Whether to reuse the next step, of a relative change; None if that is not known yet."""
-        inside = self.warmup <= self.step < self.steps - 1
-        self.step += 1
-        if inside and change is not None:
-            self.spent += change
-            if self.spent < self.threshold:
-                return True
-        self.spent = 0.0
-        return False
-
-
-def _mean(tensor: torch.Tensor) -> float:
-    return tensor.abs().mean().item()
-
-
-class _EasyHook(ModelHook):
-    def __init__(self, budget: _Budget):
-        super().__init__()
-        self.budget = budget
-        self.last_input = self.rate = None
-        # input and output of the last computed step, and what it added to its input
-        self.input = self.output = self.added = None
-
-    def new_forward(self, module, hidden_states, *args, **kwargs):
-        noise = hidden_states[:, : module.config.out_channels]
-        change = None
-        if self.rate is not None:
-            moved = _mean(noise[0] - self.last_input[0])
-            change = self.rate * moved / _mean(self.output[0])
-        self.last_input = noise
-        if self.budget.reuse(change):
-            out = noise + self.added
-        else:
-            forward = self.fn_ref.original_forward
-            out = forward(hidden_states, *args, **{**kwargs, "return_dict": False})[0]
-            if self.output is not None:
-                self.rate = _mean(out[0] - self.output[0]) / _mean(noise[0] - self.input[0])
-            self.input, self.output, self.added = noise, out, out - noise
-        return packed(out, kwargs)
-
-
-@contextmanager
-def easycache(
-    model: WanTransformer3DModel,
-    *,
-    steps: int,
-    shift: float,
-    threshold: float,
-    warmup: int | None = None,
-) -> Iterator[None]:
-    """EasyCache (arXiv 2507.02860): reuses what the model added to its input.
-
-    The change of the output is estimated as k * |x_t - x_(t-1)| / |v|, with v the last computed
-    output and k the ratio of the output's change to the input's over the last two computed steps.
-
-    Args:
-        threshold: tau, accumulated estimate below which steps are reused; 0 computes all.
-        warmup: first steps that are computed; None is a fifth of them (paper: 10 of 50).
-    """
-    budget = _Budget(threshold, steps, a_fifth(steps) if warmup is None else warmup)
-    with one_video(model, OneVideo(steps), (model, _EasyHook(budget))):
-        yield
+from ..hosts.diffusers.easycache import Budget, mean
+from ..hosts.diffusers.one_video import OneVideo, a_fifth, one_video, packed
 
 
 class _Reused(Exception):
@@ -97,7 +23,7 @@ class _Reused(Exception):
 class _TeaState:
     """What TeaCache's hooks share."""
 
-    def __init__(self, budget: _Budget):
+    def __init__(self, budget: Budget):
         self.budget = budget
         self.reusing = False
         # modulated input of the step before, input and residual of the stack at the last computed
@@ -115,7 +41,7 @@ class _TeaModulated(ModelHook):
         state, modulated = self.state, hidden_states[0]
         change = None
         if state.residual is not None:
-            change = _mean(modulated - state.modulated) / _mean(state.modulated)
+            change = mean(modulated - state.modulated) / mean(state.modulated)
         state.modulated = modulated
         if state.budget.reuse(change):
             raise _Reused
@@ -161,7 +87,7 @@ def teacache(
         threshold: accumulated change below which steps are reused; 0 computes all.
         warmup: first steps that are computed.
     """
-    state = _TeaState(_Budget(threshold, steps, warmup))
+    state = _TeaState(Budget(threshold, steps, warmup))
     final = len(model.blocks) - 1
     hooks = [
         (block, _TeaBlock(state, index == 0, index == final))

@@ -1,4 +1,4 @@
-"""diffusers' own caches on its Wan. The form is that of `baselines`.
+"""diffusers' own caches on its Wan. The form is that of `one_video`.
 
 They look at the conditional and the unconditional row together, and treat both alike.
 """
@@ -20,7 +20,7 @@ from diffusers.hooks import (
     SeaCacheConfig,
 )
 
-from .baselines import OneVideo, one_video
+from ..hosts.diffusers.one_video import OneVideo, one_video
 
 
 @contextmanager

@@ -18,8 +18,8 @@ from diffusers import WanTransformer3DModel
 from diffusers.hooks import ModelHook
 from torch.nn.functional import normalize
 
+from ..hosts.diffusers.one_video import OneVideo, one_video
 from ..methods.grid import TokenGrid
-from .baselines import OneVideo, one_video
 from .random_router import millionths
 
 

@@ -7,9 +7,11 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 
+from ..hosts.diffusers.easycache import easycache
+from ..hosts.diffusers.one_video import a_fifth
 from . import diffusers_caches as of_diffusers
-from .baselines import a_fifth, knob_for
-from .caches import easycache, teacache, zeus_like
+from .baselines import knob_for
+from .caches import teacache, zeus_like
 from .merging import random_tokens, tome
 
 # a method on the model for one video

@@ -1,4 +1,4 @@
-"""Writes what the demo made: videos, contact sheet, plots, report.json and report.html."""
+"""Writes what the demo made: videos, pictures, report.json and report.html."""
 
 from __future__ import annotations
 
@@ -9,48 +9,61 @@ from pathlib import Path
 import av
 import matplotlib
 import numpy as np
-from PIL import Image
 
 from ..report.picture import draw_report
 from ..report.words import record_text
-from .run import Result, Run
+from .run import CACHE, FEWER, PAPER, SPEEDUP, TASKS, WANTRIM, WHOLE, Result, Run
+from .strip import draw_beside
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
 FPS = 8
 ZOOM = 2
-SHEET_FRAMES = 5
-COLUMNS = {
-    "name": ("run", "{}"),
-    "steps": ("steps", "{}"),
-    "seconds_per_step": ("s / step", "{:.3f}"),
-    "flops_per_step": ("GFLOP / step", "{:.2f}"),
-    "speedup_measured": ("faster, measured", "{:.2f}x"),
-    "speedup_flops": ("faster, by FLOPs", "{:.2f}x"),
-    "psnr_db": ("PSNR to dense (dB)", "{:.1f}"),
-    "motion_ratio": ("motion / dense", "{:.2f}"),
-    "flicker": ("flicker", "{:.4f}"),
-    "colour_ok": ("colour", "{:.0%}"),
-    "shape_ok": ("shape", "{:.0%}"),
-    "direction_ok": ("direction", "{:.0%}"),
+NAMES = {
+    WHOLE: "the whole model",
+    WANTRIM: f"WanTrim (default, {SPEEDUP}x)",
+    FEWER: "fewer steps",
+    CACHE: "a step cache (EasyCache)",
+    PAPER: "the paper's plan (TAPE), for reference",
 }
+# how near to the whole model's videos, by PSNR in dB
+NEAR = (
+    (40, "look the same"),
+    (30, "are close, with differences in detail"),
+    (20, "show the same scene in another way"),
+    (0, "are other videos"),
+)
+HEADS = (
+    "sampled with",
+    "steps",
+    "work",
+    "seconds a video",
+    "faster here",
+    "near the whole (PSNR, dB)",
+    "motion",
+    "colour / shape / direction as the prompt says",
+)
 
 
 def write_page(result: Result, out: Path) -> None:
     """Write everything under `out`; report.json and report.html come last."""
-    for run in result.runs:
-        write_video(out / f"{run.task}_{run.name}.mp4", np.concatenate(list(run.videos), 2))
-        if run.record is not None:
-            draw_report(run.record, run.videos[0]).save(out / f"{run.task}_{run.name}_report.png")
-            _write(out / f"{run.task}_{run.name}_report.txt", record_text(run.record))
-    for task in dict.fromkeys(run.task for run in result.runs):
-        runs = [run for run in result.runs if run.task == task]
-        rows = [np.concatenate(list(run.videos), 2) for run in runs]
+    for task in TASKS:
+        runs = result.of(task)
+        for run in runs.values():
+            write_video(out / f"{task}_{run.name}.mp4", np.concatenate(list(run.videos), 2))
+            if run.record is not None:
+                picture = draw_report(run.record, run.videos[0])
+                picture.save(out / f"{task}_{run.name}_report.png")
+                _write(out / f"{task}_{run.name}_report.txt", record_text(run.record))
+        rows = [np.concatenate(list(run.videos), 2) for run in runs.values()]
         write_video(out / f"{task}_side_by_side.mp4", np.concatenate(rows, 1))
-        contact_sheet(runs).save(out / f"{task}_contact_sheet.png")
-    plot(result.runs, out / "plots.png")
+        whole, ours = runs[WHOLE], runs[WANTRIM]
+        strip = draw_beside(whole.videos[0], ours.videos[0], ours.steps_work)
+        strip.save(out / f"{task}_strip.png")
+    plot(result, out / "plots.png")
     data = {
+        "gained": gained(result),
         "environment": result.environment,
         "neutral_exact": result.neutral_exact,
         "prompts": result.prompts,
@@ -58,6 +71,26 @@ def write_page(result: Result, out: Path) -> None:
     }
     _write(out / "report.json", json.dumps(data, indent=2))
     _write(out / "report.html", _html(result))
+
+
+def gained(result: Result) -> str:
+    """What the default gained and what the same work is worth elsewhere, in an artist's words."""
+    parts = []
+    for task, title in TASKS.items():
+        runs = result.of(task)
+        ours = runs[WANTRIM]
+        others = f"{_near(runs[FEWER])} with fewer steps and {_near(runs[CACHE])} with a step cache"
+        parts.append(
+            f"{title}: {1 / ours.work:.1f}x less work ({ours.faster:.1f}x faster here), and the "
+            f"videos {_near(ours)}; with as much work they {others}"
+        )
+    return f"{'. '.join(part[0].upper() + part[1:] for part in parts)}."
+
+
+def _near(run: Run) -> str:
+    if run.psnr_db is None:
+        return "are the same"
+    return next(words for least, words in NEAR if run.psnr_db >= least)
 
 
 def write_video(path: Path, video: np.ndarray) -> None:
@@ -73,34 +106,17 @@ def write_video(path: Path, video: np.ndarray) -> None:
         file.mux(stream.encode())
 
 
-def contact_sheet(runs: list[Run]) -> Image.Image:
-    """One row per run: a few frames of its first two videos."""
-    rows = []
-    for run in runs:
-        index = np.linspace(0, len(run.videos[0]) - 1, SHEET_FRAMES).round().astype(int)
-        cells = [video[i] for video in run.videos[:2] for i in index]
-        rows.append(np.concatenate([np.pad(c, ((1, 1), (1, 1), (0, 0))) for c in cells], 1))
-    sheet = (255 * np.concatenate(rows).clip(0, 1)).astype(np.uint8)
-    return Image.fromarray(sheet)
-
-
-def plot(runs: list[Run], path: Path) -> None:
-    """Kept tokens per step, and PSNR against compute."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6), constrained_layout=True)
-    for run in runs:
-        if run.record is not None and run.task == "t2v":
-            shares = [100 * step.kept_share for step in run.record.steps]
-            left.step(range(1, len(shares) + 1), shares, where="mid", label=run.name)
-    left.set(xlabel="step", ylabel="token work done (%)", ylim=(0, 105), title="work per step, t2v")
-    left.legend()
-    for task, marker in (("t2v", "o"), ("i2v", "s")):
-        points = [run for run in runs if run.task == task and run.psnr_db is not None]
-        for run in points:
-            right.scatter(1 / run.speedup_flops, run.psnr_db, marker=marker, color="tab:blue")
-            right.annotate(f" {task} {run.name}", (1 / run.speedup_flops, run.psnr_db), fontsize=7)
-    right.set(
-        xlabel="compute against dense", ylabel="PSNR to dense (dB)", title="quality per compute"
-    )
+def plot(result: Result, path: Path) -> None:
+    """How near each way stays, by its work."""
+    figure, places = plt.subplots(1, len(TASKS), figsize=(11, 3.6), constrained_layout=True)
+    for place, (task, title) in zip(places, TASKS.items(), strict=True):
+        for run in result.of(task).values():
+            if run.psnr_db is not None:
+                colour = "tab:green" if run.name == WANTRIM else "tab:gray"
+                place.scatter(100 * run.work, run.psnr_db, color=colour)
+                place.annotate(f" {run.name.replace('_', ' ')}", (100 * run.work, run.psnr_db))
+        place.set(xlabel="work (% of the whole model's)", title=title, xlim=(40, 100))
+        place.set_ylabel("near the whole model's video (PSNR, dB)")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -111,48 +127,51 @@ def _write(path: Path, text: str) -> None:
     partial.replace(path)
 
 
-def _cell(run: Run, key: str) -> str:
-    value = getattr(run, key)
-    if value is None:
-        return "&ndash;"
-    return html.escape(COLUMNS[key][1].format(value / 1e9 if key == "flops_per_step" else value))
-
-
-def _table(runs: list[Run]) -> str:
-    head = "".join(f"<th>{title}</th>" for title, _ in COLUMNS.values())
-    body = "".join(
-        "<tr>" + "".join(f"<td>{_cell(run, key)}</td>" for key in COLUMNS) + "</tr>" for run in runs
-    )
-    return f"<table><tr>{head}</tr>{body}</table>"
+def _table(runs: dict[str, Run]) -> str:
+    lines = ["<tr>" + "".join(f"<th>{head}</th>" for head in HEADS) + "</tr>"]
+    for run in runs.values():
+        cells = (
+            NAMES[run.name],
+            run.steps,
+            f"{run.work:.0%}",
+            f"{run.seconds:.2f}",
+            f"{run.faster:.2f}x",
+            "&ndash;" if run.psnr_db is None else f"{run.psnr_db:.1f}",
+            f"{run.motion_ratio:.2f}x",
+            f"{run.colour_ok:.0%} / {run.shape_ok:.0%} / {run.direction_ok:.0%}",
+        )
+        mark = " class='ours'" if run.name == WANTRIM else ""
+        lines.append(f"<tr{mark}>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+    return f"<table>{''.join(lines)}</table>"
 
 
 def _html(result: Result) -> str:
     parts = []
-    for task, title in (("t2v", "Text to video"), ("i2v", "Image to video")):
-        runs = [run for run in result.runs if run.task == task]
-        names = ", ".join(run.name for run in runs)
-        said = next(record_text(run.record) for run in runs if run.name == "default")
+    for task, title in TASKS.items():
+        runs = result.of(task)
+        names = "; ".join(NAMES[name] for name in runs)
+        said = html.escape(record_text(runs[WANTRIM].record))
         parts.append(
-            f"<h2>{title}</h2>{_table(runs)}"
-            f"<p>Rows from top: {names}; one column per prompt.</p>"
+            f"<h2>{title.capitalize()}</h2><img class='strip' src='{task}_strip.png'>"
+            f"{_table(runs)}"
             f"<video src='{task}_side_by_side.mp4' autoplay loop muted controls></video>"
-            f"<p>Contact sheet, rows from top: {names}.</p>"
-            f"<img src='{task}_contact_sheet.png'>"
-            f"<p>What the default did:</p><pre>{html.escape(said)}</pre>"
-            f"<img src='{task}_default_report.png'>"
+            f"<p>Rows from top: {names}. One column per prompt.</p>"
+            f"<details><summary>What WanTrim did, step by step</summary><pre>{said}</pre>"
+            f"<img src='{task}_{WANTRIM}_report.png'></details>"
         )
     prompts = "".join(f"<li>{html.escape(prompt)}</li>" for prompt in result.prompts)
     exact = "yes" if result.neutral_exact else "NO: this is a defect"
-    environment = ", ".join(f"{k} {v}" for k, v in result.environment.items())
+    environment = html.escape(", ".join(f"{k} {v}" for k, v in result.environment.items()))
     return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>WanTrim demo</title>
 <style>body{{font:15px system-ui;max-width:1100px;margin:2rem auto;padding:0 1rem;background:#16181d;
-color:#e1e4eb}}table{{border-collapse:collapse;width:100%}}td,th{{padding:.3rem .5rem;text-align:right;
-border-bottom:1px solid #333}}td:first-child,th:first-child{{text-align:left}}img,video{{max-width:100%;
-image-rendering:pixelated}}p,li{{color:#aab}}</style>
-<h1>WanTrim: the tiny Wan, dense against trimmed</h1>
-<p>A real Wan of 3.9 M parameters on a toy world: a test bench, not a promise about the 14B model. At
-this size a step is mostly overhead, so the measured time falls less than the FLOPs. The video changes
-when tokens are dropped. Untouched when nothing is dropped (bit for bit): {exact}.</p>
-<p>{html.escape(environment)}</p><ol>{prompts}</ol>
-{"".join(parts)}<h2>Work and quality</h2><img src="plots.png"></html>
+color:#e1e4eb}}h1{{font-size:1.35rem;line-height:1.5}}table{{border-collapse:collapse;width:100%;
+margin:1rem 0}}td,th{{padding:.3rem .5rem;text-align:right;border-bottom:1px solid #333}}
+td:first-child,th:first-child{{text-align:left}}.ours{{color:#7fd49b}}img,video{{max-width:100%}}
+video{{image-rendering:pixelated}}.strip{{width:480px}}p,li{{color:#aab}}</style>
+<h1>{html.escape(gained(result))}</h1>
+<p>A real Wan of 3.9 M parameters on a toy world: a test bench, not a promise about the 14B model. A
+step this small is mostly overhead, so that the time falls less than the work, and leaving steps out
+costs this model far less than a large one. Nothing trimmed is bit for bit the untouched model: {exact}.</p>
+{"".join(parts)}<h2>How near, for how much work</h2><img src="plots.png">
+<h2>Prompts</h2><ol>{prompts}</ol><p>{environment}</p></html>
 """

@@ -7,7 +7,7 @@ from diffusers import WanTransformer3DModel
 from diffusers.hooks import MagCacheConfig
 
 from wantrim.benchmarks.baselines import knob_for
-from wantrim.benchmarks.caches import easycache, teacache, zeus_like
+from wantrim.benchmarks.caches import teacache, zeus_like
 from wantrim.benchmarks.diffusers_caches import (
     calibrate_mag_ratios,
     first_block_cache,
@@ -17,6 +17,7 @@ from wantrim.benchmarks.diffusers_caches import (
 )
 from wantrim.benchmarks.flops import count_flops
 from wantrim.benchmarks.merging import match_tokens, random_tokens, tome
+from wantrim.hosts.diffusers.easycache import easycache
 from wantrim.hosts.diffusers.sample import sample
 from wantrim.hosts.diffusers.weights import load_original
 from wantrim.methods.grid import TokenGrid

@@ -5,6 +5,7 @@ import json
 import re
 
 import pytest
+from PIL import Image
 
 # the page fits a template into three quarters of its window, and below this zoom the classic canvas
 # draws boxes without text (8 of 14 pixels)
@@ -13,6 +14,7 @@ HIGH = 1340
 # a node's title stands above its position
 TITLE = 30
 WORDS = 120
+MOST = 10
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +88,26 @@ def test_every_template_has_one_short_note(templates):
         [text] = note["widgets_values"]
         assert len(prose(text).split()) <= WORDS, name
         assert re.match(r"## .+\n", text), name
+
+
+def test_there_are_few_and_each_is_for_something_else(templates):
+    assert len(templates) <= MOST
+    purposes = [
+        text.splitlines()[0]
+        for graph in templates.values()
+        for node in graph["nodes"]
+        if node["type"] == "MarkdownNote"
+        for text in node["widgets_values"]
+    ]
+    assert len(set(purposes)) == len(templates)
+
+
+def test_every_picture_fits_the_list_and_is_no_copy_of_another(root, templates):
+    pictures = {name: Image.open(root / "workflows" / f"{name}.jpg") for name in templates}
+    for name, picture in pictures.items():
+        # the list shows them at about 264 x 256 pixels
+        assert picture.width == 640 and 0.75 <= picture.height / picture.width <= 1, name
+    assert len({picture.tobytes() for picture in pictures.values()}) == len(pictures)
 
 
 def test_the_one_that_runs_anywhere_is_the_first_by_name(templates):

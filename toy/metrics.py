@@ -1,4 +1,4 @@
-"""What a toy video is worth against its prompt, and where it stands still.
+"""What a toy video is worth against its prompt.
 
 Videos are float arrays [frames, h, w, 3] in 0..1.
 """
@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from .detector import classify_pixels, read_scene
+from .detector import read_scene
 
 
 def adherence(
@@ -24,9 +24,3 @@ def adherence(
     """
     rows = [read(video, scene) for video, scene in zip(videos, scenes, strict=True)]
     return {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
-
-
-def still_ground(video: np.ndarray) -> np.ndarray:
-    """Pixels that are background in a pixel frame and the next, bool [frames - 1, h, w]."""
-    ground = classify_pixels(video) < 0
-    return ground[1:] & ground[:-1]

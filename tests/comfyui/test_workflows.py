@@ -3,7 +3,6 @@
 import copy
 import itertools
 import json
-import re
 
 import av
 import numpy as np
@@ -26,19 +25,18 @@ from wantrim.tests.comfyui.workflow_tools import (
     with_inputs,
 )
 
-DEMOS = ["start_here", "wantrim_demo_t2v", "wantrim_demo_i2v", "wantrim_demo_heads"]
+APP = "wantrim_demo_i2v.app"
+DEMOS = ["start_here", APP]
 DIAL = [
     "wan2.1_t2v_1.3b",
     "wan2.1_i2v_14b",
     "wan2.2_t2v_14b",
     "wan2.2_i2v_14b",
     "wan2.2_ti2v_5b",
-    "wan2.1_t2v_draft_final",
 ]
-TUNED = ["wantrim_demo_tuned", "wan2.1_t2v_1.3b_tuned", "wan2.2_i2v_14b_tuned"]
+TUNED = "wantrim_demo_tuned"
 SLIM = "wan2.1_t2v_slim"
-EXPERT = ["wan2.1_t2v_heads", "wan2.1_t2v_tokens"]
-WORKFLOWS = [*DEMOS, *TUNED, *DIAL, SLIM, *EXPERT]
+WORKFLOWS = [*DEMOS, TUNED, *DIAL, SLIM]
 NODE_IDS = [
     "WanTrim",
     "WanTrimPair",
@@ -78,8 +76,27 @@ def workflow(root, name) -> dict:
 
 
 @pytest.fixture
-def demo(root):
-    return json.loads((root / "workflows" / "wantrim_demo_t2v.json").read_text("utf-8"))
+def demo(root) -> dict:
+    """The first template with WanTrim Tokens in WanTrim's place."""
+    workflow = json.loads((root / "workflows" / "start_here.json").read_text("utf-8"))
+    [node] = [node for node in workflow["nodes"] if node["type"] == "WanTrim"]
+    model = next(given for given in node["inputs"] if given["name"] == "model")
+    widgets = {
+        "prune_ratio": ("FLOAT", 0.3),
+        "preset": ("COMFY_DYNAMICCOMBO_V3", "auto"),
+        "start_percent": ("FLOAT", 0),
+        "end_percent": ("FLOAT", 1),
+    }
+    shown = [
+        {"name": name, "type": kind, "widget": {"name": name}, "link": None}
+        for name, (kind, _) in widgets.items()
+    ]
+    node.update(
+        type="WanTrimTokens",
+        inputs=[model, *shown],
+        widgets_values=[value for _, value in widgets.values()],
+    )
+    return workflow
 
 
 def frames_of(path) -> np.ndarray:
@@ -96,14 +113,8 @@ def test_workflow_fits_the_nodes(workflow, infos):
 def test_workflow_has_the_node_a_version_and_a_picture(workflow, root, name):
     nodes = [node for found, _ in graphs(workflow) for node in found]
     ours = [node for node in nodes if node["type"].startswith("WanTrim")]
-    methods = {"_heads": "WanTrimHeads", "_tokens": "WanTrimTokens", "_slim": "WanTrimSlim"}
-    method = methods.get(name[name.rindex("_") :], "WanTrim")
-    if name in DEMOS[1:3]:
-        method = "WanTrimTokens"
-    elif name in TUNED:
-        method = "WanTrimCandidates"
-    elif name.startswith("wan2.2") and name in DIAL and "5b" not in name:
-        method = "WanTrimPair"
+    method = "WanTrimPair" if name.startswith("wan2.2") and "5b" not in name else "WanTrim"
+    method = {TUNED: "WanTrimCandidates", SLIM: "WanTrimSlim"}.get(name, method)
     assert method in {node["type"] for node in ours}
     assert {node["properties"]["cnr_id"] for node in ours} == {"wantrim"}
     others = {node["properties"]["cnr_id"] for node in nodes if node not in ours}
@@ -136,21 +147,12 @@ def test_workflow_begins_with_the_defaults(workflow, name):
         "WanTrim": [1.5, "draft", 1, 0, "auto"],
         # 2 + 2 steps go 1.33 times as fast, or twice
         "WanTrimPair": [1.3, "draft", 1, 0, "auto", 0],
-        "WanTrimTokens": [0.3, "auto", 0, 1],
-        "WanTrimHeads": [0.3, "demote"],
-        # as many steps as the sampler had
-        "WanTrimCandidates": {
-            "wantrim_demo_tuned": [1.5, 12, "all", 0],
-            "wan2.1_t2v_1.3b_tuned": [1.5, 30, "all", 0],
-            "wan2.2_i2v_14b_tuned": [1.3, 4, "few", 2],
-        }.get(name),
+        # as many steps as the sampler
+        "WanTrimCandidates": [1.5, 12, "all", 0],
     }
     found = [node for node in workflow["nodes"] if node["type"] in defaults]
     values = [node["widgets_values"] for node in found]
-    if name == "wan2.1_t2v_draft_final":
-        assert values == [[2.0, render, 1, 0, "auto"] for render in ("draft", "final")]
-    else:
-        assert values == [defaults[node["type"]] for node in found]
+    assert values == [defaults[node["type"]] for node in found]
     assert found or name == SLIM
 
 
@@ -237,18 +239,6 @@ def test_demo_runs_as_it_is_and_writes_its_videos(workflow, server, infos):
     assert "did not finish" not in report and "no sampling run" not in report
     assert "nothing: everything ran as planned" in report
     assert "Traceback" not in server.log
-
-
-def test_demo_of_heads_says_what_the_heads_did(root, server, infos):
-    workflow = json.loads((root / "workflows" / "wantrim_demo_heads.json").read_text("utf-8"))
-    shorter = with_inputs(to_api(workflow, infos), "KSampler", steps=2)
-    entry = server.run(with_inputs(shorter, "WanTrimHeads", prune_ratio=0.5))
-    assert entry["status"]["status_str"] == "success", entry["status"]["messages"]
-    said = texts(entry)
-    assert re.search(r"heads \d+ full, .*\d+ off", said)
-    left = re.search(r"Self-attention work left by the heads' patterns: (\d+)\.", said)
-    assert 20 < int(left[1]) < 80
-    assert re.search(r"Attention left at 5 latent frames of 6 x 6 tokens: (49\.\d|50\.0)%", said)
 
 
 def pictures(prompt: dict) -> dict:
@@ -370,6 +360,21 @@ def test_server_offers_the_workflows(name, server, root):
         file = root / "workflows" / f"{name}.{ending}"
         assert file.is_file(), f"{file} is missing"
         assert server.get(f"/api/workflow_templates/{FOLDER}/{file.name}") == file.read_bytes()
+
+
+@every
+def test_only_the_app_opens_as_one_and_shows_what_is_there(workflow, name):
+    """ComfyUI's page lists a template as an app by its name, and opens it as one by linearMode."""
+    extra = workflow["extra"]
+    assert name.endswith(".app") == bool(extra.get("linearMode")) == ("linearData" in extra)
+    if name != APP:
+        return
+    nodes = {node["id"]: node for node in workflow["nodes"]}
+    for number, widget, *_ in extra["linearData"]["inputs"]:
+        [given] = [given for given in nodes[number]["inputs"] if given["name"] == widget]
+        assert given["widget"] == {"name": widget} and given["link"] is None
+    outputs = {nodes[number]["type"] for number in extra["linearData"]["outputs"]}
+    assert outputs == {"SaveVideo", "WanTrimReport"}
 
 
 def test_server_log_is_clean_at_the_end(server):

@@ -26,7 +26,7 @@ LOADERS = {
 }
 # lists of files that are on the artist's machine
 FILES = {
-    *((kind, None) for kind in (*LOADERS, "LoadImage", "WanTrimLoadProfile")),
+    *((kind, None) for kind in (*LOADERS, "LoadImage")),
     ("WanTrimLoadSlim", "slim_model"),
     ("WanTrimSlim", "diffusion_model"),
 }
