@@ -24,8 +24,8 @@ def _dials(pair: bool) -> list:
     first, last = ("high", "low") if pair else ("this", "this")
     whose = "both experts together" if pair else "the run"
     most = (
-        "Half the number of steps is the most of which a video comes (2 of 4 steps): beyond it the "
-        "first step alone is computed."
+        "Half the number of steps is the most of which a video comes (2 with 4 steps): beyond it "
+        "the first step alone is computed."
     )
     if pair:
         most = "With 2 + 2 steps 1.33 and 2 can be reached, and nothing else."

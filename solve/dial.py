@@ -267,14 +267,14 @@ class Dial:
                 f"({first}, and those asked for)"
             )
         elif not task.partial or not said:
-            said.append(self._beyond(task, together, shares))
+            said.append(self._beyond(task, together, shares, not theirs))
         return "; ".join(said)
 
-    def _beyond(self, task: Task, together: float, shares) -> str:
-        """Why it is not nearer, and what lies on the other side of the wish."""
+    def _beyond(self, task: Task, together: float, shares, alone: bool) -> str:
+        """Why it is not nearer, and, where nobody else trims, what lies beyond the wish."""
         computed = shares.count(1.0) + (1 if together > self.speedup else -1)
-        exact = set(shares) <= {0.0, 1.0} and len(set(task.calls)) == 1 <= computed
-        side = f" ({task.steps / computed:.3g}x)" if exact else ""
+        counted = set(shares) <= {0.0, 1.0} and len(set(task.calls)) == 1 <= computed
+        side = f" ({task.steps / computed:.3g}x)" if counted and alone else ""
         if task.partial:
             return f"steps are so few that the next plan{side} is further away"
         return f"steps are whole or repeated, and the next number of them{side} is further away"

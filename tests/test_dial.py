@@ -92,6 +92,9 @@ def test_what_the_tooltip_says_is_reachable():
         "steps are so few that the next plan (4x) is further away"
     )
     assert "the next plan (2x) is" in Dial(3.0).solve(run_of(4)).why
+    # where other nodes trim a whole step is no measure
+    heads = TrimPlan(heads=HeadPlan.keeping(40, [range(20)] * 40, [range(40)] * 40))
+    assert Dial(3.0).solve(run_of(4, partial=False), heads).why.endswith("of them is further away")
 
 
 def test_more_is_never_less():

@@ -210,7 +210,7 @@ def test_report_of_one_model_twice_says_so_and_is_one(shown):
     sampled = tiny.trimmed(tiny.base_model())
     tiny.sample(sampled)
     text, _, _ = WanTrimReport.execute(sampled, images(), sampled.clone()).result
-    assert text.count("WanTrim on WanModel") == 1 and "3 steps" in text
+    assert text.count("WanModel") == 1 and "3 steps" in text
     for part in ("'model'", "'model_low_noise'", "the same model"):
         assert part in text
 
@@ -229,6 +229,6 @@ def test_report_of_both_experts_has_text_and_picture(shown, keep):
     for model in models:
         tiny.sample(model)
     text, picture, _ = WanTrimReport.execute(models[0], images(), models[1]).result
-    assert text.count("WanTrim on WanModel") == 2
+    assert [text.count(f"WanModel, {noise} noise expert: ") for noise in ("high", "low")] == [1, 1]
     assert picture.ndim == 4 and picture.shape[-1] == 3
     assert picture.min() >= 0 and picture.max() <= 1
