@@ -67,7 +67,7 @@ def test_demo_writes_everything_it_promises(result, tmp_path):
         assert (tmp_path / name).stat().st_size > 0
     # what was gained comes first, and nothing before it
     first = re.search(r"<body>|</style>", page).end()
-    assert page[first:].lstrip().startswith(f"<h1>{data['gained']}</h1>")
+    assert page[first:].lstrip().startswith(f"<h1>{html.escape(data['gained'])}</h1>")
     said = (tmp_path / "i2v_wantrim_report.txt").read_text()
     assert "everything ran as planned" in said and "of 6 steps" in said
     assert html.escape(said.splitlines()[0]) in page
