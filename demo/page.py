@@ -27,11 +27,11 @@ NAMES = {
     CACHE: "a step cache (EasyCache)",
     PAPER: "the paper's plan (TAPE), for reference",
 }
-# how near to the whole model's videos, by PSNR in dB
+# beside the whole model's videos, by PSNR in dB
 NEAR = (
     (40, "look the same"),
-    (30, "are close, with differences in detail"),
-    (20, "show the same scene in another way"),
+    (30, "differ in details"),
+    (20, "are clearly different"),
     (0, "are other videos"),
 )
 HEADS = (
@@ -74,17 +74,18 @@ def write_page(result: Result, out: Path) -> None:
 
 
 def gained(result: Result) -> str:
-    """What the default gained and what the same work is worth elsewhere, in an artist's words."""
+    """What the default gained and what about the same work is worth elsewhere, in plain words."""
     parts = []
     for task, title in TASKS.items():
         runs = result.of(task)
-        ours = runs[WANTRIM]
-        others = f"{_near(runs[FEWER])} with fewer steps and {_near(runs[CACHE])} with a step cache"
+        ours, fewer, cache = runs[WANTRIM], runs[FEWER], runs[CACHE]
         parts.append(
-            f"{title}: {1 / ours.work:.1f}x less work ({ours.faster:.1f}x faster here), and the "
-            f"videos {_near(ours)}; with as much work they {others}"
+            f"{title.capitalize()}: WanTrim does {ours.work:.0%} of the work "
+            f"({ours.faster:.1f}x as fast here), and beside the whole model's the videos {_near(ours)}. "
+            f"In {fewer.steps} of {ours.steps} steps ({fewer.work:.0%} of the work) they "
+            f"{_near(fewer)}; with a step cache ({cache.work:.0%}) they {_near(cache)}."
         )
-    return f"{'. '.join(part[0].upper() + part[1:] for part in parts)}."
+    return " ".join(parts)
 
 
 def _near(run: Run) -> str:

@@ -69,7 +69,7 @@ def test_demo_writes_everything_it_promises(result, tmp_path):
         assert (tmp_path / name).stat().st_size > 0
     # what was gained comes first, and nothing before it
     first = re.search(r"<body>|</style>", page).end()
-    assert page[first:].lstrip().startswith(f"<h1>{data['gained']}</h1>")
+    assert page[first:].lstrip().startswith(f"<h1>{html.escape(data['gained'])}</h1>")
     said = (tmp_path / "i2v_wantrim_report.txt").read_text()
     assert "everything ran as planned" in said and "of 6 steps" in said
     assert html.escape(said.splitlines()[0]) in page
@@ -95,23 +95,26 @@ def test_everybody_gets_the_work_that_the_default_takes(result):
     assert not np.array_equal(*result.of("t2v")[WHOLE].videos)
 
 
-def run_of(name: str, psnr_db: float | None, work: float = 0.5) -> Run:
-    return Run("t2v", name, 20, work, 1.0, 1.4, psnr_db)
+def run_of(name: str, psnr_db: float | None, work: float = 0.5, steps: int = 20) -> Run:
+    return Run("t2v", name, steps, work, 1.0, 1.4, psnr_db)
 
 
 def test_first_line_says_what_was_gained_and_what_is_free():
-    runs = [run_of(WANTRIM, 45.0), run_of(FEWER, 19.0), run_of(CACHE, 31.0)]
-    others = [run_of(WANTRIM, 25.0), run_of(FEWER, None), run_of(CACHE, 41.0)]
+    runs, others = (
+        [run_of(WANTRIM, ours), run_of(FEWER, fewer, 0.6, 12), run_of(CACHE, cache, 0.7)]
+        for ours, fewer, cache in ((45.0, 19.0, 31.0), (25.0, None, 41.0))
+    )
     for run in others:
         run.task = "i2v"
-    text, image = gained(Result({}, True, [], runs + others)).split(". ")
+    said = gained(Result({}, True, [], runs + others))
+    text, _, image = said.partition(" Image to video: ")
     assert text == (
-        "Text to video: 2.0x less work (1.4x faster here), and the videos look the same; with as "
-        "much work they are other videos with fewer steps and are close, with differences in "
-        "detail with a step cache"
+        "Text to video: WanTrim does 50% of the work (1.4x as fast here), and beside the whole "
+        "model's the videos look the same. In 12 of 20 steps (60% of the work) they are other "
+        "videos; with a step cache (70%) they differ in details."
     )
-    assert "the videos show the same scene in another way" in image
-    assert "they are the same with fewer steps and look the same with a step cache" in image
+    assert "beside the whole model's the videos are clearly different. In 12 of 20" in image
+    assert "of the work) they are the same; with a step cache (70%) they look the same." in image
 
 
 def test_strip_counts_steps_and_fits_its_words():
