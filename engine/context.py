@@ -84,6 +84,7 @@ class Lane:
         self.slots: list[Slot] = []
         # prompts of a model call
         self._rows = 1
+        self._device: torch.device | None = None
         self._stream: torch.cuda.Stream | None = None
 
     @property
@@ -107,7 +108,7 @@ class Lane:
     def take(self, context: ContextInRam, block: int, size: int, device: torch.device) -> Slot:
         """A slot for a block of `size` bytes, in place of what was used longest ago."""
         if self._stream is None and device.type == "cuda":
-            self._stream = torch.cuda.Stream(device)
+            self._device, self._stream = device, torch.cuda.Stream(device)
         if len(self.slots) < AHEAD * self._rows:
             slot = Slot(torch.empty(size, dtype=torch.uint8, device=device))
         else:
@@ -127,7 +128,7 @@ class Lane:
             for into, source in pairs:
                 into.copy_(source)
             return
-        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             for into, source in pairs:
                 into.copy_(source, non_blocking=True)
@@ -136,13 +137,27 @@ class Lane:
     def wait(self, slot: Slot) -> None:
         """Let the GPU begin with a slot only when its copy is through."""
         if slot.done is not None:
-            torch.cuda.current_stream(self._stream.device).wait_event(slot.done)
+            torch.cuda.current_stream(self._device).wait_event(slot.done)
 
     def forget(self, context: ContextInRam) -> None:
         """Let go of a prompt's slots."""
         for slot in [slot for slot in self.slots if slot.holds[0] is context]:
             self.wait(slot)
             self.slots.remove(slot)
+
+    def close(self) -> None:
+        """End a run: give back what torch would go on keeping of the RAM that was pinned."""
+        if self.pinned:
+            self._stream.synchronize()
+            empty_host_cache()
+
+
+def empty_host_cache() -> None:
+    """Hand unused pinned RAM back to the system, where this torch can."""
+    known = getattr(getattr(torch, "accelerator", None), "empty_host_cache", None)
+    known = known or getattr(torch._C, "_host_emptyCache", None)
+    if known is not None:
+        known()
 
 
 class ContextInRam:

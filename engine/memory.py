@@ -273,6 +273,7 @@ class Memory:
         for part in self.parts.values():
             part.clear()
         self.parts.clear()
+        self._lane.close()
 
 
 def change_between(new: torch.Tensor, old: torch.Tensor, grid: TokenGrid) -> torch.Tensor:

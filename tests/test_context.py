@@ -6,7 +6,7 @@ No GPU here: a stand-in of the lane puts its copies off until somebody waits for
 import pytest
 import torch
 
-import wantrim.engine.memory as memory
+from wantrim.engine import context, memory
 from wantrim.engine.context import AHEAD, SMALLEST, Context, ContextInRam, Lane, ram
 from wantrim.engine.plan import TrimPlan
 from wantrim.methods.shares import Shares
@@ -125,6 +125,43 @@ def test_pieces_of_ram_are_powers_of_two_and_what_is_left(size):
     pieces = [len(piece) for piece in ram(size, pinned=False)]
     assert sum(pieces) == size and pieces == sorted(pieces, reverse=True)
     assert all(part & (part - 1) == 0 for part in pieces[:-1]) and pieces[-1] <= max(SMALLEST, size)
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+def test_at_the_end_pinned_ram_goes_back_to_the_system(wan, monkeypatch, pinned):
+    """torch keeps it for the next one that asks, which may be tens of GB that the host needs."""
+    found = []
+    monkeypatch.setattr(context, "empty_host_cache", lambda: found.append("emptied"))
+
+    class Stream:
+        def synchronize(self):
+            found.append("waited")
+
+    class Pinned(Lane):
+        def close(self):
+            assert not self.slots
+            self._stream = Stream() if pinned else None
+            super().close()
+
+    in_ram(monkeypatch, Pinned)
+    run(wan, PLAN)
+    assert found[:2] == (["waited", "emptied"] if pinned else [])
+
+
+@pytest.mark.parametrize("where", ["accelerator", "old", "nowhere"])
+def test_the_host_cache_is_emptied_by_what_this_torch_has(monkeypatch, where):
+    found = []
+    monkeypatch.delattr(torch.accelerator, "empty_host_cache", raising=False)
+    if where == "accelerator":
+        monkeypatch.setattr(
+            torch.accelerator, "empty_host_cache", lambda: found.append(where), raising=False
+        )
+    if where == "old":
+        monkeypatch.setattr(
+            torch._C, "_host_emptyCache", lambda: found.append(where), raising=False
+        )
+    context.empty_host_cache()
+    assert found == ([] if where == "nowhere" else [where])
 
 
 def test_where_ram_cannot_be_pinned_it_is_plain_and_said(monkeypatch, caplog):
