@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from wantrim.benchmarks.speed_plans import PAPER, PARTIAL, SIGMAS, WHOLE, Size, plans
 from wantrim.benchmarks.traffic import Traffic, in_states, watch_blocks
-from wantrim.engine import memory
+from wantrim.engine import context, memory
 from wantrim.engine.plan import TrimPlan
 from wantrim.hosts.comfyui import attach as module
 from wantrim.hosts.comfyui.timing import random_model, seconds_per_step
@@ -82,8 +82,8 @@ def test_a_part_of_the_tokens_moves_little_beside_keys_and_values(trimmed_blocks
 
         return run
 
-    for name in ("store_rows", "join_rows"):
-        monkeypatch.setattr(memory, name, apart(getattr(memory, name)))
+    for room, name in ((context, "store_rows"), (memory, "join_rows")):
+        monkeypatch.setattr(room, name, apart(getattr(room, name)))
     found = trimmed_blocks(plans(WIDE)[PARTIAL])
     assert len(found) == WIDE.blocks
     assert calls[-2 * WIDE.blocks :] == ["store_rows", "join_rows"] * WIDE.blocks
