@@ -66,11 +66,12 @@ class AttentionTap(TorchFunctionMode):
 
     def __init__(self, attend: Attend):
         super().__init__()
-        self.attend = attend
+        # its own calls pass by, also those that a graph makes while it is on
+        self.attend, self._busy = attend, False
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is not torch.nn.functional.scaled_dot_product_attention:
+        if self._busy or func is not torch.nn.functional.scaled_dot_product_attention:
             # the compiler cannot follow the method into its class while a mode is on
             return (torch.unflatten if func is torch.Tensor.unflatten else func)(*args, **kwargs)
         given = {**dict(zip(POSITIONAL, args, strict=False)), **kwargs}
@@ -87,8 +88,11 @@ class AttentionTap(TorchFunctionMode):
             parts = (t.transpose(1, 2) for t in (q, k, v))
             return function(*parts, attn_mask=mask, **constants).transpose(1, 2)
 
-        with torch._C.DisableTorchFunction():
+        self._busy = True
+        try:
             return self.attend(*(t.transpose(1, 2) for t in (q, k, v)), attention).transpose(1, 2)
+        finally:
+            self._busy = False
 
 
 WATCH = "wantrim_watch"
