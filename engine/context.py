@@ -223,13 +223,19 @@ class ContextInRam:
 
 
 def ram(size: int, pinned: bool) -> list[torch.Tensor]:
-    """Pieces of RAM, uint8, that are `size` bytes together."""
+    """Pieces of RAM, uint8, that are `size` bytes together.
+
+    Raises:
+        OutOfMemoryError: there is not so much.
+    """
     pieces = []
     while size:
         part = 1 << (size.bit_length() - 1) if size >= SMALLEST else size
         try:
             piece = torch.empty(part, dtype=torch.uint8, pin_memory=pinned)
         except RuntimeError as error:
+            if not pinned:
+                raise torch.OutOfMemoryError(str(error)) from error
             log.warning(
                 "no pinned memory (%s): the context is copied at the speed of other RAM", error
             )

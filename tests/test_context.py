@@ -175,3 +175,15 @@ def test_where_ram_cannot_be_pinned_it_is_plain_and_said(monkeypatch, caplog):
     monkeypatch.setattr(torch, "empty", refuse)
     assert [len(piece) for piece in ram(3 * SMALLEST, pinned=True)] == [2 * SMALLEST, SMALLEST]
     assert "no pinned memory (planted)" in caplog.text and len(caplog.records) == 1
+
+
+def test_without_ram_it_is_out_of_memory_as_on_the_gpu(monkeypatch):
+    """The engine goes on without context then; pinned or not, it does not try for ever."""
+
+    def refuse(*size, **options):
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(torch, "empty", refuse)
+    for pinned in (True, False):
+        with pytest.raises(torch.OutOfMemoryError, match="planted"):
+            ram(5, pinned)

@@ -199,6 +199,10 @@ def test_remembered_rows_are_the_references_to_the_bit(size, dtype, bits, stride
     got = kernels.store_rows(k, v, bits, backend="triton")
     want = kernels.store_rows(k, v, bits, backend="torch")
     assert all(map(torch.equal, got, want))
+    # into a place that is there already, all of them
+    there = tuple(guard(torch.full_like(t, 7)) for t in want)
+    assert kernels.store_rows(k, v, bits, there, backend="triton") is there
+    assert all(map(torch.equal, there, want))
     order = torch.stack([torch.randperm(tokens, generator=random) for _ in range(batch)])
     index, left = guard(order[:, :kept]), guard(order[:, kept:])
     new_k, new_v = draw(kept), draw(kept)
