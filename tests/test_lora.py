@@ -106,8 +106,10 @@ def test_a_lora_of_another_model_is_refused(weights, tmp_path):
 
 
 def test_distilling_writes_its_lora_and_says_how(weights, tmp_path):
-    recipe = FewSteps(world="2", steps=4, batch=2, warmup=1, rank=4, lr=5e-3)
-    options = {"every": 2, "side": 32}
+    recipe = FewSteps(
+        world="2", steps=4, batch=2, warmup=1, rank=4, lr=5e-3, canvases=((0.5, 32), (1.0, 48))
+    )
+    options = {"every": 2}
     whole = distil(recipe, weights, tmp_path / "whole", CPU, **options)
     assert whole.name == "small_4_steps_lora.safetensors"
     with safe_open(whole, "pt") as file:
@@ -117,11 +119,13 @@ def test_distilling_writes_its_lora_and_says_how(weights, tmp_path):
     assert "progressive distillation" in made["method"]
     lines = (tmp_path / "whole" / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
+    assert [json.loads(line)["side"] for line in lines] == [32, 32, 48, 48]
     assert any(t.any() for name, t in load_file(whole).items() if "lora_up" in name)
 
 
 def test_a_distillation_that_was_stopped_goes_on_bit_for_bit(weights, tmp_path, monkeypatch):
-    recipe, options = FewSteps(steps=4, batch=1, warmup=1, rank=4), {"every": 2, "side": 32}
+    recipe = FewSteps(steps=4, batch=1, warmup=1, rank=4, canvases=((1.0, 32),))
+    options = {"every": 2}
     whole = distil(recipe, weights, tmp_path / "whole", CPU, **options)
 
     def stop(self, step):

@@ -36,10 +36,15 @@ METHOD = "progressive distillation with guidance folded in (arXiv 2202.00512, 22
 
 @dataclass(frozen=True)
 class FewSteps:
-    """What is distilled; written into the header of the file."""
+    """What is distilled; written into the header of the file.
+
+    Args:
+        canvases: (share of the steps until which, side of the videos in pixels), ascending; the
+            rest is as large as the world's own.
+    """
 
     world: str = SECOND.name
-    steps: int = 1000
+    steps: int = 700
     batch: int = 8
     seed: int = 0
     lr: float = 1e-3
@@ -49,6 +54,11 @@ class FewSteps:
     guidance: float = 5.0
     shift: float = 3.0
     image_share: float = 0.3
+    canvases: tuple[tuple[float, int], ...] = ((0.4, 96), (0.75, 128))
+
+    def side(self, step: int) -> int | None:
+        """Side of the videos of a step, in pixels; None is the world's own."""
+        return next((s for until, s in self.canvases if step < until * self.steps), None)
 
     def stage(self) -> Stage:
         """As the stage of a recipe whose loss is the distance to the teacher's velocity alone."""
@@ -72,14 +82,12 @@ def distil(
     *,
     every: int = 100,
     compile_blocks: bool = False,
-    side: int | None = None,
 ) -> Path:
     """Train from where `out` stands to `recipe.steps`; returns the LoRA file.
 
     Args:
         weights: of the teacher; the student begins with them.
         every: steps between saves.
-        side: of the videos in pixels; None is the world's own.
     """
     stage = recipe.stage()
     teacher, student = load_original(weights), load_original(weights)
@@ -93,9 +101,7 @@ def distil(
     optimizer = torch.optim.AdamW(factors, recipe.lr, weight_decay=0.0)
     state = State(out / "state", here, factors, optimizer, None)
     step = state.load()
-    data = ToyDataset(
-        recipe.batch, recipe.seed, 0.0, recipe.image_share, WORLDS[recipe.world], side
-    )
+    data = ToyDataset(recipe.batch, recipe.seed, 0.0, recipe.image_share, WORLDS[recipe.world])
     pair = Pair(student, teacher, None, None, None, data.negative_text.to(here.device))
     writer, path = StageLog(out, step), out / f"{weights.stem}_{recipe.sampler_steps}_steps_lora"
     path = path.with_suffix(".safetensors")
@@ -110,6 +116,7 @@ def distil(
             begun = time.perf_counter()
             for group in optimizer.param_groups:
                 group["lr"] = recipe.lr * learning_rate(stage, step)
+            data.side = recipe.side(step)
             batch = data.batch(step).to(here.device, torch.float32)
             terms = few_steps(pair, stage, batch, Draws(recipe.seed, 1, step))
             optimizer.zero_grad()
@@ -118,7 +125,14 @@ def distil(
             optimizer.step()
             step += 1
             loss = terms["loss"].item()
-            writer.write(step, {"loss": loss, "seconds": time.perf_counter() - begun})
+            writer.write(
+                step,
+                {
+                    "loss": loss,
+                    "side": data.side or data.world.side,
+                    "seconds": time.perf_counter() - begun,
+                },
+            )
             progress.update(task, completed=step, said=f"loss {loss:.4f}")
             if step % every == 0 or step == recipe.steps:
                 state.save(step)
@@ -150,7 +164,6 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=FewSteps.rank)
     parser.add_argument("--lr", type=float, default=FewSteps.lr)
     parser.add_argument("--guidance", type=float, default=FewSteps.guidance, help="of the teacher")
-    parser.add_argument("--side", type=int, help="of the videos in pixels; default: the world's")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--no-compile", action="store_true", help="slower, starts at once")
@@ -168,7 +181,7 @@ def main() -> None:
         guidance=args.guidance,
     )
     weights = args.weights or WORLDS[args.world].checkpoint
-    options = {"every": args.every, "compile_blocks": not args.no_compile, "side": args.side}
+    options = {"every": args.every, "compile_blocks": not args.no_compile}
     with world(args.device) as here:
         log.info("wrote %s", distil(recipe, weights, args.out, here, **options))
 
