@@ -1,7 +1,7 @@
-"""Records the solver's curves on the tiny Wan: `python -m wantrim.benchmarks.curves`.
+"""Records the solver's curves on a tiny Wan: `python -m wantrim.benchmarks.curves`.
 
 Rows of benchmarks/results/curves.csv, from which solve/priors.py is made (`--write`). Prompts are
-the last of the bench's, which no other study uses.
+the last of the bench's, which no other study uses; sampled as the bench samples (cases.POINTS).
 """
 
 from __future__ import annotations
@@ -20,13 +20,15 @@ from ..engine.plan import TrimPlan
 from ..hosts.diffusers.attach import attach
 from ..hosts.diffusers.sample import denoise, sigmas_for
 from ..methods.shares import Shares
-from .subjects import MAX_TOY_PROMPTS, Subject, toy_subject
+from ..toy.worlds import FIRST, WORLDS
+from .cases import POINTS, Point
+from .quality import load_subject
+from .subjects import MAX_TOY_PROMPTS, Subject
+from .table import commit, merge_rows
 
 log = logging.getLogger(__name__)
 ROWS = Path(__file__).parent / "results" / "curves.csv"
 PRIORS = Path(__file__).parents[1] / "solve" / "priors.py"
-# steps, guidance and flow shift that the bench samples with
-SETTINGS = {20: (8.0, 3.0), 4: (1.0, 5.0)}
 # names in solve/priors.py: guided runs were recorded in 20 steps, others in 4
 SETS = (
     ("TEXT_TO_VIDEO", "t2v", 20),
@@ -43,13 +45,17 @@ ALONE = {"TEXT_TO_VIDEO": 4.0}
 SHARES = (0.1, 0.2, 0.35, 0.5, 0.8)
 # steps that are tried on a part of their tokens
 PARTIAL = {20: (2, 3, 5, 8, 12, 16), 4: (2, 3)}
+KEY = ("model", "task", "steps", "step")
+COLUMNS = (
+    *KEY, "sigma", "change", "amplified", *(f"left_{share:g}" for share in SHARES), "commit"
+)  # fmt: skip
 # a bad prompt and not the mean: what breaks one video in ten is not worth what it saves in nine
 QUANTILE = 0.8
 
 
-def latents_of(subject: Subject, items, shares, steps: int, count: int) -> list[torch.Tensor]:
+def latents_of(subject: Subject, items, shares, point: Point, count: int) -> list[torch.Tensor]:
     """The latents after each of the first `count` steps [b, c, f, h, w], in fp32."""
-    guidance, shift = SETTINGS[steps]
+    steps, guidance, shift = point.steps, point.guidance, point.shift
     text = torch.stack([item.text for item in items]).float()
     condition = None
     if items[0].condition is not None:
@@ -62,15 +68,16 @@ def latents_of(subject: Subject, items, shares, steps: int, count: int) -> list[
         return list(islice(denoise(subject.model, text, subject.size, **options), count))
 
 
-def record(subject: Subject, task: str, steps: int, prompts: int) -> list[dict]:
+def record(subject: Subject, task: str, point: Point, prompts: int) -> list[dict]:
     """Rows of one task and step count: change, amplification and concentration by step."""
     items = subject.items(task, MAX_TOY_PROMPTS, 1)[-prompts:]
-    sigmas = sigmas_for(steps, SETTINGS[steps][1]).tolist()
+    steps = point.steps
+    sigmas = sigmas_for(steps, point.shift).tolist()
     whole = (1.0,) * steps
-    dense = latents_of(subject, items, whole, steps, steps)
+    dense = latents_of(subject, items, whole, point, steps)
     size, rows = dense[0][0].numel() ** 0.5, []
     for step in range(1, steps):
-        skipped = latents_of(subject, items, _with(whole, step, 0.0), steps, steps)
+        skipped = latents_of(subject, items, _with(whole, step, 0.0), point, steps)
         local = (skipped[step] - dense[step]).flatten(1).norm(dim=1).clamp(min=1e-9)
         final = (skipped[-1] - dense[-1]).flatten(1).norm(dim=1)
         change = local / abs(sigmas[step + 1] - sigmas[step]) / size
@@ -84,11 +91,12 @@ def record(subject: Subject, task: str, steps: int, prompts: int) -> list[dict]:
             "amplified": float((final / local).quantile(QUANTILE)),
         }
         for share in SHARES if step in PARTIAL[steps] else ():
-            partial = latents_of(subject, items, _with(whole, step, share), steps, step + 1)
+            partial = latents_of(subject, items, _with(whole, step, share), point, step + 1)
             off = (partial[step] - dense[step]).flatten(1).norm(dim=1)
             row[f"left_{share:g}"] = float((off / local).square().quantile(QUANTILE))
-        rows.append(row)
-        log.info("%s", {k: v if isinstance(v, str | int) else round(v, 4) for k, v in row.items()})
+        row = {k: v if isinstance(v, str | int) else f"{v:.5g}" for k, v in row.items()}
+        rows.append(row | {"commit": commit()})
+        log.info("%s", row)
     return rows
 
 
@@ -96,9 +104,10 @@ def _with(shares: tuple[float, ...], step: int, share: float) -> tuple[float, ..
     return (*shares[:step], share, *shares[step + 1 :])
 
 
-def curves_source(rows: list[dict]) -> str:
-    """The text of solve/priors.py."""
+def curves_source(rows: list[dict], model: str) -> str:
+    """The text of solve/priors.py, from the rows of one model."""
     parts = []
+    rows = [row for row in rows if row["model"] == model]
     for name, task, steps in SETS:
         own = [row for row in rows if row["task"] == task and int(row["steps"]) == steps]
         sigmas = [1.0] + [float(row["sigma"]) for row in own]
@@ -140,40 +149,27 @@ def _numbers(values) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--world", choices=list(WORLDS), default=FIRST.name, help="of the tiny Wan")
+    parser.add_argument("--tasks", nargs="+", default=("t2v", "i2v"), choices=("t2v", "i2v"))
+    parser.add_argument("--steps", nargs="+", type=int, default=tuple(PARTIAL))
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--write", action="store_true", help="make solve/priors.py of the rows")
     parser.add_argument("--rows", action="store_true", help="take the rows that are there")
+    parser.set_defaults(weights=None, device="cpu")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(1)
-    if args.rows:
-        with ROWS.open(newline="") as file:
-            rows = list(csv.DictReader(file))
-    else:
-        rows = record_all(args.prompts)
+    for point in POINTS[args.world]:
+        if args.rows or point.steps not in args.steps:
+            continue
+        subject = load_subject(args, point)
+        for task in args.tasks:
+            merge_rows(ROWS, record(subject, task, point, args.prompts), COLUMNS, key=KEY)
     if args.write:
-        text = curves_source(rows)
+        with ROWS.open(newline="") as file:
+            text = curves_source(list(csv.DictReader(file)), WORLDS[args.world].checkpoint.stem)
         PRIORS.with_suffix(".partial").write_text(text, "utf-8")
         PRIORS.with_suffix(".partial").replace(PRIORS)
-
-
-def record_all(prompts: int) -> list[dict]:
-    """Record every task and step count, and write the rows."""
-    subject = toy_subject()
-    rows = [
-        row
-        for task in ("t2v", "i2v")
-        for steps in SETTINGS
-        for row in record(subject, task, steps, prompts)
-    ]
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    partial = ROWS.with_suffix(".partial")
-    with partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, names, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    partial.replace(ROWS)
-    return rows
 
 
 if __name__ == "__main__":
