@@ -23,7 +23,7 @@ from ..methods.shares import Shares
 from ..toy.worlds import FIRST, WORLDS
 from .cases import POINTS, Point
 from .quality import load_subject
-from .subjects import MAX_TOY_PROMPTS, Subject
+from .subjects import MAX_TOY_PROMPTS, ToySubject
 from .table import commit, merge_rows
 
 log = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ COLUMNS = (
 QUANTILE = 0.8
 
 
-def latents_of(subject: Subject, items, shares, point: Point, count: int) -> list[torch.Tensor]:
+def latents_of(subject: ToySubject, items, shares, point: Point, count: int) -> list[torch.Tensor]:
     """The latents after each of the first `count` steps [b, c, f, h, w], in fp32."""
     steps, guidance, shift = point.steps, point.guidance, point.shift
     text = torch.stack([item.text for item in items]).float()
@@ -68,9 +68,9 @@ def latents_of(subject: Subject, items, shares, point: Point, count: int) -> lis
         return list(islice(denoise(subject.model, text, subject.size, **options), count))
 
 
-def record(subject: Subject, task: str, point: Point, prompts: int) -> list[dict]:
+def record(subject: ToySubject, task: str, point: Point, prompts: int) -> list[dict]:
     """Rows of one task and step count: change, amplification and concentration by step."""
-    items = subject.items(task, MAX_TOY_PROMPTS, 1)[-prompts:]
+    items = subject.items(task, MAX_TOY_PROMPTS[subject.world.name], 1)[-prompts:]
     steps = point.steps
     sigmas = sigmas_for(steps, point.shift).tolist()
     whole = (1.0,) * steps

@@ -25,7 +25,7 @@ from ..hosts.diffusers.lora import merge_lora
 from ..hosts.diffusers.weights import load_original
 from ..toy.vae import ToyVAE, image_condition
 from ..toy.world import MAX_OBJECTS, Scene
-from ..toy.worlds import FIRST, World
+from ..toy.worlds import FIRST, SECOND, World
 from .wan_files import WanFiles, find_files
 
 PROMPTS = (
@@ -42,8 +42,8 @@ PROMPTS = (
 TEXT_TOKENS = 512
 # diffusers names them only halfway through a load; without accelerate it refuses all Wans
 PIPELINE_PACKAGES = ("transformers", "accelerate")
-# there are 111 held-out scenes of one object, and held_out_scenes would look for more for ever
-MAX_TOY_PROMPTS = 100
+# there are 111 and 78 held-out scenes of one object in the two worlds
+MAX_TOY_PROMPTS = {FIRST.name: 100, SECOND.name: 76}
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +121,7 @@ class ToySubject(Subject):
     world: World
 
     def items(self, task: str, prompts: int, seeds: int) -> list[Item]:
-        self._check(task, prompts, seeds, MAX_TOY_PROMPTS)
+        self._check(task, prompts, seeds, MAX_TOY_PROMPTS[self.world.name])
         scenes = self.world.held_out_scenes(prompts, num_objects=self.objects)
         return [
             self._item(task, index, seed, scene)
