@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import csv
 import logging
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
@@ -19,9 +20,11 @@ from ..engine.engine import COND, UNCOND
 from ..engine.plan import TrimPlan
 from ..hosts.diffusers.attach import attach
 from ..hosts.diffusers.sample import denoise, sigmas_for
-from ..methods.shares import Shares
+from ..methods.shares import Shares, token_change
 from ..toy.worlds import FIRST, WORLDS
+from .bench import sampling_of
 from .cases import POINTS, Point
+from .concentration import top_shares
 from .quality import load_subject
 from .subjects import MAX_TOY_PROMPTS, ToySubject
 from .table import commit, merge_rows
@@ -47,7 +50,8 @@ SHARES = (0.1, 0.2, 0.35, 0.5, 0.8)
 PARTIAL = {20: (2, 3, 5, 8, 12, 16), 4: (2, 3)}
 KEY = ("model", "task", "steps", "step")
 COLUMNS = (
-    *KEY, "sigma", "change", "amplified", *(f"left_{share:g}" for share in SHARES), "commit"
+    *KEY, "sigma", "change", "amplified", *(f"left_{share:g}" for share in SHARES),
+    *(f"held_{share:g}" for share in SHARES), "commit"
 )  # fmt: skip
 # a bad prompt and not the mean: what breaks one video in ten is not worth what it saves in nine
 QUANTILE = 0.8
@@ -74,8 +78,10 @@ def record(subject: ToySubject, task: str, point: Point, prompts: int) -> list[d
     steps = point.steps
     sigmas = sigmas_for(steps, point.shift).tolist()
     whole = (1.0,) * steps
-    dense = latents_of(subject, items, whole, point, steps)
+    with keeping_conditional(subject.model, len(items)) as seen:
+        dense = latents_of(subject, items, whole, point, steps)
     size, rows = dense[0][0].numel() ** 0.5, []
+    grid = sampling_of(subject, point, items[0]).grid
     for step in range(1, steps):
         skipped = latents_of(subject, items, _with(whole, step, 0.0), point, steps)
         local = (skipped[step] - dense[step]).flatten(1).norm(dim=1).clamp(min=1e-9)
@@ -90,6 +96,12 @@ def record(subject: ToySubject, task: str, point: Point, prompts: int) -> list[d
             "change": float(change.quantile(QUANTILE)),
             "amplified": float((final / local).quantile(QUANTILE)),
         }
+        if step in PARTIAL[steps]:
+            last = token_change(seen[step - 1] - seen[step - 2], grid)
+            row |= {
+                f"held_{p:g}": held
+                for p, held in zip(SHARES, top_shares(last, SHARES), strict=True)
+            }
         for share in SHARES if step in PARTIAL[steps] else ():
             partial = latents_of(subject, items, _with(whole, step, share), point, step + 1)
             off = (partial[step] - dense[step]).flatten(1).norm(dim=1)
@@ -98,6 +110,17 @@ def record(subject: ToySubject, task: str, point: Point, prompts: int) -> list[d
         rows.append(row | {"commit": commit()})
         log.info("%s", row)
     return rows
+
+
+@contextmanager
+def keeping_conditional(model: torch.nn.Module, count: int):
+    """A list that gets what a model says of the first `count` rows, the prompts', call by call."""
+    seen = []
+    hook = model.register_forward_hook(lambda _, __, out: seen.append(out[0][:count].float()))
+    try:
+        yield seen
+    finally:
+        hook.remove()
 
 
 def _with(shares: tuple[float, ...], step: int, share: float) -> tuple[float, ...]:
@@ -117,6 +140,7 @@ def curves_source(rows: list[dict], model: str) -> str:
             amplified = [value ** ALONE.get(name, 1.0) for value in _smooth(amplified)]
         tried = [row for row in own if row.get(f"left_{SHARES[0]:g}") not in (None, "")]
         left = [[float(row[f"left_{share:g}"]) for share in SHARES] for row in tried]
+        held = [[float(row[f"held_{share:g}"]) for share in SHARES] for row in tried]
         parts.append(
             f"{name} = Curves(\n"
             f"    sigmas={_numbers(sigmas)},\n"
@@ -126,6 +150,8 @@ def curves_source(rows: list[dict], model: str) -> str:
             f"    tried={_numbers([float(row['sigma']) for row in tried])},\n"
             "    left=(\n"
             + "".join(f"        {_numbers((1.0, *one, 0.0))},\n" for one in left)
+            + "    ),\n    held=(\n"
+            + "".join(f"        {_numbers((0.0, *one, 1.0))},\n" for one in held)
             + "    ),\n"
             ")\n"
         )

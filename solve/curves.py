@@ -6,7 +6,7 @@ All are functions of sigma, so that one recording serves every number of steps.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -25,6 +25,8 @@ class Curves:
         left: by sigma and share, the share of a repeated step's squared error that is left when
             this share of the tokens is computed, those that are expected to be off most, on
             remembered keys and values.
+        held: by sigma and share, the share of the velocity's squared change, when it was last seen,
+            that lay in the tokens that changed most; () is not known.
     """
 
     sigmas: tuple[float, ...]
@@ -33,6 +35,7 @@ class Curves:
     shares: tuple[float, ...]
     tried: tuple[float, ...]
     left: tuple[tuple[float, ...], ...]
+    held: tuple[tuple[float, ...], ...] = ()
 
     def travel_at(self, sigma: Sequence[float]) -> np.ndarray:
         sigmas, travel = self.sigmas, self.travel
@@ -49,3 +52,26 @@ class Curves:
         """Share of the squared error that is left at a share of the tokens."""
         at = [float(np.interp(share, self.shares, row)) for row in self.left]
         return float(np.interp(sigma, self.tried[::-1], at[::-1]))
+
+    def held_by(self, held: Sequence[float], sigma: float) -> Curves:
+        """These for a run whose change lies in fewer tokens than in the recording, or in more.
+
+        What a share of the tokens takes away of the error is in proportion to what it holds of the
+        change: where all tokens change alike, a partial step is worth little.
+
+        Args:
+            held: of the run, by share, as seen at the beginning of a step.
+            sigma: of that step.
+        """
+        if not self.held:
+            return self
+        known = [
+            np.interp(sigma, self.tried[::-1], column[::-1])
+            for column in zip(*self.held, strict=True)
+        ]
+        more = [now / max(then, 1e-6) for now, then in zip(held, known, strict=True)]
+        left = tuple(
+            tuple(1.0 - min(1.0, (1.0 - one) * by) for one, by in zip(row, more, strict=True))
+            for row in self.left
+        )
+        return replace(self, left=left)
