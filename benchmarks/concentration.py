@@ -17,6 +17,7 @@ import torch
 from einops import rearrange
 
 from ..hosts.diffusers.sample import denoise, sigmas_for
+from ..methods.shares import held_by_most
 from ..toy.worlds import FIRST, WORLDS
 from .quality import add_real_weights, load_subject
 from .subjects import Item, Subject, toy_subject
@@ -36,17 +37,6 @@ def token_change(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
     """Squared change of velocities [b, c, f, h, w] by token: [b, f * h/2 * w/2] in fp32."""
     change = (after.float() - before.float()).square()
     return rearrange(change, "b c f (h p) (w q) -> b (f h w) (c p q)", p=PATCH, q=PATCH).sum(2)
-
-
-def top_shares(change: torch.Tensor, shares: Sequence[float] = SHARES) -> list[float]:
-    """Share of a change [b, s] in each share of the tokens that change most, mean over samples.
-
-    0.0 of a sample that does not change at all.
-    """
-    ordered = change.sort(1, descending=True).values
-    total = ordered.sum(1).clamp(min=torch.finfo(ordered.dtype).tiny)
-    counts = [max(1, round(share * change.shape[1])) for share in shares]
-    return [float((ordered[:, :count].sum(1) / total).mean()) for count in counts]
 
 
 def velocities(latents: Iterable[torch.Tensor], start: torch.Tensor, sigmas: torch.Tensor):
@@ -89,7 +79,9 @@ def measure(
             if last is not None:
                 change = token_change(last, velocity)
                 relative = float(change.sum() / velocity.square().sum())
-                found = torch.tensor([relative, *top_shares(change)], dtype=torch.float64)
+                found = torch.tensor(
+                    [relative, *held_by_most(change, SHARES).tolist()], dtype=torch.float64
+                )
                 sums[index] = sums.get(index, 0) + found
             last = velocity
         log.info("prompt %d of %d: %s", items.index(item) + 1, len(items), item.prompt)

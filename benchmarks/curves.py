@@ -20,11 +20,10 @@ from ..engine.engine import COND, UNCOND
 from ..engine.plan import TrimPlan
 from ..hosts.diffusers.attach import attach
 from ..hosts.diffusers.sample import denoise, sigmas_for
-from ..methods.shares import Shares, token_change
+from ..methods.shares import TRIED, Shares, held_by_most, token_change
 from ..toy.worlds import FIRST, WORLDS
 from .bench import sampling_of
 from .cases import POINTS, Point
-from .concentration import top_shares
 from .quality import load_subject
 from .subjects import MAX_TOY_PROMPTS, ToySubject
 from .table import commit, merge_rows
@@ -45,13 +44,12 @@ SETS = (
 # 1 at half of the compute (four prompts), and 1.3 more than by 2 at two thirds (32 x 2, within the
 # interval); image to video loses 4 to 6 dB by 4.
 ALONE = {"TEXT_TO_VIDEO": 4.0}
-SHARES = (0.1, 0.2, 0.35, 0.5, 0.8)
 # steps that are tried on a part of their tokens
 PARTIAL = {20: (2, 3, 5, 8, 12, 16), 4: (2, 3)}
 KEY = ("model", "task", "steps", "step")
 COLUMNS = (
-    *KEY, "sigma", "change", "amplified", *(f"left_{share:g}" for share in SHARES),
-    *(f"held_{share:g}" for share in SHARES), "commit"
+    *KEY, "sigma", "change", "amplified", *(f"left_{share:g}" for share in TRIED),
+    *(f"held_{share:g}" for share in TRIED), "commit"
 )  # fmt: skip
 # a bad prompt and not the mean: what breaks one video in ten is not worth what it saves in nine
 QUANTILE = 0.8
@@ -100,9 +98,9 @@ def record(subject: ToySubject, task: str, point: Point, prompts: int) -> list[d
             last = token_change(seen[step - 1] - seen[step - 2], grid)
             row |= {
                 f"held_{p:g}": held
-                for p, held in zip(SHARES, top_shares(last, SHARES), strict=True)
+                for p, held in zip(TRIED, held_by_most(last).tolist(), strict=True)
             }
-        for share in SHARES if step in PARTIAL[steps] else ():
+        for share in TRIED if step in PARTIAL[steps] else ():
             partial = latents_of(subject, items, _with(whole, step, share), point, step + 1)
             off = (partial[step] - dense[step]).flatten(1).norm(dim=1)
             row[f"left_{share:g}"] = float((off / local).square().quantile(QUANTILE))
@@ -138,15 +136,15 @@ def curves_source(rows: list[dict], model: str) -> str:
         amplified = [float(row["amplified"]) for row in own]
         if steps > 4:
             amplified = [value ** ALONE.get(name, 1.0) for value in _smooth(amplified)]
-        tried = [row for row in own if row.get(f"left_{SHARES[0]:g}") not in (None, "")]
-        left = [[float(row[f"left_{share:g}"]) for share in SHARES] for row in tried]
-        held = [[float(row[f"held_{share:g}"]) for share in SHARES] for row in tried]
+        tried = [row for row in own if row.get(f"left_{TRIED[0]:g}") not in (None, "")]
+        left = [[float(row[f"left_{share:g}"]) for share in TRIED] for row in tried]
+        held = [[float(row[f"held_{share:g}"]) for share in TRIED] for row in tried]
         parts.append(
             f"{name} = Curves(\n"
             f"    sigmas={_numbers(sigmas)},\n"
             f"    travel={_numbers(travel)},\n"
             f"    amplified={_numbers([amplified[0], *amplified])},\n"
-            f"    shares={_numbers((0.0, *SHARES, 1.0))},\n"
+            f"    shares={_numbers((0.0, *TRIED, 1.0))},\n"
             f"    tried={_numbers([float(row['sigma']) for row in tried])},\n"
             "    left=(\n"
             + "".join(f"        {_numbers((1.0, *one, 0.0))},\n" for one in left)

@@ -52,6 +52,8 @@ class Seen:
         strayed: share of the path since the last step that no guidance explains.
         anchored: per latent frame, whether it is given; None when none is.
         logits: of a trained router, a block each; None where there is none.
+        held: share of the last change that lies in each of TRIED of the tokens; None where it is
+            not known.
     """
 
     largest: float
@@ -60,6 +62,7 @@ class Seen:
     strayed: float
     anchored: tuple[bool, ...] | None
     logits: tuple[float, ...] | None = None
+    held: tuple[float, ...] | None = None
 
 
 class Engine:
@@ -127,9 +130,9 @@ class Engine:
         alike = last is not None and _alike(last.latent, own)
         asked.append((last.latent == own).all() if alike else levels.new_zeros(()))
         part = self.memory.parts.get((window, _names(prompts, chunks)[decider]))
-        strayed = None
+        strayed, held = None, None
         if part is not None and part.fits(own) and self.plan.trims_shares:
-            strayed = part.strayed(levels.max().float() / unit, own)
+            strayed, held = part.strayed(levels.max().float() / unit, own), part.held()
         asked.append(levels.new_zeros(()) if strayed is None else strayed)
         told = [torch.stack([value.to(latent.device).float() for value in asked])]
         ask = self.plan.blocks.router.ask if self.plan.trims_blocks else None
@@ -142,9 +145,12 @@ class Engine:
             told.append(anchored)
         told = torch.cat([value.to(told[0]) for value in told])
         shown = {} if last is None else last.shown
-        count, known = len(chunks) - 1, len(told)
-        told = torch.cat([told, *(one.flatten().to(told) for one in shown.values())]).cpu()
-        self._take_shown(shown, told[known:])
+        count, known, more = len(chunks) - 1, len(told), 0 if held is None else len(held)
+        told = torch.cat(
+            [told, *([] if held is None else [held.to(told)])]
+            + [one.flatten().to(told) for one in shown.values()]
+        ).cpu()
+        self._take_shown(shown, told[known + more :])
         largest, *rest = told[:known].tolist()
         end = len(rest) - frames
         given = tuple(value > 0 for value in rest[end:])
@@ -156,6 +162,7 @@ class Engine:
             rest[count + 1],
             given if any(given) else None,
             logits,
+            tuple(told[known : known + more].tolist()) or None,
         )
 
     def begin(

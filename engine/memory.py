@@ -12,7 +12,7 @@ import torch
 
 from ..kernels import join_rows
 from ..methods.grid import TokenGrid
-from ..methods.shares import expected_error, token_change
+from ..methods.shares import expected_error, held_by_most, token_change
 from .compiled import outside_graphs
 from .context import Context, ContextInRam, Lane, Room
 
@@ -58,6 +58,7 @@ class Part:
         seen: steps that computed something.
         change: squared change of each token's velocity when last seen [b, tokens], or None.
         age: steps in a row that each token was left out [b, tokens], or None.
+        all_seen: whether the last step that computed anything computed all.
         noisy: whether the sampler adds noise between steps.
     """
 
@@ -68,6 +69,7 @@ class Part:
         self.seen = 0
         self.change: torch.Tensor | None = None
         self.age: torch.Tensor | None = None
+        self.all_seen = False
         self.noisy = False
         self._point: tuple[float, torch.Tensor] | None = None
         # prompts of the last step
@@ -173,6 +175,7 @@ class Part:
             kept: bool [b, tokens], the tokens that were computed; None is all.
         """
         self.seen += 1
+        self.all_seen = kept is None
         if change is None:
             return
         if kept is None or self.change is None or self.change.shape != change.shape:
@@ -185,6 +188,10 @@ class Part:
         """A step repeated everything."""
         if self.age is not None:
             self.age = self.age + 1
+
+    def held(self) -> torch.Tensor | None:
+        """Share of the change that a whole step saw in each of TRIED of the tokens, or None."""
+        return held_by_most(self.change) if self.all_seen and self.change is not None else None
 
     def worth(self, grid: TokenGrid) -> torch.Tensor | None:
         """What computing each token is expected to save [b, tokens], or None."""
@@ -230,6 +237,7 @@ class Part:
         self.forget_context()
         self.prompts.clear()
         self.change = self.age = self._point = None
+        self.all_seen = False
         self._last, self.seen = [], 0
 
 

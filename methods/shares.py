@@ -14,6 +14,9 @@ import torch
 
 from .grid import TokenGrid
 
+# shares of the tokens at which it is known how much of the change they hold
+TRIED = (0.1, 0.2, 0.35, 0.5, 0.8)
+
 
 @dataclass(frozen=True)
 class Shares:
@@ -76,6 +79,17 @@ def token_change(difference: torch.Tensor, grid: TokenGrid) -> torch.Tensor:
     size = (frames, grid.height, grid.width)
     tokens = torch.nn.functional.adaptive_avg_pool3d(square, size).flatten(1)
     return torch.nn.functional.pad(tokens, (0, grid.tokens - tokens.shape[1]))
+
+
+def held_by_most(change: torch.Tensor, shares: Sequence[float] = TRIED) -> torch.Tensor:
+    """Share of a change [b, tokens] that lies in each share of the tokens, those that change most.
+
+    Mean over samples, fp32 [shares]; 0 of a sample that does not change at all.
+    """
+    ordered = change.float().sort(1, descending=True).values
+    total = ordered.sum(1).clamp(min=torch.finfo(torch.float32).tiny)
+    counts = [max(1, round(share * change.shape[1])) for share in shares]
+    return torch.stack([(ordered[:, :count].sum(1) / total).mean() for count in counts])
 
 
 def expected_error(change: torch.Tensor, age: torch.Tensor) -> torch.Tensor:

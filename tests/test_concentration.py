@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from wantrim.benchmarks import concentration
-from wantrim.benchmarks.concentration import measure, token_change, top_shares, velocities
+from wantrim.benchmarks.concentration import SHARES, measure, token_change, velocities
 from wantrim.benchmarks.subjects import toy_subject
 from wantrim.benchmarks.table import read_rows
 from wantrim.hosts.diffusers.sample import denoise, sigmas_for
+from wantrim.methods.shares import held_by_most
 from wantrim.tests.tiny_pipeline import ASKED, parts, transformer
 
 
@@ -26,14 +27,14 @@ def test_a_tokens_change_is_the_sum_over_its_patch():
 
 def test_top_shares_count_tokens():
     even = torch.ones(2, 20)
-    assert top_shares(even) == pytest.approx([0.15, 0.30, 0.60])
+    assert held_by_most(even, SHARES).tolist() == pytest.approx([0.15, 0.30, 0.60])
     one = torch.zeros(1, 20)
     one[0, 7] = 3.0
-    assert top_shares(one) == [1.0, 1.0, 1.0]
+    assert held_by_most(one, SHARES).tolist() == [1.0, 1.0, 1.0]
     # the mean over samples, not of their sum
     both = torch.cat([even[:1], 1000 * one])
-    assert top_shares(both, [0.15]) == pytest.approx([(0.15 + 1) / 2])
-    assert top_shares(torch.zeros(1, 20)) == [0.0, 0.0, 0.0]
+    assert held_by_most(both, [0.15]).tolist() == pytest.approx([(0.15 + 1) / 2])
+    assert held_by_most(torch.zeros(1, 20), SHARES).tolist() == [0.0, 0.0, 0.0]
 
 
 def test_velocities_are_the_models_own():
