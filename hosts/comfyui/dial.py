@@ -16,6 +16,7 @@ from ...engine.plan import TrimPlan
 from ...engine.record import Record
 from ...methods.cost import Width
 from ...methods.grid import TokenGrid
+from ...methods.shares import place_of
 from ...solve.dial import Dial, Run, Solved, flops
 from ...solve.floor import device_rates
 from .given import ModelCall, conds_of
@@ -134,7 +135,7 @@ class Wish:
             return None
         frames, device = tuple(anchored.tolist()), given.x.device
         # a sampler may begin later in its schedule: the steps before are another model's, or done
-        announced = announced[_place(announced, given.levels) :]
+        announced = announced[place_of(announced[:-1], float(given.levels.max())) :]
         # the second call of a step is at the sigma of the next one
         calls = (1, *(2,) * (len(announced) - 2)) if self.twice else None
         shape = full_shape(dm, given.text_tokens, clip_tokens(dm, given.clip_fea))
@@ -214,10 +215,3 @@ class Wish:
                 f"your trial at {trial.speedup:g}x chose {trial.chosen}, which this node cannot do"
             )
 
-
-def _place(announced: tuple[float, ...], levels: torch.Tensor) -> int:
-    """Index of the announced step that a call at these noise levels belongs to: the nearest one."""
-    now = float(levels.max())
-    if not math.isfinite(now):
-        return 0
-    return min(range(len(announced) - 1), key=lambda i: abs(announced[i] - now))
