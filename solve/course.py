@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 
 from ..engine.engine import Engine
@@ -84,7 +84,8 @@ class Course:
             return None
         count = self._at + 1
         sigmas, calls = self._run.sigmas[: count + 1], tuple(self._calls()[:count])
-        return replace(self._run, sigmas=sigmas, calls=calls, done=self._done(count))
+        done = self._done(count)
+        return replace(self._run, sigmas=sigmas, calls=calls, done=done, before=None)
 
     def _calls(self) -> list[int]:
         """Model calls of each step so far."""
@@ -116,3 +117,28 @@ class Course:
                 whole = 1.0 if step.kept_share == 1.0 else step.program.share
                 found[at].append(0.0 if step.answered else whole)
         return tuple(statistics.fmean(one) if one else 0.0 for one in found)
+
+
+def run_before(run: Run, earlier: Sequence[Run]) -> Run | None:
+    """What was sampled of a run's video before it, as one; None is nothing.
+
+    Args:
+        earlier: in order; a part that goes lower than the next one begins is of another video, or
+            of an earlier pass.
+    """
+    found = run
+    parts: list[Run] = []
+    for one in reversed(earlier):
+        if one.grid != run.grid or one.sigmas[-2] <= found.sigmas[0]:
+            break
+        parts.insert(0, one)
+        found = one
+    if not parts:
+        return None
+    return replace(
+        parts[-1],
+        sigmas=(*(at for one in parts for at in one.sigmas[:-1]), parts[-1].sigmas[-1]),
+        calls=tuple(count for one in parts for count in one.calls),
+        done=tuple(share for one in parts for share in one.done),
+        before=None,
+    )

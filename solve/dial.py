@@ -208,7 +208,7 @@ class Dial:
         together = task_speedup(task, shares, run, plan, cost)
         why = None
         if abs(together / self.speedup - 1) > TOLERANCE:
-            why = self._why(task, plan, together, shares)
+            why = self._why(task, asked, plan, together, shares)
         said = None if trial is None else "solved by the whole run of your trial"
         both = None if len(parts) == 1 else together
         return Solved(solved, self.speedup, reached, both, why, run, said)
@@ -263,7 +263,7 @@ class Dial:
             curves = travel.on(curves)
         return solve_nearest(task, curves, budget, lambda share: price(share) / whole)
 
-    def _why(self, task: Task, plan: TrimPlan, together: float, shares) -> str:
+    def _why(self, task: Task, asked, plan: TrimPlan, together: float, shares) -> str:
         """What is in the way, in an artist's words."""
         said = []
         parts = (
@@ -277,16 +277,16 @@ class Dial:
             said.append(
                 f"what {nodes} {'decide' if len(theirs) > 1 else 'decides'} is taken as it is"
             )
-        rest = [share for step, share in enumerate(shares) if step not in task.whole]
-        if any(share is not None for share in task.done):
-            said.append("the steps that are left cannot make up for those that came")
-        elif together < self.speedup and not any(rest):
-            count, steps = len(task.whole), "step" if task.steps == 1 else "steps"
+        rest = [share for step, share in enumerate(shares) if step not in asked]
+        if together < self.speedup and not any(rest):
+            count, steps = len(asked), "step" if task.steps == 1 else "steps"
             first = "the first of each expert" if len(task.fresh) > 1 else "the first"
             said.append(
                 f"{count} of {task.steps} {steps} {'computes' if count == 1 else 'compute'} everything "
                 f"({first}, and those asked for)"
             )
+        elif any(share is not None for share in task.done):
+            said.append("the steps that are left cannot make up for those that came")
         elif not task.partial or not said:
             said.append(self._beyond(task, together, shares, not theirs))
         return "; ".join(said)

@@ -1,6 +1,7 @@
 """A run that does other steps than its sampler announced is solved anew for what is left."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from wantrim.hosts.diffusers.shape import wan_shape
 from wantrim.methods.grid import TokenGrid
 from wantrim.methods.shares import Shares
 from wantrim.report.figures import mean_work
-from wantrim.solve.course import Course
+from wantrim.solve.course import Course, run_before
 from wantrim.solve.dial import HIGH, LOW, Dial, Run, flops
 from wantrim.solve.tuned import Travel, Tuned
 from wantrim.tests.small_wan import SIZE, noise, random_wan, words
@@ -79,7 +80,7 @@ def restarts(steps):
 
 def other_sigmas(steps):
     """A schedule of its own, with half as many steps again."""
-    return [at for at in torch.linspace(1, 0.02, steps * 3 // 2).tolist()]
+    return torch.linspace(1, 0.02, steps * 3 // 2).tolist()
 
 
 WAYS = [as_announced, heun, middle, near, three, jumps, restarts]
@@ -177,9 +178,7 @@ def test_a_plan_that_a_trial_chose_is_not_solved_anew():
         plan, run = course.solved.plan, course.solved.run
         sigmas = run.sigmas[:-1]
         travel = Travel(sigmas, tuple(map(float, range(len(sigmas)))))
-        trial = Tuned(
-            run.sigmas, 1, False, GRID.tokens, 1.5, "it", plan.shares.shares, travel
-        )
+        trial = Tuned(run.sigmas, 1, False, GRID.tokens, 1.5, "it", plan.shares.shares, travel)
         again, tuned, _ = go(way(8), Dial(1.5, tuned=(trial,)), run_of(8))
         assert tuned.solved.plan == plan and "it" in tuned.solved.tuned
         assert [step.program.share for step in again.steps] == pytest.approx(
@@ -194,10 +193,8 @@ def both(high_calls, low_steps, speedup=1.5):
     """Both experts' records; the low one may know what the high one did."""
     steps = announced(12)
     high, first, _ = go(high_calls, Dial(speedup, expert=HIGH), run_of(12))
-    low_run = run_of(12)
-    low_run = Run(
-        low_run.shape, GRID, steps[-low_steps - 1 :], SHIFT, 1, before=first.ran
-    )
+    low_run = Run(run_of(1).shape, GRID, steps[-low_steps - 1 :], SHIFT, 1)
+    low_run = replace(low_run, before=run_before(low_run, [first.ran]))
     low, second, _ = go(steps[-low_steps - 1 : -1], Dial(speedup, expert=LOW), low_run)
     return high, low, second
 
