@@ -18,6 +18,7 @@ from ..methods.depth import choose_blocks
 from ..methods.grid import TokenGrid
 from ..methods.heads import OFF, HeadPlan
 from ..methods.routers import Content
+from ..methods.shares import Shares
 from .attention import head_groups
 from .call import Call, Shared, StepState
 from .memory import STRAYED, Memory
@@ -71,11 +72,16 @@ class Engine:
     Args:
         record: filled as the run goes on.
         told: called with every step that is done.
+
+    Attributes:
+        steer: called with the sigma and the part of the video of a step that is about to begin, when
+            the one before is in the record; it may `share` anew. None is nobody.
     """
 
     def __init__(self, plan: TrimPlan, record: Record, told: Callable[[Step], None] | None = None):
         self.record, self._told = record, told
         self.now: StepState | None = None
+        self.steer: Callable[[float, Hashable], None] | None = None
         self._shared = Shared(plan, record)
         self._began = 0.0
         # what heads do, by block, and the plan that follows from it
@@ -95,6 +101,10 @@ class Engine:
         if plan.trims_heads and not plan.finds_roles:
             self._shared.heads = head_groups(plan.heads)
         self.record.plan, self.record.planned = plan, plan.describe()
+
+    def share(self, shares: Shares) -> None:
+        """Go on by other shares."""
+        self.plan = self._shared.plan = self.record.plan = replace(self.plan, shares=shares)
 
     @property
     def memory(self) -> Memory:
@@ -209,6 +219,8 @@ class Engine:
             self._began = now
             # a prompt can have an area of its own, whose unconditional prompt shares its name
             where = (window, names[decider])
+            if self.steer is not None:
+                self.steer(sigma, where)
             part = self.memory.part(where, last and last.sigma, sigma)
             if not part.fits(own):
                 part.clear()

@@ -267,6 +267,11 @@ class Memory:
                 self.parts.pop(key).clear()
         return self.parts.setdefault(window, Part(self.room, self._lane))
 
+    @property
+    def holds_context(self) -> bool:
+        """Whether keys and values of any block are there."""
+        return any(one.blocks for part in self.parts.values() for one in part.prompts.values())
+
     def lose_context(self, held: bool = False) -> None:
         """Do without keys and values from here on.
 

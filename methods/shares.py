@@ -16,6 +16,8 @@ from .grid import TokenGrid
 
 # shares of the tokens at which it is known how much of the change they hold
 TRIED = (0.1, 0.2, 0.35, 0.5, 0.8)
+# of the way between two steps, by how much a sigma may be off
+ROUNDED = 0.1
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,12 @@ class Shares:
         return self.context and any(0.0 < share < 1.0 for share in self.shares)
 
     def place(self, sigma: float) -> int:
-        """Index of the announced step that a sigma belongs to: the nearest one."""
-        return min(range(len(self.sigmas)), key=lambda i: abs(self.sigmas[i] - sigma))
+        """Index of the announced step that a sigma belongs to.
+
+        That is the last one that begins at it or before, so that all calls that a sampler makes on
+        its way to the next one are of one step; a sigma may be rounded by a tenth of the way.
+        """
+        return place_of(self.sigmas, sigma)
 
     def at(self, sigma: float) -> float:
         share = self.shares[self.place(sigma)]
@@ -66,6 +72,16 @@ class Shares:
         later = (self.at(self.sigmas[i]) for i in range(self.place(sigma) + 1, len(self.sigmas)))
         following = next((share for share in later if share > 0.0), 1.0)
         return following < 1.0
+
+
+def place_of(sigmas: Sequence[float], sigma: float) -> int:
+    """Index of the last of falling `sigmas` at or above `sigma`, which may be a little above it."""
+    begun = (
+        i
+        for i in range(1, len(sigmas))
+        if sigma <= sigmas[i] + ROUNDED * max(0.0, sigmas[i - 1] - sigmas[i])
+    )
+    return max(begun, default=0)
 
 
 def token_change(difference: torch.Tensor, grid: TokenGrid) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..hosts.comfyui.attach import attach_dial
+from ..hosts.comfyui.attach import attach_dial, attach_dials
 from ..hosts.comfyui.dial import PLACES
 from ..hosts.comfyui.profiling import check_profile
 from ..hosts.comfyui.variants import check_variant
@@ -237,9 +237,7 @@ class WanTrimPair(io.ComfyNode):
             _dial(PAIR, render, context, **options, expert=expert, tuned=trials)
             for expert, trials in zip((HIGH, LOW), tuned, strict=True)
         ]
-        return io.NodeOutput(
-            *(attach_dial(model, dial, context) for model, dial in zip(models, dials, strict=True))
-        )
+        return io.NodeOutput(*attach_dials(models, dials, context))
 
 
 def _tuned(node: str, name: str, model, profile: ProfileFile | None) -> tuple[Tuned, ...]:

@@ -41,8 +41,11 @@ class Run:
         anchored: per latent frame, whether it is given; None when none is.
         starts_given: whether the video's first latent frame is among them.
         width: of a slim model.
-        calls: model calls of each step; None is one each.
+        calls: model calls of each step, also in parts; None is one each.
         partial: whether the model may be looked into and there is room for the context.
+        done: shares of the first steps, where these ran already.
+        held: whether the context of the last whole one of those is there.
+        before: what was sampled of the same video before, by this model or the pair's other one.
     """
 
     shape: WanShape
@@ -53,8 +56,11 @@ class Run:
     anchored: tuple[bool, ...] | None = None
     starts_given: bool = False
     width: Width | None = None
-    calls: tuple[int, ...] | None = None
+    calls: tuple[float, ...] | None = None
     partial: bool = True
+    done: tuple[float, ...] = ()
+    held: bool = True
+    before: Run | None = None
 
     def __post_init__(self):
         if len(self.sigmas) < 2:
@@ -65,6 +71,11 @@ class Run:
     @property
     def steps(self) -> int:
         return len(self.sigmas) - 1
+
+    @property
+    def shares_done(self) -> tuple[float | None, ...]:
+        """Of each step, None for those to come."""
+        return (*self.done, *(None,) * (self.steps - len(self.done)))
 
     def programs(self, plan: TrimPlan) -> list[Program]:
         sizes = (self.grid, self.shape.num_blocks, self.anchored)
@@ -161,37 +172,45 @@ class Dial:
         switch, boundary = self._switch(run)
         alone = self.expert is None or switch is not None
         other = None if alone else other_slice(run, self.expert, boundary)
-        high = run if self.expert == HIGH else other
-        before = other.steps if other is not None and high is other else 0
-        sigmas = run.sigmas
-        if other is not None:
-            sigmas = (*other.sigmas[:-1], *sigmas) if before else (*sigmas[:-1], *other.sigmas)
-        steps = len(sigmas) - 1
-        calls = run.calls or (1,) * run.steps
-        calls = (max(calls),) * before + calls + (max(calls),) * (steps - before - run.steps)
-        fresh = frozenset({0, switch or 0} if other is None else {0, high.steps})
+        first, last = (None, other) if self.expert == HIGH else (other, None)
+        parts = [part for part in (run.before or first, run, last) if part is not None]
+        before = parts[0].steps if parts[0] is not run else 0
+        sigmas = (*(sigma for part in parts for sigma in part.sigmas[:-1]), parts[-1].sigmas[-1])
+        # each expert's first step begins anew
+        fresh = frozenset({0, before, before + (switch or (run.steps if last else 0))})
+        own = run.calls or (1,) * run.steps
+        asked = self._whole(sigmas, run.shift, fresh)
+        done = [share for part in parts for share in part.shares_done]
         task = Task(
-            sigmas, calls, self._whole(sigmas, run.shift, fresh), fresh,
+            sigmas,
+            tuple(n for part in parts for n in part.calls or (own[-1],) * part.steps),
+            frozenset(
+                step for step, share in enumerate(done)
+                if share == 1.0 or (share is None and step in asked)
+            ),
+            fresh,
             # of one token in a latent frame there is no part
-            partial=run.partial and plan.may_be_partial and run.grid.per_frame > 1,
+            run.partial and plan.may_be_partial and run.grid.per_frame > 1,
+            tuple(done),
+            run.held,
         )  # fmt: skip
         trial = self.trial_of(run)
-        own_whole = {step - before for step in task.whole}
+        own_whole = {step - before for step in asked}
         if trial is not None and self._chosen_again(trial, task, own_whole):
             chosen = replace(plan, shares=Shares(run.sigmas[:-1], trial.shares, task.partial))
             said = f"the plan that your trial chose ({trial.chosen})"
             reached = run.speedup(chosen, cost)
             return Solved(chosen, self.speedup, reached, run=run, tuned=said)
         shares = self._shares(task, run, plan, cost, trial)
-        own = shares[before : before + run.steps]
-        solved = replace(plan, shares=Shares(run.sigmas[:-1], own, task.partial))
+        mine = shares[before : before + run.steps]
+        solved = replace(plan, shares=Shares(run.sigmas[:-1], mine, task.partial))
         reached = run.speedup(solved, cost)
         together = task_speedup(task, shares, run, plan, cost)
         why = None
         if abs(together / self.speedup - 1) > TOLERANCE:
-            why = self._why(task, plan, together, shares)
+            why = self._why(task, asked, plan, together, shares)
         said = None if trial is None else "solved by the whole run of your trial"
-        both = None if other is None else together
+        both = None if len(parts) == 1 else together
         return Solved(solved, self.speedup, reached, both, why, run, said)
 
     def trial_of(self, run: Run) -> Tuned | None:
@@ -238,13 +257,13 @@ class Dial:
         whole = price(1.0)
         budget = dense / self.speedup / whole - _measuring(task, run, plan, cost) / whole
         if budget >= sum(task.calls):
-            return (1.0,) * task.steps
+            return tuple(1.0 if share is None else share for share in task.done)
         curves, travel = curves_of(run), self.travel if trial is None else trial.travel
         if travel is not None:
             curves = travel.on(curves)
         return solve_nearest(task, curves, budget, lambda share: price(share) / whole)
 
-    def _why(self, task: Task, plan: TrimPlan, together: float, shares) -> str:
+    def _why(self, task: Task, asked, plan: TrimPlan, together: float, shares) -> str:
         """What is in the way, in an artist's words."""
         said = []
         parts = (
@@ -258,14 +277,16 @@ class Dial:
             said.append(
                 f"what {nodes} {'decide' if len(theirs) > 1 else 'decides'} is taken as it is"
             )
-        rest = [share for step, share in enumerate(shares) if step not in task.whole]
+        rest = [share for step, share in enumerate(shares) if step not in asked]
         if together < self.speedup and not any(rest):
-            count, steps = len(task.whole), "step" if task.steps == 1 else "steps"
+            count, steps = len(asked), "step" if task.steps == 1 else "steps"
             first = "the first of each expert" if len(task.fresh) > 1 else "the first"
             said.append(
                 f"{count} of {task.steps} {steps} {'computes' if count == 1 else 'compute'} everything "
                 f"({first}, and those asked for)"
             )
+        elif any(share is not None for share in task.done):
+            said.append("the steps that are left cannot make up for those that came")
         elif not task.partial or not said:
             said.append(self._beyond(task, together, shares, not theirs))
         return "; ".join(said)
@@ -344,4 +365,4 @@ def other_slice(run: Run, expert: str, boundary: float = 0.0) -> Run | None:
     begins, ends = (done, 1.0) if high else (0.0, done)
     places = [begins + (ends - begins) * i / count for i in range(count + 1)]
     sigmas = tuple(sigma_at(place, run.shift) for place in places)
-    return replace(run, sigmas=sigmas, calls=None)
+    return replace(run, sigmas=sigmas, calls=None, done=(), before=None)

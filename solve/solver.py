@@ -38,17 +38,25 @@ class Task:
         whole: steps that compute everything: the first, those asked for, each expert's first.
         fresh: steps from which on nothing is known of the steps before: each expert's first.
         partial: whether a step may compute a part of its tokens.
+        done: shares of steps that ran, None for those to come; shorter is none of the rest.
+        held: what the last whole step that ran left for later ones to compute a part by is there.
     """
 
     sigmas: tuple[float, ...]
-    calls: tuple[int, ...]
+    calls: tuple[float, ...]
     whole: frozenset[int]
     fresh: frozenset[int] = frozenset({0})
     partial: bool = True
+    done: tuple[float | None, ...] = ()
+    held: bool = True
 
     @property
     def steps(self) -> int:
         return len(self.calls)
+
+    def ran(self, step: int) -> float | None:
+        """The share of a step that ran, or None."""
+        return self.done[step] if step < len(self.done) else None
 
 
 def solve_shares(
@@ -80,9 +88,12 @@ def solve_shares(
     for start in range(task.steps):
         if not np.isfinite(best[start]).any():
             continue
-        for end in range(start + 1, min(task.steps, start + 1 + LONGEST) + 1):
-            if end <= task.steps and any(step in task.whole for step in range(start + 1, end)):
+        longest = LONGEST + sum(share is not None for share in task.done[start + 1 :])
+        for end in range(start + 1, min(task.steps, start + 1 + longest) + 1):
+            if any(step in task.whole for step in range(start + 1, end)):
                 break
+            if end < task.steps and task.ran(end) not in (None, 1.0):
+                continue
             whole = round(task.calls[end] * UNITS) if end < task.steps else 0
             for shares, error in _stretches(task, curves, start, end):
                 spent = whole + sum(
@@ -114,21 +125,25 @@ def _units(cost: float) -> int:
 
 
 def _cheapest(task: Task) -> tuple[float, ...]:
-    return tuple(1.0 if step in task.whole else 0.0 for step in range(task.steps))
+    least = (1.0 if step in task.whole else 0.0 for step in range(task.steps))
+    return tuple(
+        share if task.ran(step) is None else task.ran(step) for step, share in enumerate(least)
+    )
 
 
 def _stretches(task: Task, curves: Curves, start: int, end: int):
     """Ways through the steps between two whole ones: their shares and expected squared error."""
     steps = range(start + 1, end)
     # how tokens change is known from two velocities
-    known = start not in task.fresh
+    known = start not in task.fresh and (task.held or task.ran(start) is None)
     grid = (0.0, *GRID) if task.partial and known else (0.0,)
     if not len(steps):
         return [((), 0.0)]
-    if len(steps) <= FREE:
-        ways = list(product(grid, repeat=len(steps)))
+    ran = [task.ran(step) for step in steps]
+    if ran.count(None) <= FREE:
+        ways = list(product(*(grid if share is None else (share,) for share in ran)))
     else:
-        ways = [(share,) * len(steps) for share in grid]
+        ways = [tuple(at if share is None else share for share in ran) for at in grid]
     return [(way, stretch_error(task, curves, start, way)) for way in ways]
 
 
@@ -176,7 +191,7 @@ def solve_nearest(
 
     wanted = budget * (1.0 - TOLERANCE)
     below = solve_shares(task, curves, budget, cost, wanted)
-    below = fill(below, task.calls, budget, cost)
+    below = fill(below, task.calls, budget, cost, task.done)
     least = spent(below)
     if least >= wanted:
         return below
@@ -189,20 +204,29 @@ def solve_nearest(
 
 
 def fill(
-    shares: Sequence[float], calls: Sequence[int], budget: float, cost: Callable[[float], float]
+    shares: Sequence[float],
+    calls: Sequence[float],
+    budget: float,
+    cost: Callable[[float], float],
+    done: Sequence[float | None] = (),
 ) -> tuple[float, ...]:
     """Partial steps, all by the same factor, a little larger or smaller, so that the budget is met.
 
-    The solver counts in units and on a grid; what is left over is spent here.
+    The solver counts in units and on a grid; what is left over is spent here, on steps to come.
     """
+    ran = {step for step, share in enumerate(done) if share is not None}
+    open_ = {step for step, share in enumerate(shares) if 0.0 < share < 1.0} - ran
 
     def at(factor: float) -> tuple[float, ...]:
-        return tuple(s if s in (0.0, 1.0) else min(0.95, max(0.02, s * factor)) for s in shares)
+        return tuple(
+            min(0.95, max(0.02, share * factor)) if step in open_ else share
+            for step, share in enumerate(shares)
+        )
 
     def spent(factor: float) -> float:
         return sum(m * cost(share) for share, m in zip(at(factor), calls, strict=True))
 
-    if not any(0.0 < share < 1.0 for share in shares):
+    if not open_:
         return tuple(shares)
     low, high = 0.2, 5.0
     for _ in range(30):

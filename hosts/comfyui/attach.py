@@ -10,6 +10,7 @@ Nothing of the model is touched or held.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -33,7 +34,7 @@ from .dial import Wish
 from .given import ModelCall, as_dict, conds_of, levels_of
 from .live import Live, running_node
 from .run import SESSION_KEY, SamplingRun, compare_run, mark_network
-from .runs import Ran, Where, keep_run
+from .runs import Ran, Where, keep_run, runs_before
 from .shape import clip_tokens, device_name, full_shape, wan_shape
 from .slim import slim_header
 from .variants import (
@@ -47,13 +48,21 @@ from .variants import (
 log = logging.getLogger(__name__)
 
 
-def attach(model, plan: TrimPlan, dial: Dial | None = None, place: str = "auto"):
+def attach(
+    model,
+    plan: TrimPlan,
+    dial: Dial | None = None,
+    place: str = "auto",
+    video: list[Ran] | None = None,
+):
     """A clone of a MODEL with `plan` and `dial` on it; what was there before is replaced."""
     patched = detach(model)
     present, node = attachment_of(model), running_node()
     nodes = [] if present is None else [one for one in present.nodes if one != node]
     nodes += [] if node is None else [node]
-    attachment = Attachment(plan, dial, place, tuple(nodes), replaced_by(present, plan, dial))
+    attachment = Attachment(
+        plan, dial, place, tuple(nodes), replaced_by(present, plan, dial), video
+    )
     patched.model_options["transformer_options"][KEY] = attachment
     patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _outer_sample)
     if not attachment.neutral:
@@ -78,13 +87,21 @@ def attach_part(model, **parts):
     present = attachment_of(model)
     if present is None:
         return attach(model, TrimPlan(**parts))
-    return attach(model, replace(present.plan, **parts), present.dial, present.place)
+    video = None if present.video is present.runs else present.video
+    return attach(model, replace(present.plan, **parts), present.dial, present.place, video)
 
 
-def attach_dial(model, dial: Dial, place: str):
+def attach_dial(model, dial: Dial, place: str, video: list[Ran] | None = None):
     """A clone of a MODEL with a dial; the parts that other nodes put on it stay."""
     present = attachment_of(model)
-    return attach(model, TrimPlan() if present is None else present.plan, dial, place)
+    return attach(model, TrimPlan() if present is None else present.plan, dial, place, video)
+
+
+def attach_dials(models: Sequence, dials: Sequence[Dial], place: str) -> list:
+    """Clones of both experts of a video, or of one model; each knows what the other one did."""
+    video = [] if len(models) > 1 else None
+    both = zip(models, dials, strict=True)
+    return [attach_dial(model, dial, place, video) for model, dial in both]
 
 
 def detach(model):
@@ -113,7 +130,7 @@ def _outer_sample(executor, *args, **kwargs):
         Engine(TrimPlan() if neutral else attachment.plan, record, live.step),
         shift or 1.0,
         original,
-        Ran(record, Where.now()),
+        Ran(record, Where.now(), expert=getattr(attachment.dial, "expert", None)),
     )
     record.planned = attachment.describe()
     header = slim_header(guider.model_patcher)
@@ -121,10 +138,7 @@ def _outer_sample(executor, *args, **kwargs):
     if shift is None:
         record.note("this model's sampling has no flow shift: the schedule follows sigma itself")
     if not neutral and attachment.dial is not None and not attachment.dial.off:
-        sampler = args[2] if len(args) > 2 else kwargs.get("sampler")
-        run.wish = Wish.of(
-            attachment.dial, attachment.plan, attachment.place, guider, sampler, run.shift
-        )
+        run.wish = Wish.of(attachment.dial, attachment.plan, attachment.place, guider, run.shift)
     options["transformer_options"][SESSION_KEY] = run
     if not neutral:
         # last, so that what other packs do per batch of prompts is done once
@@ -143,6 +157,11 @@ def _outer_sample(executor, *args, **kwargs):
         for remark in attachment.replaced:
             record.note(remark)
     keep_run(attachment.runs, run.ran)
+    if attachment.video is not attachment.runs:
+        keep_run(attachment.video, run.ran)
+    if run.wish is not None:
+        earlier = runs_before(attachment.video, run.ran.where)
+        run.wish.earlier = [ran.came for ran in earlier if ran.came is not None]
     guider.model_options = options
     completed = False
     try:
@@ -152,6 +171,8 @@ def _outer_sample(executor, *args, **kwargs):
     finally:
         guider.model_options = original
         run.engine.finish(completed)
+        if run.course is not None:
+            run.ran.came = run.course.ran
         if completed and not neutral and run.dense is None:
             compare_run(run, len(sigmas))
         live.end()
@@ -275,8 +296,7 @@ def _begin(dm, run: SamplingRun, given: ModelCall) -> Call | None:
     anchored = anchored_frames(dm, x, given.timestep, grid, given.extra)
     inside = run.patched or why_not_now(given.options)
     if run.wish is not None:
-        solved = run.wish.solve(dm, given, grid, anchored, engine, inside)
-        run.ran.solved, run.wish = solved, None
+        run.course, run.wish = run.wish.solve(dm, given, grid, anchored, run.engine, inside), None
         log.info("WanTrim: %s", record.planned)
     if record.shape is None:
         sizes = full_shape if record.width is not None else wan_shape

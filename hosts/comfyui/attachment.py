@@ -19,6 +19,8 @@ class Attachment(Kept):
         place: where keys and values of left out tokens may be kept.
         nodes: ids of the nodes that made the plan, where a node did.
         replaced: what earlier nodes wanted and this one changed, in words.
+        video: the runs of both experts, where one node put its wish on both; None is those of this
+            MODEL.
     """
 
     def __init__(
@@ -28,11 +30,13 @@ class Attachment(Kept):
         place: str = "auto",
         nodes: tuple[str, ...] = (),
         replaced: tuple[str, ...] = (),
+        video: list[Ran] | None = None,
     ):
         self.plan, self.dial, self.place, self.nodes = plan, dial, place, nodes
         self.replaced = replaced
         # the last ones of each node that sampled the MODEL
         self.runs: list[Ran] = []
+        self.video = self.runs if video is None else video
 
     @property
     def record(self) -> Record | None:

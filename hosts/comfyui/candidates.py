@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ...solve.dial import HIGH, LOW, MAX_SPEEDUP, Dial
-from .attach import attach_dial, detach
+from .attach import attach_dials, detach
 from .easycache import easycache_node, with_easycache
 from .live import running_node
 from .profiling import model_fingerprint
@@ -40,12 +40,10 @@ def make_trial(
         trial.add(Candidate(name, label, count, at, speedup), made)
 
     def solved(name: str, label: str, speedup: float, context: str = "auto") -> None:
-        made = {}
-        for part, model in models.items():
-            expert = part if part in (HIGH, LOW) else None
-            dial = Dial(speedup, dense_first_steps=1, expert=expert)
-            made[part] = attach_dial(model, dial, context)
-        add(name, label, made, speedup=speedup)
+        experts = [part if part in (HIGH, LOW) else None for part in models]
+        dials = [Dial(speedup, dense_first_steps=1, expert=expert) for expert in experts]
+        made = attach_dials([*models.values()], dials, context)
+        add(name, label, dict(zip(models, made, strict=True)), speedup=speedup)
 
     add(WHOLE, "whole", bare)
     solved(PLAN, f"WanTrim {wanted:g}x", wanted)

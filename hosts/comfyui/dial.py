@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -16,29 +16,14 @@ from ...engine.plan import TrimPlan
 from ...engine.record import Record
 from ...methods.cost import Width
 from ...methods.grid import TokenGrid
+from ...methods.shares import place_of
+from ...solve.course import Course, run_before
 from ...solve.dial import Dial, Run, Solved, flops
 from ...solve.floor import device_rates
 from .given import ModelCall, conds_of
 from .shape import clip_tokens, device_name, full_shape
 from .slim import slim_header
 from .variants import is_class, tells_start
-
-# stock samplers that call the model twice for most of their steps
-TWO_CALLS = (
-    "sample_heun",
-    "sample_heunpp2",
-    "sample_dpm_2",
-    "sample_dpm_2_ancestral",
-    "sample_dpmpp_2s_ancestral",
-    "sample_dpmpp_2s_ancestral_cfg_pp",
-    "sample_dpmpp_sde",
-    "sample_dpmpp_sde_gpu",
-    "sample_exp_heun_2_x0",
-    "sample_exp_heun_2_x0_sde",
-    "sample_sa_solver_pece",
-    "sample_seeds_2",
-)
-
 
 # where keys and values of left out tokens may be kept, in an artist's words
 PLACES = ("auto", "cpu", "off")
@@ -83,8 +68,8 @@ class Wish:
         plan: what other nodes decided.
         place: where keys and values may be kept, name in `PLACES`.
         prompts: 2 with guidance, 1 without.
-        twice: the sampler calls the model twice for each step but the last.
         width: of a slim model.
+        earlier: what was sampled of the same video before, in order.
     """
 
     dial: Dial
@@ -92,11 +77,11 @@ class Wish:
     place: str
     shift: float
     prompts: int
-    twice: bool = False
     width: Width | None = None
+    earlier: Sequence[Run] = ()
 
     @classmethod
-    def of(cls, dial: Dial, plan: TrimPlan, place: str, guider, sampler, shift: float) -> Wish:
+    def of(cls, dial: Dial, plan: TrimPlan, place: str, guider, shift: float) -> Wish:
         """What a guider tells about the run before it begins."""
         prompts = sum(one is not None and len(one) > 0 for one in conds_of(guider).values())
         skips_negative = not guider.model_options.get("disable_cfg1_optimization", False)
@@ -104,11 +89,9 @@ class Wish:
         # some packs give a list of numbers, one for each step
         if skips_negative and isinstance(cfg, int | float) and math.isclose(cfg, 1.0):
             prompts = 1
-        function = getattr(sampler, "sampler_function", None)
-        twice = getattr(function, "__name__", "") in TWO_CALLS
         header = slim_header(guider.model_patcher)
         width = None if header is None else header.width
-        return cls(dial, plan, place, shift, max(1, prompts), twice, width)
+        return cls(dial, plan, place, shift, max(1, prompts), width)
 
     def solve(
         self,
@@ -118,8 +101,9 @@ class Wish:
         anchored: torch.Tensor,
         engine: Engine,
         inside: str | None = None,
-    ) -> Solved | None:
-        """Give an engine its plan; its record takes in what is in the way.
+    ) -> Course | None:
+        """Give an engine its plan, now and whenever other steps come; its record takes in what is in
+        the way.
 
         Args:
             inside: why no block may be looked into, or None.
@@ -134,9 +118,7 @@ class Wish:
             return None
         frames, device = tuple(anchored.tolist()), given.x.device
         # a sampler may begin later in its schedule: the steps before are another model's, or done
-        announced = announced[_place(announced, given.levels) :]
-        # the second call of a step is at the sigma of the next one
-        calls = (1, *(2,) * (len(announced) - 2)) if self.twice else None
+        announced = announced[place_of(announced[:-1], float(given.levels.max())) :]
         shape = full_shape(dm, given.text_tokens, clip_tokens(dm, given.clip_fea))
         rows = len(given.x) if self.prompts == 1 else 2 * max(1, len(given.x) // 2)
         sizes = (
@@ -159,28 +141,28 @@ class Wish:
             frames if any(frames) else None,
             any(frames[:1]) and tells_start(dm),
             self.width,
-            calls,
             partial=room is not None and inside is None,
         )
+        run = replace(run, before=run_before(run, self.earlier))
         name = device_name(device)
         rates = device_rates(name)
         cost = flops if rates is None else rates.seconds
-        solved = self.dial.solve(run, self.plan, cost)
         measure = "in FLOPs" if rates is None else f"by the rates of {name}"
-        own = "" if solved.together is None else " of this expert's own steps"
-        engine.take(solved.plan)
-        record.planned = (
-            f"{self.dial.describe()}: {solved.plan.describe()}; expected {solved.reached:.2f}x{own} "
-            f"{measure}"
-        )
-        record.asked, record.expected = solved.wanted, solved.reached
-        record.missed, record.both = solved.why is not None, self.dial.expert is not None
-        self._say_tuned(solved, run, record)
-        if solved.why is not None:
-            met = f"{solved.reached:.2f}x is expected"
-            if own:
-                met = f"{solved.together:.2f}x is expected of both experts ({solved.reached:.2f}x{own})"
-            record.note(f"{solved.wanted:.2f}x was asked for and {met}: {solved.why}")
+
+        def told(solved: Solved) -> None:
+            own = "" if solved.together is None else " of this expert's own steps"
+            record.planned = (
+                f"{self.dial.describe()}: {solved.plan.describe()}; expected {solved.reached:.2f}x"
+                f"{own} {measure}"
+            )
+            record.planned += "" if solved.tuned is None else f"; {solved.tuned}"
+            record.planned += "; solved anew, as other steps came" if solved.run.done else ""
+            record.asked, record.expected = solved.wanted, solved.reached
+            record.missed, record.both = solved.why is not None, self.dial.expert is not None
+
+        course = Course(self.dial, run, self.plan, cost, engine, told)
+        solved = course.solved
+        self._say_tuned(run, record)
         if is_class(dm, "VaceWanModel"):
             record.note("VACE's control branch runs in full, and what is expected leaves it out")
         if solved.plan.shares.partial:
@@ -197,13 +179,11 @@ class Wish:
                 f"{needed(4) / 1e9:.2g} GB for the keys and values of left out tokens were not "
                 "free: every step is whole or repeated"
             )
-        return solved
+        return course
 
-    def _say_tuned(self, solved: Solved, run: Run, record: Record) -> None:
-        """What of the profile's trials the plan goes by, and what of them it cannot do."""
+    def _say_tuned(self, run: Run, record: Record) -> None:
+        """What of the profile's trials cannot be gone by."""
         trial = self.dial.trial_of(run)
-        if solved.tuned is not None:
-            record.planned += f"; {solved.tuned}"
         if self.dial.tuned and trial is None:
             record.note(
                 "the profile holds no trial of a run like this one (steps, guidance, start image, "
@@ -213,11 +193,3 @@ class Wish:
             record.note(
                 f"your trial at {trial.speedup:g}x chose {trial.chosen}, which this node cannot do"
             )
-
-
-def _place(announced: tuple[float, ...], levels: torch.Tensor) -> int:
-    """Index of the announced step that a call at these noise levels belongs to: the nearest one."""
-    now = float(levels.max())
-    if not math.isfinite(now):
-        return 0
-    return min(range(len(announced) - 1), key=lambda i: abs(announced[i] - now))

@@ -7,6 +7,7 @@ import torch
 from ...engine.call import Call
 from ...engine.engine import Engine
 from ...report.figures import expected_speedup
+from ...solve.course import Course
 from .compiled import Compiled
 from .dense_step import Unmeasurable, call_sizes
 from .dial import Wish
@@ -46,8 +47,9 @@ class SamplingRun(Kept):
         # the block replacements that were made for it
         self.call: Call | None = None
         self.replaced: dict | None = None
-        # a dial's, until the first model call
+        # a dial's, until the first model call; from then on its plan
         self.wish: Wish | None = None
+        self.course: Course | None = None
 
     def note_call(self, arguments: dict) -> None:
         """Keep the sizes of a model call that was made, if it is of the first step."""
@@ -69,9 +71,19 @@ def compare_run(run: SamplingRun, levels: int) -> None:
                 "a sampler of its own in its place, and nothing was trimmed"
             )
         return
-    solved = run.ran.solved
-    expected, done = solved and solved.reached, expected_speedup(record)
-    if expected and done and abs(done / expected - 1) > OFF_PLAN:
+    solved = run.ran.solved = run.course and run.course.solved
+    if solved is None:
+        return
+    if solved.why is not None:
+        met = f"{solved.reached:.2f}x is expected"
+        if solved.together is not None:
+            met = (
+                f"{solved.together:.2f}x is expected of both experts ({solved.reached:.2f}x of this "
+                "expert's own steps)"
+            )
+        record.note(f"{solved.wanted:.2f}x was asked for and {met}: {solved.why}")
+    expected, done = solved.reached, expected_speedup(record)
+    if done and abs(done / expected - 1) > OFF_PLAN:
         record.note(
             f"{expected:.2f}x was expected and {done:.2f}x was done: the steps that came, or what "
             "was done in them, are not those that the sampler announced"

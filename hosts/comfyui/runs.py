@@ -17,7 +17,7 @@ import torch
 from comfy_execution.utils import get_executing_context
 
 from ...engine.record import Record
-from ...solve.dial import Solved
+from ...solve.dial import Run, Solved
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,8 @@ class Ran:
         where: None when no node ran it.
         calls: sizes of the first step's model calls.
         unmeasurable: why those are not known.
-        solved: what a dial decided, if there is one.
+        solved: what a dial decided, if there is one; `came` is what ran by it in the end.
+        expert: of a pair, that the MODEL is.
     """
 
     record: Record
@@ -62,6 +63,8 @@ class Ran:
     calls: list[dict] = field(default_factory=list)
     unmeasurable: str | None = None
     solved: Solved | None = None
+    came: Run | None = None
+    expert: str | None = None
 
 
 def keep_run(runs: list[Ran], new: Ran) -> None:
@@ -69,30 +72,27 @@ def keep_run(runs: list[Ran], new: Ran) -> None:
 
     def replaced(old: Ran) -> bool:
         if old.where is None or new.where is None:
-            return True
+            return old.expert == new.expert
         return old.where.node == new.where.node and old.where.prompt != new.where.prompt
 
     runs[:] = [*(old for old in runs if not replaced(old)), new]
 
 
-class ImagesOf:
-    """The nodes that an input of the executing node comes of.
+class Upstream:
+    """Some nodes and all before them.
 
     Args:
-        dynprompt: ComfyUI's prompt with the nodes that other nodes put in while it runs.
-        node: id of the executing node.
-        name: of its input.
+        graph: of the prompt that they are in.
+        prompt: its id.
+        place: in a list of inputs that the executing node runs for, or None.
     """
 
-    def __init__(self, dynprompt, node: str, name: str):
-        self._graph, context = _Nodes(dynprompt), get_executing_context()
-        self._prompt = None if context is None else context.prompt_id
-        self._place = None if context is None else context.list_index
-        link = self._graph.inputs(node).get(name)
-        self._nodes = self._graph.before([link[0]]) if _is_link(link) else set()
+    def __init__(self, graph: _Nodes, nodes: list[str], prompt: str | None, place: int | None):
+        self._graph, self._prompt, self._place = graph, prompt, place
+        self._nodes = graph.before(nodes)
 
     def find(self, runs: list[Ran]) -> list[Ran]:
-        """The runs that these images come of, in order."""
+        """The runs that were made here, in order."""
         found = [ran for ran in runs if ran.where is not None and self._made_by(ran.where)]
         # a sampler that was run for a list of latents, and a report for the list of their images
         mine = [ran for ran in found if ran.where.place in (None, self._place)]
@@ -105,6 +105,32 @@ class ImagesOf:
         if node not in self._nodes or where.before is None:
             return False
         return self._graph.hash_before(node) == where.before
+
+
+class ImagesOf(Upstream):
+    """The nodes that an input of the executing node comes of.
+
+    Args:
+        dynprompt: ComfyUI's prompt with the nodes that other nodes put in while it runs.
+        node: id of the executing node.
+        name: of its input.
+    """
+
+    def __init__(self, dynprompt, node: str, name: str):
+        graph, context = _Nodes(dynprompt), get_executing_context()
+        link = graph.inputs(node).get(name)
+        prompt, place = (None, None) if context is None else (context.prompt_id, context.list_index)
+        super().__init__(graph, [link[0]] if _is_link(link) else [], prompt, place)
+
+
+def runs_before(runs: list[Ran], here: Where | None) -> list[Ran]:
+    """Those that stand before a node that samples, or ran in it, in order."""
+    graph = None if here is None else _running_prompt(here.prompt)
+    if graph is None or here.node not in graph:
+        # no server, or a node that another one put in
+        prompt = None if here is None else here.prompt
+        return [ran for ran in runs if getattr(ran.where, "prompt", None) == prompt]
+    return Upstream(_Nodes(graph), [here.node], here.prompt, here.place).find(runs)
 
 
 class _Nodes:

@@ -5,7 +5,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import comfy.k_diffusion.sampling
 import comfy.model_management
 import comfy.sample
 import comfy.samplers
@@ -48,32 +47,22 @@ def test_samplers_of_two_calls_a_step_do_what_was_asked_for(sampler):
     out = tiny.ksampler(patched, steps=6, sampler=sampler)
     record = tiny.report_of(patched)
     assert torch.isfinite(out).all() and len(record.steps) == 11
-    assert done(patched) == pytest.approx(1.5, rel=0.05)
-    assert done(patched) == pytest.approx(solved(patched).reached, rel=0.05)
+    assert done(patched) == pytest.approx(1.5, rel=0.03)
+    assert done(patched) == pytest.approx(solved(patched).reached, rel=0.03)
     assert not any("was done" in note for note in record.notes)
 
 
-def test_stock_samplers_of_two_calls_are_known():
-    """As many calls as each makes of the tiny model, for whatever this ComfyUI has."""
-    model, twice, more = tiny.base_model().clone(), set(), set()
-    counted = []
-    model.add_wrapper_with_key(
-        WrappersMP.DIFFUSION_MODEL, "count", lambda e, *a, **k: counted.append(1) or e(*a, **k)
-    )
-    steps = 4
-    # these go their own way: no number of steps holds
-    for name in set(comfy.samplers.KSampler.SAMPLERS) - {"dpm_fast", "dpm_adaptive", "ar_video"}:
-        counted.clear()
-        tiny.sample(model, steps=steps, cfg=1.0, sampler=name)
-        if len(counted) >= 2 * steps - 1:
-            function = comfy.samplers.sampler_object(name).sampler_function.__name__
-            # of three calls the report says that another speed-up came out than was expected
-            (twice if len(counted) <= 2 * steps else more).add(function)
-    assert {"sample_heun", "sample_dpm_2"} <= twice and twice <= set(dial.TWO_CALLS)
-    assert more <= {"sample_seeds_3", "sample_heunpp2"}, more
-    assert twice <= set(dial.TWO_CALLS), twice - set(dial.TWO_CALLS)
-    functions = vars(comfy.k_diffusion.sampling)
-    assert {name for name in dial.TWO_CALLS if name in functions} >= twice
+# these go their own way: no number of steps holds
+OWN_WAY = {"dpm_fast", "dpm_adaptive", "ar_video"}
+
+
+@pytest.mark.parametrize("name", sorted(set(comfy.samplers.KSampler.SAMPLERS) - OWN_WAY))
+def test_every_stock_sampler_does_what_was_asked_for(name):
+    """Of one call a step, of two or three, which nobody announces."""
+    patched = dialled(tiny.base_model())
+    tiny.sample(patched, steps=8, cfg=1.0, sampler=name)
+    assert done(patched) == pytest.approx(1.5, rel=0.03)
+    assert not notes(patched)
 
 
 def without(patched, key: str):
@@ -146,8 +135,8 @@ def test_a_guider_may_lack_anything(changes, prompts):
         guider,
         SimpleNamespace(**{k: v for k, v in vars(guider).items() if v is not None}),
     ):
-        found = dial.Wish.of(Dial(1.5), TrimPlan(), "auto", one, None, 3.0)
-        assert (found.prompts, found.twice) == (prompts, False)
+        found = dial.Wish.of(Dial(1.5), TrimPlan(), "auto", one, 3.0)
+        assert found.prompts == prompts
 
 
 def test_context_windows():

@@ -1,0 +1,144 @@
+"""Keeps a run on its wish: what a sampler announces is not what it will run.
+
+The dial is solved when the run begins, for one model call at each step that was announced. Where
+other calls come (two at a step, none, the ones behind a jump), or steps computed something else than
+was planned, it is solved anew for what is still to come, with what was done as it was.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
+
+from ..engine.engine import Engine
+from ..engine.plan import TrimPlan
+from .dial import Cost, Dial, Run, Solved
+
+# of a share: below it a step ran as it was planned
+SAME = 1e-6
+
+
+class Course:
+    """Gives an engine its plan, now and whenever it has to be another one.
+
+    Args:
+        plan: what other nodes decided.
+        told: called with everything that is solved.
+    """
+
+    def __init__(
+        self,
+        dial: Dial,
+        run: Run,
+        plan: TrimPlan,
+        cost: Cost,
+        engine: Engine,
+        told: Callable[[Solved], None],
+    ):
+        self._dial, self._plan, self._cost, self._told = dial, plan, cost, told
+        self._engine, self._run, self._at = engine, run, 0
+        # model calls that came at each step, by the part of the video
+        self._came = [Counter() for _ in range(run.steps)]
+        self.solved = self._solve()
+        engine.take(self.solved.plan)
+        told(self.solved)
+        engine.steer = self.step
+
+    def _solve(self) -> Solved:
+        return self._dial.solve(self._run, self._plan, self._cost)
+
+    def step(self, sigma: float, where: Hashable) -> None:
+        """A step of a part of the video is about to begin."""
+        at = self.solved.plan.shares.place(sigma)
+        self._came[at][where] += 1
+        self._at = max(self._at, at)
+        memory, run = self._engine.memory, self._run
+        # what began at a step goes on as it began
+        begun = self._calls()[self._at] > 1
+        now = replace(
+            run,
+            calls=self._expected(),
+            done=self._done(self._at + begun),
+            held=memory.holds_context,
+            partial=run.partial and not memory.lost,
+        )
+        shares = self.solved.plan.shares.shares
+        known = run.calls or (1,) * run.steps
+        as_planned = all(
+            abs(share - planned) < SAME or not count
+            for share, planned, count in zip(now.done, shares, now.calls, strict=False)
+        )
+        if known == now.calls and as_planned and run.partial == now.partial:
+            return
+        self._run = now
+        self.solved = self._solve()
+        self._engine.share(self.solved.plan.shares)
+        self._told(self.solved)
+
+    @property
+    def ran(self) -> Run | None:
+        """What ran of the steps that were announced; None before the first one."""
+        if not any(self._came):
+            return None
+        count = self._at + 1
+        sigmas, calls = self._run.sigmas[: count + 1], tuple(self._calls()[:count])
+        done = self._done(count)
+        return replace(self._run, sigmas=sigmas, calls=calls, done=done, before=None)
+
+    def _calls(self) -> list[int]:
+        """Model calls of each step so far."""
+        return [max(came.values(), default=0) for came in self._came]
+
+    def _expected(self) -> tuple[float, ...]:
+        """Model calls of each step, those to come as those that came.
+
+        The first step is no measure where there are others: the second call of a step is often at
+        the sigma of the next one.
+        """
+        came, at = self._calls(), self._at
+        each = statistics.median(came[1:at] or came[:1])
+        if at < 2:
+            each = max(came[at], each)
+        calls = [*came[:at], *(each,) * (len(came) - at)]
+        if self._run.sigmas[-1] == 0.0:
+            # what a sampler calls between two steps it does not call on the way to 0
+            calls[-1] = max(1, each - (came[0] - 1))
+        calls[at] = max(came[at], calls[at])
+        return tuple(calls)
+
+    def _done(self, count: int) -> tuple[float, ...]:
+        """The share that each of the first steps computed."""
+        shares, found = self.solved.plan.shares, [[] for _ in range(count)]
+        for step in self._engine.record.steps:
+            at = shares.place(step.sigma)
+            if at < count:
+                whole = 1.0 if step.kept_share == 1.0 else step.program.share
+                found[at].append(0.0 if step.answered else whole)
+        return tuple(statistics.fmean(one) if one else 0.0 for one in found)
+
+
+def run_before(run: Run, earlier: Sequence[Run]) -> Run | None:
+    """What was sampled of a run's video before it, as one; None is nothing.
+
+    Args:
+        earlier: in order; a part that goes lower than the next one begins is of another video, or
+            of an earlier pass.
+    """
+    found = run
+    parts: list[Run] = []
+    for one in reversed(earlier):
+        if one.grid != run.grid or one.sigmas[-2] <= found.sigmas[0]:
+            break
+        parts.insert(0, one)
+        found = one
+    if not parts:
+        return None
+    return replace(
+        parts[-1],
+        sigmas=(*(at for one in parts for at in one.sigmas[:-1]), parts[-1].sigmas[-1]),
+        calls=tuple(count for one in parts for count in one.calls),
+        done=tuple(share for one in parts for share in one.done),
+        before=None,
+    )

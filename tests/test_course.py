@@ -1,0 +1,228 @@
+"""A run that does other steps than its sampler announced is solved anew for what is left."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+
+from wantrim.engine.plan import TrimPlan
+from wantrim.engine.record import Record
+from wantrim.hosts.diffusers.attach import attach
+from wantrim.hosts.diffusers.sample import sigmas_for
+from wantrim.hosts.diffusers.shape import wan_shape
+from wantrim.methods.grid import TokenGrid
+from wantrim.methods.shares import Shares
+from wantrim.report.figures import mean_work
+from wantrim.solve.course import Course, run_before
+from wantrim.solve.dial import HIGH, LOW, Dial, Run, flops
+from wantrim.solve.tuned import Travel, Tuned
+from wantrim.tests.small_wan import SIZE, noise, random_wan, words
+
+SHIFT = 5.0
+GRID = TokenGrid(3, 4, 3)
+# a plan that trims, so that the hooks are there; the course puts its own in its place
+ANY = TrimPlan(shares=Shares((1.0,), (0.5,)))
+
+
+def announced(steps: int) -> tuple[float, ...]:
+    return tuple(sigmas_for(steps, SHIFT).tolist())
+
+
+def pairs(steps: int):
+    return list(itertools.pairwise(announced(steps)))
+
+
+# the sigmas of the calls that come when so many steps are announced
+def as_announced(steps):
+    return announced(steps)[:-1]
+
+
+def heun(steps):
+    return [at for now, after in pairs(steps) for at in ((now, after) if after else (now,))]
+
+
+def middle(steps):
+    """As res_2s: the second call half of the way, by the logarithm of sigma."""
+    return [
+        at
+        for now, after in pairs(steps)
+        for at in ((now, (now * after) ** 0.5) if after else (now,))
+    ]
+
+
+def near(steps):
+    """The second call close behind the first one."""
+    return [
+        at
+        for now, after in pairs(steps)
+        for at in ((now, now - 0.2 * (now - after)) if after else (now,))
+    ]
+
+
+def three(steps):
+    return [
+        at
+        for now, after in pairs(steps)
+        for at in ((now, (now + after) / 2, after) if after else (now,))
+    ]
+
+
+def jumps(steps):
+    """Two of three steps."""
+    return [at for i, at in enumerate(announced(steps)[:-1]) if i % 3 != 2]
+
+
+def restarts(steps):
+    sigmas = announced(steps)[:-1]
+    return [*sigmas[:5], *sigmas[3:5], *sigmas[5:]]
+
+
+def other_sigmas(steps):
+    """A schedule of its own, with half as many steps again."""
+    return torch.linspace(1, 0.02, steps * 3 // 2).tolist()
+
+
+WAYS = [as_announced, heun, middle, near, three, jumps, restarts]
+
+
+def go(sigmas, dial=None, run=None, *, plan=ANY, wrong=None):
+    """A run of a small Wan at these sigmas; gives its record, its course and what that said.
+
+    Args:
+        wrong: called with the engine before each call.
+    """
+    model = random_wan(4)
+    told = []
+    with attach(model, plan, shift=SHIFT) as attached:
+        engine = attached.engine
+        given = (dial or Dial(1.5), run or run_of(12))
+        course = Course(*given, TrimPlan(), flops, engine, told.append)
+        for at, sigma in enumerate(sigmas):
+            latent = noise(1, 16, *SIZE, seed=at)
+            if wrong is not None:
+                wrong(engine, at)
+            model(latent, torch.full((1,), 1000 * sigma), words(), return_dict=False)
+    return engine.record, course, told
+
+
+def run_of(steps: int, **options) -> Run:
+    shape = wan_shape(random_wan(4), 7)
+    return Run(shape, GRID, announced(steps), SHIFT, prompts=1, **options)
+
+
+def done(record: Record) -> float:
+    return 1 / mean_work(record)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("steps", [8, 20])
+@pytest.mark.parametrize("wanted", [1.3, 1.5, 2.0])
+def test_the_wish_is_met_whatever_comes(way, steps, wanted):
+    record, course, told = go(way(steps), Dial(wanted), run_of(steps))
+    assert len(record.steps) == len(way(steps))
+    assert done(record) == pytest.approx(wanted, rel=0.03)
+    # what is expected in the end is what was done
+    assert course.solved.reached == pytest.approx(done(record), rel=0.03)
+    assert (len(told) == 1) == (way is as_announced)
+
+
+def test_a_schedule_of_its_own_is_met_or_said():
+    for steps in (8, 20):
+        record, course, _ = go(other_sigmas(steps), Dial(1.5), run_of(steps))
+        assert course.solved.reached == pytest.approx(done(record), rel=0.06)
+        met = done(record) == pytest.approx(1.5, rel=0.03)
+        assert met or "cannot make up for those that came" in course.solved.why
+
+
+def test_what_began_at_a_step_goes_on_as_it_began():
+    for way in (heun, near):
+        record, course, _ = go(way(8), run=run_of(8))
+        shares = course.solved.plan.shares
+        for step in record.steps:
+            assert step.program.share == pytest.approx(shares.at(step.sigma))
+
+
+def test_a_step_that_computed_everything_is_made_up_for():
+    def forget(engine, at):
+        if at in (3, 4):
+            # as for context windows that move, or prompts that come anew
+            engine.memory.clear()
+
+    record, course, told = go(as_announced(12), wrong=forget)
+    assert len(told) > 1
+    assert done(record) == pytest.approx(1.5, rel=0.03)
+    assert course.solved.reached == pytest.approx(done(record), rel=0.01)
+
+
+def test_without_room_for_the_context_what_is_left_is_whole_or_repeated():
+    def full(engine, at):
+        if at == 4:
+            engine.memory.lose_context()
+
+    record, course, _ = go(as_announced(20), run=run_of(20), wrong=full)
+    assert {step.program.share for step in record.steps[4:]} == {0.0, 1.0}
+    assert done(record) == pytest.approx(1.5, rel=0.03)
+    assert not course.solved.plan.shares.partial or course.solved.plan.shares.context is False
+
+
+def test_the_same_calls_give_the_same_plan():
+    for way in (heun, jumps):
+        first, second = (go(way(8), run=run_of(8))[1].solved for _ in range(2))
+        assert first == second
+
+
+def test_a_plan_that_a_trial_chose_is_not_solved_anew():
+    for way in (heun, middle):
+        record, course, _ = go(way(8), Dial(1.5), run_of(8))
+        plan, run = course.solved.plan, course.solved.run
+        sigmas = run.sigmas[:-1]
+        travel = Travel(sigmas, tuple(map(float, range(len(sigmas)))))
+        trial = Tuned(run.sigmas, 1, False, GRID.tokens, 1.5, "it", plan.shares.shares, travel)
+        again, tuned, _ = go(way(8), Dial(1.5, tuned=(trial,)), run_of(8))
+        assert tuned.solved.plan == plan and "it" in tuned.solved.tuned
+        assert [step.program.share for step in again.steps] == pytest.approx(
+            [step.program.share for step in record.steps]
+        )
+
+
+# both experts
+
+
+def both(high_calls, low_steps, speedup=1.5):
+    """Both experts' records; the low one may know what the high one did."""
+    steps = announced(12)
+    high, first, _ = go(high_calls, Dial(speedup, expert=HIGH), run_of(12))
+    low_run = Run(run_of(1).shape, GRID, steps[-low_steps - 1 :], SHIFT, 1)
+    low_run = replace(low_run, before=run_before(low_run, [first.ran]))
+    low, second, _ = go(steps[-low_steps - 1 : -1], Dial(speedup, expert=LOW), low_run)
+    return high, low, second
+
+
+def together(*records) -> float:
+    steps = [(record, step) for record in records for step in record.steps]
+    works = [mean_work(record) * len(record.steps) for record in records]
+    return len(steps) / sum(works)
+
+
+@pytest.mark.parametrize("stops", [3, 5, 6, 8])
+@pytest.mark.parametrize("speedup", [1.3, 1.5])
+def test_the_low_noise_expert_makes_up_for_a_high_one_that_stopped_early(stops, speedup):
+    """Steps to run: it announces all, and nobody says where it will stop."""
+    high, low, course = both(announced(12)[:stops], 12 - stops, speedup)
+    assert together(high, low) == pytest.approx(speedup, rel=0.03)
+    assert course.solved.together == pytest.approx(together(high, low), rel=0.01)
+    assert course.solved.why is None and low.steps[0].whole
+
+
+def test_a_wish_that_the_low_noise_expert_cannot_meet_any_more_is_said():
+    high, low, course = both(announced(12)[:8], 4, 4.0)
+    assert together(high, low) != pytest.approx(4.0, rel=0.03)
+    assert course.solved.together == pytest.approx(together(high, low), rel=0.01)
+    assert course.solved.why is not None
+
+
+def test_a_high_noise_expert_of_two_calls_a_step_is_known_as_it_ran():
+    high, low, course = both(heun(12)[:11], 6)
+    assert len(high.steps) == 11 and sum(course.solved.run.before.calls) == 11
+    assert together(high, low) == pytest.approx(1.5, rel=0.03)
