@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +21,9 @@ from ..hosts.diffusers.sample import sample, sigmas_for
 from ..hosts.diffusers.shape import wan_shape
 from ..methods.grid import TokenGrid
 from ..profiles.profile import Profile
-from ..solve.dial import Run
-from .cases import Case, Point, solve_plan
+from ..solve.course import Course
+from ..solve.dial import Run, flops
+from .cases import DIALLED, Case, Point, case_run, solve_plan
 from .flops import count_flops
 from .head_cases import HEADS, head_plan
 from .metrics import measure, summarise
@@ -203,7 +205,10 @@ class Bench:
         knob = plan.describe()
         if plan.tokens is not None:
             knob = f"keep {plan.tokens.schedule.keep_ratio:.3f}"
-        return knob, self.trimmed(plan), steps, 1 / self.sampling.speedup(plan)
+        method = self.trimmed(plan)
+        if case.method in DIALLED and not plan.neutral:
+            method = partial(self._steered, case, plan)
+        return knob, method, steps, 1 / self.sampling.speedup(plan)
 
     @property
     def _roles(self) -> tuple[int, ...]:
@@ -214,6 +219,14 @@ class Bench:
         """A plan on the model, for one video."""
         roles, shift = self._roles, self.point.shift
         return lambda: attach(self.model, plan, cond_or_uncond=roles, shift=shift)
+
+    @contextmanager
+    def _steered(self, case: Case, plan: TrimPlan):
+        """What the dial solves, and solves anew as a run shows what it is like."""
+        with self.trimmed(plan)() as attached:
+            run = case_run(case, self.sampling)
+            Course(case.dial, run, TrimPlan(), flops, attached.engine)
+            yield
 
     def _record_profile(self) -> Profile:
         """Of videos of further prompts."""

@@ -65,6 +65,10 @@ class Case:
         words = f"{self.method} {self.setting} {self.target}"
         return "".join(c if c.isalnum() or c in ".+-" else "_" for c in words)
 
+    @property
+    def dial(self) -> Dial:
+        return Dial(1 / self.target)
+
 
 DENSE = Case("dense", 1.0)
 # what WanTrim does by itself, the same in whole and repeated steps only, and TAPE
@@ -99,14 +103,18 @@ def paper_plan_of(keep_ratio: float, num_blocks: int) -> TokenPlan:
     return TokenPlan(Schedule(keep_ratio, "falling"), reselect_every=every)
 
 
+def case_run(case: Case, run: Run) -> Run:
+    """The run as the dial of a case knows it."""
+    return replace(run, partial=case.method == DEFAULT)
+
+
 def solve_plan(case: Case, run: Run) -> TrimPlan | None:
     """The plan whose run costs closest to the case's target; None when no keep ratio comes near.
 
     A dial's plan is what it gives, however near that is.
     """
     if case.method in DIALLED:
-        partial = case.method == DEFAULT
-        return Dial(1 / case.target).solve(replace(run, partial=partial)).plan
+        return case.dial.solve(case_run(case, run)).plan
     found, distance = None, TOLERANCE
     for keep in range(2, 200):
         plan = TrimPlan(paper_plan_of(keep / 200, run.shape.num_blocks))

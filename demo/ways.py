@@ -19,7 +19,8 @@ from ..hosts.diffusers.shape import wan_shape
 from ..hosts.diffusers.weights import load_original
 from ..methods.grid import TokenGrid
 from ..report.figures import step_work
-from ..solve.dial import Dial
+from ..solve.course import Course
+from ..solve.dial import Dial, flops
 from ..solve.dial import Run as Sampling
 from ..toy import CHECKPOINT
 from ..toy.text import encode_prompt
@@ -108,11 +109,16 @@ class Trimmed(Way):
 
     def __init__(self, name: str, job: Job, plan: TrimPlan | None = None, dial: Dial | None = None):
         super().__init__(name, job.steps)
-        sampling = job.sampling(self.model)
-        self.plan = plan if dial is None else dial.solve(sampling, plan).plan
-        self.speedup = sampling.speedup(self.plan)
+        self.sampling, self.dial, self.others = job.sampling(self.model), dial, plan or TrimPlan()
+        self.plan = plan if dial is None else dial.solve(self.sampling, plan).plan
+        self.speedup = self.sampling.speedup(self.plan)
         rows = (COND, UNCOND)[: job.prompts]
         self.attachment = attach(self.model, self.plan, cond_or_uncond=rows, shift=job.shift)
+
+    def begin(self, job: Job, video: int) -> Iterator[torch.Tensor]:
+        if self.dial is not None:
+            Course(self.dial, self.sampling, self.others, flops, self.attachment.engine)
+        return super().begin(job, video)
 
     def end(self) -> list[float]:
         self.record = self.attachment.finish()

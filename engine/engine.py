@@ -74,14 +74,15 @@ class Engine:
         told: called with every step that is done.
 
     Attributes:
-        steer: called with the sigma and the part of the video of a step that is about to begin, when
-            the one before is in the record; it may `share` anew. None is nobody.
+        steer: called with the sigma and the part of the video of a step that is about to begin, and
+            with `Seen.held`, when the one before is in the record; it may `share` anew. None is
+            nobody.
     """
 
     def __init__(self, plan: TrimPlan, record: Record, told: Callable[[Step], None] | None = None):
         self.record, self._told = record, told
         self.now: StepState | None = None
-        self.steer: Callable[[float, Hashable], None] | None = None
+        self.steer: Callable[[float, Hashable, tuple[float, ...] | None], None] | None = None
         self._shared = Shared(plan, record)
         self._began = 0.0
         # what heads do, by block, and the plan that follows from it
@@ -220,7 +221,7 @@ class Engine:
             # a prompt can have an area of its own, whose unconditional prompt shares its name
             where = (window, names[decider])
             if self.steer is not None:
-                self.steer(sigma, where)
+                self.steer(sigma, where, seen.held)
             part = self.memory.part(where, last and last.sigma, sigma)
             if not part.fits(own):
                 part.clear()

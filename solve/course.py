@@ -2,7 +2,8 @@
 
 The dial is solved when the run begins, for one model call at each step that was announced. Where
 other calls come (two at a step, none, the ones behind a jump), or steps computed something else than
-was planned, it is solved anew for what is still to come, with what was done as it was.
+was planned, it is solved anew for what is still to come, with what was done as it was. So it is
+where the run's own whole steps show that change lies in more tokens than in the curves.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from .dial import Cost, Dial, Run, Solved
 
 # of a share: below it a step ran as it was planned
 SAME = 1e-6
+# of the error that is left at a share of the tokens: below it a run is as it was taken to be
+ALIKE = 0.1
 
 
 class Course:
@@ -35,7 +38,7 @@ class Course:
         plan: TrimPlan,
         cost: Cost,
         engine: Engine,
-        told: Callable[[Solved], None],
+        told: Callable[[Solved], None] = lambda solved: None,
     ):
         self._dial, self._plan, self._cost, self._told = dial, plan, cost, told
         self._engine, self._run, self._at = engine, run, 0
@@ -49,8 +52,12 @@ class Course:
     def _solve(self) -> Solved:
         return self._dial.solve(self._run, self._plan, self._cost)
 
-    def step(self, sigma: float, where: Hashable) -> None:
-        """A step of a part of the video is about to begin."""
+    def step(self, sigma: float, where: Hashable, held: tuple[float, ...] | None) -> None:
+        """A step of a part of the video is about to begin.
+
+        Args:
+            held: share of the last change in each of TRIED of the tokens, where it is known.
+        """
         at = self.solved.plan.shares.place(sigma)
         self._came[at][where] += 1
         self._at = max(self._at, at)
@@ -63,6 +70,7 @@ class Course:
             done=self._done(self._at + begun),
             held=memory.holds_context,
             partial=run.partial and not memory.lost,
+            concentration=run.concentration if held is None else (sigma, held),
         )
         shares = self.solved.plan.shares.shares
         known = run.calls or (1,) * run.steps
@@ -70,12 +78,27 @@ class Course:
             abs(share - planned) < SAME or not count
             for share, planned, count in zip(now.done, shares, now.calls, strict=False)
         )
-        if known == now.calls and as_planned and run.partial == now.partial:
+        as_seen = self._as_seen(run, now)
+        if known == now.calls and as_planned and as_seen and run.partial == now.partial:
             return
         self._run = now
         self.solved = self._solve()
         self._engine.share(self.solved.plan.shares)
         self._told(self.solved)
+
+    def _as_seen(self, run: Run, now: Run) -> bool:
+        """Whether change lies where the plan took it to lie, or nothing depends on it."""
+        if now.concentration in (None, run.concentration) or not now.partial:
+            return True
+        one, other = (self._dial.curves(each).left for each in (run, now))
+        return (
+            max(
+                abs(a - b)
+                for x, y in zip(one, other, strict=True)
+                for a, b in zip(x, y, strict=True)
+            )
+            < ALIKE
+        )
 
     @property
     def ran(self) -> Run | None:

@@ -46,6 +46,8 @@ class Run:
         done: shares of the first steps, where these ran already.
         held: whether the context of the last whole one of those is there.
         before: what was sampled of the same video before, by this model or the pair's other one.
+        concentration: a sigma, and what each of TRIED of the tokens held of the change there; None
+            is not seen yet.
     """
 
     shape: WanShape
@@ -61,6 +63,7 @@ class Run:
     done: tuple[float, ...] = ()
     held: bool = True
     before: Run | None = None
+    concentration: tuple[float, tuple[float, ...]] | None = None
 
     def __post_init__(self):
         if len(self.sigmas) < 2:
@@ -201,7 +204,7 @@ class Dial:
             said = f"the plan that your trial chose ({trial.chosen})"
             reached = run.speedup(chosen, cost)
             return Solved(chosen, self.speedup, reached, run=run, tuned=said)
-        shares = self._shares(task, run, plan, cost, trial)
+        shares = self._shares(task, run, plan, cost)
         mine = shares[before : before + run.steps]
         solved = replace(plan, shares=Shares(run.sigmas[:-1], mine, task.partial))
         reached = run.speedup(solved, cost)
@@ -248,9 +251,7 @@ class Dial:
         first, last = range(self.dense_first_steps), range(steps - self.dense_last_steps, steps)
         return frozenset({*fresh, *first, *last, *outside}.intersection(range(steps)))
 
-    def _shares(
-        self, task: Task, run: Run, plan: TrimPlan, cost: Cost, trial: Tuned | None
-    ) -> tuple[float, ...]:
+    def _shares(self, task: Task, run: Run, plan: TrimPlan, cost: Cost) -> tuple[float, ...]:
         price = _price(run, plan, cost)
         dense = sum(task.calls) * _price(run, TrimPlan(), cost)(1.0)
         # in whole calls of the plan that others made
@@ -258,10 +259,19 @@ class Dial:
         budget = dense / self.speedup / whole - _measuring(task, run, plan, cost) / whole
         if budget >= sum(task.calls):
             return tuple(1.0 if share is None else share for share in task.done)
-        curves, travel = curves_of(run), self.travel if trial is None else trial.travel
+        curves = self.curves(run)
+        return solve_nearest(task, curves, budget, lambda share: price(share) / whole)
+
+    def curves(self, run: Run) -> Curves:
+        """What a run is solved by: the curves that ship, with what was measured on this model."""
+        trial, curves = self.trial_of(run), curves_of(run)
+        travel = self.travel if trial is None else trial.travel
         if travel is not None:
             curves = travel.on(curves)
-        return solve_nearest(task, curves, budget, lambda share: price(share) / whole)
+        if run.concentration is not None:
+            sigma, held = run.concentration
+            curves = curves.held_by((0.0, *held, 1.0), sigma)
+        return curves
 
     def _why(self, task: Task, asked, plan: TrimPlan, together: float, shares) -> str:
         """What is in the way, in an artist's words."""

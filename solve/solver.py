@@ -200,6 +200,9 @@ def solve_nearest(
         above = solve_shares(task, curves, more, cost)
         if (most := spent(above)) > budget:
             return above if most / budget < budget / least else below
+        if most > least:
+            # the solver rounds every cost up
+            below, least = above, most
     return below
 
 

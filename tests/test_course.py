@@ -12,9 +12,11 @@ from wantrim.hosts.diffusers.attach import attach
 from wantrim.hosts.diffusers.sample import sigmas_for
 from wantrim.hosts.diffusers.shape import wan_shape
 from wantrim.methods.grid import TokenGrid
-from wantrim.methods.shares import Shares
+from wantrim.methods.shares import Shares, held_by_most, token_change
 from wantrim.report.figures import mean_work
+from wantrim.solve import priors
 from wantrim.solve.course import Course, run_before
+from wantrim.solve.curves import Curves
 from wantrim.solve.dial import HIGH, LOW, Dial, Run, flops
 from wantrim.solve.tuned import Travel, Tuned
 from wantrim.tests.small_wan import SIZE, noise, random_wan, words
@@ -31,6 +33,13 @@ def announced(steps: int) -> tuple[float, ...]:
 
 def pairs(steps: int):
     return list(itertools.pairwise(announced(steps)))
+
+
+@pytest.fixture(autouse=True)
+def nothing_learned_of_the_change(monkeypatch):
+    """What is solved anew here is so because of the steps that come."""
+    for name in ("TEXT_TO_VIDEO", "TEXT_TO_VIDEO_UNGUIDED"):
+        monkeypatch.setattr(priors, name, replace(getattr(priors, name), held=()))
 
 
 # the sigmas of the calls that come when so many steps are announced
@@ -226,3 +235,38 @@ def test_a_high_noise_expert_of_two_calls_a_step_is_known_as_it_ran():
     high, low, course = both(heun(12)[:11], 6)
     assert len(high.steps) == 11 and sum(course.solved.run.before.calls) == 11
     assert together(high, low) == pytest.approx(1.5, rel=0.03)
+
+
+def knowing(held: tuple[float, ...]) -> Curves:
+    """The curves that ship, as if change had lain so in their recording."""
+    return replace(priors.TEXT_TO_VIDEO_UNGUIDED, held=((0.0, *held, 1.0),) * 2)
+
+
+# a random model's change is spread nearly evenly
+EVEN, NARROW = (0.13, 0.25, 0.42, 0.57, 0.85), (0.9, 0.95, 0.97, 0.98, 0.99)
+
+
+@pytest.mark.parametrize(("held", "parts"), [(EVEN, True), (NARROW, False)])
+def test_where_change_is_spread_evenly_few_steps_are_partial(held, parts, monkeypatch):
+    monkeypatch.setattr(priors, "TEXT_TO_VIDEO_UNGUIDED", knowing(held))
+    record, course, told = go(as_announced(20), run=run_of(20))
+    assert told[0].plan.shares.partial and told[0].run.concentration is None
+    partial = sum(0.0 < step.program.share < 1.0 for step in record.steps)
+    assert partial > 4 if parts else partial < 2
+    assert (len(told) > 1) == (not parts)
+    assert done(record) == pytest.approx(1.5, rel=0.03)
+    assert course.solved.reached == pytest.approx(done(record), rel=0.01)
+
+
+def test_the_change_that_is_seen_is_that_between_the_last_two_velocities(monkeypatch):
+    monkeypatch.setattr(priors, "TEXT_TO_VIDEO_UNGUIDED", knowing(NARROW))
+    _, course, _ = go(as_announced(3), run=run_of(3))
+    sigma, held = course._run.concentration
+    assert sigma == pytest.approx(announced(3)[2], abs=1e-3)
+    model = random_wan(4)
+    velocities = [
+        model(noise(1, 16, *SIZE, seed=at), torch.full((1,), 1000 * at_sigma), words())[0]
+        for at, at_sigma in enumerate(announced(3)[:2])
+    ]
+    change = token_change(velocities[1] - velocities[0], GRID)
+    assert held == pytest.approx(held_by_most(change).tolist(), rel=1e-3)

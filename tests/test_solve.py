@@ -153,16 +153,16 @@ def test_curves_are_corrected_by_where_the_change_of_a_run_lies():
     recorded = replace(curves(EARLY, (1.0, 0.01, 0.0)), held=((0.0, 0.9, 1.0),))
     assert solve_shares(FOUR, recorded, 2.9, cost) == (1, 1, 0.5, 0.3)
     even = recorded.held_by((0.0, 0.3, 1.0), 0.6)
-    assert even.left[0] == pytest.approx((1.0, 1 - 0.99 / 3, 0.0))
+    assert even.left[0] == pytest.approx((1.0, 1 - 0.99 / 9, 0.0))
     # few of the tokens are not worth it any more
     assert solve_shares(FOUR, even, 2.9, cost) == (1, 1, 0.8, 0)
-    # never less than nothing is left
-    assert recorded.held_by((0.0, 0.95, 1.0), 0.6).left[0] == (1.0, 0.0, 0.0)
+    # a narrower change leaves no less than in the recording
+    assert recorded.held_by((0.0, 0.95, 1.0), 0.6).left[0] == pytest.approx(recorded.left[0])
     # at the sigma where it was seen, between those that were tried
     two = replace(CURVES, held=((0.0, 0.8, 0.9, 1.0), (0.0, 0.4, 0.6, 1.0)))
     found = two.held_by((0.0, 0.3, 0.5, 1.0), 0.75).left
-    assert found[0] == pytest.approx((1.0, 1 - 0.7 / 2, 1 - 0.9 * 0.5 / 0.75, 0.02))
-    assert found[1] == pytest.approx((1.0, 1 - 0.4 / 2, 1 - 0.7 * 0.5 / 0.75, 0.05))
+    assert found[0] == pytest.approx((1.0, 1 - 0.7 / 4, 1 - 0.9 * (2 / 3) ** 2, 0.02))
+    assert found[1] == pytest.approx((1.0, 1 - 0.4 / 4, 1 - 0.7 * (2 / 3) ** 2, 0.05))
     # of curves that do not know it nothing is corrected
     assert CURVES.held_by((0.0, 0.3, 0.5, 1.0), 0.75) is CURVES
 

@@ -156,7 +156,10 @@ class Wish:
                 f"{own} {measure}"
             )
             record.planned += "" if solved.tuned is None else f"; {solved.tuned}"
-            record.planned += "; solved anew, as other steps came" if solved.run.done else ""
+            if solved.run.done:
+                seen = solved.run.concentration is not None
+                why = "what the first steps showed" if seen else "the steps that came"
+                record.planned += f"; solved anew by {why}"
             record.asked, record.expected = solved.wanted, solved.reached
             record.missed, record.both = solved.why is not None, self.dial.expert is not None
 
