@@ -116,6 +116,11 @@ class Solved:
     run: Run | None = None
     tuned: str | None = None
 
+    @property
+    def all(self) -> float:
+        """Of the whole video, both experts together."""
+        return self.together or self.reached
+
 
 @dataclass(frozen=True)
 class Dial:

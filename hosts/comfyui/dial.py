@@ -150,7 +150,8 @@ class Wish:
         measure = "in FLOPs" if rates is None else f"by the rates of {name}"
 
         def told(solved: Solved) -> None:
-            own = "" if solved.together is None else " of this expert's own steps"
+            whose = "sampler" if self.dial.expert is None else "expert"
+            own = "" if solved.together is None else f" of this {whose}'s own steps"
             record.planned = (
                 f"{self.dial.describe()}: {solved.plan.describe()}; expected {solved.reached:.2f}x"
                 f"{own} {measure}"
