@@ -244,7 +244,8 @@ class Dial:
             return None, self.boundary
         at = self.boundary or (BOUNDARY_GIVEN if run.starts_given else BOUNDARY)
         count = sum(sigma >= at for sigma in run.sigmas[:-1])
-        return (count if 0 < count < run.steps else None), at
+        # one that begins behind the boundary does the other's part
+        return (count if count < run.steps else None), at
 
     def _whole(self, sigmas, shift: float, fresh: frozenset[int]) -> frozenset[int]:
         steps = len(sigmas) - 1

@@ -238,3 +238,11 @@ def test_a_high_noise_expert_of_two_calls_a_step_is_known_as_it_ran():
     high, low, course = both(heun(12)[:11], 6)
     assert len(high.steps) == 11 and sum(course.solved.run.before.calls) == 11
     assert together(high, low) == pytest.approx(1.5, rel=0.03)
+
+
+def test_a_high_noise_expert_that_goes_on_in_the_low_ones_place_does_what_is_left():
+    high, course, _ = go(announced(12)[:4], Dial(1.5, expert=HIGH), run_of(12))
+    rest = Run(run_of(1).shape, GRID, announced(12)[4:], SHIFT, 1)
+    rest = replace(rest, before=run_before(rest, [course.ran]))
+    again, _, _ = go(announced(12)[4:-1], Dial(1.5, expert=HIGH), rest)
+    assert together(high, again) == pytest.approx(1.5, rel=0.03)
