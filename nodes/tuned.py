@@ -15,7 +15,7 @@ from comfy_execution.graph import ExecutionBlocker
 
 from ..hosts.comfyui.candidates import ALL, ALONE, FEW, make_trial
 from ..hosts.comfyui.live import running_prompt
-from ..hosts.comfyui.outcome import rows_of, shared_row, tuned_of, with_tuned
+from ..hosts.comfyui.outcome import decode_all, rows_of, shared_row, tuned_of, with_tuned
 from ..hosts.comfyui.trial import Trial
 from ..hosts.comfyui.variants import check_variant
 from ..profiles.profile import Profile, load_profile
@@ -77,7 +77,8 @@ class WanTrimCandidates(io.ComfyNode):
                     default=ALL,
                     tooltip=(
                         "'few': whole, WanTrim, EasyCache, fewer steps. 'all': also WanTrim solved "
-                        "by the whole run, without context, and for a little less and a little more."
+                        "by the whole run, without context, for a little less and a little more, and with "
+                        "WanTrim Heads."
                     ),
                 ),
                 io.Model.Input(
@@ -189,7 +190,12 @@ class WanTrimVerdict(io.ComfyNode):
             inputs=[
                 TrialSocket.Input("trial", tooltip="From WanTrim Candidates."),
                 io.Image.Input(
-                    "images", tooltip="The decoded videos: VAE Decode of the candidates' sampler."
+                    "images",
+                    optional=True,
+                    tooltip=(
+                        "The decoded videos: VAE Decode of the candidates' sampler. Or connect "
+                        "'samples' and 'vae'."
+                    ),
                 ),
                 io.String.Input(
                     "filename",
@@ -200,6 +206,15 @@ class WanTrimVerdict(io.ComfyNode):
                         "file of its own."
                     ),
                 ),
+                io.Latent.Input(
+                    "samples",
+                    optional=True,
+                    tooltip=(
+                        "In place of 'images': the latents of the candidates' sampler. Decoded here, a "
+                        "video that runs out of memory is a row that says so, and ends nothing."
+                    ),
+                ),
+                io.Vae.Input("vae", optional=True, tooltip="For 'samples'."),
             ],
             outputs=[
                 text_output("The verdict as a table."),
@@ -231,11 +246,28 @@ class WanTrimVerdict(io.ComfyNode):
         return True
 
     @classmethod
-    def execute(cls, trial: list, images: list, filename: list) -> io.NodeOutput:
+    def execute(
+        cls,
+        trial: list,
+        filename: list,
+        images: list | None = None,
+        samples: list | None = None,
+        vae: list | None = None,
+    ) -> io.NodeOutput:
         held: Trial = trial[0]
-        name = filename[0]
+        name, failed = filename[0], {}
+        if images is None:
+            if samples is None or vae is None:
+                raise ValueError(
+                    f"{VERDICT}: connect 'images' to the VAE Decode of the candidates' sampler, or "
+                    "'samples' to that sampler and 'vae' to the VAE"
+                )
+            _check_count(held, samples, "samples")
+            images, failed = decode_all(held, samples, vae[0])
         videos = _videos(held, images)
         rows = rows_of(held, videos, running_prompt())
+        for place, reason in failed.items():
+            rows[place].failed = reason
         whole = held.whole.steps_done or held.whole.steps
         choice = choose(rows, held.wanted, whole)
         notes = [*held.notes]
@@ -257,17 +289,21 @@ class WanTrimVerdict(io.ComfyNode):
 
 def _videos(trial: Trial, images: list) -> list[torch.Tensor | None]:
     """A video or None for each candidate; one that failed has a blank one, which is left out."""
-    if len(images) > len(trial.candidates):
-        raise ValueError(
-            f"{VERDICT}: images: {len(images)} videos came for {len(trial.candidates)} candidates. "
-            "Connect the VAE Decode behind the sampler that uses this trial's models, and no other."
-        )
-    videos = [image[..., :3].cpu().float() for image in images]
+    _check_count(trial, images, "images")
+    videos = [None if image is None else image[..., :3].cpu().float() for image in images]
     videos += [None] * (len(trial.candidates) - len(videos))
     return [
         None if one.failed is not None else video
         for one, video in zip(trial.candidates, videos, strict=True)
     ]
+
+
+def _check_count(trial: Trial, came: list, name: str) -> None:
+    if len(came) > len(trial.candidates):
+        raise ValueError(
+            f"{VERDICT}: {name}: {len(came)} videos came for {len(trial.candidates)} candidates. "
+            "Connect what is behind the sampler that uses this trial's models, and no other."
+        )
 
 
 def _keep(trial: Trial, found: dict[str, Tuned] | str, filename: str) -> str:

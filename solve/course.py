@@ -8,13 +8,17 @@ where the run's own whole steps show that change lies in more tokens than in the
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 
+import numpy as np
+
 from ..engine.engine import Engine
 from ..engine.plan import TrimPlan
+from ..methods.shares import Shares
 from .dial import Cost, Dial, Run, Solved
 
 # of a share: below it a step ran as it was planned
@@ -62,7 +66,7 @@ class Course:
         self._came[at][where] += 1
         self._at = max(self._at, at)
         memory, run = self._engine.memory, self._run
-        # what began at a step goes on as it began
+        # what began at a step goes on as it began, while there are others
         begun = self._calls()[self._at] > 1
         now = replace(
             run,
@@ -82,8 +86,11 @@ class Course:
         if known == now.calls and as_planned and as_seen and run.partial == now.partial:
             return
         self._run = now
-        self.solved = self._solve()
-        self._engine.share(self.solved.plan.shares)
+        shares = self._last() if begun and self._at == run.steps - 1 else None
+        if shares is None:
+            self.solved = self._solve()
+            shares = self.solved.plan.shares
+        self._engine.share(shares)
         self._told(self.solved)
 
     def _as_seen(self, run: Run, now: Run) -> bool:
@@ -91,14 +98,19 @@ class Course:
         if now.concentration in (None, run.concentration) or not now.partial:
             return True
         one, other = (self._dial.curves(each).left for each in (run, now))
-        return (
-            max(
-                abs(a - b)
-                for x, y in zip(one, other, strict=True)
-                for a, b in zip(x, y, strict=True)
-            )
-            < ALIKE
-        )
+        return np.abs(np.subtract(one, other)).max() < ALIKE
+
+    def _last(self) -> Shares:
+        """Another share for a call at the last step, where nothing is left to make up for it."""
+        *others, mean = self._run.done
+        count, now = self._calls()[-1], self._engine.plan.shares
+        found = []
+        for share in (now.shares[-1], 1.0, 0.0):
+            done = (*others, (mean * (count - 1) + share) / count)
+            solved = self._dial.solve(replace(self._run, done=done), self._plan, self._cost)
+            found.append((abs(math.log(solved.all / solved.wanted)), share, solved))
+        _, share, self.solved = min(found, key=lambda one: one[0])
+        return replace(now, shares=(*now.shares[:-1], share))
 
     @property
     def ran(self) -> Run | None:
@@ -107,8 +119,12 @@ class Course:
             return None
         count = self._at + 1
         sigmas, calls = self._run.sigmas[: count + 1], tuple(self._calls()[:count])
-        done = self._done(count)
-        return replace(self._run, sigmas=sigmas, calls=calls, done=done, before=None)
+        return replace(self._run, sigmas=sigmas, calls=calls, done=self._done(count))
+
+    @property
+    def ended(self) -> Solved | None:
+        """What came of the wish, by the steps that ran; None before the first one."""
+        return None if self.ran is None else self._dial.solve(self.ran, self._plan, self._cost)
 
     def _calls(self) -> list[int]:
         """Model calls of each step so far."""

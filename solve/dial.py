@@ -119,6 +119,11 @@ class Solved:
     run: Run | None = None
     tuned: str | None = None
 
+    @property
+    def all(self) -> float:
+        """Of the whole video, both experts together."""
+        return self.together or self.reached
+
 
 @dataclass(frozen=True)
 class Dial:
@@ -199,7 +204,7 @@ class Dial:
         )  # fmt: skip
         trial = self.trial_of(run)
         own_whole = {step - before for step in asked}
-        if trial is not None and self._chosen_again(trial, task, own_whole):
+        if trial is not None and self._chosen_again(trial, task, own_whole, plan):
             chosen = replace(plan, shares=Shares(run.sigmas[:-1], trial.shares, task.partial))
             said = f"the plan that your trial chose ({trial.chosen})"
             reached = run.speedup(chosen, cost)
@@ -221,11 +226,12 @@ class Dial:
         facts = (run.sigmas, run.prompts, run.starts_given, run.grid.tokens)
         return next((trial for trial in self.tuned if trial.resembles(*facts)), None)
 
-    def _chosen_again(self, trial: Tuned, task: Task, whole: set[int]) -> bool:
+    def _chosen_again(self, trial: Tuned, task: Task, whole: set[int], plan: TrimPlan) -> bool:
         """Whether the plan that won a trial is what is asked for now."""
         shares = trial.shares
         return (
             shares is not None
+            and trial.heads in (None, roles_left(plan))
             and abs(self.speedup / trial.speedup - 1) <= TOLERANCE
             and (task.partial or not trial.partial)
             and all(shares[step] == 1.0 for step in whole if 0 <= step < len(shares))
@@ -242,7 +248,8 @@ class Dial:
             return None, self.boundary
         at = self.boundary or (BOUNDARY_GIVEN if run.starts_given else BOUNDARY)
         count = sum(sigma >= at for sigma in run.sigmas[:-1])
-        return (count if 0 < count < run.steps else None), at
+        # one that begins behind the boundary does the other's part
+        return (count if count < run.steps else None), at
 
     def _whole(self, sigmas, shift: float, fresh: frozenset[int]) -> frozenset[int]:
         steps = len(sigmas) - 1
@@ -309,6 +316,11 @@ class Dial:
         if task.partial:
             return f"steps are so few that the next plan{side} is further away"
         return f"steps are whole or repeated, and the next number of them{side} is further away"
+
+
+def roles_left(plan: TrimPlan) -> float | None:
+    """Of self-attention, what heads leave whose patterns the run finds; None without such."""
+    return plan.heads.keep_ratio if plan.finds_roles else None
 
 
 def curves_of(run: Run) -> Curves:

@@ -34,9 +34,23 @@ class Travel:
     travel: tuple[float, ...]
 
     def on(self, curves: Curves) -> Curves:
-        """`curves` with this travel in place of theirs."""
-        amplified = tuple(float(value) for value in curves.amplified_at(self.sigmas))
-        return replace(curves, sigmas=self.sigmas, travel=self.travel, amplified=amplified)
+        """`curves` with this travel in place of theirs; where it says nothing theirs, to its scale."""
+        first, last = self.sigmas[0], self.sigmas[-1]
+        before = tuple(sigma for sigma in curves.sigmas if sigma > first)
+        behind = tuple(sigma for sigma in curves.sigmas if sigma < last)
+        at = {s: float(t) for s, t in zip(curves.sigmas, curves.travel, strict=True)}
+        begins, ends = (float(value) for value in curves.travel_at((first, last)))
+        span = self.travel[-1] - self.travel[0]
+        scale = span / (ends - begins) if ends > begins else 1.0
+        start = scale * (begins - at[before[0]]) - self.travel[0] if before else 0.0
+        travel = (
+            *(scale * (at[sigma] - at[before[0]]) for sigma in before),
+            *(start + value for value in self.travel),
+            *(start + self.travel[-1] + scale * (at[sigma] - ends) for sigma in behind),
+        )
+        sigmas = (*before, *self.sigmas, *behind)
+        amplified = tuple(float(value) for value in curves.amplified_at(sigmas))
+        return replace(curves, sigmas=sigmas, travel=travel, amplified=amplified)
 
     def joined(self, later: Travel) -> Travel:
         """This expert's, and behind it the other's; nothing is repeated from one to the other."""
@@ -57,6 +71,8 @@ class Tuned:
         chosen: what won, in words.
         shares: of the plan that won, one for each step; None when what won is not a plan of ours.
         travel: of the whole run.
+        heads: of self-attention, what was left by heads whose patterns the run finds, where the
+            trial put them beside the plan.
     """
 
     sigmas: tuple[float, ...]
@@ -67,6 +83,7 @@ class Tuned:
     chosen: str
     shares: tuple[float, ...] | None
     travel: Travel
+    heads: float | None = None
 
     @property
     def partial(self) -> bool:
@@ -97,6 +114,7 @@ class Tuned:
             "chosen": self.chosen,
             "shares": None if self.shares is None else list(self.shares),
             "travel": {"sigmas": list(self.travel.sigmas), "travel": list(self.travel.travel)},
+            "heads": self.heads,
         }
 
     @classmethod
@@ -130,7 +148,10 @@ class Tuned:
         if speedup < 1.0:
             raise ValueError(f"speedup: expected 1 or more, got {speedup}")
         shares = None if shares is None else _numbers(data, "shares", 1.0)
-        return cls(sigmas, counts[0], given, counts[1], speedup, chosen, shares, way)
+        heads = data.get("heads")
+        if heads is not None:
+            [heads] = _numbers({"heads": [heads]}, "heads", 1.0)
+        return cls(sigmas, counts[0], given, counts[1], speedup, chosen, shares, way, heads)
 
 
 def _numbers(data: dict, name: str, most: float, at_least: int = 1) -> tuple[float, ...]:

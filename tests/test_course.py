@@ -77,6 +77,16 @@ def three(steps):
     ]
 
 
+def to_the_end(steps):
+    """As RES4LYF's: a second call on the way to 0 too, at the smallest sigma there is."""
+    return [at for now, after in pairs(steps) for at in (now, (now * (after or 0.003)) ** 0.5)]
+
+
+def once_more(steps):
+    """One call at the last step, which nobody expects."""
+    return [*announced(steps)[:-1], 0.05]
+
+
 def jumps(steps):
     """Two of three steps."""
     return [at for i, at in enumerate(announced(steps)[:-1]) if i % 3 != 2]
@@ -92,7 +102,7 @@ def other_sigmas(steps):
     return torch.linspace(1, 0.02, steps * 3 // 2).tolist()
 
 
-WAYS = [as_announced, heun, middle, near, three, jumps, restarts]
+WAYS = [as_announced, heun, middle, near, three, to_the_end, once_more, jumps, restarts]
 
 
 def go(sigmas, dial=None, run=None, *, plan=ANY, wrong=None):
@@ -130,18 +140,20 @@ def done(record: Record) -> float:
 def test_the_wish_is_met_whatever_comes(way, steps, wanted):
     record, course, told = go(way(steps), Dial(wanted), run_of(steps))
     assert len(record.steps) == len(way(steps))
-    assert done(record) == pytest.approx(wanted, rel=0.03)
+    met = done(record) == pytest.approx(wanted, rel=0.03)
+    # with few steps a call at the last one, which nobody expected, may be more than that
+    said = "cannot make up for those that came" in (course.solved.why or "")
+    assert met != said and (met or (steps == 8 and way in (to_the_end, once_more)))
     # what is expected in the end is what was done
     assert course.solved.reached == pytest.approx(done(record), rel=0.03)
     assert (len(told) == 1) == (way is as_announced)
 
 
-def test_a_schedule_of_its_own_is_met_or_said():
+def test_a_schedule_of_its_own_is_met():
     for steps in (8, 20):
         record, course, _ = go(other_sigmas(steps), Dial(1.5), run_of(steps))
-        assert course.solved.reached == pytest.approx(done(record), rel=0.06)
-        met = done(record) == pytest.approx(1.5, rel=0.03)
-        assert met or "cannot make up for those that came" in course.solved.why
+        assert course.solved.reached == pytest.approx(done(record), rel=0.03)
+        assert done(record) == pytest.approx(1.5, rel=0.03)
 
 
 def test_what_began_at_a_step_goes_on_as_it_began():
@@ -270,3 +282,11 @@ def test_the_change_that_is_seen_is_that_between_the_last_two_velocities(monkeyp
     ]
     change = token_change(velocities[1] - velocities[0], GRID)
     assert held == pytest.approx(held_by_most(change).tolist(), rel=1e-3)
+
+
+def test_a_high_noise_expert_that_goes_on_in_the_low_ones_place_does_what_is_left():
+    high, course, _ = go(announced(12)[:4], Dial(1.5, expert=HIGH), run_of(12))
+    rest = Run(run_of(1).shape, GRID, announced(12)[4:], SHIFT, 1)
+    rest = replace(rest, before=run_before(rest, [course.ran]))
+    again, _, _ = go(announced(12)[4:-1], Dial(1.5, expert=HIGH), rest)
+    assert together(high, again) == pytest.approx(1.5, rel=0.03)

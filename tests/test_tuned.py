@@ -27,7 +27,7 @@ def trial(**changed) -> Tuned:
 
 
 def test_what_is_kept_is_read_again():
-    for kept in (trial(), trial(shares=None, chosen="EasyCache at 0.2")):
+    for kept in (trial(), trial(heads=0.75), trial(shares=None, chosen="EasyCache at 0.2")):
         assert Tuned.from_json(json.loads(json.dumps(kept.to_json()))) == kept
 
 
@@ -49,6 +49,8 @@ def test_what_is_kept_is_read_again():
         {"travel": {"sigmas": [1.0, 0.5], "travel": [1.0, 0.5]}},
         {"travel": {"sigmas": [1.0, 0.5], "travel": [0.0, math.inf]}},
         {"travel": [1]},
+        {"heads": 2.0},
+        {"heads": "most"},
     ],
 )
 def test_damaged_outcomes_are_refused(harm):
@@ -116,3 +118,14 @@ def test_a_run_unlike_any_trial_is_as_without():
     dial = Dial(1.6, tuned=(trial(prompts=1),))
     assert dial.trial_of(RUN) is None
     assert dial.solve(RUN).plan == Dial(1.6).solve(RUN).plan and dial.solve(RUN).tuned is None
+
+
+def test_where_a_curve_says_nothing_the_one_that_ships_goes_on_to_its_scale():
+    shipped = curves_of(RUN)
+    places = np.array([1.0, 0.96, 0.9, 0.7, 0.3, 0.15])
+    whole = shipped.travel_at(places)
+    # an expert's part of the way, at three times the change
+    for part in (slice(0, 3), slice(2, 6), slice(1, 4)):
+        own = Travel(tuple(places[part]), tuple(3 * (whole[part] - whole[part][0])))
+        found = own.on(shipped).travel_at(places)
+        assert found - found[0] == pytest.approx(3 * (whole - whole[0]), rel=1e-3)

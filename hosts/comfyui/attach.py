@@ -172,7 +172,7 @@ def _outer_sample(executor, *args, **kwargs):
         guider.model_options = original
         run.engine.finish(completed)
         if run.course is not None:
-            run.ran.came = run.course.ran
+            run.ran.solved, run.ran.came = run.course.solved, run.course.ran
         if completed and not neutral and run.dense is None:
             compare_run(run, len(sigmas))
         live.end()

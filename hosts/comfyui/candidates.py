@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from ...methods.role_plan import RolePlan
 from ...solve.dial import HIGH, LOW, MAX_SPEEDUP, Dial
-from .attach import attach_dials, detach
+from .attach import attach_dials, attach_part, detach
+from .attachment import attachment_of
 from .easycache import easycache_node, with_easycache
 from .live import running_node
 from .profiling import model_fingerprint
+from .slim import slim_header
 from .trial import CACHE, OWN, STEPS, WHOLE, Candidate, Trial
 
 ALONE = "this"
@@ -14,7 +17,9 @@ ALONE = "this"
 FEW, ALL = "few", "all"
 # of the gain of the wanted speed-up, what the neighbours on both sides are solved for
 LESS, MORE = 0.7, 1.4
-PLAN, REPEATS = "plan", "repeats"
+PLAN, REPEATS, HEADS = "plan", "repeats", "heads"
+# of self-attention, what heads in their patterns leave
+HEADS_LEFT = 0.75
 
 
 def make_trial(
@@ -39,21 +44,25 @@ def make_trial(
     def add(name: str, label: str, made: dict, *, speedup=None, count=steps, at=change_at) -> None:
         trial.add(Candidate(name, label, count, at, speedup), made)
 
-    def solved(name: str, label: str, speedup: float, context: str = "auto") -> None:
+    def solved(
+        name: str, label: str, speedup: float, context: str = "auto", on: dict = models
+    ) -> None:
         experts = [part if part in (HIGH, LOW) else None for part in models]
         dials = [Dial(speedup, dense_first_steps=1, expert=expert) for expert in experts]
-        made = attach_dials([*models.values()], dials, context)
+        made = attach_dials([*on.values()], dials, context)
         add(name, label, dict(zip(models, made, strict=True)), speedup=speedup)
 
     add(WHOLE, "whole", bare)
     solved(PLAN, f"WanTrim {wanted:g}x", wanted)
     if which == ALL:
-        if ALONE in models:
-            solved(OWN, f"WanTrim {wanted:g}x by the whole run", wanted)
+        solved(OWN, f"WanTrim {wanted:g}x by the whole run", wanted)
         solved(REPEATS, f"WanTrim {wanted:g}x, steps whole or repeated", wanted, "off")
         for name, part in (("less", LESS), ("more", MORE)):
             speedup = round(min(MAX_SPEEDUP, 1 + (wanted - 1) * part), 2)
             solved(name, f"WanTrim {speedup:g}x", speedup)
+        if not any(map(_decides_heads, models.values())):
+            said = f"WanTrim {wanted:g}x with WanTrim Heads {1 - HEADS_LEFT:g}"
+            solved(HEADS, said, wanted, on={part: _by_roles(one) for part, one in models.items()})
     if easycache_node() is None:
         trial.notes.append("this ComfyUI has no EasyCache that can be imported: it is left out")
     else:
@@ -65,3 +74,15 @@ def make_trial(
         at = min(fewer - 1, max(1, round(fewer * change_at / steps))) if fewer > 1 else 0
         add(STEPS, f"{fewer} steps", bare, count=fewer, at=at)
     return trial
+
+
+def _decides_heads(model) -> bool:
+    """Whether a MODEL's heads are cut, or another node decides them."""
+    present = attachment_of(model)
+    return slim_header(model) is not None or (present is not None and present.plan.trims_heads)
+
+
+def _by_roles(model):
+    """A clone of a MODEL whose heads run in patterns that are found in the run."""
+    heads = model_fingerprint(model.model.diffusion_model).num_heads
+    return attach_part(model, heads=RolePlan(HEADS_LEFT, heads))

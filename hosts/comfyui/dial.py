@@ -18,7 +18,7 @@ from ...methods.cost import Width
 from ...methods.grid import TokenGrid
 from ...methods.shares import place_of
 from ...solve.course import Course, run_before
-from ...solve.dial import Dial, Run, Solved, flops
+from ...solve.dial import Dial, Run, Solved, flops, roles_left
 from ...solve.floor import device_rates
 from .given import ModelCall, conds_of
 from .shape import clip_tokens, device_name, full_shape
@@ -150,7 +150,8 @@ class Wish:
         measure = "in FLOPs" if rates is None else f"by the rates of {name}"
 
         def told(solved: Solved) -> None:
-            own = "" if solved.together is None else " of this expert's own steps"
+            whose = "sampler" if self.dial.expert is None else "expert"
+            own = "" if solved.together is None else f" of this {whose}'s own steps"
             record.planned = (
                 f"{self.dial.describe()}: {solved.plan.describe()}; expected {solved.reached:.2f}x"
                 f"{own} {measure}"
@@ -195,4 +196,9 @@ class Wish:
         if trial is not None and trial.shares is None:
             record.note(
                 f"your trial at {trial.speedup:g}x chose {trial.chosen}, which this node cannot do"
+            )
+        elif trial is not None and trial.heads not in (None, roles_left(self.plan)):
+            record.note(
+                f"your trial at {trial.speedup:g}x chose {trial.chosen}: put WanTrim Heads with a "
+                f"prune ratio of {1 - trial.heads:.2f} on this model for that"
             )

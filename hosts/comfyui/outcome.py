@@ -7,6 +7,8 @@ from dataclasses import replace
 
 import torch
 
+import comfy.model_management
+
 from ...profiles.artifact import package_version
 from ...profiles.profile import Profile
 from ...report.compare import compare
@@ -14,9 +16,37 @@ from ...report.figures import step_work
 from ...report.verdict import FORMAT, Choice, Row, row_json
 from ...report.video_metrics import SSIM_WINDOW
 from ...solve.tuned import Tuned
-from .candidates import PLAN
-from .trial import CACHE, STEPS, WHOLE, Candidate, Trial
+from .candidates import HEADS, PLAN
+from .trial import CACHE, STEPS, WHOLE, Candidate, Trial, is_oom
 from .version import comfyui_version
+
+OUT_OF_MEMORY = "out of memory while decoding"
+
+
+def decode_all(
+    trial: Trial, samples: Sequence[dict], vae
+) -> tuple[list[torch.Tensor | None], dict[int, str]]:
+    """The videos of the candidates' latents [b, c, f, h, w], and why some have none."""
+    videos: list[torch.Tensor | None] = []
+    failed: dict[int, str] = {}
+    for place, (candidate, latent) in enumerate(zip(trial.candidates, samples, strict=False)):
+        video = None
+        try:
+            if candidate.failed is None:
+                # a batch of videos one behind the other, as VAE Decode gives it
+                video = vae.decode(latent["samples"])
+                video = video.reshape(-1, *video.shape[-3:])
+        except BaseException as error:
+            # the host's interrupt is no Exception
+            if not is_oom(error):
+                raise
+            failed[place] = OUT_OF_MEMORY
+        if place in failed:
+            # out here nothing holds the tensors of what failed
+            comfy.model_management.unload_all_models()
+            comfy.model_management.soft_empty_cache()
+        videos.append(video)
+    return videos, failed
 
 
 def rows_of(trial: Trial, videos: Sequence[torch.Tensor | None], prompt: str | None) -> list[Row]:
@@ -123,10 +153,9 @@ def tuned_of(trial: Trial, rows: Sequence[Row], choice: Choice) -> dict[str, Tun
         return choice.reason
     best = trial.candidates[choice.best]
     plan = next(one for one in trial.candidates if one.name == PLAN).attachments()
-    ways = [trial.whole.outcomes[part].travel for part in trial.parts]
-    if None in ways:
+    way = trial.travel(trial.parts[-1])
+    if way is None or any(trial.whole.outcomes[part].travel is None for part in trial.parts):
         return "the whole run has too few steps, or they do not fall"
-    way = ways[0] if len(ways) == 1 else ways[0].joined(ways[1])
     found = {}
     for part in trial.parts:
         known = getattr(plan.get(part), "solved", None)
@@ -138,6 +167,7 @@ def tuned_of(trial: Trial, rows: Sequence[Row], choice: Choice) -> dict[str, Tun
         found[part] = Tuned(
             run.sigmas, run.prompts, run.starts_given, run.grid.tokens, trial.wanted,
             rows[choice.best].label[:200], shares, way,
+            chosen.plan.heads.keep_ratio if best.name == HEADS else None,
         )  # fmt: skip
     return found
 

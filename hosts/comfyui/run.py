@@ -8,6 +8,7 @@ from ...engine.call import Call
 from ...engine.engine import Engine
 from ...report.figures import expected_speedup
 from ...solve.course import Course
+from ...solve.solver import TOLERANCE
 from .compiled import Compiled
 from .dense_step import Unmeasurable, call_sizes
 from .dial import Wish
@@ -15,8 +16,6 @@ from .given import Kept, as_dict
 from .runs import Ran
 
 SESSION_KEY = "wantrim_session"
-# relative distance of what was done from what was expected that is said
-OFF_PLAN = 0.05
 # the host's patches that see the hidden state between two blocks
 BETWEEN = "double_block"
 
@@ -71,19 +70,20 @@ def compare_run(run: SamplingRun, levels: int) -> None:
                 "a sampler of its own in its place, and nothing was trimmed"
             )
         return
-    solved = run.ran.solved = run.course and run.course.solved
-    if solved is None:
+    if run.course is None:
         return
+    solved, ended = run.course.solved, run.course.ended
+    if ended is not None and ended.why is None:
+        # it came of the steps that came, whatever was expected
+        solved, record.missed = ended, False
     if solved.why is not None:
         met = f"{solved.reached:.2f}x is expected"
         if solved.together is not None:
-            met = (
-                f"{solved.together:.2f}x is expected of both experts ({solved.reached:.2f}x of this "
-                "expert's own steps)"
-            )
+            both, own = ("both experts", "expert") if record.both else ("the video", "sampler")
+            met = f"{solved.together:.2f}x is expected of {both} ({solved.reached:.2f}x of this {own}'s own steps)"
         record.note(f"{solved.wanted:.2f}x was asked for and {met}: {solved.why}")
     expected, done = solved.reached, expected_speedup(record)
-    if done and abs(done / expected - 1) > OFF_PLAN:
+    if done and abs(done / expected - 1) > TOLERANCE:
         record.note(
             f"{expected:.2f}x was expected and {done:.2f}x was done: the steps that came, or what "
             "was done in them, are not those that the sampler announced"

@@ -149,7 +149,7 @@ class _Nodes:
 
     def shown(self, node: str) -> str:
         """The node of the artist's graph that put this one in."""
-        return self._prompt.get_display_node_id(node)
+        return node if isinstance(self._prompt, dict) else self._prompt.get_display_node_id(node)
 
     def before(self, nodes: list[str]) -> set[str]:
         """These nodes and all before them."""

@@ -143,6 +143,17 @@ class Trial:
     def whole(self) -> Candidate:
         return self.candidates[0]
 
+    def travel(self, part: str) -> Travel | None:
+        """Of the whole run up to the end of a part; None where it is not known.
+
+        ComfyUI samples all candidates of the first expert before any of the second one.
+        """
+        parts = self.parts[: self.parts.index(part) + 1]
+        ways = [getattr(self.whole.outcomes.get(one), "travel", None) for one in parts]
+        if None in ways:
+            return ways[-1]
+        return ways[0] if len(ways) == 1 else ways[0].joined(ways[1])
+
     def add(self, candidate: Candidate, models: dict[str, object]) -> None:
         """A candidate; its models are told their place, outside of whatever is put on them later."""
         candidate.models = {
@@ -182,7 +193,7 @@ class Place(Kept):
         whole = self.trial.whole.outcomes.get(self.part)
         attachment = options.get(PLAN_KEY)
         if self.candidate.name == OWN and attachment is not None:
-            travel = None if whole is None else whole.travel
+            travel = self.trial.travel(self.part)
             attachment.dial = replace(attachment.dial, travel=travel)
             if travel is None:
                 self.outcome.notes.append(
@@ -271,7 +282,7 @@ def _outer_sample(executor, *args, **kwargs):
     except BaseException as error:
         # the host's interrupt is no Exception
         candidate.outcomes.pop(part, None)
-        if not _is_oom(error):
+        if not is_oom(error):
             raise
         candidate.failed = OUT_OF_MEMORY
         candidate.outcomes[part] = replace(outcome, seconds=None)
@@ -289,7 +300,8 @@ def _outer_sample(executor, *args, **kwargs):
     return result
 
 
-def _is_oom(error: BaseException) -> bool:
+def is_oom(error: BaseException) -> bool:
+    """Whether a device ran out of memory."""
     # older hosts have the exception alone
     known = getattr(comfy.model_management, "is_oom", None)
     kind = comfy.model_management.OOM_EXCEPTION

@@ -249,6 +249,36 @@ def repeats(model, x, sigmas, extra_args=None, callback=None, disable=None):
     return x
 
 
+def halves(model, x, sigmas, extra_args=None, callback=None, disable=None):
+    """As res_2s: a second call half of the way by the logarithm of sigma, which nobody announces."""
+    for i in range(len(sigmas) - 1):
+        if sigmas[i + 1] == 0:
+            return euler(x, model, sigmas, extra_args or {}, sigmas[i : i + 2])
+        half = (sigmas[i] * sigmas[i + 1]).sqrt()
+        middle = euler(x, model, sigmas, extra_args or {}, torch.stack([sigmas[i], half]))
+        clean = model(middle, half * x.new_ones(len(x)), **(extra_args or {}))
+        x = x + (middle - clean) / half * (sigmas[i + 1] - sigmas[i])
+    return x
+
+
+def thirds(model, x, sigmas, extra_args=None, callback=None, disable=None):
+    """Three calls a step, the last one at the sigma of the next step."""
+    for i in range(len(sigmas) - 1):
+        places = torch.stack([sigmas[i], (sigmas[i] + sigmas[i + 1]) / 2, sigmas[i + 1]])
+        for at in places if sigmas[i + 1] > 0 else places[:1]:
+            clean = model(x, at * x.new_ones(len(x)), **(extra_args or {}))
+        x = x + (x - clean) / at * (sigmas[i + 1] - sigmas[i])
+    return x
+
+
+def jumps(model, x, sigmas, extra_args=None, callback=None, disable=None):
+    """Leaves out every third of the steps that it announced."""
+    kept = [i for i in range(len(sigmas) - 1) if i % 3 != 2]
+    for i, after in zip(kept, [*kept[1:], -1], strict=True):
+        x = euler(x, model, sigmas, extra_args or {}, torch.stack([sigmas[i], sigmas[after]]))
+    return x
+
+
 def run(model, guider=_Guider, sampler=None, steps=6) -> torch.Tensor:
     """What a guider and a sampler make of a MODEL."""
     made = guider(model)

@@ -317,8 +317,8 @@ def test_steps_that_never_come_are_said():
     assert f"{8 - came} of 8 steps that the sampler announced never came to the model" in text
 
 
-def test_a_sampler_that_does_other_steps_than_it_announces_is_said():
-    """Three model calls a step, which nobody knows of."""
+def test_a_sampler_that_does_other_steps_than_it_announces_says_what_is_reached():
+    """Three model calls a step: it is found out after the first one."""
 
     def thrice(model, x, sigmas, extra_args=None, callback=None, disable=None, **kwargs):
         for begin, end in zip(sigmas, sigmas[1:], strict=False):
@@ -340,8 +340,9 @@ def test_a_sampler_that_does_other_steps_than_it_announces_is_said():
     text, _, figures = report(model)
     (one,) = figures["reports"]
     assert len(one["steps"]) == 12 and AS_PLANNED not in text
-    expected, done = attachment_of(model).solved.reached, 1 / one["flops_share"]
-    assert f"{expected:.2f}x was expected and {done:.2f}x was done" in text
+    # whole or repeated: nine of twelve calls or six
+    assert "1.50x was asked for and 1.33x is expected: the steps that are left cannot" in text
+    assert 1 / one["flops_share"] == pytest.approx(attachment_of(model).solved.reached)
 
 
 def test_a_cancelled_step_is_no_deviation():

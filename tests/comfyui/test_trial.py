@@ -17,6 +17,7 @@ from wantrim.hosts.comfyui import candidates as candidates_module
 from wantrim.hosts.comfyui.attachment import attachment_of
 from wantrim.hosts.comfyui.profiling import model_fingerprint
 from wantrim.hosts.comfyui.trial import place_of
+from wantrim.nodes.heads import WanTrimHeads
 from wantrim.nodes.profile import FOLDER
 from wantrim.nodes.tuned import WanTrimCandidates, WanTrimVerdict
 from wantrim.nodes.wantrim import WanTrim, WanTrimPair
@@ -26,7 +27,7 @@ from wantrim.profiles.recorder import ProfileFile
 from wantrim.tests.comfyui import tiny
 
 STEPS, SPEEDUP = 8, 1.6
-NAMES = ["whole", "plan", "own", "repeats", "less", "more", "easycache", "steps"]
+NAMES = ["whole", "plan", "own", "repeats", "less", "more", "heads", "easycache", "steps"]
 
 
 def candidates(which="all", model=None, steps=STEPS, **options):
@@ -50,7 +51,7 @@ def decoded(models, steps, **options) -> list[torch.Tensor]:
 
 
 def verdict(trial, images, filename=""):
-    text, clip, picture, figures = WanTrimVerdict.execute([trial], images, [filename]).result
+    text, clip, picture, figures = WanTrimVerdict.execute([trial], [filename], images).result
     assert picture.shape[0] == 1 and picture.shape[2:] == (960, 3)
     return text, check_row(json.loads(figures)), clip
 
@@ -84,11 +85,11 @@ def test_every_candidate_is_sampled_as_what_it_says(done):
     models, steps, trial, videos = done
     text, row, clip = verdict(trial, videos)
     rows = by_name(row)
-    assert list(rows) == NAMES and steps == [STEPS] * 7 + [5]
+    assert list(rows) == NAMES and steps == [STEPS] * 8 + [5]
     assert torch.equal(videos[0], sampled(tiny.base_model()))
     assert rows["whole"]["work"] == 1 and rows["whole"]["psnr_db"] is None
     assert all(one["seconds"] > 0 and one["failed"] is None for one in rows.values())
-    for name in ("plan", "own", "repeats"):
+    for name in ("plan", "own", "repeats", "heads"):
         assert rows[name]["work"] == pytest.approx(1 / SPEEDUP, abs=0.07), name
     assert rows["less"]["work"] > rows["plan"]["work"] > rows["more"]["work"]
     assert rows["steps"]["work"] == 5 / 8 and rows["steps"]["label"] == "5 steps"
@@ -106,8 +107,8 @@ def test_easycache_is_the_hosts_own_at_a_threshold_of_the_whole_run(done):
     found = trial.candidates[NAMES.index("easycache")].outcomes["this"]
     assert found.left_out == 3
     plain = EasyCacheNode.execute(tiny.base_model(), found.threshold, 0.15, 0.95, False).result[0]
-    assert torch.equal(videos[6], sampled(plain))
-    assert not torch.equal(videos[6], videos[0])
+    assert torch.equal(videos[7], sampled(plain))
+    assert not torch.equal(videos[7], videos[0])
     row = by_name(verdict(trial, videos)[1])["easycache"]
     assert row["work"] == 5 / 8 and "(3 of 8 left out)" in row["label"]
 
@@ -229,6 +230,48 @@ def test_candidate_out_of_memory_is_a_row_and_the_others_go_on():
         sampled(models[0])
 
 
+class Decoder:
+    """A VAE that runs out of memory at some of the videos."""
+
+    def __init__(self, short_at: int):
+        self.short_at, self.count = short_at, 0
+
+    def decode(self, latent):
+        self.count += 1
+        if self.count == self.short_at:
+            raise torch.OutOfMemoryError("no room")
+        return picture_of(latent)
+
+
+def test_candidate_that_runs_out_of_memory_while_decoding_is_a_row(monkeypatch):
+    # on a CPU the host takes no error for it
+    monkeypatch.setattr(comfy.model_management, "OOM_EXCEPTION", torch.OutOfMemoryError)
+    models, steps, trial = candidates("few")
+    latents = [
+        {"samples": tiny.ksampler(model, steps=count)}
+        for model, count in zip(models, steps, strict=True)
+    ]
+
+    def judged(short_at: int) -> tuple[str, dict]:
+        vae = [Decoder(short_at)]
+        text, _, _, row = WanTrimVerdict.execute([trial], [""], None, latents, vae).result
+        return text, check_row(json.loads(row))
+
+    _, usual = judged(0)
+    assert all(one["failed"] is None for one in usual["rows"])
+    text, row = judged(3)
+    assert by_name(row)["easycache"]["failed"] == "out of memory while decoding" and row["best"]
+    assert "out of memory while decoding" in text
+    text, row = judged(1)
+    assert row["best"] is None and "has no video (out of memory while decoding)" in text
+    # the next time there is room
+    assert judged(0)[1]["best"] == usual["best"]
+    with pytest.raises(ValueError, match="connect 'images' to the VAE Decode"):
+        WanTrimVerdict.execute([trial], [""])
+    with pytest.raises(ValueError, match="samples: 5 videos came for 4 candidates"):
+        WanTrimVerdict.execute([trial], [""], None, [*latents, latents[0]], [Decoder(0)])
+
+
 def test_without_the_whole_run_nothing_is_best_and_it_is_said():
     models, steps, trial = candidates("all")
     Trouble(models[0], out_of_memory())
@@ -245,16 +288,16 @@ def test_videos_that_cannot_be_compared_are_rows_that_say_so(done):
     odd[1] = odd[1][:2]
     odd[2] = odd[2][:, :, :14]
     odd[3] = odd[3] * float("nan")
-    text, row, clip = verdict(trial, odd[:7])
+    text, row, clip = verdict(trial, odd[:8])
     rows = by_name(row)
     assert (
         rows["plan"]["failed"] == "the video is 2 frames of 20x16, the whole one 3 frames of 20x16"
     )
     assert "14x16" in rows["own"]["failed"] and "no numbers" in rows["repeats"]["failed"]
     assert rows["steps"]["failed"] == "no video came"
-    assert "7 videos came for 8 candidates" in text
-    assert row["best"] in ("more", "easycache") and clip.isfinite().all()
-    with pytest.raises(ValueError, match="WanTrim Verdict: images: 9 videos came for 8"):
+    assert "8 videos came for 9 candidates" in text
+    assert row["best"] in ("more", "heads", "easycache") and clip.isfinite().all()
+    with pytest.raises(ValueError, match="WanTrim Verdict: images: 10 videos came for 9"):
         verdict(trial, [*videos, videos[0]])
 
 
@@ -313,6 +356,28 @@ def test_the_tuned_dial_reproduces_the_chosen_row(done, profiles):
     # another number of steps is another run
     sampled(other, steps=6)
     assert any("no trial of a run like this one" in n for n in attachment_of(other).record.notes)
+
+
+def test_heads_beside_the_dial_are_a_candidate_that_can_be_kept(done, profiles):
+    models, _, trial, videos = done
+    heads = attachment_of(models[NAMES.index("heads")])
+    assert heads.record.attention_share == pytest.approx(0.75, abs=0.03)
+    verdict(trial, winning(videos, "heads"), "mine")
+    kept = load(profiles / "mine.safetensors")
+
+    def dial(model):
+        model = WanTrim.execute(model, SPEEDUP, "draft", 1, 0, "auto", kept).result[0]
+        return model, sampled(model)
+
+    for prune in (0.25, 0.5):
+        model, video = dial(WanTrimHeads.execute(tiny.base_model(), None, prune).result[0])
+        assert torch.equal(video, videos[NAMES.index("heads")]) == (prune == 0.25)
+    model, _ = dial(tiny.base_model())
+    [note] = [n for n in attachment_of(model).record.notes if "your trial at 1.6x chose" in n]
+    assert note.endswith("put WanTrim Heads with a prune ratio of 0.25 on this model for that")
+    # where another node decides the heads, all candidates have them and none is about them
+    trial = candidates(model=WanTrimHeads.execute(tiny.base_model(), None, 0.5).result[0])[2]
+    assert [one.name for one in trial.candidates] == [name for name in NAMES if name != "heads"]
 
 
 def test_a_winner_that_is_not_ours_is_said(done, profiles):
@@ -413,6 +478,25 @@ def test_both_experts_make_one_trial_and_two_profiles(experts, profiles):
     # the two must not be mixed up
     with pytest.raises(ValueError, match="WanTrim Pair: profile_high_noise: "):
         WanTrimPair.execute(high, low, SPEEDUP, "draft", 1, 0, 0, "auto", *kept[::-1])
+
+
+def test_both_experts_are_solved_by_their_own_whole_runs(experts):
+    high, low = experts
+    made = WanTrimCandidates.execute(high, SPEEDUP, 12, "all", low, 6).result
+    trial, names = made[4], [one.name for one in made[4].candidates]
+    for name in ("whole", "own"):
+        first, second, steps, change = (made[i][names.index(name)] for i in range(4))
+        latent = tiny.ksampler_advanced(first, tiny.empty_latent(), 0, change, steps=steps)
+        tiny.ksampler_advanced(second, latent, change, steps, steps=steps)
+    found = trial.candidates[names.index("own")].attachments()
+    ways = [trial.whole.outcomes[part].travel for part in trial.parts]
+    for part in trial.parts:
+        # all candidates of the first one are sampled before any of the second
+        known = ways[0] if part == "high" else ways[0].joined(ways[1])
+        assert found[part].dial.travel == known
+        assert not trial.candidates[names.index("own")].outcomes[part].notes
+    works = [step for one in found.values() for step in one.record.steps]
+    assert len(works) / sum(step.kept_share for step in works) == pytest.approx(SPEEDUP, rel=0.1)
 
 
 def test_single_model_has_no_candidates_for_the_second_sampler(done):

@@ -43,15 +43,15 @@ def row_in(prompt: dict, entry: dict) -> dict:
 def test_template_samples_every_candidate_and_keeps_the_best(prompt, server):
     entry, said = done(server, prompt)
     row = row_in(prompt, entry)
-    assert len(row["rows"]) == 8 and row["best"] is not None
+    assert len(row["rows"]) == 9 and row["best"] is not None
     assert all(one["failed"] is None and one["seconds"] > 0 for one in row["rows"])
     assert not any(one["cached"] for one in row["rows"])
     assert "Best at 1.5x: " in said and "Kept in tiny_wan.safetensors" in said
     assert (server.base / "models/wantrim/profiles/tiny_wan.safetensors").is_file()
     [video] = saved(server, entry)
     assert video.stat().st_size > 1000
-    numbers = [int(n) for n in re.findall(r"WanTrim Candidates: (\d) of 8", server.log)]
-    assert numbers == list(range(1, 9))
+    numbers = [int(n) for n in re.findall(r"WanTrim Candidates: (\d) of 9", server.log)]
+    assert numbers == list(range(1, 10))
 
     # only the name is another: nothing is sampled, and nothing is timed as 0 s
     again, said = done(server, with_inputs(prompt, "WanTrimVerdict", filename="other"))
@@ -96,11 +96,11 @@ def test_kept_profile_is_gone_by(prompt, server):
 
 def test_cancelled_trial_goes_on_where_it_was(prompt, server):
     long = with_inputs(with_inputs(prompt, "WanTrimCandidates", steps=40), "PrimitiveInt", value=3)
-    before = server.log.count("WanTrim Candidates: 2 of 8")
+    before = server.log.count("WanTrim Candidates: 2 of 9")
     status, answer = server.post("/prompt", {"prompt": long})
     assert status == 200, answer
     until = time.monotonic() + 120
-    while server.log.count("WanTrim Candidates: 2 of 8") == before:
+    while server.log.count("WanTrim Candidates: 2 of 9") == before:
         assert time.monotonic() < until, server.log[-2000:]
         time.sleep(0.05)
     # it answers with nothing

@@ -2,19 +2,22 @@
 
 import copy
 import json
+import re
+import shutil
 
 import numpy as np
 import pytest
 import torch
 
 from wantrim.hosts.comfyui.attach import attachment_of
-from wantrim.hosts.comfyui.runs import ImagesOf, Ran, Where, before_node, keep_run
+from wantrim.hosts.comfyui.runs import ImagesOf, Ran, Where, before_node, keep_run, runs_before
 from wantrim.nodes.compare import WanTrimCompare
 from wantrim.nodes.report import WanTrimReport
 from wantrim.report.picture import overlay, videos_in
 from wantrim.tests.comfyui import put, tiny
 from wantrim.tests.comfyui.server import running
 from wantrim.tests.comfyui.workflow_tools import texts
+from wantrim.toy import CHECKPOINT
 
 NOT_THESE = "did not sample these images"
 STEPS = 4
@@ -104,6 +107,78 @@ def test_a_run_over_two_samplers_is_one_report(server):
     sigmas = [float(row[1]) for row in rows if len(row) > 4]
     assert len(sigmas) == 8 and sigmas == sorted(sigmas, reverse=True)
     assert "8 steps" in text and "; then 1.50x" in text
+
+
+@pytest.fixture
+def experts(server) -> tuple[str, str]:
+    """Names of two files of the tiny Wan, for Load Diffusion Model."""
+    folder, names = server.base / "models/diffusion_models", ("high.safetensors", "low.safetensors")
+    folder.mkdir(exist_ok=True)
+    for name in names:
+        shutil.copy(CHECKPOINT, folder / name)
+    return names
+
+
+def both_experts(names: tuple[str, str], **low) -> dict:
+    """Both experts under one wish, by a sampler of two calls a step, which nobody announces."""
+    prompt = workflow(
+        low=sampler("low_shift", "sampler", first=5, last=12, steps=12),
+        sampler=sampler(first=0, last=5, steps=12),
+    )
+    for node, name in zip(("expert", "other"), names, strict=True):
+        inputs = {"unet_name": name, "weight_dtype": "default"}
+        prompt[node] = {"class_type": "UNETLoader", "inputs": inputs}
+    dial = prompt["dial"]["inputs"]
+    dial |= {"model_high_noise": ["expert", 0], "model_low_noise": ["other", 0], "boundary": 0.0}
+    del dial["model"]
+    prompt["dial"]["class_type"] = "WanTrimPair"
+    prompt["low_shift"] = copy.deepcopy(prompt["shift"])
+    prompt["low_shift"]["inputs"]["model"] = ["dial", 1]
+    for node in ("sampler", "low"):
+        prompt[node]["inputs"]["sampler_name"] = "dpmpp_2s_ancestral"
+    prompt["low"]["inputs"] |= low
+    prompt["images"]["inputs"]["samples"] = ["low", 0]
+    prompt["report"]["inputs"]["model_low_noise"] = ["low_shift", 0]
+    return prompt
+
+
+def test_the_low_noise_expert_knows_a_high_one_that_was_not_run_again(server, experts):
+    found = []
+    for cfg in (4.0, 4.5):
+        # the second time with another guidance of the low noise expert alone
+        text = said(server, both_experts(experts, cfg=cfg))
+        came = re.match(r"Asked 1\.5x, did (\d\.\d+)x", text)
+        assert float(came[1]) == pytest.approx(1.5, rel=0.03) and NOT_THESE not in text
+        assert text.count("everything ran as planned") == 2
+        rows = [line.split() for line in text.splitlines() if line[:4].strip().isdigit()]
+        found.append([row[:3] + row[4:] for row in rows if len(row) > 4])
+    assert len(found[0]) > 20 and found[0] == found[1]
+
+
+def test_what_stands_before_a_sampler_is_known_by_the_graph(monkeypatch):
+    def link(*nodes):
+        return {"class_type": "S", "inputs": {f"in{i}": [node, 0] for i, node in enumerate(nodes)}}
+
+    graph = {"high": link(), "low": link("high"), "high 2": link(), "low 2": link("high 2")}
+    monkeypatch.setattr("wantrim.hosts.comfyui.runs._running_prompt", lambda _: graph)
+    runs = [
+        Ran(object(), where(node, prompt, graph), expert=node.split()[0])
+        for node, prompt in (("high", "p"), ("high 2", "q"), ("low 2", "q"))
+    ]
+
+    def before(node: str, prompt="q") -> list[str]:
+        return [ran.where.node for ran in runs_before(runs, where(node, prompt, graph))]
+
+    # the first one is of an earlier prompt, and nothing before it has changed since
+    assert before("low") == ["high"] and before("low 2") == ["high 2", "low 2"]
+    graph["high"]["inputs"]["seed"] = 2
+    assert before("low") == []
+    # a node that another one put in: what ran in this prompt
+    put_in = Where("q", "loop.0.a")
+    assert [ran.where.node for ran in runs_before(runs, put_in)] == ["high 2", "low 2"]
+    # without a server
+    alone = [Ran(object()), Ran(object(), expert="low")]
+    assert runs_before(runs + alone, None) == alone
 
 
 def where(node: str, prompt: str, graph: dict) -> Where:
