@@ -77,9 +77,7 @@ class Work:
 
     def __add__(self, other: Work) -> Work:
         return Work(
-            self.linear + other.linear,
-            self.attention + other.attention,
-            self.moved + other.moved,
+            self.linear + other.linear, self.attention + other.attention, self.moved + other.moved
         )
 
     def __mul__(self, times: float) -> Work:

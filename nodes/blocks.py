@@ -32,10 +32,7 @@ ROUTERS = ("profiled", "fixed", "trained")
 # what the inputs have at first; with a trained router it means "as that was trained"
 USUAL = {"k_min": 0.5, "k_max": 0.875, "curve": "falling"}
 # words of the plan -> words of the node, where they differ
-WORDS = {
-    "shape": "curve",
-    "start and end": "start_percent and end_percent",
-}
+WORDS = {"shape": "curve", "start and end": "start_percent and end_percent"}
 
 add_folder(FOLDER, "routers")
 
@@ -116,10 +113,7 @@ class WanTrimBlocks(io.ComfyNode):
                 ),
                 *percent_inputs("skipping"),
             ],
-            outputs=[
-                planned_output(),
-                text_output("How many blocks will run at each step."),
-            ],
+            outputs=[planned_output(), text_output("How many blocks will run at each step.")],
         )
 
     @classmethod
@@ -152,10 +146,7 @@ class WanTrimBlocks(io.ComfyNode):
             given = {"k_min": k_min, "k_max": k_max, "curve": curve}
             given, remarks = _settled(chosen, given)
             plan = BlockPlan(
-                chosen,
-                BlockBudget(*given.values()),
-                start=start_percent,
-                end=end_percent,
+                chosen, BlockBudget(*given.values()), start=start_percent, end=end_percent
             )
             text = "\n".join([_text(model, plan, steps, scheduler, shift), *remarks])
         except ValueError as error:

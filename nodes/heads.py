@@ -16,14 +16,7 @@ from ..profiles.profile import Profile
 from ..profiles.recorder import ProfileFile
 from ..slim.width import pare_heads
 from ..solve.budget import solve_heads
-from .inputs import (
-    check_choice,
-    check_range,
-    model_input,
-    planned_output,
-    prune_input,
-    text_output,
-)
+from .inputs import check_choice, check_range, model_input, planned_output, prune_input, text_output
 from .profile import ProfileSocket
 
 NAME = "WanTrim Heads"
@@ -83,10 +76,7 @@ class WanTrimHeads(io.ComfyNode):
                     ),
                 ),
             ],
-            outputs=[
-                planned_output(),
-                text_output("What each block's heads will do."),
-            ],
+            outputs=[planned_output(), text_output("What each block's heads will do.")],
         )
 
     @classmethod

@@ -174,7 +174,7 @@ class WanTrimLoadProfile(io.ComfyNode):
                     options=[DEMO, *saved_profiles()],
                     default=DEMO,
                     tooltip="A file that WanTrim Save Profile wrote. One for each model.",
-                ),
+                )
             ],
             outputs=_outputs(),
         )

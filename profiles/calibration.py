@@ -17,11 +17,7 @@ from .fingerprint import Fingerprint
 
 KIND = Kind("calibration", "Record it again with WanTrim Profile.")
 # what is recorded -> which inputs: of self- and cross-attention's o, of the FFN's down projection
-CALIBRATE = {
-    "none": (),
-    "attention": ("self", "cross"),
-    "all": ("self", "cross", "ffn"),
-}
+CALIBRATE = {"none": (), "attention": ("self", "cross"), "all": ("self", "cross", "ffn")}
 
 
 def input_size(model: Fingerprint, kind: str) -> int:

@@ -16,14 +16,7 @@ from ..profiles.fingerprint import Fingerprint
 from ..profiles.profile import Profile
 from ..solve.budget import solve_width
 from .cut import SHARES, Cut, check_width, find_cut, norm_scale, refit, take
-from .file import (
-    DTYPES,
-    PREFIX,
-    Entry,
-    Progress,
-    SlimHeader,
-    write_tensors,
-)
+from .file import DTYPES, PREFIX, Entry, Progress, SlimHeader, write_tensors
 from .source import Source, open_source
 from .width import pare_width
 

@@ -133,11 +133,7 @@ def pare_heads(
     return tuple(top(block, count) for block in head_scores(profile, kind, protection))
 
 
-def ffn_channels(
-    score: torch.Tensor,
-    signature: torch.Tensor | None,
-    keep: int,
-) -> tuple[int, ...]:
+def ffn_channels(score: torch.Tensor, signature: torch.Tensor | None, keep: int) -> tuple[int, ...]:
     """FFN channels that a block keeps (eq. 7), ascending.
 
     Greedy from the highest score down; a channel is skipped when it is too much like a kept one.

@@ -38,12 +38,7 @@ def check_budget(budget: float) -> None:
 
 
 def solve_heads(
-    profile: Profile,
-    grid: TokenGrid,
-    budget: float,
-    *,
-    demote: bool = True,
-    text_tokens: int = 512,
+    profile: Profile, grid: TokenGrid, budget: float, *, demote: bool = True, text_tokens: int = 512
 ) -> HeadPlan:
     """Full, a cheap pattern or off for every head, for the most importance within a budget.
 

@@ -36,13 +36,7 @@ from .run import SESSION_KEY, SamplingRun, compare_run, mark_network
 from .runs import Ran, Where, keep_run
 from .shape import clip_tokens, device_name, full_shape, wan_shape
 from .slim import slim_header
-from .variants import (
-    anchored_frames,
-    sees_between_blocks,
-    token_grid,
-    why_not_now,
-    why_not_patched,
-)
+from .variants import anchored_frames, sees_between_blocks, token_grid, why_not_now, why_not_patched
 
 log = logging.getLogger(__name__)
 

@@ -134,12 +134,7 @@ class _Run(Kept):
         if self.recorder.calls:
             # now that all weights are where the model needs them
             layers = [
-                Projections(
-                    block.self_attn.o,
-                    block.cross_attn.o,
-                    block.ffn[0],
-                    block.ffn[2],
-                )
+                Projections(block.self_attn.o, block.cross_attn.o, block.ffn[0], block.ffn[2])
                 for block in network.blocks
             ]
             self.recorder.measure_weights(layers, call.like)
