@@ -5,20 +5,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
 
 import torch
 
-from ..methods.attend import Layout
+from ..methods.attend import Layout, Pair
 from ..methods.grid import TokenGrid, gather_tokens, scatter_tokens
 from ..methods.importance import attention_received
 from ..methods.role_plan import measure_roles
-from ..methods.shares import latent_mask
+from ..methods.shares import latent_mask, token_change
 from ..methods.tokens import Selection, select_tokens
-from .attention import Attend, Pair
+from .block import Attend, HostBlock, Places
 from .compiled import outside_graphs
-from .memory import Memory, Part, change_between
-from .places import Places
+from .memory import Memory, Part
 from .plan import TrimPlan
 from .program import ALL, KEPT, READ, SKIP, UPDATE, WRITE, Program, Row
 from .record import Record, Step
@@ -46,24 +44,6 @@ class Shared:
     memory: Memory = field(default_factory=Memory)
     heads: list[Pair | None] | None = None
     layouts: dict[tuple[TokenGrid, int], Layout] = field(default_factory=dict)
-
-
-class HostBlock(Protocol):
-    """The host's own block with its inputs, ready to run."""
-
-    # [b, s, c], of all tokens or of those that the engine keeps
-    hidden: torch.Tensor
-    # whether it can run on a part of the tokens
-    movable: bool
-
-    def run(
-        self, hidden: torch.Tensor, places: Places | None, attend: Attend | None
-    ) -> torch.Tensor:
-        """The block on `hidden` [b, n, c]: all tokens, or those at `places`.
-
-        Args:
-            attend: takes over the block's attention calls; None leaves them alone.
-        """
 
 
 @dataclass
@@ -128,13 +108,9 @@ class Call:
 
     def _own_rows(self) -> tuple[Row, ...]:
         """The program's rows; all whole where a prompt of this call has nothing to repeat."""
-        program = self.program
-        if program.share == 1.0:
-            return program.rows
-        ready = self.part.known(self.keys)
-        if program.partial:
-            ready = ready and self.part.has_context(self.keys)
-        if ready:
+        program, part = self.program, self.part
+        held = not program.partial or part.has_context(self.keys)
+        if program.share == 1.0 or (held and part.known(self.keys)):
             return program.rows
         self.record.note(
             "a prompt came that had nothing to repeat yet: it was computed in full beside the others"
@@ -179,7 +155,8 @@ class Call:
             known = self.part.prompts.get(self.keys[self.decider])
             change = None
             if known is not None and known.velocity is not None:
-                change = change_between(parts[self.decider], known.velocity, self.grid)
+                apart = parts[self.decider].float() - known.velocity.float()
+                change = token_change(apart, self.grid)
             self.part.saw(change, kept)
         sigma, latents = self.state.sigma, self.chunks
         return torch.cat(
@@ -229,11 +206,9 @@ class Call:
             self._full = hidden
         out = host.run(kept, places, attend)
         self._ran(index, row, attend)
-        if self.alone and not last:
-            return out
-        if self.alone:
-            return self._whole(out)
-        return _scatter(hidden, places.index, out)
+        if not self.alone:
+            return _scatter(hidden, places.index, out)
+        return self._whole(out) if last else out
 
     def _run_all(self, index: int, row: Row, host: HostBlock) -> torch.Tensor:
         """Run a block on all tokens."""

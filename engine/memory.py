@@ -12,7 +12,7 @@ import torch
 
 from ..kernels import join_rows
 from ..methods.grid import TokenGrid
-from ..methods.shares import expected_error, token_change
+from ..methods.shares import expected_error
 from .compiled import outside_graphs
 from .context import Context, ContextInRam, Lane, Room
 
@@ -54,7 +54,7 @@ class Part:
         lane: of all parts of a run; None makes one.
 
     Attributes:
-        sigma: of the last step that used it.
+        sigma, latent: of the last step that used it.
         seen: steps that computed something.
         change: squared change of each token's velocity when last seen [b, tokens], or None.
         age: steps in a row that each token was left out [b, tokens], or None.
@@ -69,14 +69,14 @@ class Part:
         self.change: torch.Tensor | None = None
         self.age: torch.Tensor | None = None
         self.noisy = False
-        self._point: tuple[float, torch.Tensor] | None = None
+        self.latent: torch.Tensor | None = None
         # prompts of the last step
         self._last: list[Hashable] = []
 
     def fits(self, latent: torch.Tensor) -> bool:
         """Whether what is remembered is of a latent like this one [b, c, f, h, w]."""
-        last = self._point
-        return last is None or (last[1].shape == latent.shape and last[1].device == latent.device)
+        last = self.latent
+        return last is None or (last.shape == latent.shape and last.device == latent.device)
 
     def strayed(self, sigma: float, latent: torch.Tensor) -> torch.Tensor | None:
         """Share of the squared path since the last step that no guidance explains, or None.
@@ -85,13 +85,10 @@ class Part:
         v_uncond + g * (v_cond - v_uncond) for some g, or adds noise.
         Not a number while sigma is that of the last step: to compare it here would wait for the device.
         """
-        if self._point is None or not self._last:
+        if self.latent is None or not self._last or not self.known(self._last):
             return None
-        known = [self.prompts.get(key) for key in self._last]
-        if any(prompt is None or prompt.velocity is None for prompt in known):
-            return None
-        first, *others = (prompt.velocity.float() for prompt in known)
-        path = (latent.float() - self._point[1].float()) / (sigma - self._point[0])
+        first, *others = (self.prompts[key].velocity.float() for key in self._last)
+        path = (latent.float() - self.latent.float()) / (sigma - self.sigma)
         rest, explained = path - first, []
         for other in others:
             along = other - first
@@ -105,12 +102,7 @@ class Part:
         """A step begins, or goes on, at this sigma with this latent [b, c, f, h, w]."""
         if self.sigma != sigma:
             self._last = []
-        self.sigma, self._point = sigma, (sigma, latent)
-
-    @property
-    def point(self) -> tuple[float, torch.Tensor] | None:
-        """Sigma and latent of the last step."""
-        return self._point
+        self.sigma, self.latent = sigma, latent
 
     def known(self, keys) -> bool:
         """Whether every prompt has a velocity to repeat."""
@@ -199,7 +191,8 @@ class Part:
             index: int64 [b, s], the tokens' positions; None is all.
         """
         self.lane.expect(len(keys))
-        chunks = k.chunk(len(keys)), v.chunk(len(keys)), _chunks(index, len(keys))
+        places = [None] * len(keys) if index is None else index.chunk(len(keys))
+        chunks = k.chunk(len(keys)), v.chunk(len(keys)), places
         for key, own_k, own_v, at in zip(keys, *chunks, strict=True):
             prompt = self.prompts.setdefault(key, Prompt())
             if prompt.context is None:
@@ -229,17 +222,13 @@ class Part:
         """Let go of everything."""
         self.forget_context()
         self.prompts.clear()
-        self.change = self.age = self._point = None
+        self.change = self.age = self.latent = None
         self._last, self.seen = [], 0
 
 
 def _share_along(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """How many times b [...] there is of it in a [...]."""
     return (a * b).sum() / b.square().sum().clamp(min=1e-12)
-
-
-def _chunks(index: torch.Tensor | None, count: int):
-    return [None] * count if index is None else index.chunk(count)
 
 
 class Memory:
@@ -274,8 +263,3 @@ class Memory:
             part.clear()
         self.parts.clear()
         self._lane.close()
-
-
-def change_between(new: torch.Tensor, old: torch.Tensor, grid: TokenGrid) -> torch.Tensor:
-    """Squared change of a velocity at each token [b, tokens]."""
-    return token_change(new.float() - old.float(), grid)

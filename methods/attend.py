@@ -187,6 +187,19 @@ class HeadGroups:
         return out
 
 
+# self- and cross-attention heads of a block
+Pair = tuple[HeadGroups, HeadGroups]
+
+
+def head_groups(plan: HeadPlan) -> list[Pair | None]:
+    """Self- and cross-attention heads per block; None where a block is left alone."""
+    pairs = zip(plan.self_attention, plan.cross_attention, strict=True)
+    return [
+        (HeadGroups(own), HeadGroups(cross)) if plan.changes(index) else None
+        for index, (own, cross) in enumerate(pairs)
+    ]
+
+
 def _within(out, q, k, v, heads, layout: Layout, pattern: str, attention: Attention) -> None:
     """Every grid token sees its group and what lies outside the grid; that sees everything."""
     own, rest = layout.groups(pattern, q.device)

@@ -8,9 +8,8 @@ from math import gcd
 import torch
 
 from ...engine.apart import attend_later
-from ...engine.attention import Attend
+from ...engine.block import Attend, Places
 from ...engine.call import Call
-from ...engine.places import Places
 from .compiled import Compiled
 from .given import as_dict
 
