@@ -110,13 +110,7 @@ class WanTrimReport(io.ComfyNode):
         pages = [
             _page(report, video, title if at == 0 else "") for at, report in enumerate(reports)
         ]
-        width = max(page.shape[1] for page in pages)
-        canvas = np.zeros((sum(len(page) for page in pages), width, 3), np.float32)
-        top = 0
-        for page in pages:
-            canvas[top : top + len(page), : page.shape[1]] = page
-            top += len(page)
-        picture = torch.from_numpy(canvas)[None]
+        picture = torch.from_numpy(np.concatenate(pages))[None]
         shown = {**ui.PreviewImage(picture, cls=cls).as_dict(), "text": (text,)}
         figures = json.dumps({"verdict": title, **reports_json(reports)}, indent=1)
         return io.NodeOutput(text, picture, figures, ui=shown)

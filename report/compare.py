@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .picture import FAINT, INK, MARGIN, WIDTH, canvas, font_of, text_row
+from .picture import FAINT, INK, MARGIN, WIDTH, canvas, font_of, small, text_row
 from .video_metrics import calm_places, flicker, motion, motion_ratio, psnr, ssim
 
 # pixel columns between the two videos
@@ -130,11 +130,12 @@ def draw_difference(dense: torch.Tensor, trimmed: torch.Tensor, found: Compariso
     apart = np.abs(one - other).max(-1)
     # of all frames shown, so that they can be compared; a shade of 255 at the least
     most = max(float(np.quantile(apart, 0.999)), 1 / 255)
-    rows = (("whole", one), ("trimmed", other))
-    rows += ((f"difference; white is {most:.1%} of the range or more", _glow(apart / most)),)
-    cell = (WIDTH - 2 * MARGIN) // len(spread) - 4
+    # 0..1 as black, red, yellow, white
+    glow = (3 * (apart / most).clip(0, 1)[..., None] - np.arange(3)).clip(0, 1)
+    white = f"difference; white is {most:.1%} of the range or more"
+    rows = (("whole", one), ("trimmed", other), (white, glow))
     # a single picture need not fill the page
-    cell = min(cell, 320)
+    cell = min((WIDTH - 2 * MARGIN) // len(spread) - 4, 320)
     height = max(round(cell * dense.shape[1] / dense.shape[2]), 1)
     title = text_row(found.verdict(), 24, INK)
     begin = title.height
@@ -144,17 +145,9 @@ def draw_difference(dense: torch.Tensor, trimmed: torch.Tensor, found: Compariso
         top = begin + row * (height + 26)
         draw.text((MARGIN, top), name, FAINT, font_of(15))
         for column, frame in enumerate(frames):
-            picture = Image.fromarray((255 * frame).astype(np.uint8))
-            place = (MARGIN + column * (cell + 4), top + 20)
-            image.paste(picture.resize((cell, height), Image.Resampling.BILINEAR), place)
+            image.paste(small(frame, cell, height), (MARGIN + column * (cell + 4), top + 20))
     for column, frame in enumerate(spread):
         worst = " (worst)" if frame == found.worst and found.psnr_db != math.inf else ""
         place = (MARGIN + column * (cell + 4), begin + len(rows) * (height + 26))
         draw.text(place, f"frame {frame + 1}{worst}", FAINT, font_of(14))
     return image
-
-
-def _glow(share: np.ndarray) -> np.ndarray:
-    """0..1 as black, red, yellow, white [..., 3]."""
-    share = share.clip(0, 1)[..., None]
-    return (3 * share - np.arange(3)).clip(0, 1)
