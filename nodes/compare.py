@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 
-import numpy as np
 import torch
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..report.compare import compare, draw_difference, side_by_side
 from ..report.picture import as_pictures
 from ..report.video_metrics import SSIM_WINDOW
+from .inputs import shown, text_output
 
 NAME = "WanTrim Compare"
 
@@ -39,7 +39,7 @@ class WanTrimCompare(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.String.Output("text", display_name="text", tooltip="The verdict in words."),
+                text_output("The verdict in words."),
                 io.Image.Output(
                     "side_by_side",
                     display_name="side_by_side",
@@ -65,12 +65,10 @@ class WanTrimCompare(io.ComfyNode):
         dense, trimmed = given.values()
         _check(dense, trimmed)
         found = compare(dense, trimmed)
-        strip = np.asarray(draw_difference(dense, trimmed, found), np.float32) / 255
-        picture = torch.from_numpy(strip)[None]
         text = found.verdict()
-        shown = {**ui.PreviewImage(picture, cls=cls).as_dict(), "text": (text,)}
+        picture, told = shown(cls, draw_difference(dense, trimmed, found), text)
         figures = json.dumps(found.json(), indent=1)
-        return io.NodeOutput(text, side_by_side(dense, trimmed), picture, figures, ui=shown)
+        return io.NodeOutput(text, side_by_side(dense, trimmed), picture, figures, ui=told)
 
 
 def _check(dense: torch.Tensor, trimmed: torch.Tensor) -> None:

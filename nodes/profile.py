@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 
 import folder_paths
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..hosts.comfyui.profiling import attach_profile, profile_of
 from ..hosts.comfyui.slim import refuse_slim
@@ -27,7 +26,7 @@ from ..profiles.recorder import (
 )
 from ..toy import PROFILE
 from .files import SUFFIX, add_folder, cannot_write, find_file, plain_name
-from .inputs import check_choice, model_input, text_output
+from .inputs import check_choice, model_input, shown, text_output
 
 CATEGORY = "model/patch/wan"
 FOLDER = "wantrim_profiles"
@@ -236,13 +235,11 @@ def _outputs() -> list:
 
 
 def _show(cls, opened: ProfileFile, name: str, said: str) -> io.NodeOutput:
-    drawn = np.asarray(draw_profile(opened.profile, name), np.float32) / 255
-    picture = torch.from_numpy(drawn)[None]
     text = f"{said}\n{summary(opened.profile)}"
     if opened.calibration is not None:
         text += f"\nCalibration for WanTrim Slim: {opened.calibration.name}"
-    shown = {**ui.PreviewImage(picture, cls=cls).as_dict(), "text": (text,)}
-    return io.NodeOutput(opened, picture, text, ui=shown)
+    picture, told = shown(cls, draw_profile(opened.profile, name), text)
+    return io.NodeOutput(opened, picture, text, ui=told)
 
 
 NODES = [WanTrimProfile, WanTrimSaveProfile, WanTrimLoadProfile]

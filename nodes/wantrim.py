@@ -11,6 +11,7 @@ from ..hosts.comfyui.variants import check_variant
 from ..profiles.recorder import ProfileFile
 from ..solve.dial import HIGH, LOW, MAX_DENSE_STEPS, MAX_SPEEDUP, Dial
 from ..solve.tuned import Tuned
+from .inputs import check_choice, check_range, model_input
 from .profile import ProfileSocket
 
 CATEGORY = "model/patch/wan"
@@ -124,7 +125,7 @@ class WanTrim(io.ComfyNode):
             # else ComfyUI takes equal nodes for one, and the live map is drawn on the other
             not_idempotent=True,
             inputs=[
-                io.Model.Input("model", tooltip="A Wan 2.1 or 2.2 model, after its LoRAs."),
+                model_input(),
                 *_dials(pair=False),
                 _profile("profile", "this model"),
             ],
@@ -223,23 +224,14 @@ class WanTrimPair(io.ComfyNode):
                 f"{PAIR}: 'model_high_noise' and 'model_low_noise' are the same model. Connect the "
                 "two experts of Wan 2.2, or use WanTrim for a single model."
             )
-        options = {
-            "speedup": speedup,
-            "dense_first_steps": dense_first_steps,
-            "dense_last_steps": dense_last_steps,
-            "boundary": boundary,
-        }
-        tuned = (
-            _tuned(PAIR, "profile_high_noise", model_high_noise, profile_high_noise),
-            _tuned(PAIR, "profile_low_noise", model_low_noise, profile_low_noise),
-        )
-        dials = [
-            _dial(PAIR, render, context, **options, expert=expert, tuned=trials)
-            for expert, trials in zip((HIGH, LOW), tuned, strict=True)
-        ]
-        return io.NodeOutput(
-            *(attach_dial(model, dial, context) for model, dial in zip(models, dials, strict=True))
-        )
+        steps = {"dense_first_steps": dense_first_steps, "dense_last_steps": dense_last_steps}
+        options, patched = {"speedup": speedup, "boundary": boundary, **steps}, []
+        profiles = (profile_high_noise, profile_low_noise)
+        for expert, model, profile in zip((HIGH, LOW), models, profiles, strict=True):
+            tuned = _tuned(PAIR, f"profile_{expert}_noise", model, profile)
+            dial = _dial(PAIR, render, context, **options, expert=expert, tuned=tuned)
+            patched.append(attach_dial(model, dial, context))
+        return io.NodeOutput(*patched)
 
 
 def _tuned(node: str, name: str, model, profile: ProfileFile | None) -> tuple[Tuned, ...]:
@@ -266,14 +258,9 @@ def _tuned(node: str, name: str, model, profile: ProfileFile | None) -> tuple[Tu
 
 
 def _dial(node: str, render: str, context: str, **options) -> Dial:
-    # a linked value passes by what ComfyUI checks
-    for name, value, known in (("render", render, (DRAFT, FINAL)), ("context", context, PLACES)):
-        if value not in known:
-            expected = " or ".join(known)
-            raise ValueError(f"{node}: {name}: expected {expected}, got {value!r:.60}")
-    if options["speedup"] > MAX_SPEEDUP:
-        speedup = options["speedup"]
-        raise ValueError(f"{node}: speedup: expected 1 (off) to {MAX_SPEEDUP:g}, got {speedup}")
+    check_choice(node, "render", render, (DRAFT, FINAL))
+    check_choice(node, "context", context, PLACES)
+    check_range(node, "speedup", options["speedup"], MAX_SPEEDUP, 1)
     try:
         return Dial(final=render == FINAL, **options)
     except ValueError as error:
