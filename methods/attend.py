@@ -94,8 +94,10 @@ class Layout:
             at = positions[:, first : first + sum(counts)] - self.grid.start
         # the tokens of a latent frame in the order of their tile, cut into equal parts: exact tiles
         # where the picture divides, and as many tokens for each where it does not or some are left out
-        tile = _tile(at % self.grid.per_frame, self.grid, TILES[pattern])
-        frame = at // self.grid.per_frame
+        grid, side = self.grid, TILES[pattern]
+        frame, place = at // grid.per_frame, at % grid.per_frame
+        row, column = place // grid.width, place % grid.width
+        tile = row * side // grid.height * side + column * side // grid.width
         by_tile = (frame * tiles + tile).argsort(stable=True, dim=1)
         parts = [_split(count, tiles) for count in counts]
         group = torch.repeat_interleave(
@@ -113,16 +115,9 @@ def _split(count: int, parts: int) -> list[int]:
     return [size + (part < more) for part in range(parts)]
 
 
-def _tile(position: torch.Tensor, grid: TokenGrid, side: int) -> torch.Tensor:
-    """Number of the tile that a position within a latent frame lies in."""
-    row = position // grid.width * side // grid.height
-    return row * side + position % grid.width * side // grid.width
-
-
 def pattern_pairs(pattern: str, grid: TokenGrid, per_frame: Sequence[int] | None = None) -> int:
     """Query-key pairs that a head of this pattern computes on the grid's tokens."""
-    layout = Layout(grid, grid.start + grid.tokens, per_frame=per_frame)
-    counts = layout.counts()
+    counts = per_frame or [grid.per_frame] * grid.frames
     if pattern == OFF:
         return 0
     if pattern == FULL:
@@ -214,7 +209,9 @@ def _within(out, q, k, v, heads, layout: Layout, pattern: str, attention: Attent
     if own.order is None:
         own = Groups(torch.arange(kept, device=q.device)[None], own.sizes)
     if outside:
-        apart = _outside(layout, kept, q.device)[None, None]
+        apart = torch.arange(outside, device=q.device)
+        # before the grid's tokens, and behind those that are kept
+        apart = torch.where(apart < layout.before, apart, apart + kept)[None, None]
         some = _take(q, heads, apart), k.index_select(2, heads), v.index_select(2, heads)
         _put(out, attention(*some), heads, apart)
         extra = [_take(t, heads, apart) for t in (k, v)]
@@ -226,11 +223,6 @@ def _within(out, q, k, v, heads, layout: Layout, pattern: str, attention: Attent
                 shared = t[:, None].expand(-1, count, -1, -1, -1).flatten(0, 1)
                 parts[at] = torch.cat([parts[at], shared], 1)
         _put(out, attention(*parts), heads, index)
-
-
-def _outside(layout: Layout, kept: int, device: torch.device) -> torch.Tensor:
-    before = torch.arange(layout.before, device=device)
-    return torch.cat([before, torch.arange(layout.after, device=device) + layout.before + kept])
 
 
 def _classes(own: Groups, rest: Groups | None):

@@ -143,8 +143,12 @@ class WanTrimBlocks(io.ComfyNode):
         try:
             chosen = _router(model, router, profile)
             chosen.check(len(network.blocks))
-            given = {"k_min": k_min, "k_max": k_max, "curve": curve}
-            given, remarks = _settled(chosen, given)
+            given, remarks = {"k_min": k_min, "k_max": k_max, "curve": curve}, []
+            conditions = getattr(chosen, "conditions", None)
+            if conditions is not None:
+                # a trained router's own, where nobody set another
+                given, overridden = conditions.settle(given, USUAL)
+                remarks = [conditions.describe(), *map(_shown, overridden)]
             plan = BlockPlan(
                 chosen, BlockBudget(*given.values()), start=start_percent, end=end_percent
             )
@@ -202,15 +206,6 @@ def _router(model, choice: dict | str | None, profile: ProfileFile | None) -> Ro
         )
     check_profile(model, profile.profile, NAME)
     return ProfiledRouter(residual_sizes(profile.profile))
-
-
-def _settled(router: Router, given: dict) -> tuple[dict, list[str]]:
-    """The budget and skipping of a run: a trained router's own, where nobody set another."""
-    conditions = getattr(router, "conditions", None)
-    if conditions is None:
-        return given, []
-    settled, overridden = conditions.settle(given, USUAL)
-    return settled, [conditions.describe(), *map(_shown, overridden)]
 
 
 def _trained(model, filename: str) -> TrainedRouter:

@@ -130,19 +130,10 @@ class BlockRecord:
             self.strange = True
         else:
             call, grid = self.call, self.call.grid
-            size = (grid.frames, grid.height, grid.width)
-            queries = call.on(q.device)[1]
-            mass = frame_mass(
-                call.own(q),
-                call.own(k),
-                size,
-                queries,
-                start=grid.start,
-                tiles=tuple(TILES.values()),
-            )
-            self.found["mass"] = mass.sum(0)
-            out = self._sampled(out).float()
-            self._measure("self", [out])
+            where = (grid.frames, grid.height, grid.width), call.on(q.device)[1]
+            options = {"start": grid.start, "tiles": tuple(TILES.values())}
+            self.found["mass"] = frame_mass(call.own(q), call.own(k), *where, **options).sum(0)
+            self._measure("self", [self._sampled(out).float()])
 
     def norm(self, x: torch.Tensor) -> None:
         """The input [b, s, dim] of a norm over all heads."""

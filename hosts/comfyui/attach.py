@@ -34,7 +34,7 @@ from .given import ModelCall, as_dict, conds_of, levels_of
 from .live import Live, running_node
 from .run import SESSION_KEY, SamplingRun, compare_run, mark_network
 from .runs import Ran, Where, keep_run
-from .shape import clip_tokens, device_name, full_shape, wan_shape
+from .shape import clip_tokens, device_name, full_shape
 from .slim import slim_header
 from .variants import anchored_frames, sees_between_blocks, token_grid, why_not_now, why_not_patched
 
@@ -50,13 +50,10 @@ def attach(model, plan: TrimPlan, dial: Dial | None = None, place: str = "auto")
     attachment = Attachment(plan, dial, place, tuple(nodes), replaced_by(present, plan, dial))
     patched.model_options["transformer_options"][KEY] = attachment
     patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _outer_sample)
-    if not attachment.neutral:
-        patched.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, _diffusion_model)
-    if (
-        not attachment.neutral
-        and plan.trims_blocks
-        and isinstance(plan.blocks.router, TrainedRouter)
-    ):
+    if attachment.neutral:
+        return patched
+    patched.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, _diffusion_model)
+    if plan.trims_blocks and isinstance(plan.blocks.router, TrainedRouter):
         # the host moves its weights with the model's
         carried = comfy.model_patcher.ModelPatcher(
             plan.blocks.router.mlp,
@@ -273,8 +270,7 @@ def _begin(dm, run: SamplingRun, given: ModelCall) -> Call | None:
         run.ran.solved, run.wish = solved, None
         log.info("WanTrim: %s", record.planned)
     if record.shape is None:
-        sizes = full_shape if record.width is not None else wan_shape
-        record.shape = sizes(dm, given.text_tokens, clip_tokens(dm, given.clip_fea))
+        record.shape = full_shape(dm, given.text_tokens, clip_tokens(dm, given.clip_fea))
         record.device = device_name(x.device)
     # without the image channels, which only one of the two prompts may have
     noise = x[:, : dm.out_dim]

@@ -6,7 +6,6 @@ Only the page that queued the run is told, and only while one is there; nothing 
 from __future__ import annotations
 
 import logging
-import sys
 import uuid
 from dataclasses import asdict
 
@@ -15,6 +14,7 @@ from comfy_execution.utils import get_executing_context
 from ...engine.record import Record, Step
 from ...report.figures import step_work
 from ...report.line import Outcome, outcome, planned
+from .runs import running_server
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def running_prompt() -> str | None:
 
 def tell_node(node: str | None, text: str) -> None:
     """Show a line on a node of the page that queued the run, if there is one."""
-    server = _server()
+    server = running_server()
     send = getattr(server, "send_progress_text", None)
     if node is None or send is None or server.client_id is None:
         return
@@ -59,11 +59,10 @@ class Live:
     def __init__(self, record: Record, nodes: tuple[str, ...], sigmas: list[float]):
         self.record, self.nodes = record, nodes
         self._starts = sigmas[:-1]
-        context = get_executing_context()
         self._about = {
             "nodes": list(nodes),
             "run": uuid.uuid4().hex,
-            "prompt": None if context is None else context.prompt_id,
+            "prompt": running_prompt(),
             "steps": len(self._starts),
         }
 
@@ -103,7 +102,7 @@ class Live:
 
     def _page(self):
         """The server, when it has a page to tell."""
-        server = _server()
+        server = running_server()
         listens = server is not None and server.client_id is not None and self.nodes
         return server if listens else None
 
@@ -111,12 +110,6 @@ class Live:
         server = self._page()
         if server is not None:
             server.send_sync(EVENT, {**self._about, **what}, server.client_id)
-
-
-def _server():
-    """ComfyUI's server, if one runs; importing its module would start half of one."""
-    module = sys.modules.get("server")
-    return getattr(getattr(module, "PromptServer", None), "instance", None)
 
 
 def _said(came: Outcome) -> dict:
