@@ -99,6 +99,8 @@ class Call:
         self.current: Selection | None = None
         # the full sequence while only kept tokens go from block to block
         self._full: torch.Tensor | None = None
+        # what the choosing block gave, where nobody else has it
+        self._made: torch.Tensor | None = None
         # tokens of the whole sequence
         self._length = 0
         # whether a block really ran on a part of the tokens
@@ -217,6 +219,7 @@ class Call:
         out = host.run(self._whole(host.hidden), None, attend)
         if row.choose:
             self._choose_by_attention(index, seen)
+            self._made = out if self.alone else None
         self._ran(index, row, attend)
         return out
 
@@ -225,7 +228,8 @@ class Call:
         full, self._full = self._full, None
         if full is None:
             return hidden
-        return _scatter(full, self._at(self.current).index, hidden)
+        own = full is self._made and not torch.is_grad_enabled()
+        return _scatter(full, self._at(self.current).index, hidden, in_place=own)
 
     def _at(self, selection: Selection) -> Places:
         known = self._places.get(id(selection))
