@@ -7,6 +7,7 @@ call is self-attention.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -52,6 +53,7 @@ class Places:
         return self._layout
 
 
+@dataclass(eq=False)
 class Attend:
     """What the engine wants of one run of a block.
 
@@ -60,21 +62,15 @@ class Attend:
         join: self-attention's keys and values, in place of its own k and v [b, s, n, d].
         heads: what each head computes; needs self-attention's layout.
         show: told self-attention's q and k, and what came out of it [b, s, n, d].
-
-    Attributes:
         seen: whether self-attention came by.
     """
 
-    def __init__(
-        self,
-        look: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None] | None = None,
-        join: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None,
-        heads: Pair | None = None,
-        layout: Layout | None = None,
-        show: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None] | None = None,
-    ):
-        self._look, self._join, self._heads, self._layout = look, join, heads, layout
-        self._show, self.seen = show, False
+    look: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None] | None = None
+    join: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None
+    heads: Pair | None = None
+    layout: Layout | None = None
+    show: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None] | None = None
+    seen: bool = False
 
     def __call__(self, q, k, v, attention: Attention) -> torch.Tensor:
         """One attention call of the block; the result is [b, s, n, d]."""
@@ -83,17 +79,17 @@ class Attend:
         keys = k
         if own:
             self.seen = True
-            if self._look is not None:
-                self._look(q, k, v)
-            if self._join is not None:
-                k, v = self._join(k, v)
-        if self._heads is None:
+            if self.look is not None:
+                self.look(q, k, v)
+            if self.join is not None:
+                k, v = self.join(k, v)
+        if self.heads is None:
             out = attention(q, k, v)
         else:
-            heads = self._heads[0] if own else self._heads[1]
-            out = heads.attend(q, k, v, attention, self._layout if own else None)
-        if own and self._show is not None:
-            self._show(q, keys, out)
+            heads = self.heads[0] if own else self.heads[1]
+            out = heads.attend(q, k, v, attention, self.layout if own else None)
+        if own and self.show is not None:
+            self.show(q, keys, out)
         return out
 
 

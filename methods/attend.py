@@ -54,13 +54,9 @@ class Layout:
     _groups: dict[str, tuple[Groups, Groups | None]] = field(default_factory=dict)
 
     @property
-    def before(self) -> int:
-        """Tokens in front of the grid: references; they are never dropped."""
-        return self.grid.start
-
-    @property
-    def after(self) -> int:
-        return self.length - self.grid.start - self.grid.tokens
+    def outside(self) -> int:
+        """Tokens in front of the grid and behind it: references; they are never dropped."""
+        return self.length - self.grid.tokens
 
     def counts(self) -> list[int]:
         """Tokens of each latent frame that run."""
@@ -71,11 +67,11 @@ class Layout:
         """Groups of the queries, and of the keys that follow behind them."""
         if pattern not in self._groups:
             counts = self.counts()
-            own = self._group(pattern, counts, self.kept, self.before, device)
+            own = self._group(pattern, counts, self.kept, self.grid.start, device)
             rest = None
             if self.others is not None:
                 left = [self.grid.per_frame - count for count in counts]
-                behind = self.before + sum(counts) + self.after
+                behind = sum(counts) + self.outside
                 rest = self._group(pattern, left, self.others, 0, device, behind)
             self._groups[pattern] = own, rest
         return self._groups[pattern]
@@ -198,8 +194,7 @@ def head_groups(plan: HeadPlan) -> list[Pair | None]:
 def _within(out, q, k, v, heads, layout: Layout, pattern: str, attention: Attention) -> None:
     """Every grid token sees its group and what lies outside the grid; that sees everything."""
     own, rest = layout.groups(pattern, q.device)
-    outside = layout.before + layout.after
-    kept = sum(own.sizes)
+    outside, kept = layout.outside, sum(own.sizes)
     simple = own.order is None and rest is None and not outside
     if simple and len(set(own.sizes)) == 1:
         some = (t.index_select(2, heads) for t in (q, k, v))
@@ -211,7 +206,7 @@ def _within(out, q, k, v, heads, layout: Layout, pattern: str, attention: Attent
     if outside:
         apart = torch.arange(outside, device=q.device)
         # before the grid's tokens, and behind those that are kept
-        apart = torch.where(apart < layout.before, apart, apart + kept)[None, None]
+        apart = torch.where(apart < layout.grid.start, apart, apart + kept)[None, None]
         some = _take(q, heads, apart), k.index_select(2, heads), v.index_select(2, heads)
         _put(out, attention(*some), heads, apart)
         extra = [_take(t, heads, apart) for t in (k, v)]

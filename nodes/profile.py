@@ -203,11 +203,7 @@ class WanTrimLoadProfile(io.ComfyNode):
 
 
 def profile_filename(given: str) -> str:
-    """The name of a profile's file.
-
-    Raises:
-        ValueError: it is empty, has a folder in it, or cannot be a file everywhere.
-    """
+    """The name of a profile's file, as `plain_name`."""
     return plain_name(SAVE, given, "wan_14b_t2v") + SUFFIX
 
 
