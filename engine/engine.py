@@ -332,11 +332,12 @@ class Engine:
             return
         if any(step.program.remarks or not step.program.whole for step in steps):
             return
+        count = steps[0].grid.per_frame
         if self.plan.trims_tokens:
             note(
                 "no token was left out in any step. Reasons can be: reselect_every 1, all steps "
                 "outside start_percent and end_percent, or a prune ratio too small for "
-                f"{_count(steps[0].grid.per_frame, 'token')} in a latent frame"
+                f"{count} {'token' if count == 1 else 'tokens'} in a latent frame"
             )
         else:
             note("nothing was left out: all steps lie outside of what the plan trims")
@@ -369,7 +370,3 @@ def _decider(cond_or_uncond: Sequence[int]) -> int:
 
 def _names(prompts: Sequence[Hashable], chunks: Sequence) -> list[Hashable]:
     return list(prompts) if len(prompts) == len(chunks) else [None] * len(chunks)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun if number == 1 else noun + 's'}"

@@ -16,8 +16,9 @@ from ..hosts.comfyui.attach import attach_part
 from ..hosts.comfyui.profiling import check_profile, model_fingerprint
 from ..hosts.comfyui.slim import slim_header
 from ..hosts.comfyui.variants import SKIP_BLOCKS, check_variant
-from ..methods.depth import SHAPES, BlockBudget, BlockPlan, blocks_per_step
+from ..methods.depth import SHAPES, BlockBudget, BlockPlan
 from ..methods.routers import FixedRouter, ProfiledRouter, Router
+from ..methods.schedule import progress_at
 from ..profiles.fingerprint import WHOLE, width_digest
 from ..profiles.profile import residual_sizes
 from ..profiles.recorder import ProfileFile
@@ -253,7 +254,7 @@ def _text(model, plan: BlockPlan, steps: int, scheduler: str, shift: float) -> s
     sampling = model.get_model_object("model_sampling")
     own = getattr(sampling, "shift", None) or 1.0
     sigmas = comfy.samplers.calculate_sigmas(sampling, scheduler, steps).tolist()
-    counts = blocks_per_step(plan, sigmas[:-1], own, num_blocks)
+    counts = [plan.count(s, progress_at(s, own), num_blocks) for s in sigmas[:-1]]
     mean = statistics.fmean(counts)
     lines = [
         f"Blocks that run, of {num_blocks}, at {len(counts)} steps ({scheduler}, shift {own:g}):",

@@ -12,7 +12,7 @@ from ..engine.program import ALL, SKIP, Row
 from ..engine.record import Record, Step
 from ..engine.work import program_work
 from ..methods.cost import Work
-from ..methods.heads import FULL, PATTERNS, HeadPlan
+from ..methods.heads import FULL, PATTERNS
 from ..solve.floor import device_rates
 
 FORMAT = 2
@@ -221,18 +221,12 @@ def _rows_json(step: Step, rows: Sequence[Row]) -> dict:
         "tokens_per_block": [row.tokens for row in rows],
     }
     if step.program.heads is not None:
-        ran = [index for index, row in enumerate(rows) if row.run != SKIP]
-        patterned = [index for index in ran if rows[index].heads]
-        found["heads"] = _heads(step.program.heads, ran, patterned)
+        # self-attention heads by pattern over the blocks that ran
+        pairs = zip(rows, step.program.heads.self_attention, strict=True)
+        ran = [(row, heads) for row, heads in pairs if row.run != SKIP]
+        names = Counter(name if row.heads else FULL for row, heads in ran for name in heads)
+        found["heads"] = {name: names[name] for name in PATTERNS if names[name]}
     return found
-
-
-def _heads(plan: HeadPlan, ran: Sequence[int], patterned) -> dict[str, int]:
-    """Self-attention heads by pattern over the blocks that ran."""
-    names = Counter(
-        name if index in patterned else FULL for index in ran for name in plan.self_attention[index]
-    )
-    return {name: names[name] for name in PATTERNS if names[name]}
 
 
 def expected_speedup(record: Record) -> float | None:
