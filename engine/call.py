@@ -12,11 +12,11 @@ from ..methods.attend import Layout, Pair
 from ..methods.grid import TokenGrid, gather_tokens, scatter_tokens
 from ..methods.importance import attention_received
 from ..methods.role_plan import measure_roles
-from ..methods.shares import latent_mask, token_change
+from ..methods.shares import latent_mask
 from ..methods.tokens import Selection, select_tokens
 from .block import Attend, HostBlock, Places
 from .compiled import outside_graphs
-from .memory import Memory, Part
+from .memory import Memory, Part, change_between
 from .plan import TrimPlan
 from .program import ALL, KEPT, READ, SKIP, UPDATE, WRITE, Program, Row
 from .record import Record, Step
@@ -157,8 +157,7 @@ class Call:
             known = self.part.prompts.get(self.keys[self.decider])
             change = None
             if known is not None and known.velocity is not None:
-                apart = parts[self.decider].float() - known.velocity.float()
-                change = token_change(apart, self.grid)
+                change = change_between(parts[self.decider], known.velocity, self.grid)
             self.part.saw(change, kept)
         sigma, latents = self.state.sigma, self.chunks
         return torch.cat(

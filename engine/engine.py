@@ -240,7 +240,7 @@ class Engine:
                 self.record.note(
                     "the unconditional prompt came first in a step and decided which tokens stay"
                 )
-            self.now = StepState(sigma, part.latent, program, step, part, window, seen.anchored)
+            self.now = StepState(sigma, part.point[1], program, step, part, window, seen.anchored)
         state = self.now
         state.step.calls += 1
         keys = []

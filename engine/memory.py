@@ -12,7 +12,7 @@ import torch
 
 from ..kernels import join_rows
 from ..methods.grid import TokenGrid
-from ..methods.shares import expected_error
+from ..methods.shares import expected_error, token_change
 from .compiled import outside_graphs
 from .context import Context, ContextInRam, Lane, Room
 
@@ -54,7 +54,7 @@ class Part:
         lane: of all parts of a run; None makes one.
 
     Attributes:
-        sigma, latent: of the last step that used it.
+        sigma: of the last step that used it.
         seen: steps that computed something.
         change: squared change of each token's velocity when last seen [b, tokens], or None.
         age: steps in a row that each token was left out [b, tokens], or None.
@@ -69,14 +69,14 @@ class Part:
         self.change: torch.Tensor | None = None
         self.age: torch.Tensor | None = None
         self.noisy = False
-        self.latent: torch.Tensor | None = None
+        self._point: tuple[float, torch.Tensor] | None = None
         # prompts of the last step
         self._last: list[Hashable] = []
 
     def fits(self, latent: torch.Tensor) -> bool:
         """Whether what is remembered is of a latent like this one [b, c, f, h, w]."""
-        last = self.latent
-        return last is None or (last.shape == latent.shape and last.device == latent.device)
+        last = self._point
+        return last is None or (last[1].shape == latent.shape and last[1].device == latent.device)
 
     def strayed(self, sigma: float, latent: torch.Tensor) -> torch.Tensor | None:
         """Share of the squared path since the last step that no guidance explains, or None.
@@ -85,10 +85,10 @@ class Part:
         v_uncond + g * (v_cond - v_uncond) for some g, or adds noise.
         Not a number while sigma is that of the last step: to compare it here would wait for the device.
         """
-        if self.latent is None or not self._last or not self.known(self._last):
+        if self._point is None or not self._last or not self.known(self._last):
             return None
         first, *others = (self.prompts[key].velocity.float() for key in self._last)
-        path = (latent.float() - self.latent.float()) / (sigma - self.sigma)
+        path = (latent.float() - self._point[1].float()) / (sigma - self._point[0])
         rest, explained = path - first, []
         for other in others:
             along = other - first
@@ -102,7 +102,12 @@ class Part:
         """A step begins, or goes on, at this sigma with this latent [b, c, f, h, w]."""
         if self.sigma != sigma:
             self._last = []
-        self.sigma, self.latent = sigma, latent
+        self.sigma, self._point = sigma, (sigma, latent)
+
+    @property
+    def point(self) -> tuple[float, torch.Tensor] | None:
+        """Sigma and latent of the last step."""
+        return self._point
 
     def known(self, keys) -> bool:
         """Whether every prompt has a velocity to repeat."""
@@ -222,7 +227,7 @@ class Part:
         """Let go of everything."""
         self.forget_context()
         self.prompts.clear()
-        self.change = self.age = self.latent = None
+        self.change = self.age = self._point = None
         self._last, self.seen = [], 0
 
 
@@ -263,3 +268,8 @@ class Memory:
             part.clear()
         self.parts.clear()
         self._lane.close()
+
+
+def change_between(new: torch.Tensor, old: torch.Tensor, grid: TokenGrid) -> torch.Tensor:
+    """Squared change of a velocity at each token [b, tokens]."""
+    return token_change(new.float() - old.float(), grid)

@@ -224,14 +224,23 @@ class WanTrimPair(io.ComfyNode):
                 f"{PAIR}: 'model_high_noise' and 'model_low_noise' are the same model. Connect the "
                 "two experts of Wan 2.2, or use WanTrim for a single model."
             )
-        steps = {"dense_first_steps": dense_first_steps, "dense_last_steps": dense_last_steps}
-        options, patched = {"speedup": speedup, "boundary": boundary, **steps}, []
-        profiles = (profile_high_noise, profile_low_noise)
-        for expert, model, profile in zip((HIGH, LOW), models, profiles, strict=True):
-            tuned = _tuned(PAIR, f"profile_{expert}_noise", model, profile)
-            dial = _dial(PAIR, render, context, **options, expert=expert, tuned=tuned)
-            patched.append(attach_dial(model, dial, context))
-        return io.NodeOutput(*patched)
+        options = {
+            "speedup": speedup,
+            "dense_first_steps": dense_first_steps,
+            "dense_last_steps": dense_last_steps,
+            "boundary": boundary,
+        }
+        tuned = (
+            _tuned(PAIR, "profile_high_noise", model_high_noise, profile_high_noise),
+            _tuned(PAIR, "profile_low_noise", model_low_noise, profile_low_noise),
+        )
+        dials = [
+            _dial(PAIR, render, context, **options, expert=expert, tuned=trials)
+            for expert, trials in zip((HIGH, LOW), tuned, strict=True)
+        ]
+        return io.NodeOutput(
+            *(attach_dial(model, dial, context) for model, dial in zip(models, dials, strict=True))
+        )
 
 
 def _tuned(node: str, name: str, model, profile: ProfileFile | None) -> tuple[Tuned, ...]:

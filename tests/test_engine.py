@@ -22,7 +22,7 @@ from wantrim.methods.grid import TokenGrid
 from wantrim.methods.heads import FULL, OFF, HeadPlan
 from wantrim.methods.routers import FixedRouter
 from wantrim.methods.schedule import Schedule
-from wantrim.methods.shares import Shares, token_change
+from wantrim.methods.shares import Shares
 from wantrim.methods.tokens import TokenPlan
 from wantrim.tests.small_wan import SIZE, noise, random_wan, words
 from wantrim.toy import CHECKPOINT
@@ -189,7 +189,7 @@ def test_the_tokens_that_change_most_are_computed(wan):
         velocity[..., :2] += number
         change = None
         if number:
-            change = token_change(velocity - part.prompts["a"].velocity, GRID)
+            change = memory.change_between(velocity, part.prompts["a"].velocity, GRID)
         part.saw(change, None)
         part.remember("a", velocity, sigma, velocity, None)
     worth = part.worth(GRID).view(12, 3)

@@ -34,7 +34,7 @@ from .given import ModelCall, as_dict, conds_of, levels_of
 from .live import Live, running_node
 from .run import SESSION_KEY, SamplingRun, compare_run, mark_network
 from .runs import Ran, Where, keep_run
-from .shape import clip_tokens, device_name, full_shape
+from .shape import clip_tokens, device_name, full_shape, wan_shape
 from .slim import slim_header
 from .variants import anchored_frames, sees_between_blocks, token_grid, why_not_now, why_not_patched
 
@@ -270,7 +270,8 @@ def _begin(dm, run: SamplingRun, given: ModelCall) -> Call | None:
         run.ran.solved, run.wish = solved, None
         log.info("WanTrim: %s", record.planned)
     if record.shape is None:
-        record.shape = full_shape(dm, given.text_tokens, clip_tokens(dm, given.clip_fea))
+        sizes = full_shape if record.width is not None else wan_shape
+        record.shape = sizes(dm, given.text_tokens, clip_tokens(dm, given.clip_fea))
         record.device = device_name(x.device)
     # without the image channels, which only one of the two prompts may have
     noise = x[:, : dm.out_dim]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 from ...engine.plan import TrimPlan
 from ...engine.record import Record
 from ...solve.dial import Dial, Solved
@@ -13,7 +11,6 @@ from .runs import Ran
 KEY = "wantrim"
 
 
-@dataclass(eq=False)
 class Attachment(Kept):
     """A plan as it sits on a MODEL, with what came of it in the runs that used it.
 
@@ -22,15 +19,20 @@ class Attachment(Kept):
         place: where keys and values of left out tokens may be kept.
         nodes: ids of the nodes that made the plan, where a node did.
         replaced: what earlier nodes wanted and this one changed, in words.
-        runs: the last ones of each node that sampled the MODEL.
     """
 
-    plan: TrimPlan
-    dial: Dial | None = None
-    place: str = "auto"
-    nodes: tuple[str, ...] = ()
-    replaced: tuple[str, ...] = ()
-    runs: list[Ran] = field(default_factory=list)
+    def __init__(
+        self,
+        plan: TrimPlan,
+        dial: Dial | None = None,
+        place: str = "auto",
+        nodes: tuple[str, ...] = (),
+        replaced: tuple[str, ...] = (),
+    ):
+        self.plan, self.dial, self.place, self.nodes = plan, dial, place, nodes
+        self.replaced = replaced
+        # the last ones of each node that sampled the MODEL
+        self.runs: list[Ran] = []
 
     @property
     def record(self) -> Record | None:

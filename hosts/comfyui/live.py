@@ -6,6 +6,7 @@ Only the page that queued the run is told, and only while one is there; nothing 
 from __future__ import annotations
 
 import logging
+import sys
 import uuid
 from dataclasses import asdict
 
@@ -14,7 +15,6 @@ from comfy_execution.utils import get_executing_context
 from ...engine.record import Record, Step
 from ...report.figures import step_work
 from ...report.line import Outcome, outcome, planned
-from .runs import running_server
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def running_prompt() -> str | None:
 
 def tell_node(node: str | None, text: str) -> None:
     """Show a line on a node of the page that queued the run, if there is one."""
-    server = running_server()
+    server = _server()
     send = getattr(server, "send_progress_text", None)
     if node is None or send is None or server.client_id is None:
         return
@@ -102,7 +102,7 @@ class Live:
 
     def _page(self):
         """The server, when it has a page to tell."""
-        server = running_server()
+        server = _server()
         listens = server is not None and server.client_id is not None and self.nodes
         return server if listens else None
 
@@ -110,6 +110,12 @@ class Live:
         server = self._page()
         if server is not None:
             server.send_sync(EVENT, {**self._about, **what}, server.client_id)
+
+
+def _server():
+    """ComfyUI's server, if one runs; importing its module would start half of one."""
+    module = sys.modules.get("server")
+    return getattr(getattr(module, "PromptServer", None), "instance", None)
 
 
 def _said(came: Outcome) -> dict:

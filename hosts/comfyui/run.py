@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 from ...engine.call import Call
@@ -22,7 +20,6 @@ OFF_PLAN = 0.05
 BETWEEN = "double_block"
 
 
-@dataclass(eq=False)
 class SamplingRun(Kept):
     """The engine of one sampling run and the model's way from sigma to progress.
 
@@ -30,28 +27,27 @@ class SamplingRun(Kept):
         ran: what a report will need of it.
     """
 
-    engine: Engine
-    shift: float
-    model_options: dict
-    ran: Ran
-    # why this run computes everything
-    dense: str | None = None
-    # why this run looks into no block
-    patched: str | None = None
-    # the host runs cond and uncond in two calls, uncond first
-    split: bool = False
-    awaits_cond: bool = False
-    # of the call that runs, before the host rounds it to the model's dtype
-    latent: torch.Tensor | None = None
-    # of the call that runs: what a compile node made of the model
-    compiled: Compiled | None = None
-    # and the network's own forward was entered
-    reached: bool = False
-    # the block replacements that were made for it
-    call: Call | None = None
-    replaced: dict | None = None
-    # a dial's, until the first model call
-    wish: Wish | None = None
+    def __init__(self, engine: Engine, shift: float, model_options: dict, ran: Ran):
+        self.engine, self.shift, self.model_options = engine, shift, model_options
+        self.ran = ran
+        # why this run computes everything
+        self.dense: str | None = None
+        # why this run looks into no block
+        self.patched: str | None = None
+        # the host runs cond and uncond in two calls, uncond first
+        self.split = False
+        self.awaits_cond = False
+        # of the call that runs, before the host rounds it to the model's dtype
+        self.latent: torch.Tensor | None = None
+        # of the call that runs: what a compile node made of the model
+        self.compiled: Compiled | None = None
+        # and the network's own forward was entered
+        self.reached = False
+        # the block replacements that were made for it
+        self.call: Call | None = None
+        self.replaced: dict | None = None
+        # a dial's, until the first model call
+        self.wish: Wish | None = None
 
     def note_call(self, arguments: dict) -> None:
         """Keep the sizes of a model call that was made, if it is of the first step."""

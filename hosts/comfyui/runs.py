@@ -18,7 +18,6 @@ from comfy_execution.utils import get_executing_context
 
 from ...engine.record import Record
 from ...solve.dial import Solved
-from .given import as_dict
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,8 @@ class Where:
         context = get_executing_context()
         if context is None:
             return None
-        before = before_node(_running_graph(context.prompt_id), context.node_id)
+        graph = _running_prompt(context.prompt_id)
+        before = None if graph is None else before_node(graph, context.node_id)
         return cls(context.prompt_id, context.node_id, context.list_index, before)
 
 
@@ -152,19 +152,18 @@ def _is_link(value) -> bool:
     return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str)
 
 
-def running_server():
-    """ComfyUI's server, if one runs; importing its module would start half of one."""
+def _running_prompt(number: str) -> dict | None:
+    """The prompt that ComfyUI's server runs, in API form, if there is a server."""
+    # importing its module would start half of one
     module = sys.modules.get("server")
-    return getattr(getattr(module, "PromptServer", None), "instance", None)
-
-
-def _running_graph(prompt: str) -> dict:
-    """What ComfyUI's server runs under this id, in API form; empty without a server."""
-    queue = getattr(running_server(), "prompt_queue", None)
+    server = getattr(getattr(module, "PromptServer", None), "instance", None)
+    queue = getattr(server, "prompt_queue", None)
+    if queue is None:
+        return None
     running = getattr(queue, "currently_running", None) or {}
     # (priority, id, prompt, ...)
-    items = [item[2] for item in running.values() if len(item) > 2 and item[1] == prompt]
-    return as_dict(items[0]) if items else {}
+    items = [item for item in running.values() if len(item) > 2 and item[1] == number]
+    return items[0][2] if items and isinstance(items[0][2], dict) else None
 
 
 def sampler_name(sampler) -> str:

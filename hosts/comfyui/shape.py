@@ -17,11 +17,18 @@ def clip_tokens(network, clip_fea: torch.Tensor | None) -> int:
     return 0 if clip_fea is None or network.img_emb is None else clip_fea.shape[1]
 
 
-def full_shape(network, text_tokens: int, image_tokens: int = 0) -> WanShape:
+def wan_shape(network, text_tokens: int, image_tokens: int = 0) -> WanShape | None:
     """Sizes of the diffusion_model of a MODEL, with the tokens of text (and CLIP) it is given.
 
-    Of a slim model those of the full one that it was made of.
+    None for a slim model, whose blocks have sizes of their own.
     """
+    if any(block.self_attn.num_heads != network.num_heads for block in network.blocks):
+        return None
+    return full_shape(network, text_tokens, image_tokens)
+
+
+def full_shape(network, text_tokens: int, image_tokens: int = 0) -> WanShape:
+    """As `wan_shape`; of a slim model the sizes of the full one that it was made of."""
     return WanShape(
         dim=network.dim,
         ffn_dim=network.ffn_dim,

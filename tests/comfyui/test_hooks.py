@@ -85,7 +85,7 @@ def test_a_page_that_cannot_be_told_does_not_end_the_run(trim, monkeypatch, capl
         def send_sync(self, *args):
             raise ConnectionError("the page is gone")
 
-    monkeypatch.setattr(live, "running_server", Server)
+    monkeypatch.setattr(live, "_server", Server)
     monkeypatch.setattr("wantrim.hosts.comfyui.attach.running_node", lambda: "3")
     model = trim(tiny.base_model())
     with caplog.at_level(logging.DEBUG, logger=live.log.name):
@@ -107,7 +107,7 @@ def test_figures_that_cannot_be_worked_out_do_not_end_the_run(trim, monkeypatch,
         def send_sync(self, event, what, client):
             self.sent.append(what)
 
-    monkeypatch.setattr(live, "running_server", Server)
+    monkeypatch.setattr(live, "_server", Server)
     monkeypatch.setattr(live, "step_work", broken)
     monkeypatch.setattr("wantrim.hosts.comfyui.attach.running_node", lambda: "3")
     model = trim(tiny.base_model())
