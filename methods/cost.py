@@ -130,11 +130,6 @@ def block_work(
     )
 
 
-def block_flops(shape: WanShape, tokens: int, **options) -> int:
-    """FLOPs of `block_work`, with its options."""
-    return block_work(shape, tokens, **options).flops
-
-
 def outside_flops(shape: WanShape, tokens: int) -> int:
     """Everything outside the blocks, once a sample: patches, text, time, image and the head."""
     d, patch = shape.dim, math.prod(shape.patch)
