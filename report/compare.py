@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
@@ -77,25 +77,20 @@ class Comparison:
 
     def json(self) -> dict:
         """The numbers; null stands for infinite, which JSON has not."""
-        numbers = {
-            "psnr_db": self.psnr_db,
-            "ssim": self.ssim,
-            "motion": self.motion,
-            "dense_motion": self.dense_motion,
-            "motion_ratio": self.motion_ratio,
-            "flicker": self.flicker,
-            "dense_flicker": self.dense_flicker,
-        }
-        finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-        frames = [value if math.isfinite(value) else None for value in self.frame_psnr_db]
+        numbers = {**asdict(self), "motion_ratio": self.motion_ratio}
+        frames = numbers.pop("frame_psnr_db")
         return {
             "format": 1,
             "verdict": self.verdict(),
             "equal": self.psnr_db == math.inf,
-            **finite,
+            **{name: _finite(value) for name, value in numbers.items()},
             "worst_frame": self.worst,
-            "frame_psnr_db": frames,
+            "frame_psnr_db": list(map(_finite, frames)),
         }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def compare(dense: torch.Tensor, trimmed: torch.Tensor) -> Comparison:

@@ -103,15 +103,11 @@ def measured_speed(record: Record) -> Speed | None:
     counted = [*whole, *trimmed]
     # a first step that warmed up counts as if it had not: else a run seems to save more than it does
     steps = [*later, *trimmed]
-    took = [s.seconds if any(s is one for one in steps) else reference for s in counted]
+    took = [s.seconds if s in steps else reference for s in counted]
     # repeated steps cost next to nothing: they count in the run alone
     partial = [s for s in trimmed if s.kept_share > 0]
     return Speed(
-        tuple(
-            i + 1
-            for i, s in enumerate(record.steps)
-            if not apart and any(s is one for one in later)
-        ),
+        tuple(i for i, s in enumerate(record.steps, 1) if not apart and s in later),
         reference,
         statistics.median(s.seconds for s in partial) if partial else None,
         len(counted),
