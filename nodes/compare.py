@@ -11,7 +11,7 @@ from comfy_api.latest import io
 from ..report.compare import compare, draw_difference, side_by_side
 from ..report.picture import as_pictures
 from ..report.video_metrics import SSIM_WINDOW
-from .inputs import shown, text_output
+from .inputs import image_output, shown, text_output
 
 NAME = "WanTrim Compare"
 
@@ -40,17 +40,11 @@ class WanTrimCompare(io.ComfyNode):
             ],
             outputs=[
                 text_output("The verdict in words."),
-                io.Image.Output(
-                    "side_by_side",
-                    display_name="side_by_side",
-                    tooltip="The clip of both: dense on the left, trimmed on the right.",
+                image_output(
+                    "side_by_side", "The clip of both: dense on the left, trimmed on the right."
                 ),
-                io.Image.Output(
-                    "difference",
-                    display_name="difference",
-                    tooltip="A picture: frames of both, and where they differ.",
-                ),
-                io.String.Output("json", display_name="json", tooltip="The numbers as JSON."),
+                image_output("difference", "A picture: frames of both, and where they differ."),
+                text_output("The numbers as JSON.", "json"),
             ],
         )
 

@@ -47,8 +47,12 @@ def planned_output():
     return io.Model.Output(tooltip="The model with the plan on it.")
 
 
-def text_output(tooltip: str):
-    return io.String.Output("text", display_name="text", tooltip=tooltip)
+def text_output(tooltip: str, name: str = "text"):
+    return io.String.Output(name, display_name=name, tooltip=tooltip)
+
+
+def image_output(name: str, tooltip: str):
+    return io.Image.Output(name, display_name=name, tooltip=tooltip)
 
 
 def shown(cls, drawn: Image.Image, text: str) -> tuple[torch.Tensor, dict]:

@@ -26,7 +26,7 @@ from ..profiles.recorder import (
 )
 from ..toy import PROFILE
 from .files import SUFFIX, add_folder, cannot_write, find_file, plain_name
-from .inputs import check_choice, model_input, shown, text_output
+from .inputs import check_choice, image_output, model_input, shown, text_output
 
 CATEGORY = "model/patch/wan"
 FOLDER = "wantrim_profiles"
@@ -225,7 +225,7 @@ def _outputs() -> list:
         ProfileSocket.Output(
             "profile", display_name="profile", tooltip="For WanTrim Heads and WanTrim Slim."
         ),
-        io.Image.Output("picture", display_name="picture", tooltip="The profile as a picture."),
+        image_output("picture", "The profile as a picture."),
         text_output("The profile in words."),
     ]
 

@@ -20,7 +20,7 @@ from ..hosts.comfyui.runs import ImagesOf, Ran
 from ..report.figures import measured_speed, reports_json
 from ..report.picture import as_pictures, draw_report, stacked
 from ..report.words import record_text, verdict
-from .inputs import shown, text_output
+from .inputs import image_output, shown, text_output
 
 log = logging.getLogger(__name__)
 
@@ -71,12 +71,8 @@ class WanTrimReport(io.ComfyNode):
             ],
             outputs=[
                 text_output("The report in words."),
-                io.Image.Output(
-                    "picture", display_name="picture", tooltip="The report as a picture."
-                ),
-                io.String.Output(
-                    "json", display_name="json", tooltip="All figures of the report as JSON."
-                ),
+                image_output("picture", "The report as a picture."),
+                text_output("All figures of the report as JSON.", "json"),
             ],
         )
 
