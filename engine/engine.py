@@ -123,11 +123,9 @@ class Engine:
         own, last = chunks[decider], self.now
         asked = [levels.max()]
         asked += [(chunks[0] == chunk).all() for chunk in chunks[1:]]
-        alike = last is not None and (last.latent.shape, last.latent.device) == (
-            own.shape,
-            own.device,
-        )
-        asked.append((last.latent == own).all() if alike else levels.new_zeros(()))
+        before = None if last is None else last.latent
+        alike = before is not None and (before.shape, before.device) == (own.shape, own.device)
+        asked.append((before == own).all() if alike else levels.new_zeros(()))
         part = self.memory.parts.get((window, _names(prompts, chunks)[decider]))
         strayed = None
         if part is not None and part.fits(own) and self.plan.trims_shares:
