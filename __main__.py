@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--calibration", type=Path, help="default: the one beside the profile, if there is one"
     )
     size = slim.add_mutually_exclusive_group()
-    size.add_argument("--prune", type=float, help="share that goes, default 0.3")
+    size.add_argument("--prune", type=float, default=0.3, help="share that goes, default 0.3")
     size.add_argument("--budget", type=float, help="share that stays, spent where it matters")
     slim.add_argument("--rule", choices=RULES, default="budget", help="default budget")
     slim.add_argument("--no-refit", action="store_true", help="leave the projections as they are")
@@ -39,9 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"{args.out} is there already; choose another name or add --overwrite")
     if args.out.suffix != ".safetensors":
         parser.error(f"out: expected a name that ends in .safetensors, got {args.out.name}")
-    prune = args.prune if args.prune is not None else 0.3
-    if args.budget is not None:
-        prune = 1.0 - args.budget
+    prune = args.prune if args.budget is None else 1.0 - args.budget
     try:
         opened = open_profile(args.profile)
         summary = slim_checkpoint(

@@ -6,10 +6,20 @@ from ..engine.context import context_bytes
 from ..engine.plan import TrimPlan
 from ..engine.work import program_work
 from ..hosts.diffusers.sample import sigmas_for
+from ..methods.cost import WanShape
+from ..methods.grid import TokenGrid
 from ..methods.role_plan import RolePlan
 from ..solve.dial import Dial, Run
-from ..solve.floor import WAN, device_rates, video_grid
+from ..solve.floor import device_rates
 
+# the sizes that Wan comes in; each expert of Wan 2.2's A14B has those of 14B
+WAN = {
+    "1.3B": WanShape(1536, 8960, 30),
+    "5B": WanShape(3072, 14336, 30, 48, 48),
+    "14B": WanShape(5120, 13824, 40),
+    "14B I2V": WanShape(5120, 13824, 40, 36, image_tokens=257),
+    "A14B I2V": WanShape(5120, 13824, 40, 36),
+}
 SHAPE, PIXEL_FRAMES, SHIFT = WAN["14B"], 81, 5.0
 HEADS = SHAPE.dim // SHAPE.head_dim
 SIZES = {"480p": (832, 480), "720p": (1280, 720)}
@@ -23,6 +33,14 @@ CARDS = {
 LEFT = 0.5
 # steps, and prompts of each: with guidance, and as the 4-step LoRAs sample
 SAMPLINGS = {"20 steps with guidance": (20, 2), "4 steps without it": (4, 1)}
+
+
+def video_grid(shape: WanShape, width: int, height: int, pixel_frames: int) -> TokenGrid:
+    """Token grid of a video in pixels: the VAE's strides are 4, 8, 8, and 4, 16, 16 for 5B's."""
+    stride = 16 if shape.out_channels == 48 else 8
+    time, rows, columns = shape.patch
+    latent_frames = (pixel_frames - 1) // 4 + 1
+    return TokenGrid(latent_frames // time, height // stride // rows, width // stride // columns)
 
 
 def step_seconds(device: str, size: str, steps: int, prompts: int) -> dict[str, float]:

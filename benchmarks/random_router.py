@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..methods.routers import Budgeted
+from ..methods.routers import Router
 
 
 def millionths(sigma: float) -> int:
@@ -15,7 +15,7 @@ def millionths(sigma: float) -> int:
 
 
 @dataclass(frozen=True)
-class RandomRouter(Budgeted):
+class RandomRouter(Router):
     """Blocks by chance, anew at every sigma: what any router has to beat."""
 
     seed: int = 0

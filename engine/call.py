@@ -5,20 +5,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
 
 import torch
 
-from ..methods.attend import Layout
+from ..methods.attend import Layout, Pair
 from ..methods.grid import TokenGrid, gather_tokens, scatter_tokens
 from ..methods.importance import attention_received
 from ..methods.role_plan import measure_roles
 from ..methods.shares import latent_mask
 from ..methods.tokens import Selection, select_tokens
-from .attention import Attend, Pair
+from .block import Attend, HostBlock, Places
 from .compiled import outside_graphs
 from .memory import Memory, Part, change_between
-from .places import Places
 from .plan import TrimPlan
 from .program import ALL, KEPT, READ, SKIP, UPDATE, WRITE, Program, Row
 from .record import Record, Step
@@ -46,24 +44,6 @@ class Shared:
     memory: Memory = field(default_factory=Memory)
     heads: list[Pair | None] | None = None
     layouts: dict[tuple[TokenGrid, int], Layout] = field(default_factory=dict)
-
-
-class HostBlock(Protocol):
-    """The host's own block with its inputs, ready to run."""
-
-    # [b, s, c], of all tokens or of those that the engine keeps
-    hidden: torch.Tensor
-    # whether it can run on a part of the tokens
-    movable: bool
-
-    def run(
-        self, hidden: torch.Tensor, places: Places | None, attend: Attend | None
-    ) -> torch.Tensor:
-        """The block on `hidden` [b, n, c]: all tokens, or those at `places`.
-
-        Args:
-            attend: takes over the block's attention calls; None leaves them alone.
-        """
 
 
 @dataclass
@@ -119,6 +99,8 @@ class Call:
         self.current: Selection | None = None
         # the full sequence while only kept tokens go from block to block
         self._full: torch.Tensor | None = None
+        # what the choosing block gave, where nobody else has it
+        self._made: torch.Tensor | None = None
         # tokens of the whole sequence
         self._length = 0
         # whether a block really ran on a part of the tokens
@@ -128,13 +110,9 @@ class Call:
 
     def _own_rows(self) -> tuple[Row, ...]:
         """The program's rows; all whole where a prompt of this call has nothing to repeat."""
-        program = self.program
-        if program.share == 1.0:
-            return program.rows
-        ready = self.part.known(self.keys)
-        if program.partial:
-            ready = ready and self.part.has_context(self.keys)
-        if ready:
+        program, part = self.program, self.part
+        held = not program.partial or part.has_context(self.keys)
+        if program.share == 1.0 or (held and part.known(self.keys)):
             return program.rows
         self.record.note(
             "a prompt came that had nothing to repeat yet: it was computed in full beside the others"
@@ -229,11 +207,9 @@ class Call:
             self._full = hidden
         out = host.run(kept, places, attend)
         self._ran(index, row, attend)
-        if self.alone and not last:
-            return out
-        if self.alone:
-            return self._whole(out)
-        return _scatter(hidden, places.index, out)
+        if not self.alone:
+            return _scatter(hidden, places.index, out)
+        return self._whole(out) if last else out
 
     def _run_all(self, index: int, row: Row, host: HostBlock) -> torch.Tensor:
         """Run a block on all tokens."""
@@ -242,6 +218,7 @@ class Call:
         out = host.run(self._whole(host.hidden), None, attend)
         if row.choose:
             self._choose_by_attention(index, seen)
+            self._made = out if self.alone else None
         self._ran(index, row, attend)
         return out
 
@@ -250,7 +227,8 @@ class Call:
         full, self._full = self._full, None
         if full is None:
             return hidden
-        return _scatter(full, self._at(self.current).index, hidden)
+        own = full is self._made and not torch.is_grad_enabled()
+        return _scatter(full, self._at(self.current).index, hidden, in_place=own)
 
     def _at(self, selection: Selection) -> Places:
         known = self._places.get(id(selection))

@@ -13,17 +13,16 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..methods.attend import attention_share
+from ..methods.attend import attention_share, head_groups
 from ..methods.depth import choose_blocks
 from ..methods.grid import TokenGrid
 from ..methods.heads import OFF, HeadPlan
 from ..methods.routers import Content
 from ..methods.shares import Shares
-from .attention import head_groups
 from .call import Call, Shared, StepState
 from .memory import STRAYED, Memory
 from .plan import TrimPlan
-from .program import ALL, SKIP, Facts, Program, Row, compile_step
+from .program import ALL, SKIP, Facts, Row, compile_step
 from .record import Record, Step
 
 COND, UNCOND = 0, 1
@@ -138,8 +137,9 @@ class Engine:
         own, last = chunks[decider], self.now
         asked = [levels.max()]
         asked += [(chunks[0] == chunk).all() for chunk in chunks[1:]]
-        alike = last is not None and _alike(last.latent, own)
-        asked.append((last.latent == own).all() if alike else levels.new_zeros(()))
+        before = None if last is None else last.latent
+        alike = before is not None and (before.shape, before.device) == (own.shape, own.device)
+        asked.append((before == own).all() if alike else levels.new_zeros(()))
         part = self.memory.parts.get((window, _names(prompts, chunks)[decider]))
         strayed, held = None, None
         if part is not None and part.fits(own) and self.plan.trims_shares:
@@ -247,7 +247,9 @@ class Engine:
             if self._shared.heads and self.record.attention_share is None:
                 share = attention_share(self.plan.heads, grid, text_tokens=0)
                 self.record.attention_share = share
-            if self.memory.lost or not self._needs_context(program, sigma):
+            later = self.plan.shares is not None and self.plan.shares.needs_context(sigma)
+            # neither this step nor a later one reads keys and values that are there
+            if self.memory.lost or not (later or any(row.context for row in program.rows)):
                 part.forget_context()
             part.begin(sigma, own.detach().clone())
             if program.repeats:
@@ -256,8 +258,7 @@ class Engine:
                 self.record.note(
                     "the unconditional prompt came first in a step and decided which tokens stay"
                 )
-            kept = part.point[1]
-            self.now = StepState(sigma, kept, program, step, part, window, seen.anchored)
+            self.now = StepState(sigma, part.point[1], program, step, part, window, seen.anchored)
         state = self.now
         state.step.calls += 1
         keys = []
@@ -287,12 +288,6 @@ class Engine:
         self._heads = self.plan.heads.solved(self._shown, grid, num_blocks)
         self._shared.heads = head_groups(self._heads)
         self.record.attention_share = attention_share(self._heads, grid, text_tokens=0)
-
-    def _needs_context(self, program: Program, sigma: float) -> bool:
-        """Whether this step or a later one reads keys and values that are there."""
-        shares = self.plan.shares
-        later = shares is not None and shares.needs_context(sigma)
-        return later or any(row.context for row in program.rows)
 
     def _skipped(
         self, sigma, progress, num_blocks: int, logits: tuple[float, ...] | None
@@ -353,15 +348,14 @@ class Engine:
                 idle = False
         if not idle or not steps or self.plan.neutral:
             return
-        if any(not step.program.whole for step in steps):
+        if any(step.program.remarks or not step.program.whole for step in steps):
             return
-        if any(step.program.remarks for step in steps):
-            return
+        count = steps[0].grid.per_frame
         if self.plan.trims_tokens:
             note(
                 "no token was left out in any step. Reasons can be: reselect_every 1, all steps "
                 "outside start_percent and end_percent, or a prune ratio too small for "
-                f"{_count(steps[0].grid.per_frame, 'token')} in a latent frame"
+                f"{count} {'token' if count == 1 else 'tokens'} in a latent frame"
             )
         else:
             note("nothing was left out: all steps lie outside of what the plan trims")
@@ -394,11 +388,3 @@ def _decider(cond_or_uncond: Sequence[int]) -> int:
 
 def _names(prompts: Sequence[Hashable], chunks: Sequence) -> list[Hashable]:
     return list(prompts) if len(prompts) == len(chunks) else [None] * len(chunks)
-
-
-def _alike(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.shape == b.shape and a.device == b.device
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun if number == 1 else noun + 's'}"

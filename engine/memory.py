@@ -87,12 +87,9 @@ class Part:
         v_uncond + g * (v_cond - v_uncond) for some g, or adds noise.
         Not a number while sigma is that of the last step: to compare it here would wait for the device.
         """
-        if self._point is None or not self._last:
+        if self._point is None or not self._last or not self.known(self._last):
             return None
-        known = [self.prompts.get(key) for key in self._last]
-        if any(prompt is None or prompt.velocity is None for prompt in known):
-            return None
-        first, *others = (prompt.velocity.float() for prompt in known)
+        first, *others = (self.prompts[key].velocity.float() for key in self._last)
         path = (latent.float() - self._point[1].float()) / (sigma - self._point[0])
         rest, explained = path - first, []
         for other in others:
@@ -206,7 +203,8 @@ class Part:
             index: int64 [b, s], the tokens' positions; None is all.
         """
         self.lane.expect(len(keys))
-        chunks = k.chunk(len(keys)), v.chunk(len(keys)), _chunks(index, len(keys))
+        places = [None] * len(keys) if index is None else index.chunk(len(keys))
+        chunks = k.chunk(len(keys)), v.chunk(len(keys)), places
         for key, own_k, own_v, at in zip(keys, *chunks, strict=True):
             prompt = self.prompts.setdefault(key, Prompt())
             if prompt.context is None:
@@ -244,10 +242,6 @@ class Part:
 def _share_along(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """How many times b [...] there is of it in a [...]."""
     return (a * b).sum() / b.square().sum().clamp(min=1e-12)
-
-
-def _chunks(index: torch.Tensor | None, count: int):
-    return [None] * count if index is None else index.chunk(count)
 
 
 class Memory:

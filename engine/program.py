@@ -93,15 +93,6 @@ class Program:
         """Whether the host's model may run without us: neutral is every row is all."""
         return all(row.untouched for row in self.rows)
 
-    @property
-    def work(self) -> float:
-        """Share of block x token work."""
-        return sum(row.tokens for row in self.rows) / (self.grid.tokens * len(self.rows))
-
-    @property
-    def blocks_run(self) -> int:
-        return sum(row.run != SKIP for row in self.rows)
-
 
 @dataclass(frozen=True)
 class Facts:
@@ -198,8 +189,8 @@ def compile_step(plan: TrimPlan, facts: Facts) -> Program:
         )
         for index, row in enumerate(rows)
     ]
-    remembers = plan.shares is not None and not plan.shares.neutral
-    return Program(tuple(rows), grid, budget, share, anchored, remembers, heads, tuple(remarks))
+    remarks = tuple(remarks)
+    return Program(tuple(rows), grid, budget, share, anchored, plan.trims_shares, heads, remarks)
 
 
 def _share(plan: TrimPlan, facts: Facts, remarks: list[str]) -> float:

@@ -15,7 +15,7 @@ from .plan import TrimPlan
 from .program import SKIP, Program, Row
 
 
-@dataclass
+@dataclass(eq=False)
 class Step:
     """One denoising step (or one model call of a sampler that makes several).
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from ..methods.attend import pattern_pairs
 from ..methods.cost import ROTARY_NUMBERS, WanShape, Width, Work, block_work, outside_flops
 from ..methods.grid import TokenGrid
-from ..methods.heads import FRAME, FULL, OFF, TILES, HeadPlan
+from ..methods.heads import FRAME, FULL, OFF, TILES
 from ..methods.importance import QUERY_RATIO, query_count
 from ..methods.role_plan import measured_queries
 from .plan import TrimPlan
@@ -43,7 +43,8 @@ def program_work(
         if row.run == SKIP:
             continue
         sizes = None if width is None else width.sizes(index)
-        patterns = _patterns(program.heads, index) if row.heads else None
+        heads = program.heads
+        patterns = row.heads and (heads.self_attention[index], heads.cross_attention[index])
         key = (row.tokens, row.context, patterns, sizes)
         if key not in known:
             known[key] = _row_work(shape, row, program, patterns, sizes)
@@ -56,16 +57,12 @@ def program_work(
     return total + _moving(shape, rows, program.grid) * prompts
 
 
-def _patterns(heads: HeadPlan, index: int) -> tuple:
-    return heads.self_attention[index], heads.cross_attention[index]
-
-
 def _row_work(shape, row: Row, program: Program, patterns, sizes) -> Work:
     grid = program.grid
     reads = row.context in (READ, UPDATE) and row.tokens < grid.tokens
     extra = grid.tokens - row.tokens if reads else 0
     pairs = cross_heads = None
-    if patterns is not None:
+    if patterns:
         counts = _per_frame(grid, row.tokens, program.anchored)
         pairs = _pairs(patterns[0], grid, counts, reads)
         cross_heads = patterns[1].count(FULL)

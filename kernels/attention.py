@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .config import Config
+from .config import Config, even
 from .reference import mean_counts, pattern_groups
 
 # patterns that one launch of `frame_mass_kernel` measures
@@ -204,7 +204,7 @@ def token_mass(
     """`reference.token_mass`, in two passes over tiles."""
     frames, height, width = grid
     tokens = frames * height * width
-    q, k = _rows(q), _rows(k)
+    q, k = even(q), even(k)
     batch, keys, heads, head_dim = k.shape
     index = (query_index + start).int()
     count = len(index)
@@ -241,7 +241,7 @@ def frame_mass(
     config: Config,
 ) -> torch.Tensor:
     """`reference.frame_mass`, in one pass over tiles for every four patterns."""
-    q, k = _rows(q), _rows(k)
+    q, k = even(q), even(k)
     batch, keys, heads, head_dim = k.shape
     index = (query_index + start).int()
     count = len(index)
@@ -265,11 +265,6 @@ def frame_mass(
         )  # fmt: skip
         parts.append(out.mean(2)[..., : len(some)])
     return torch.cat(parts, -1)
-
-
-def _rows(tensor: torch.Tensor) -> torch.Tensor:
-    """The kernels step over batch, tokens and heads, but not over channels."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _shape(head_dim: int, config: Config) -> dict[str, object]:

@@ -33,6 +33,11 @@ class Config:
 INTERPRETED = Config((32, 32), (32, 32), (32, 32), 1, 1, "ieee", upcast=True)
 
 
+def even(tensor: torch.Tensor) -> torch.Tensor:
+    """As the kernels step over it: batch, tokens and heads with any stride, but not channels."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
 def most_positions(arch: int | str) -> int:
     """Positions of a latent frame that smooth_select takes before it spills registers."""
     return 4096 if arch in AMD else 8192

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .config import even
 from .reference import HALF_MAX, Packed
 
 # rows of a head that a program takes at once, and its warps
@@ -128,7 +129,7 @@ def store_rows(
     index: torch.Tensor | None = None,
 ) -> Packed:
     """`reference.store_rows` in one launch."""
-    k, v = _even(k), _even(v)
+    k, v = even(k), even(v)
     batch, tokens, heads, dim = k.shape
     if held is None:
         held = tuple(
@@ -152,17 +153,13 @@ def join_rows(
     out: tuple[torch.Tensor, torch.Tensor],
 ) -> None:
     """`reference.join_rows` in one launch."""
-    k, v = _even(k), _even(v)
+    k, v = even(k), even(v)
     batch, kept, heads, dim = k.shape
     left = held[0].shape[1] if index is None else index.shape[1]
     join_kernel[(triton.cdiv((kept + left) * heads, ROWS), batch)](
         k, v, *held, _positions(index, k), *out, kept, left, heads, held[0].shape[1],
         *k.stride()[:3], *v.stride()[:3], **_constants(index, dim, bits), num_warps=WARPS,
     )  # fmt: skip
-
-
-def _even(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _positions(index: torch.Tensor | None, instead: torch.Tensor) -> torch.Tensor:

@@ -54,13 +54,9 @@ class Layout:
     _groups: dict[str, tuple[Groups, Groups | None]] = field(default_factory=dict)
 
     @property
-    def before(self) -> int:
-        """Tokens in front of the grid: references; they are never dropped."""
-        return self.grid.start
-
-    @property
-    def after(self) -> int:
-        return self.length - self.grid.start - self.grid.tokens
+    def outside(self) -> int:
+        """Tokens in front of the grid and behind it: references; they are never dropped."""
+        return self.length - self.grid.tokens
 
     def counts(self) -> list[int]:
         """Tokens of each latent frame that run."""
@@ -71,11 +67,11 @@ class Layout:
         """Groups of the queries, and of the keys that follow behind them."""
         if pattern not in self._groups:
             counts = self.counts()
-            own = self._group(pattern, counts, self.kept, self.before, device)
+            own = self._group(pattern, counts, self.kept, self.grid.start, device)
             rest = None
             if self.others is not None:
                 left = [self.grid.per_frame - count for count in counts]
-                behind = self.before + sum(counts) + self.after
+                behind = sum(counts) + self.outside
                 rest = self._group(pattern, left, self.others, 0, device, behind)
             self._groups[pattern] = own, rest
         return self._groups[pattern]
@@ -94,8 +90,10 @@ class Layout:
             at = positions[:, first : first + sum(counts)] - self.grid.start
         # the tokens of a latent frame in the order of their tile, cut into equal parts: exact tiles
         # where the picture divides, and as many tokens for each where it does not or some are left out
-        tile = _tile(at % self.grid.per_frame, self.grid, TILES[pattern])
-        frame = at // self.grid.per_frame
+        grid, side = self.grid, TILES[pattern]
+        frame, place = at // grid.per_frame, at % grid.per_frame
+        row, column = place // grid.width, place % grid.width
+        tile = row * side // grid.height * side + column * side // grid.width
         by_tile = (frame * tiles + tile).argsort(stable=True, dim=1)
         parts = [_split(count, tiles) for count in counts]
         group = torch.repeat_interleave(
@@ -113,16 +111,9 @@ def _split(count: int, parts: int) -> list[int]:
     return [size + (part < more) for part in range(parts)]
 
 
-def _tile(position: torch.Tensor, grid: TokenGrid, side: int) -> torch.Tensor:
-    """Number of the tile that a position within a latent frame lies in."""
-    row = position // grid.width * side // grid.height
-    return row * side + position % grid.width * side // grid.width
-
-
 def pattern_pairs(pattern: str, grid: TokenGrid, per_frame: Sequence[int] | None = None) -> int:
     """Query-key pairs that a head of this pattern computes on the grid's tokens."""
-    layout = Layout(grid, grid.start + grid.tokens, per_frame=per_frame)
-    counts = layout.counts()
+    counts = per_frame or [grid.per_frame] * grid.frames
     if pattern == OFF:
         return 0
     if pattern == FULL:
@@ -187,11 +178,23 @@ class HeadGroups:
         return out
 
 
+# self- and cross-attention heads of a block
+Pair = tuple[HeadGroups, HeadGroups]
+
+
+def head_groups(plan: HeadPlan) -> list[Pair | None]:
+    """Self- and cross-attention heads per block; None where a block is left alone."""
+    pairs = zip(plan.self_attention, plan.cross_attention, strict=True)
+    return [
+        (HeadGroups(own), HeadGroups(cross)) if plan.changes(index) else None
+        for index, (own, cross) in enumerate(pairs)
+    ]
+
+
 def _within(out, q, k, v, heads, layout: Layout, pattern: str, attention: Attention) -> None:
     """Every grid token sees its group and what lies outside the grid; that sees everything."""
     own, rest = layout.groups(pattern, q.device)
-    outside = layout.before + layout.after
-    kept = sum(own.sizes)
+    outside, kept = layout.outside, sum(own.sizes)
     simple = own.order is None and rest is None and not outside
     if simple and len(set(own.sizes)) == 1:
         some = (t.index_select(2, heads) for t in (q, k, v))
@@ -201,7 +204,9 @@ def _within(out, q, k, v, heads, layout: Layout, pattern: str, attention: Attent
     if own.order is None:
         own = Groups(torch.arange(kept, device=q.device)[None], own.sizes)
     if outside:
-        apart = _outside(layout, kept, q.device)[None, None]
+        apart = torch.arange(outside, device=q.device)
+        # before the grid's tokens, and behind those that are kept
+        apart = torch.where(apart < layout.grid.start, apart, apart + kept)[None, None]
         some = _take(q, heads, apart), k.index_select(2, heads), v.index_select(2, heads)
         _put(out, attention(*some), heads, apart)
         extra = [_take(t, heads, apart) for t in (k, v)]
@@ -213,11 +218,6 @@ def _within(out, q, k, v, heads, layout: Layout, pattern: str, attention: Attent
                 shared = t[:, None].expand(-1, count, -1, -1, -1).flatten(0, 1)
                 parts[at] = torch.cat([parts[at], shared], 1)
         _put(out, attention(*parts), heads, index)
-
-
-def _outside(layout: Layout, kept: int, device: torch.device) -> torch.Tensor:
-    before = torch.arange(layout.before, device=device)
-    return torch.cat([before, torch.arange(layout.after, device=device) + layout.before + kept])
 
 
 def _classes(own: Groups, rest: Groups | None):

@@ -77,9 +77,7 @@ class Work:
 
     def __add__(self, other: Work) -> Work:
         return Work(
-            self.linear + other.linear,
-            self.attention + other.attention,
-            self.moved + other.moved,
+            self.linear + other.linear, self.attention + other.attention, self.moved + other.moved
         )
 
     def __mul__(self, times: float) -> Work:
@@ -130,11 +128,6 @@ def block_work(
         attention + 4 * tokens * context * attended,
         moved,
     )
-
-
-def block_flops(shape: WanShape, tokens: int, **options) -> int:
-    """FLOPs of `block_work`, with its options."""
-    return block_work(shape, tokens, **options).flops
 
 
 def outside_flops(shape: WanShape, tokens: int) -> int:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from .routers import Router
-from .schedule import check_window, progress_at
+from .schedule import check_window
 
 SHAPES = ("falling", "constant", "rising")
 # of 40 blocks, in the paper: 20 and 35
@@ -91,10 +90,3 @@ class BlockPlan:
         if not self.start <= progress <= self.end:
             return num_blocks
         return self.router.count(num_blocks, self.budget.blocks(sigma, num_blocks))
-
-
-def blocks_per_step(
-    plan: BlockPlan, sigmas: Sequence[float], shift: float, num_blocks: int
-) -> list[int]:
-    """How many blocks will run at each step of a sampler's sigmas (without the last, 0)."""
-    return [plan.count(s, progress_at(s, shift), num_blocks) for s in sigmas]

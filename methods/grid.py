@@ -40,9 +40,12 @@ def gather_tokens(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return tensor.gather(1, index.expand(-1, -1, *tensor.shape[2:]))
 
 
-def scatter_tokens(hidden: torch.Tensor, index: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """A copy of `hidden` [b, s, c] with the rows `index` replaced by `kept`."""
-    return hidden.scatter(1, index[..., None].expand_as(kept), kept)
+def scatter_tokens(
+    hidden: torch.Tensor, index: torch.Tensor, kept: torch.Tensor, in_place: bool = False
+) -> torch.Tensor:
+    """A copy of `hidden` [b, s, c], or that itself, with the rows `index` replaced by `kept`."""
+    put = hidden.scatter_ if in_place else hidden.scatter
+    return put(1, index[..., None].expand_as(kept), kept)
 
 
 def positions(mask: torch.Tensor, count: int) -> torch.Tensor:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import nn
@@ -30,13 +29,13 @@ class Content:
     clip: torch.Tensor | None = None
 
 
-class Router(Protocol):
+class Router:
     """Says which blocks matter. Plain data, independent of a run."""
 
     name: str
-    skips_nothing: bool
+    skips_nothing = False
     # logits [l] for a sigma [1] that are read with the step's other facts; None: by `logits`
-    ask: Callable[[torch.Tensor, Content], torch.Tensor] | None
+    ask: Callable[[torch.Tensor, Content], torch.Tensor] | None = None
 
     def check(self, num_blocks: int) -> None:
         """Refuse a model of another number of blocks than this was made for.
@@ -47,25 +46,15 @@ class Router(Protocol):
 
     def count(self, num_blocks: int, budget: int) -> int:
         """Blocks that run where the budget asks for `budget`."""
+        return budget
 
     def logits(self, num_blocks: int, sigma: float) -> torch.Tensor:
         """One logit per block [l]; the highest run."""
-
-
-class Budgeted:
-    """A router that follows the budget."""
-
-    skips_nothing = False
-    ask = None
-
-    def check(self, num_blocks: int) -> None: ...
-
-    def count(self, num_blocks: int, budget: int) -> int:
-        return budget
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class FixedRouter:
+class FixedRouter(Router):
     """Always the same blocks, whatever the budget.
 
     Args:
@@ -74,7 +63,6 @@ class FixedRouter:
 
     skipped: tuple[int, ...]
     name = "fixed"
-    ask = None
 
     @property
     def skips_nothing(self) -> bool:
@@ -94,7 +82,7 @@ class FixedRouter:
         return logits
 
 
-class ProfiledRouter(Budgeted):
+class ProfiledRouter(Router):
     """By the size of what each block added at this sigma when a profile was recorded.
 
     Args:

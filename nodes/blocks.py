@@ -16,8 +16,9 @@ from ..hosts.comfyui.attach import attach_part
 from ..hosts.comfyui.profiling import check_profile, model_fingerprint
 from ..hosts.comfyui.slim import slim_header
 from ..hosts.comfyui.variants import SKIP_BLOCKS, check_variant
-from ..methods.depth import SHAPES, BlockBudget, BlockPlan, blocks_per_step
+from ..methods.depth import SHAPES, BlockBudget, BlockPlan
 from ..methods.routers import FixedRouter, ProfiledRouter, Router
+from ..methods.schedule import progress_at
 from ..profiles.fingerprint import WHOLE, width_digest
 from ..profiles.profile import residual_sizes
 from ..profiles.recorder import ProfileFile
@@ -32,10 +33,7 @@ ROUTERS = ("profiled", "fixed", "trained")
 # what the inputs have at first; with a trained router it means "as that was trained"
 USUAL = {"k_min": 0.5, "k_max": 0.875, "curve": "falling"}
 # words of the plan -> words of the node, where they differ
-WORDS = {
-    "shape": "curve",
-    "start and end": "start_percent and end_percent",
-}
+WORDS = {"shape": "curve", "start and end": "start_percent and end_percent"}
 
 add_folder(FOLDER, "routers")
 
@@ -116,10 +114,7 @@ class WanTrimBlocks(io.ComfyNode):
                 ),
                 *percent_inputs("skipping"),
             ],
-            outputs=[
-                planned_output(),
-                text_output("How many blocks will run at each step."),
-            ],
+            outputs=[planned_output(), text_output("How many blocks will run at each step.")],
         )
 
     @classmethod
@@ -149,13 +144,14 @@ class WanTrimBlocks(io.ComfyNode):
         try:
             chosen = _router(model, router, profile)
             chosen.check(len(network.blocks))
-            given = {"k_min": k_min, "k_max": k_max, "curve": curve}
-            given, remarks = _settled(chosen, given)
+            given, remarks = {"k_min": k_min, "k_max": k_max, "curve": curve}, []
+            conditions = getattr(chosen, "conditions", None)
+            if conditions is not None:
+                # a trained router's own, where nobody set another
+                given, overridden = conditions.settle(given, USUAL)
+                remarks = [conditions.describe(), *map(_shown, overridden)]
             plan = BlockPlan(
-                chosen,
-                BlockBudget(*given.values()),
-                start=start_percent,
-                end=end_percent,
+                chosen, BlockBudget(*given.values()), start=start_percent, end=end_percent
             )
             text = "\n".join([_text(model, plan, steps, scheduler, shift), *remarks])
         except ValueError as error:
@@ -213,15 +209,6 @@ def _router(model, choice: dict | str | None, profile: ProfileFile | None) -> Ro
     return ProfiledRouter(residual_sizes(profile.profile))
 
 
-def _settled(router: Router, given: dict) -> tuple[dict, list[str]]:
-    """The budget and skipping of a run: a trained router's own, where nobody set another."""
-    conditions = getattr(router, "conditions", None)
-    if conditions is None:
-        return given, []
-    settled, overridden = conditions.settle(given, USUAL)
-    return settled, [conditions.describe(), *map(_shown, overridden)]
-
-
 def _trained(model, filename: str) -> TrainedRouter:
     path = find_file(FOLDER, filename)
     if path is None:
@@ -267,7 +254,7 @@ def _text(model, plan: BlockPlan, steps: int, scheduler: str, shift: float) -> s
     sampling = model.get_model_object("model_sampling")
     own = getattr(sampling, "shift", None) or 1.0
     sigmas = comfy.samplers.calculate_sigmas(sampling, scheduler, steps).tolist()
-    counts = blocks_per_step(plan, sigmas[:-1], own, num_blocks)
+    counts = [plan.count(s, progress_at(s, own), num_blocks) for s in sigmas[:-1]]
     mean = statistics.fmean(counts)
     lines = [
         f"Blocks that run, of {num_blocks}, at {len(counts)} steps ({scheduler}, shift {own:g}):",

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 
-import numpy as np
 import torch
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..report.compare import compare, draw_difference, side_by_side
 from ..report.picture import as_pictures
 from ..report.video_metrics import SSIM_WINDOW
+from .inputs import image_output, shown, text_output
 
 NAME = "WanTrim Compare"
 
@@ -39,18 +39,12 @@ class WanTrimCompare(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.String.Output("text", display_name="text", tooltip="The verdict in words."),
-                io.Image.Output(
-                    "side_by_side",
-                    display_name="side_by_side",
-                    tooltip="The clip of both: dense on the left, trimmed on the right.",
+                text_output("The verdict in words."),
+                image_output(
+                    "side_by_side", "The clip of both: dense on the left, trimmed on the right."
                 ),
-                io.Image.Output(
-                    "difference",
-                    display_name="difference",
-                    tooltip="A picture: frames of both, and where they differ.",
-                ),
-                io.String.Output("json", display_name="json", tooltip="The numbers as JSON."),
+                image_output("difference", "A picture: frames of both, and where they differ."),
+                text_output("The numbers as JSON.", "json"),
             ],
         )
 
@@ -65,12 +59,10 @@ class WanTrimCompare(io.ComfyNode):
         dense, trimmed = given.values()
         _check(dense, trimmed)
         found = compare(dense, trimmed)
-        strip = np.asarray(draw_difference(dense, trimmed, found), np.float32) / 255
-        picture = torch.from_numpy(strip)[None]
         text = found.verdict()
-        shown = {**ui.PreviewImage(picture, cls=cls).as_dict(), "text": (text,)}
+        picture, told = shown(cls, draw_difference(dense, trimmed, found), text)
         figures = json.dumps(found.json(), indent=1)
-        return io.NodeOutput(text, side_by_side(dense, trimmed), picture, figures, ui=shown)
+        return io.NodeOutput(text, side_by_side(dense, trimmed), picture, figures, ui=told)
 
 
 def _check(dense: torch.Tensor, trimmed: torch.Tensor) -> None:

@@ -12,10 +12,7 @@ from ..toy import ROUTER, STUDENT
 SUFFIX = ".safetensors"
 # slim checkpoint and router that come with the pack, as the lists show them
 DEMO_STUDENT = "tiny Wan student (demo)"
-DEMO_FILES = {
-    "wantrim_slim": STUDENT,
-    "wantrim_routers": ROUTER,
-}
+DEMO_FILES = {"wantrim_slim": STUDENT, "wantrim_routers": ROUTER}
 MAX_NAME = 100
 # no separators, nothing that some file system forbids, and no hidden file
 NAME = re.compile(r"[^\W_][\w .+()\[\]-]*")

@@ -16,14 +16,7 @@ from ..profiles.profile import Profile
 from ..profiles.recorder import ProfileFile
 from ..slim.width import pare_heads
 from ..solve.budget import solve_heads
-from .inputs import (
-    check_choice,
-    check_range,
-    model_input,
-    planned_output,
-    prune_input,
-    text_output,
-)
+from .inputs import check_choice, check_range, model_input, planned_output, prune_input, text_output
 from .profile import ProfileSocket
 
 NAME = "WanTrim Heads"
@@ -83,10 +76,7 @@ class WanTrimHeads(io.ComfyNode):
                     ),
                 ),
             ],
-            outputs=[
-                planned_output(),
-                text_output("What each block's heads will do."),
-            ],
+            outputs=[planned_output(), text_output("What each block's heads will do.")],
         )
 
     @classmethod
@@ -144,16 +134,12 @@ def _size(profile: Profile) -> tuple[TokenGrid, int]:
     run = profile.runs[-1] if profile.runs else {}
     sizes, context = run.get("grid"), run.get("context_tokens")
     known = isinstance(sizes, list) and len(sizes) == 3
-    if not known or not all(_is_size(size) for size in (*sizes, context)):
+    if not known or not all(type(n) is int and 0 < n < 1 << 16 for n in (*sizes, context)):
         raise ValueError(
             f"{NAME}: profile: expected one that says how large the recorded video was, got "
             f"{sizes!r:.60}. Record one with WanTrim Profile."
         )
     return TokenGrid(*sizes), context
-
-
-def _is_size(value: object) -> bool:
-    return type(value) is int and 0 < value < 1 << 16
 
 
 def _online_text(prune_ratio: float) -> str:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from comfy_api.latest import io
+import numpy as np
+import torch
+from PIL import Image
+
+from comfy_api.latest import io, ui
 
 
 def model_input():
@@ -43,8 +47,18 @@ def planned_output():
     return io.Model.Output(tooltip="The model with the plan on it.")
 
 
-def text_output(tooltip: str):
-    return io.String.Output("text", display_name="text", tooltip=tooltip)
+def text_output(tooltip: str, name: str = "text"):
+    return io.String.Output(name, display_name=name, tooltip=tooltip)
+
+
+def image_output(name: str, tooltip: str):
+    return io.Image.Output(name, display_name=name, tooltip=tooltip)
+
+
+def shown(cls, drawn: Image.Image, text: str) -> tuple[torch.Tensor, dict]:
+    """A picture as an image [1, h, w, 3], and what a node shows of it with a text."""
+    picture = torch.from_numpy(np.asarray(drawn, np.float32) / 255)[None]
+    return picture, {**ui.PreviewImage(picture, cls=cls).as_dict(), "text": (text,)}
 
 
 def check_range(node: str, name: str, value: float, most: float, least: float = 0) -> None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 
 import folder_paths
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..hosts.comfyui.profiling import attach_profile, profile_of
 from ..hosts.comfyui.slim import refuse_slim
@@ -27,7 +26,7 @@ from ..profiles.recorder import (
 )
 from ..toy import PROFILE
 from .files import SUFFIX, add_folder, cannot_write, find_file, plain_name
-from .inputs import check_choice, model_input, text_output
+from .inputs import check_choice, image_output, model_input, shown, text_output
 
 CATEGORY = "model/patch/wan"
 FOLDER = "wantrim_profiles"
@@ -174,7 +173,7 @@ class WanTrimLoadProfile(io.ComfyNode):
                     options=[DEMO, *saved_profiles()],
                     default=DEMO,
                     tooltip="A file that WanTrim Save Profile wrote. One for each model.",
-                ),
+                )
             ],
             outputs=_outputs(),
         )
@@ -204,11 +203,7 @@ class WanTrimLoadProfile(io.ComfyNode):
 
 
 def profile_filename(given: str) -> str:
-    """The name of a profile's file.
-
-    Raises:
-        ValueError: it is empty, has a folder in it, or cannot be a file everywhere.
-    """
+    """The name of a profile's file, as `plain_name`."""
     return plain_name(SAVE, given, "wan_14b_t2v") + SUFFIX
 
 
@@ -230,19 +225,17 @@ def _outputs() -> list:
         ProfileSocket.Output(
             "profile", display_name="profile", tooltip="For WanTrim Heads and WanTrim Slim."
         ),
-        io.Image.Output("picture", display_name="picture", tooltip="The profile as a picture."),
+        image_output("picture", "The profile as a picture."),
         text_output("The profile in words."),
     ]
 
 
 def _show(cls, opened: ProfileFile, name: str, said: str) -> io.NodeOutput:
-    drawn = np.asarray(draw_profile(opened.profile, name), np.float32) / 255
-    picture = torch.from_numpy(drawn)[None]
     text = f"{said}\n{summary(opened.profile)}"
     if opened.calibration is not None:
         text += f"\nCalibration for WanTrim Slim: {opened.calibration.name}"
-    shown = {**ui.PreviewImage(picture, cls=cls).as_dict(), "text": (text,)}
-    return io.NodeOutput(opened, picture, text, ui=shown)
+    picture, told = shown(cls, draw_profile(opened.profile, name), text)
+    return io.NodeOutput(opened, picture, text, ui=told)
 
 
 NODES = [WanTrimProfile, WanTrimSaveProfile, WanTrimLoadProfile]

@@ -8,17 +8,19 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from PIL import Image
 
 import comfy.model_management
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..engine.record import Record, join_records
 from ..hosts.comfyui.attach import attachment_of
 from ..hosts.comfyui.dense_step import time_dense_step
 from ..hosts.comfyui.runs import ImagesOf, Ran
 from ..report.figures import measured_speed, reports_json
-from ..report.picture import as_pictures, draw_report
+from ..report.picture import as_pictures, draw_report, stacked
 from ..report.words import record_text, verdict
+from .inputs import image_output, shown, text_output
 
 log = logging.getLogger(__name__)
 
@@ -68,13 +70,9 @@ class WanTrimReport(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.String.Output("text", display_name="text", tooltip="The report in words."),
-                io.Image.Output(
-                    "picture", display_name="picture", tooltip="The report as a picture."
-                ),
-                io.String.Output(
-                    "json", display_name="json", tooltip="All figures of the report as JSON."
-                ),
+                text_output("The report in words."),
+                image_output("picture", "The report as a picture."),
+                text_output("All figures of the report as JSON.", "json"),
             ],
         )
 
@@ -110,16 +108,9 @@ class WanTrimReport(io.ComfyNode):
         pages = [
             _page(report, video, title if at == 0 else "") for at, report in enumerate(reports)
         ]
-        width = max(page.shape[1] for page in pages)
-        canvas = np.zeros((sum(len(page) for page in pages), width, 3), np.float32)
-        top = 0
-        for page in pages:
-            canvas[top : top + len(page), : page.shape[1]] = page
-            top += len(page)
-        picture = torch.from_numpy(canvas)[None]
-        shown = {**ui.PreviewImage(picture, cls=cls).as_dict(), "text": (text,)}
+        picture, told = shown(cls, stacked(pages), text)
         figures = json.dumps({"verdict": title, **reports_json(reports)}, indent=1)
-        return io.NodeOutput(text, picture, figures, ui=shown)
+        return io.NodeOutput(text, picture, figures, ui=told)
 
 
 def _report(label: str, patched, made_by: ImagesOf | None, measure: bool) -> Record:
@@ -164,18 +155,14 @@ def _nothing(model: str, planned: str, why: str) -> Record:
     return report
 
 
-def _page(report: Record, video: np.ndarray | None, title: str) -> np.ndarray:
-    """The picture of a report [h, w, 3] in 0..1."""
+def _page(report: Record, video: np.ndarray | None, title: str) -> Image.Image:
     try:
-        drawn = draw_report(report, video, title)
+        return draw_report(report, video, title)
     except Exception:
         # whatever came as images, the run is done and its words are there
         log.warning("WanTrim Report: the picture could not be drawn", exc_info=True)
-        bare = _nothing(
-            report.model, report.planned, "the picture could not be drawn; see the text"
-        )
-        drawn = draw_report(bare)
-    return np.asarray(drawn, np.float32) / 255
+        why = "the picture could not be drawn; see the text"
+        return draw_report(_nothing(report.model, report.planned, why))
 
 
 def _with_dense_step(report: Record, model, ran: Ran) -> Record:

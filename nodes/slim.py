@@ -102,7 +102,8 @@ class WanTrimSlim(io.ComfyNode):
         overwrite: bool = False,
     ) -> io.NodeOutput:
         check_range(TRIM, "prune_ratio", prune_ratio, MAX_PRUNE)
-        out = _target(filename)
+        name = plain_name(TRIM, filename, "wan_slim")
+        out = Path(folder_paths.get_folder_paths(FOLDER)[0]) / f"{name}{SUFFIX}"
         if out.exists() and not overwrite:
             raise ValueError(
                 f"{TRIM}: filename: {out.name} is there already. Choose another name, or turn "
@@ -139,11 +140,6 @@ class WanTrimSlim(io.ComfyNode):
             raise ValueError(f"{TRIM}: {cannot_write(out, error)}") from error
         text = summary.text()
         return io.NodeOutput(text, ui={"text": (text,)})
-
-
-def _target(filename: str) -> Path:
-    name = plain_name(TRIM, filename, "wan_slim")
-    return Path(folder_paths.get_folder_paths(FOLDER)[0]) / f"{name}{SUFFIX}"
 
 
 class WanTrimLoadSlim(io.ComfyNode):

@@ -11,6 +11,7 @@ from ..hosts.comfyui.variants import check_variant
 from ..profiles.recorder import ProfileFile
 from ..solve.dial import HIGH, LOW, MAX_DENSE_STEPS, MAX_SPEEDUP, Dial
 from ..solve.tuned import Tuned
+from .inputs import check_choice, check_range, model_input
 from .profile import ProfileSocket
 
 CATEGORY = "model/patch/wan"
@@ -124,7 +125,7 @@ class WanTrim(io.ComfyNode):
             # else ComfyUI takes equal nodes for one, and the live map is drawn on the other
             not_idempotent=True,
             inputs=[
-                io.Model.Input("model", tooltip="A Wan 2.1 or 2.2 model, after its LoRAs."),
+                model_input(),
                 *_dials(pair=False),
                 _profile("profile", "this model"),
             ],
@@ -264,14 +265,9 @@ def _tuned(node: str, name: str, model, profile: ProfileFile | None) -> tuple[Tu
 
 
 def _dial(node: str, render: str, context: str, **options) -> Dial:
-    # a linked value passes by what ComfyUI checks
-    for name, value, known in (("render", render, (DRAFT, FINAL)), ("context", context, PLACES)):
-        if value not in known:
-            expected = " or ".join(known)
-            raise ValueError(f"{node}: {name}: expected {expected}, got {value!r:.60}")
-    if options["speedup"] > MAX_SPEEDUP:
-        speedup = options["speedup"]
-        raise ValueError(f"{node}: speedup: expected 1 (off) to {MAX_SPEEDUP:g}, got {speedup}")
+    check_choice(node, "render", render, (DRAFT, FINAL))
+    check_choice(node, "context", context, PLACES)
+    check_range(node, "speedup", options["speedup"], MAX_SPEEDUP, 1)
     try:
         return Dial(final=render == FINAL, **options)
     except ValueError as error:

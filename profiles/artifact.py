@@ -127,8 +127,8 @@ def open_artifact(path: Path, kind: Kind, framework: str = "pt") -> Iterator[tup
         raise _unreadable(path, kind, "there is no such file")
     try:
         with safe_open(path, framework) as file:
-            header = _parsed(path, kind, (file.metadata() or {}).get(kind.key, "null"))
-            yield header, _model(path, kind, header), file
+            said = (file.metadata() or {}).get(kind.key, "null")
+            yield *_read(path, kind, said), file
     except (OSError, SafetensorError) as error:
         raise _unreadable(path, kind, error) from error
 
@@ -140,14 +140,12 @@ def _unreadable(path: Path, kind: Kind, error: Exception | str) -> ValueError:
     )
 
 
-def _parsed(path: Path, kind: Kind, text: str) -> object:
+def _read(path: Path, kind: Kind, text: str) -> tuple[dict, Fingerprint]:
+    """A header, and the model that it names."""
     try:
-        return json.loads(text)
+        header = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise _unreadable(path, kind, error) from error
-
-
-def _model(path: Path, kind: Kind, header: object) -> Fingerprint:
     if not isinstance(header, dict) or header.get("format") not in kind.formats:
         came = header.get("format") if isinstance(header, dict) else f"no {kind.name} header"
         raise ValueError(
@@ -155,6 +153,6 @@ def _model(path: Path, kind: Kind, header: object) -> Fingerprint:
             f"{kind.advice} Or update WanTrim."
         )
     try:
-        return Fingerprint.from_json(header.get("model"))
+        return header, Fingerprint.from_json(header.get("model"))
     except ValueError as error:
         raise ValueError(f"{path.name}: {error}") from error

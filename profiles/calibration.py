@@ -7,6 +7,7 @@ projection, never the inputs themselves. Sums, so that runs can be merged by add
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -17,11 +18,7 @@ from .fingerprint import Fingerprint
 
 KIND = Kind("calibration", "Record it again with WanTrim Profile.")
 # what is recorded -> which inputs: of self- and cross-attention's o, of the FFN's down projection
-CALIBRATE = {
-    "none": (),
-    "attention": ("self", "cross"),
-    "all": ("self", "cross", "ffn"),
-}
+CALIBRATE = {"none": (), "attention": ("self", "cross"), "all": ("self", "cross", "ffn")}
 
 
 def input_size(model: Fingerprint, kind: str) -> int:
@@ -77,12 +74,15 @@ class Calibration:
                 self._add(name, saved.named(name), tokens)
                 added.append(name)
         except ValueError:
-            self._give_back(saved, added)
+            self.give_back(saved, added)
             raise
 
-    def give_back(self, saved: SavedCalibration) -> None:
-        """Take out again what `absorb` added, up to rounding."""
-        self._give_back(saved, list(saved.tokens))
+    def give_back(self, saved: SavedCalibration, names: Iterable[str] | None = None) -> None:
+        """Take out again what `absorb` added, up to rounding; None is all of it."""
+        for name in saved.tokens if names is None else names:
+            self._add(name, -saved.named(name), -saved.tokens[name])
+            if not self.tokens[name]:
+                del self.sums[name], self.tokens[name]
 
     @property
     def finite(self) -> bool:
@@ -105,12 +105,6 @@ class Calibration:
                 self.sums[name] = torch.zeros(gram.shape)
         self.sums[name] += gram
         self.tokens[name] = self.tokens.get(name, 0) + tokens
-
-    def _give_back(self, saved: SavedCalibration, names: list[str]) -> None:
-        for name in names:
-            self._add(name, -saved.named(name), -saved.tokens[name])
-            if not self.tokens[name]:
-                del self.sums[name], self.tokens[name]
 
 
 class SavedCalibration:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from ..methods.cost import WanShape, Width
+from ..methods.cost import Width
 
 # numbers taken of each modulation table
 SAMPLES = 8
@@ -44,19 +44,6 @@ class Fingerprint:
     @property
     def head_dim(self) -> int:
         return self.dim // self.num_heads
-
-    def shape(self, text_tokens: int = 512, image_tokens: int = 0) -> WanShape:
-        """These sizes for the cost model; the others are those of every Wan."""
-        return WanShape(
-            self.dim,
-            self.ffn_dim,
-            self.num_blocks,
-            self.in_channels,
-            self.out_channels,
-            text_tokens=text_tokens,
-            image_tokens=image_tokens,
-            head_dim=self.head_dim,
-        )
 
     def to_json(self) -> dict:
         said = asdict(self) | {"sample": [float(f"{value:.6g}") for value in self.sample]}

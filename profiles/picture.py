@@ -6,11 +6,22 @@ from collections import Counter
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from ..methods.heads import CHEAP, FRAME, TILES
 from ..methods.roles import role
-from ..report.picture import BACKGROUND, FAINT, HEAT_LOW, INK, KEPT, MARGIN, TIME, WIDTH
+from ..report.picture import (
+    FAINT,
+    HEAT_LOW,
+    INK,
+    KEPT,
+    MARGIN,
+    TIME,
+    WIDTH,
+    canvas,
+    font_of,
+    stacked,
+)  # fmt: skip
 from .profile import Profile
 
 ROLES = {"spatial": KEPT, "mixed": (122, 128, 141), "temporal": (232, 150, 72)}
@@ -40,33 +51,35 @@ def summary(profile: Profile) -> str:
         + "."
     )
     for number, run in enumerate(profile.runs, 1):
-        lines += ["", *_run(number, run)]
+        lines += ["", f"Run {number}: {', '.join(_run(run))}"]
+        notes = run.get("notes")
+        lines += [f"- {note}" for note in notes] if isinstance(notes, list) else []
     return "\n".join(lines)
 
 
-def _run(number: int, run: dict) -> list[str]:
-    parts = [f"Run {number}:"]
+def _run(run: dict) -> list[str]:
+    parts = []
     if isinstance(run.get("grid"), list):
         parts.append("latent frames, rows, columns of tokens " + " x ".join(map(str, run["grid"])))
     if isinstance(run.get("sigmas"), list):
         parts.append(f"{len(run['sigmas'])} noise levels")
-    parts += [f"{name} {run[name]}" for name in ("calls", "shift", "plan") if name in run]
-    notes = run.get("notes")
-    notes = notes if isinstance(notes, list) else []
-    return [parts[0] + " " + ", ".join(parts[1:]), *(f"- {note}" for note in notes)]
+    return parts + [f"{name} {run[name]}" for name in ("calls", "shift", "plan") if name in run]
 
 
 def draw_profile(profile: Profile, name: str = "") -> Image.Image:
     """The profile as a picture, block across and head down in each map."""
     mass, ratio = profile.mass(), profile.ratio()
-    image, draw = _canvas(WIDTH, 84)
-    title = "WanTrim profile" + (f" {name}" if name else "")
-    draw.text((MARGIN, 12), title[:72], INK, _font(22))
+    image, draw = canvas(84)
+    draw.text((MARGIN, 12), f"WanTrim profile {name}".strip()[:72], INK, font_of(22))
     line = f"{profile.model.describe()}; {profile.calls} calls in {len(profile.runs)} runs"
-    draw.text((MARGIN, 46), line, FAINT, _font(16))
+    draw.text((MARGIN, 46), line, FAINT, font_of(16))
     rows = [image]
+    roles = [[role(r) for r in heads] for heads in ratio.T.tolist()]
+    counts = Counter(name for heads in roles for name in heads)
+    colours = {"spatial": "green", "mixed": "grey", "temporal": "orange"}
+    legend = ", ".join(f"{counts[name]} {name} ({colours[name]})" for name in ROLES)
     panels = [
-        _panel("head roles", _roles(ratio), _legend(ratio)),
+        _panel("head roles", np.array([[ROLES[one] for one in heads] for heads in roles]), legend),
         _panel("importance, self-attention", *_heat(profile.importance("self"), TIME)),
         _panel("importance, cross-attention", *_heat(profile.importance("cross"), TIME)),
     ]
@@ -75,39 +88,24 @@ def draw_profile(profile: Profile, name: str = "") -> Image.Image:
         panels.append(_panel(f"mass kept: {SHOWN[pattern]}", cells, spread))
     while panels:
         pair, panels = panels[:2], panels[2:]
-        page = Image.new("RGB", (WIDTH, pair[0].height + MARGIN), BACKGROUND)
+        page, _ = canvas(pair[0].height + MARGIN)
         for column, panel in enumerate(pair):
             page.paste(panel, (MARGIN + column * (PANEL + MARGIN), 0))
         rows.append(page)
-    page = Image.new("RGB", (WIDTH, sum(row.height for row in rows)), BACKGROUND)
-    top = 0
-    for row in rows:
-        page.paste(row, (0, top))
-        top += row.height
-    return page
+    return stacked(rows)
 
 
 def _panel(title: str, cells: np.ndarray, spread: str) -> Image.Image:
     """A map [heads, blocks, 3] with its title and what its colours mean."""
-    image, draw = _canvas(PANEL, MAP_HEIGHT + 66)
-    draw.text((0, 0), title, INK, _font(17))
+    image, draw = canvas(MAP_HEIGHT + 66, PANEL)
+    draw.text((0, 0), title, INK, font_of(17))
     drawing = Image.fromarray(cells.astype(np.uint8))
     image.paste(drawing.resize((PANEL, MAP_HEIGHT), Image.Resampling.NEAREST), (0, 24))
-    draw.text((0, MAP_HEIGHT + 28), spread, FAINT, _font(15))
+    draw.text((0, MAP_HEIGHT + 28), spread, FAINT, font_of(15))
     heads, blocks, _ = cells.shape
     axes = f"block 0 to {blocks - 1} across, head 0 to {heads - 1} down"
-    draw.text((0, MAP_HEIGHT + 46), axes, FAINT, _font(13))
+    draw.text((0, MAP_HEIGHT + 46), axes, FAINT, font_of(13))
     return image
-
-
-def _roles(ratio: torch.Tensor) -> np.ndarray:
-    return np.array([[ROLES[role(r)] for r in heads] for heads in ratio.T.tolist()])
-
-
-def _legend(ratio: torch.Tensor) -> str:
-    counts = Counter(role(r) for r in ratio.flatten().tolist())
-    colours = {"spatial": "green", "mixed": "grey", "temporal": "orange"}
-    return ", ".join(f"{counts[name]} {name} ({colours[name]})" for name in ROLES)
 
 
 def _heat(values: torch.Tensor, colour, whole: bool = False) -> tuple[np.ndarray, str]:
@@ -125,12 +123,3 @@ def _heat(values: torch.Tensor, colour, whole: bool = False) -> tuple[np.ndarray
         spread = f"{low:.3g} to {high:.3g}; bright is important"
     light = light.clamp(0, 1).T[..., None].numpy()
     return HEAT_LOW + light * (np.array(colour, np.float32) - HEAT_LOW), spread
-
-
-def _canvas(width: int, height: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:
-    image = Image.new("RGB", (width, height), BACKGROUND)
-    return image, ImageDraw.Draw(image)
-
-
-def _font(size: int):
-    return ImageFont.load_default(size)

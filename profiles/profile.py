@@ -183,9 +183,6 @@ def load_profile(path: Path) -> Profile:
     # calls are counted in whole videos, and what is not read as a number cannot be shown
     if not (count >= 0).all() or float(count.sum()) > MOST_CALLS:
         raise ValueError(f"{path.name}: count holds no numbers of calls: damaged file")
-    runs, tuned = (_dicts(header.get(name)) for name in ("runs", "tuned"))
+    lists = [said if isinstance(said := header.get(n), list) else [] for n in ("runs", "tuned")]
+    runs, tuned = ([one for one in said if isinstance(one, dict)] for said in lists)
     return Profile(model, {name: tensors[name] for name in layout(model)}, runs, tuned)
-
-
-def _dicts(given: object) -> list[dict]:
-    return [one for one in given if isinstance(one, dict)] if isinstance(given, list) else []

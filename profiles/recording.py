@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 from torch.overrides import TorchFunctionMode
 
@@ -12,8 +10,6 @@ from ..methods.grid import TokenGrid
 from ..methods.heads import TILES
 from ..methods.importance import sample_queries
 from ..methods.role_plan import MIN_QUERIES, QUERY_RATIO
-from .calibration import Calibration
-from .fingerprint import Fingerprint
 from .profile import timestep_weight
 
 # tokens that everything but the attention mass is measured on, and those of the calibration
@@ -22,30 +18,17 @@ SAMPLED, CALIBRATED = 2048, 1024
 NORMS = ("q_share", "k_share", "cross_q_share", "cross_k_share", "k_img_share")
 
 
-class Takes(Protocol):
-    """Who a call is recorded for."""
-
-    model: Fingerprint
-    image: bool
-    calibration: Calibration
-
-    def note(self, text: str) -> None:
-        """Say once what was not recorded and why."""
-
-    def take(self, call: CallRecord) -> None:
-        """Add a call in which all blocks were seen."""
-
-
 class CallRecord:
     """One model call as it is recorded; nothing of it counts before `finish`.
+
+    Args:
+        recorder: the `Recorder` that it is for.
 
     Attributes:
         found: measurements per block, summed over its rows.
     """
 
-    def __init__(
-        self, recorder: Takes, sigma: float, grid: TokenGrid, rows: list[slice], samples: int
-    ):
+    def __init__(self, recorder, sigma: float, grid: TokenGrid, rows: list[slice], samples: int):
         self.recorder, self.sigma, self.grid = recorder, sigma, grid
         self.rows, self.samples = rows, samples
         self.found: dict[int, dict[str, torch.Tensor]] = {}
@@ -130,19 +113,10 @@ class BlockRecord:
             self.strange = True
         else:
             call, grid = self.call, self.call.grid
-            size = (grid.frames, grid.height, grid.width)
-            queries = call.on(q.device)[1]
-            mass = frame_mass(
-                call.own(q),
-                call.own(k),
-                size,
-                queries,
-                start=grid.start,
-                tiles=tuple(TILES.values()),
-            )
-            self.found["mass"] = mass.sum(0)
-            out = self._sampled(out).float()
-            self._measure("self", [out])
+            where = (grid.frames, grid.height, grid.width), call.on(q.device)[1]
+            options = {"start": grid.start, "tiles": tuple(TILES.values())}
+            self.found["mass"] = frame_mass(call.own(q), call.own(k), *where, **options).sum(0)
+            self._measure("self", [self._sampled(out).float()])
 
     def norm(self, x: torch.Tensor) -> None:
         """The input [b, s, dim] of a norm over all heads."""

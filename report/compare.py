@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
 from PIL import Image
 
-from .picture import FAINT, INK, MARGIN, WIDTH, canvas, font_of, text_row
+from .picture import FAINT, INK, MARGIN, WIDTH, canvas, font_of, small, text_row
 from .video_metrics import calm_places, flicker, motion, motion_ratio, psnr, ssim
 
 # pixel columns between the two videos
@@ -77,25 +77,20 @@ class Comparison:
 
     def json(self) -> dict:
         """The numbers; null stands for infinite, which JSON has not."""
-        numbers = {
-            "psnr_db": self.psnr_db,
-            "ssim": self.ssim,
-            "motion": self.motion,
-            "dense_motion": self.dense_motion,
-            "motion_ratio": self.motion_ratio,
-            "flicker": self.flicker,
-            "dense_flicker": self.dense_flicker,
-        }
-        finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-        frames = [value if math.isfinite(value) else None for value in self.frame_psnr_db]
+        numbers = {**asdict(self), "motion_ratio": self.motion_ratio}
+        frames = numbers.pop("frame_psnr_db")
         return {
             "format": 1,
             "verdict": self.verdict(),
             "equal": self.psnr_db == math.inf,
-            **finite,
+            **{name: _finite(value) for name, value in numbers.items()},
             "worst_frame": self.worst,
-            "frame_psnr_db": frames,
+            "frame_psnr_db": list(map(_finite, frames)),
         }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def compare(dense: torch.Tensor, trimmed: torch.Tensor) -> Comparison:
@@ -130,11 +125,12 @@ def draw_difference(dense: torch.Tensor, trimmed: torch.Tensor, found: Compariso
     apart = np.abs(one - other).max(-1)
     # of all frames shown, so that they can be compared; a shade of 255 at the least
     most = max(float(np.quantile(apart, 0.999)), 1 / 255)
-    rows = (("whole", one), ("trimmed", other))
-    rows += ((f"difference; white is {most:.1%} of the range or more", _glow(apart / most)),)
-    cell = (WIDTH - 2 * MARGIN) // len(spread) - 4
+    # 0..1 as black, red, yellow, white
+    glow = (3 * (apart / most).clip(0, 1)[..., None] - np.arange(3)).clip(0, 1)
+    white = f"difference; white is {most:.1%} of the range or more"
+    rows = (("whole", one), ("trimmed", other), (white, glow))
     # a single picture need not fill the page
-    cell = min(cell, 320)
+    cell = min((WIDTH - 2 * MARGIN) // len(spread) - 4, 320)
     height = max(round(cell * dense.shape[1] / dense.shape[2]), 1)
     title = text_row(found.verdict(), 24, INK)
     begin = title.height
@@ -144,17 +140,9 @@ def draw_difference(dense: torch.Tensor, trimmed: torch.Tensor, found: Compariso
         top = begin + row * (height + 26)
         draw.text((MARGIN, top), name, FAINT, font_of(15))
         for column, frame in enumerate(frames):
-            picture = Image.fromarray((255 * frame).astype(np.uint8))
-            place = (MARGIN + column * (cell + 4), top + 20)
-            image.paste(picture.resize((cell, height), Image.Resampling.BILINEAR), place)
+            image.paste(small(frame, cell, height), (MARGIN + column * (cell + 4), top + 20))
     for column, frame in enumerate(spread):
         worst = " (worst)" if frame == found.worst and found.psnr_db != math.inf else ""
         place = (MARGIN + column * (cell + 4), begin + len(rows) * (height + 26))
         draw.text(place, f"frame {frame + 1}{worst}", FAINT, font_of(14))
     return image
-
-
-def _glow(share: np.ndarray) -> np.ndarray:
-    """0..1 as black, red, yellow, white [..., 3]."""
-    share = share.clip(0, 1)[..., None]
-    return (3 * share - np.arange(3)).clip(0, 1)

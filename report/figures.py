@@ -12,7 +12,7 @@ from ..engine.program import ALL, SKIP, Row
 from ..engine.record import Record, Step
 from ..engine.work import program_work
 from ..methods.cost import Work
-from ..methods.heads import FULL, PATTERNS, HeadPlan
+from ..methods.heads import FULL, PATTERNS
 from ..solve.floor import device_rates
 
 FORMAT = 2
@@ -103,15 +103,11 @@ def measured_speed(record: Record) -> Speed | None:
     counted = [*whole, *trimmed]
     # a first step that warmed up counts as if it had not: else a run seems to save more than it does
     steps = [*later, *trimmed]
-    took = [s.seconds if any(s is one for one in steps) else reference for s in counted]
+    took = [s.seconds if s in steps else reference for s in counted]
     # repeated steps cost next to nothing: they count in the run alone
     partial = [s for s in trimmed if s.kept_share > 0]
     return Speed(
-        tuple(
-            i + 1
-            for i, s in enumerate(record.steps)
-            if not apart and any(s is one for one in later)
-        ),
+        tuple(i for i, s in enumerate(record.steps, 1) if not apart and s in later),
         reference,
         statistics.median(s.seconds for s in partial) if partial else None,
         len(counted),
@@ -221,18 +217,12 @@ def _rows_json(step: Step, rows: Sequence[Row]) -> dict:
         "tokens_per_block": [row.tokens for row in rows],
     }
     if step.program.heads is not None:
-        ran = [index for index, row in enumerate(rows) if row.run != SKIP]
-        patterned = [index for index in ran if rows[index].heads]
-        found["heads"] = _heads(step.program.heads, ran, patterned)
+        # self-attention heads by pattern over the blocks that ran
+        pairs = zip(rows, step.program.heads.self_attention, strict=True)
+        ran = [(row, heads) for row, heads in pairs if row.run != SKIP]
+        names = Counter(name if row.heads else FULL for row, heads in ran for name in heads)
+        found["heads"] = {name: names[name] for name in PATTERNS if names[name]}
     return found
-
-
-def _heads(plan: HeadPlan, ran: Sequence[int], patterned) -> dict[str, int]:
-    """Self-attention heads by pattern over the blocks that ran."""
-    names = Counter(
-        name if index in patterned else FULL for index in ran for name in plan.self_attention[index]
-    )
-    return {name: names[name] for name in PATTERNS if names[name]}
 
 
 def expected_speedup(record: Record) -> float | None:

@@ -77,15 +77,10 @@ class Outcome:
         if self.starved:
             gains.append("too little for a video")
         if self.faster is not None:
-            gains.append(faster_words(self.faster))
+            slower = "not faster" if self.faster > 1 - SAME else f"{1 / self.faster:.2g}x slower"
+            faster = f"{self.faster:.2g}x faster" if self.faster > 1 + SAME else slower
+            gains.append(f"{faster} here")
         return f": {', '.join(gains)}" if gains else ""
-
-
-def faster_words(ratio: float) -> str:
-    """Measured seconds in words."""
-    if ratio > 1 + SAME:
-        return f"{ratio:.2g}x faster here"
-    return "not faster here" if ratio > 1 - SAME else f"{1 / ratio:.2g}x slower here"
 
 
 def fraction(share: float) -> tuple[int, int]:

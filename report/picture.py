@@ -93,8 +93,17 @@ def draw_report(record: Record, video: np.ndarray | None = None, title: str = ""
     patterned = [step for step in record.steps if step.patterned and step.program.heads]
     if patterned:
         rows.append(_heads(patterned[-1], record.steps.index(patterned[-1]) + 1))
-    rows.append(_notes(record))
-    page = Image.new("RGB", (WIDTH, sum(row.height for row in rows) + MARGIN), BACKGROUND)
+    return stacked([*rows, _notes(record), canvas(MARGIN)[0]])
+
+
+def canvas(height: int, width: int = WIDTH) -> tuple[Image.Image, ImageDraw.ImageDraw]:
+    image = Image.new("RGB", (width, height), BACKGROUND)
+    return image, ImageDraw.Draw(image)
+
+
+def stacked(rows: Sequence[Image.Image]) -> Image.Image:
+    """Rows of a page below each other."""
+    page, _ = canvas(sum(row.height for row in rows))
     top = 0
     for row in rows:
         page.paste(row, (0, top))
@@ -102,9 +111,10 @@ def draw_report(record: Record, video: np.ndarray | None = None, title: str = ""
     return page
 
 
-def canvas(height: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:
-    image = Image.new("RGB", (WIDTH, height), BACKGROUND)
-    return image, ImageDraw.Draw(image)
+def small(frame: np.ndarray, width: int, height: int) -> Image.Image:
+    """A frame [h, w, 3] in 0..1 of another size."""
+    pixels = (255 * frame.clip(0, 1)).astype(np.uint8)
+    return Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR)
 
 
 def font_of(size: int):
@@ -133,19 +143,14 @@ def text_row(text: str, size: int, colour) -> Image.Image:
     return image
 
 
-def _rgb(colour: np.ndarray) -> tuple[int, int, int]:
-    return tuple(round(255 * float(one)) for one in colour)
-
-
-def _key(
-    draw: ImageDraw.ImageDraw, top: int, said: str, *named: tuple[tuple[int, int, int], str]
-) -> None:
-    """A title, and behind it what its colours are."""
+def _key(draw: ImageDraw.ImageDraw, top: int, said: str, *named: tuple) -> None:
+    """A title, and behind it what its colours [3] in 0..255 are."""
     font, left = font_of(17), MARGIN
     draw.text((left, top), said, FAINT, font)
     left += font.getlength(said) + 18
     for colour, name in named:
-        draw.rectangle((left, top + 4, left + 14, top + 18), colour, (90, 96, 108))
+        filled = tuple(round(float(one)) for one in colour)
+        draw.rectangle((left, top + 4, left + 14, top + 18), filled, (90, 96, 108))
         draw.text((left + 20, top), name, INK, font)
         left += 20 + font.getlength(name) + 16
 
@@ -173,16 +178,15 @@ def _strip(video: np.ndarray, record: Record) -> Image.Image:
         steps = "the step" if count == 1 else f"the {count} steps"
         grey = np.full((1, 1, 1, 3), 0.65, np.float32)
         named = [
-            (_rgb(overlay(grey, np.full((1, 1, 1, 1), share, np.float32), [0])[0, 0, 0]), name)
+            (255 * overlay(grey, np.full((1, 1, 1, 1), share, np.float32), [0])[0, 0, 0], name)
             for share, name in ((1, "always"), (0.5, "half of it"), (0, "never"))
         ]
         _key(draw, 2, f"how often a place was computed, in {steps} on a part:", *named)
         draw.text((MARGIN, 26), remark, FAINT, font_of(17))
     for row, frames in enumerate(strips):
         for column, frame in enumerate(frames):
-            pixels = (255 * frame.clip(0, 1)).astype(np.uint8)
-            picture = Image.fromarray(pixels).resize((cell, height), Image.Resampling.BILINEAR)
-            image.paste(picture, (MARGIN + column * (cell + 4), top + row * (height + 4)))
+            place = (MARGIN + column * (cell + 4), top + row * (height + 4))
+            image.paste(small(frame, cell, height), place)
     return image
 
 
@@ -231,7 +235,7 @@ def _heat(record: Record) -> Image.Image:
     ]
     cells = HEAT_LOW + np.array(shares, np.float32).T[..., None] * (np.array(KEPT) - HEAT_LOW)
     named = [
-        (tuple(round(x) for x in HEAT_LOW + share * (np.array(KEPT) - HEAT_LOW)), name)
+        (HEAT_LOW + share * (np.array(KEPT) - HEAT_LOW), name)
         for share, name in ((1, "all"), (0.5, "half"), (0, "none"))
     ]
     said = "tokens computed, blocks down and steps across:"

@@ -53,50 +53,26 @@ def record_text(record: Record) -> str:
     lines = [verdict([record])]
     if not record.steps:
         return "\n".join([*lines, f"{record.model}: {record.planned}.", "", *remarks])
-    lines += [
-        steps_line(record),
-        *_heads_line(record),
-        *_blocks_line(record),
-        "",
-        # before the rest: a long run would push them out of sight
-        *remarks,
-        "",
-        f"Plan: {record.planned}.",
-        *_context_line(record),
-        *speed_lines(record),
-        "",
-        "step  sigma   work  seconds  computed",
-    ]
-    lines += [_row(record, i + 1, step) for i, step in enumerate(record.steps)]
-    return "\n".join(lines)
-
-
-def _heads_line(record: Record) -> list[str]:
-    if record.attention_share is None:
-        return []
-    return [f"Self-attention work left by the heads' patterns: {record.attention_share:.1%}."]
-
-
-def _blocks_line(record: Record) -> list[str]:
-    """The real mean: how many steps lie at high noise is the sampler's and the shift's doing."""
+    lines.append(steps_line(record))
+    if record.attention_share is not None:
+        left = f"{record.attention_share:.1%}"
+        lines.append(f"Self-attention work left by the heads' patterns: {left}.")
     run = [step.blocks_run for step in record.steps if not step.repeated]
     num_blocks = record.steps[0].num_blocks
-    if not run or min(run) == num_blocks:
-        return []
-    per_step = " ".join(str(count) for count in run)
-    return [f"Blocks run: {statistics.fmean(run):.1f} of {num_blocks} (per step: {per_step})."]
-
-
-def _context_line(record: Record) -> list[str]:
-    return [] if record.context is None else [f"Context: {record.context}."]
-
-
-def _row(record: Record, number: int, step: Step) -> str:
-    work = step_work(record, step)
-    return (
-        f"{number:>4}  {step.sigma:.3f}  {'-' if work is None else format(work, '.0%'):>5}"
-        f"  {step.seconds:>7.2f}  {computed(step)}"
-    )
+    if run and min(run) < num_blocks:
+        # the real mean: how many steps lie at high noise is the sampler's and the shift's doing
+        mean, each = statistics.fmean(run), " ".join(map(str, run))
+        lines.append(f"Blocks run: {mean:.1f} of {num_blocks} (per step: {each}).")
+    # before the rest: a long run would push them out of sight
+    lines += ["", *remarks, "", f"Plan: {record.planned}."]
+    lines += [] if record.context is None else [f"Context: {record.context}."]
+    lines += [*speed_lines(record), "", "step  sigma   work  seconds  computed"]
+    for number, step in enumerate(record.steps, 1):
+        work = step_work(record, step)
+        done = "-" if work is None else f"{work:.0%}"
+        what = f"{step.seconds:>7.2f}  {computed(step)}"
+        lines.append(f"{number:>4}  {step.sigma:.3f}  {done:>5}  {what}")
+    return "\n".join(lines)
 
 
 def computed(step: Step) -> str:

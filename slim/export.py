@@ -12,20 +12,12 @@ import torch
 from ..methods.cost import Width
 from ..profiles.artifact import package_version
 from ..profiles.calibration import load_calibration
-from ..profiles.fingerprint import Fingerprint
 from ..profiles.profile import Profile
 from ..solve.budget import solve_width
 from .cut import SHARES, Cut, check_width, find_cut, norm_scale, refit, take
-from .file import (
-    DTYPES,
-    PREFIX,
-    Entry,
-    Progress,
-    SlimHeader,
-    write_tensors,
-)
+from .file import DTYPES, PREFIX, Entry, Progress, SlimHeader, write_tensors
 from .source import Source, open_source
-from .width import pare_width
+from .width import check_ratio, pare_width
 
 log = logging.getLogger(__name__)
 
@@ -224,8 +216,7 @@ def slim_checkpoint(
     """
     if rule not in RULES:
         raise ValueError(f"rule: expected one of {', '.join(RULES)}, got {rule!r}")
-    if not 0.0 <= prune_ratio < 1.0:
-        raise ValueError(f"prune_ratio: expected 0 to less than 1, got {prune_ratio}")
+    check_ratio(prune_ratio)
     source = open_source(path)
     check_profile(source, profile)
 
@@ -244,7 +235,11 @@ def slim_checkpoint(
         width = solve_width(profile, 1.0 - prune_ratio, signature)
     gram = None
     if refitted and calibration is not None:
-        gram = _grams(calibration, source.model)
+        saved = load_calibration(calibration)
+        reason = saved.model.differs(source.model)
+        if reason is not None:
+            raise ValueError(f"{calibration.name}: the calibration is of another model: {reason}")
+        gram = saved.gram
     said = {"package": package_version(), "rule": rule, "prune_ratio": prune_ratio}
     summary = export_slim(
         source, out, width, profile=profile, gram=gram, made=said, progress=written
@@ -268,11 +263,3 @@ def check_profile(source: Source, profile: Profile) -> None:
             f"{source.path.name}: the profile is of another model: {reason}. Choose the profile that "
             "was made with this model."
         )
-
-
-def _grams(path: Path, model: Fingerprint) -> Grams:
-    saved = load_calibration(path)
-    reason = saved.model.differs(model)
-    if reason is not None:
-        raise ValueError(f"{path.name}: the calibration is of another model: {reason}")
-    return saved.gram

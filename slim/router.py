@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ..methods.routers import Budgeted, Content, RouterMLP, latent_statistics
+from ..methods.routers import Content, Router, RouterMLP, latent_statistics
 from ..profiles.artifact import Kind, open_artifact, save_artifact
 from ..profiles.fingerprint import Fingerprint
 
@@ -83,7 +83,7 @@ class Conditions:
         )
 
 
-class TrainedRouter(Budgeted):
+class TrainedRouter(Router):
     """A `RouterMLP` with weights.
 
     Args:

@@ -37,9 +37,7 @@ def check_ratio(prune_ratio: float) -> None:
         ValueError: says what was expected.
     """
     if not 0.0 <= prune_ratio < 1.0:
-        raise ValueError(
-            f"prune_ratio: expected 0 (keep all) to less than 1 (keep none), got {prune_ratio}"
-        )
+        raise ValueError(f"prune_ratio: expected 0 to less than 1, got {prune_ratio}")
 
 
 def check_recorded(profile: Profile, *needed: str) -> None:
@@ -133,11 +131,7 @@ def pare_heads(
     return tuple(top(block, count) for block in head_scores(profile, kind, protection))
 
 
-def ffn_channels(
-    score: torch.Tensor,
-    signature: torch.Tensor | None,
-    keep: int,
-) -> tuple[int, ...]:
+def ffn_channels(score: torch.Tensor, signature: torch.Tensor | None, keep: int) -> tuple[int, ...]:
     """FFN channels that a block keeps (eq. 7), ascending.
 
     Greedy from the highest score down; a channel is skipped when it is too much like a kept one.

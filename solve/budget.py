@@ -25,25 +25,8 @@ from ..slim.width import Signature, channel_sizes, channels, check_recorded, ffn
 FFN_WORTH = 0.5
 
 
-def check_budget(budget: float) -> None:
-    """Refuse a share that is not one.
-
-    Raises:
-        ValueError: says what was expected.
-    """
-    if not 0.0 < budget <= 1.0:
-        raise ValueError(
-            f"budget: expected more than 0 (nothing left) to 1 (all of it), got {budget}"
-        )
-
-
 def solve_heads(
-    profile: Profile,
-    grid: TokenGrid,
-    budget: float,
-    *,
-    demote: bool = True,
-    text_tokens: int = 512,
+    profile: Profile, grid: TokenGrid, budget: float, *, demote: bool = True, text_tokens: int = 512
 ) -> HeadPlan:
     """Full, a cheap pattern or off for every head, for the most importance within a budget.
 
@@ -63,7 +46,6 @@ def solve_heads(
         ValueError: not a share, too small for a head in every block, or the profile lacks a
             measurement.
     """
-    check_budget(budget)
     check_recorded(profile, "cross_output")
     blocks, n = profile.model.num_blocks, profile.model.num_heads
     if budget == 1.0:
@@ -106,7 +88,6 @@ def solve_width(
         ValueError: not a share, too small for what every block keeps, or the profile lacks a
             measurement.
     """
-    check_budget(budget)
     check_recorded(profile, "cross_output", "channel_energy")
     model = profile.model
     blocks, n, multiple = model.num_blocks, model.num_heads, ffn_multiple(model.ffn_dim)
@@ -145,6 +126,10 @@ def _share(contribution: torch.Tensor) -> torch.Tensor:
 
 
 def _spend(groups: list[list[Option]], budget: float, needed) -> list[int]:
+    if not 0.0 < budget <= 1.0:
+        raise ValueError(
+            f"budget: expected more than 0 (nothing left) to 1 (all of it), got {budget}"
+        )
     whole = sum(max(cost for cost, _ in options) for options in groups)
     try:
         return choose(groups, math.floor(budget * whole + 1e-6), needed)

@@ -10,25 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from ..methods.cost import WanShape, Work
-from ..methods.grid import TokenGrid
-
-# the sizes that Wan comes in; each expert of Wan 2.2's A14B has those of 14B
-WAN = {
-    "1.3B": WanShape(1536, 8960, 30),
-    "5B": WanShape(3072, 14336, 30, 48, 48),
-    "14B": WanShape(5120, 13824, 40),
-    "14B I2V": WanShape(5120, 13824, 40, 36, image_tokens=257),
-    "A14B I2V": WanShape(5120, 13824, 40, 36),
-}
-
-
-def video_grid(shape: WanShape, width: int, height: int, pixel_frames: int) -> TokenGrid:
-    """Token grid of a video in pixels: the VAE's strides are 4, 8, 8, and 4, 16, 16 for 5B's."""
-    stride = 16 if shape.out_channels == 48 else 8
-    time, rows, columns = shape.patch
-    latent_frames = (pixel_frames - 1) // 4 + 1
-    return TokenGrid(latent_frames // time, height // stride // rows, width // stride // columns)
+from ..methods.cost import Work
 
 
 @dataclass(frozen=True)

@@ -60,11 +60,7 @@ class Task:
 
 
 def solve_shares(
-    task: Task,
-    curves: Curves,
-    budget: float,
-    cost: Callable[[float], float],
-    least: float = 0.0,
+    task: Task, curves: Curves, budget: float, cost: Callable[[float], float], least: float = 0.0
 ) -> tuple[float, ...]:
     """The share of every step with the least expected error whose cost is within `budget`.
 

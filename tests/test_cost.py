@@ -26,7 +26,7 @@ from wantrim.hosts.diffusers.attach import attach
 from wantrim.hosts.diffusers.sample import denoise, sigmas_for
 from wantrim.hosts.diffusers.shape import wan_shape
 from wantrim.hosts.diffusers.weights import load_original, new_transformer
-from wantrim.methods.cost import WanShape, Width, Work, block_flops, block_work, outside_flops
+from wantrim.methods.cost import WanShape, Width, Work, block_work, outside_flops
 from wantrim.methods.depth import BlockBudget, BlockPlan
 from wantrim.methods.grid import TokenGrid
 from wantrim.methods.heads import OFF, PATTERNS, HeadPlan
@@ -272,7 +272,7 @@ def test_a_slim_block_costs_what_torch_counts():
     hidden, text = torch.randn(1, tokens, dim), torch.randn(1, 7, dim)
     with torch.no_grad():
         total = count_flops(lambda: (own(hidden), cross(hidden, text), down(up(hidden))))
-    assert block_flops(shape, tokens, width=(3, 2, 32)) == total
+    assert block_work(shape, tokens, width=(3, 2, 32)).flops == total
     stored = sum(p.numel() for part in (own, cross, up, down) for p in part.parameters())
     assert block_parameters(shape, (3, 2, 32)) == stored + 8 * dim
 

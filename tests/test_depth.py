@@ -5,8 +5,9 @@ import torch
 
 from wantrim.benchmarks.random_router import RandomRouter
 from wantrim.hosts.diffusers.sample import sigmas_for
-from wantrim.methods.depth import SHAPES, BlockBudget, BlockPlan, blocks_per_step, choose_blocks
+from wantrim.methods.depth import SHAPES, BlockBudget, BlockPlan, choose_blocks
 from wantrim.methods.routers import FixedRouter
+from wantrim.methods.schedule import progress_at
 
 
 def test_the_papers_budget_of_forty_blocks():
@@ -45,6 +46,10 @@ def test_more_blocks_are_a_superset_of_fewer():
     sets = [set(choose_blocks(logits, count)) for count in range(2, 18)]
     assert [len(s) for s in sets] == list(range(2, 18))
     assert all(a < b for a, b in zip(sets, sets[1:], strict=False))
+
+
+def blocks_per_step(plan: BlockPlan, sigmas, shift: float, num_blocks: int) -> list[int]:
+    return [plan.count(sigma, progress_at(sigma, shift), num_blocks) for sigma in sigmas]
 
 
 def test_blocks_per_step_of_wans_shift_are_more_than_the_nominal_mean():

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from wantrim.benchmarks.flops import count_flops, forward_flops, plan_work
+from wantrim.benchmarks.predicted import WAN, video_grid
 from wantrim.engine.engine import COND, UNCOND
 from wantrim.engine.plan import TrimPlan
 from wantrim.hosts.diffusers.attach import attach
@@ -20,7 +21,7 @@ from wantrim.methods.routers import FixedRouter
 from wantrim.methods.schedule import progress_at, sigma_at
 from wantrim.methods.tokens import paper_plan
 from wantrim.solve.dial import BOUNDARY, HIGH, LOW, TOLERANCE, Dial, Run, other_slice
-from wantrim.solve.floor import WAN, Rates, video_grid
+from wantrim.solve.floor import Rates
 from wantrim.toy import CHECKPOINT
 
 SHAPE = WAN["14B"]

@@ -625,3 +625,26 @@ def test_the_choice_is_by_tapes_smoothed_scores(wan, monkeypatch, alpha, kept):
     with attach(wan, plan) as attachment, torch.no_grad():
         wan(noise(1, 16, *SIZE), torch.tensor([700.0]), words())
         assert attachment.engine.now.selections[0].index.tolist() == [kept]
+
+
+@torch.no_grad()
+def test_what_somebody_else_saw_of_a_block_stays_as_it_was(wan):
+    """Kept tokens are put back in place only where nobody else has the sequence."""
+    seen = []
+
+    def look(module, given, out):
+        seen.append((out, out.clone()))
+
+    hooks = [block.register_forward_hook(look) for block in wan.blocks]
+    run(wan, TrimPlan(TAPE))
+    for hook in hooks:
+        hook.remove()
+    assert seen and all(torch.equal(out, then) for out, then in seen)
+
+
+def test_gradients_go_through_tokens_that_are_put_back(wan):
+    x = noise(1, wan.config.in_channels, *SIZE).requires_grad_()
+    with attach(wan, TrimPlan(TAPE), shift=3.0):
+        out = wan(x, torch.tensor([900.0]), words(), return_dict=False)[0]
+    out.square().sum().backward()
+    assert x.grad.abs().sum() > 0

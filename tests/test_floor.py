@@ -8,7 +8,7 @@ import pytest
 
 from wantrim.benchmarks import predicted
 from wantrim.benchmarks.flops import forward_flops, plan_work
-from wantrim.benchmarks.predicted import predicted_table, step_seconds
+from wantrim.benchmarks.predicted import WAN, predicted_table, step_seconds, video_grid
 from wantrim.benchmarks.random_router import RandomRouter
 from wantrim.engine.plan import TrimPlan
 from wantrim.engine.program import KEPT, expected_programs
@@ -21,7 +21,7 @@ from wantrim.methods.routers import FixedRouter
 from wantrim.methods.schedule import Schedule
 from wantrim.methods.shares import Shares
 from wantrim.methods.tokens import TokenPlan
-from wantrim.solve.floor import DEVICES, WAN, Rates, device_rates, video_grid
+from wantrim.solve.floor import DEVICES, Rates, device_rates
 
 
 def depth(**options) -> BlockPlan:

@@ -7,7 +7,7 @@ import pytest
 from wantrim.engine.plan import TrimPlan
 from wantrim.engine.program import ALL, KEPT, READ, SKIP, Program, Row
 from wantrim.engine.record import Record, Step
-from wantrim.methods.cost import WanShape, block_flops, outside_flops
+from wantrim.methods.cost import WanShape, block_work, outside_flops
 from wantrim.methods.grid import TokenGrid
 from wantrim.methods.heads import FRAME, FULL, OFF, HeadPlan
 from wantrim.methods.shares import Shares
@@ -24,7 +24,7 @@ from wantrim.solve.floor import device_rates
 
 GRID = TokenGrid(2, 3, 4)
 SHAPE = WanShape(64, 128, 4, text_tokens=8, text_dim=16, head_dim=16)
-DENSE = outside_flops(SHAPE, 24) + 4 * block_flops(SHAPE, 24)
+DENSE = outside_flops(SHAPE, 24) + 4 * block_work(SHAPE, 24).flops
 
 
 def rows(kept, patterned=(), **fields) -> tuple[Row, ...]:
@@ -54,9 +54,9 @@ def test_work_is_the_cost_models():
     report = run(step(WHOLE), step(HALF), step([24, 0, 12, 24]))
     whole, half, mixed = (step_work(report, one) for one in report.steps)
     assert whole == 1.0
-    assert half == (outside_flops(SHAPE, 24) + 4 * block_flops(SHAPE, 12)) / DENSE
+    assert half == (outside_flops(SHAPE, 24) + 4 * block_work(SHAPE, 12).flops) / DENSE
     # a skipped block costs nothing, not even its keys of the text
-    left = 2 * block_flops(SHAPE, 24) + block_flops(SHAPE, 12)
+    left = 2 * block_work(SHAPE, 24).flops + block_work(SHAPE, 12).flops
     assert mixed == (outside_flops(SHAPE, 24) + left) / DENSE
     report.shape = None
     assert step_work(report, report.steps[1]) is None
@@ -64,7 +64,7 @@ def test_work_is_the_cost_models():
 
 def test_remembered_keys_cost_attention_and_no_projections():
     report = run(step(HALF, context=READ))
-    kept = outside_flops(SHAPE, 24) + 4 * (block_flops(SHAPE, 12) + 4 * 12 * 12 * 64)
+    kept = outside_flops(SHAPE, 24) + 4 * (block_work(SHAPE, 12).flops + 4 * 12 * 12 * 64)
     assert step_work(report, report.steps[0]) == kept / DENSE
 
 
@@ -75,7 +75,7 @@ def test_heads_count_only_where_their_patterns_ran():
     report.steps[0].program = Program(rows(WHOLE, [1, 2]), GRID, 12, heads=plan)
     # block 1: two full heads of 24 x 24 pairs and one of 2 x 12 x 12; block 2 was replaced
     pairs = 2 * 24 * 24 + 2 * 12 * 12
-    left = 3 * block_flops(SHAPE, 24) + block_flops(SHAPE, 24, self_pairs=pairs)
+    left = 3 * block_work(SHAPE, 24).flops + block_work(SHAPE, 24, self_pairs=pairs).flops
     assert step_work(report, report.steps[0]) == (outside_flops(SHAPE, 24) + left) / DENSE
     heads = report_json(report)["steps"][0]
     assert heads["planned"]["heads"] == {"full": 10, "frame": 1, "off": 5}

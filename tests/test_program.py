@@ -74,10 +74,7 @@ def test_tape_chooses_and_drops(every, wanted):
     assert {row.tokens for row in program.rows if row.run == KEPT} <= {18}
     assert {row.tokens for row in program.rows if row.run == ALL} == {36}
     assert program.whole == (every == 1) and program.budget == 6 and program.anchored == 0
-    assert program.work == pytest.approx(
-        (wanted.count("k") * 18 + (7 - wanted.count("k")) * 36) / 252
-    )
-    assert program.blocks_run == 7 and not program.remarks and not program.remembers
+    assert not program.remarks and not program.remembers
 
 
 @pytest.mark.parametrize(
@@ -99,7 +96,6 @@ def test_tape_chooses_and_drops(every, wanted):
 def test_a_skipped_block_leaves_the_choice_to_the_next(skipped, wanted):
     program = compile_step(*without(tape(3), *skipped))
     assert letters(program) == wanted
-    assert program.blocks_run == 7 - len(skipped)
     assert all(row == Row(SKIP) for i, row in enumerate(program.rows) if i in skipped)
 
 
@@ -116,7 +112,8 @@ def test_blocks_that_are_not_known_yet_are_counted(count, wanted):
     """Which ones is the router's business in the run: the first and the last always run."""
     plan = TrimPlan(blocks=BlockPlan(RandomRouter(), BlockBudget(count / 7, count / 7)))
     program = compile_step(plan, replace(FACTS, skipped=None))
-    assert program.blocks_run == count and letters(program)[0] == letters(program)[-1] == "a"
+    assert letters(program).count("a") == count
+    assert letters(program)[0] == letters(program)[-1] == "a"
     if count in (2, 7):
         assert letters(program) == wanted
 
@@ -279,7 +276,7 @@ def test_heads_of_a_block_that_may_not_be_looked_into_are_whole():
 def test_neutral_is_every_row_is_all():
     program = compile_step(TrimPlan(), FACTS)
     assert program.rows == (Row(ALL, 36),) * BLOCKS
-    assert program.untouched and program.whole and program.work == 1.0
+    assert program.untouched and program.whole
     for plan in (tape(3), shares(1, 0.5, 0.4), replace(TrimPlan(), heads=HEADS)):
         assert not compile_step(plan, KNOWN).untouched
 
@@ -327,7 +324,8 @@ def test_of_blocks_that_a_router_picks_the_number_is_expected():
         sample(model, words(), SIZE, steps=STEPS, shift=SHIFT, guidance=1)
         record = attachment.finish()
     programs = expected_programs(plan, SIGMAS, SHIFT, GRID, 6)
-    assert [step.blocks_run for step in record.steps] == [p.blocks_run for p in programs]
+    expected = [6 - letters(program).count("-") for program in programs]
+    assert [step.blocks_run for step in record.steps] == expected
     assert all(step.as_planned for step in record.steps)
     assert len({step.blocks_run for step in record.steps}) > 1
 

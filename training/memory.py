@@ -16,7 +16,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from ..methods.cost import WanShape, block_flops, outside_flops
+from ..methods.cost import WanShape, block_work, outside_flops
 from ..slim.file import list_entries
 from ..slim.source import open_source
 from ..slim.width import ffn_count, kept_count
@@ -213,11 +213,11 @@ def _sample_flops(
     if stage.tokens is not None:
         kept = round(tokens * (stage.tokens.keep_min + stage.tokens.keep_max) / 2)
     # blocks that a router leaves out are computed for its gradient
-    blocks = shape.num_blocks * block_flops(shape, kept, width=width)
+    blocks = shape.num_blocks * block_work(shape, kept, width=width).flops
     # forward, twice that backward, and forward again where nothing was kept
     times = 4 if again else 3
     outside = outside_flops(shape, tokens)
-    whole = shape.num_blocks * block_flops(shape, tokens)
+    whole = shape.num_blocks * block_work(shape, tokens).flops
     teacher = whole + outside
     if stage.kind != "self_forcing":
         return times * blocks + 3 * outside + TEACHER_CALLS[stage.kind] * teacher
@@ -253,7 +253,11 @@ def model_shape(recipe: Recipe) -> WanShape:
             raise ValueError(f"{config}: expected a Wan transformer's config: {error!r}") from error
     if path.is_file():
         clip = any("img_emb." in entry.name for entry in list_entries(path)[0])
-        shape = open_source(path).model.shape(image_tokens=CLIP_TOKENS if clip else 0)
+        model = open_source(path).model
+        shape = WanShape(
+            model.dim, model.ffn_dim, model.num_blocks, model.in_channels, model.out_channels,
+            image_tokens=CLIP_TOKENS if clip else 0, head_dim=model.head_dim,
+        )  # fmt: skip
         return replace(shape, text_dim=TEXT_DIM) if recipe.model == TINY else shape
     if recipe.name not in KNOWN:
         raise ValueError(

@@ -37,13 +37,7 @@ from .run import SESSION_KEY, SamplingRun, compare_run, mark_network
 from .runs import Ran, Where, keep_run, runs_before
 from .shape import clip_tokens, device_name, full_shape, wan_shape
 from .slim import slim_header
-from .variants import (
-    anchored_frames,
-    sees_between_blocks,
-    token_grid,
-    why_not_now,
-    why_not_patched,
-)
+from .variants import anchored_frames, sees_between_blocks, token_grid, why_not_now, why_not_patched
 
 log = logging.getLogger(__name__)
 
@@ -65,13 +59,10 @@ def attach(
     )
     patched.model_options["transformer_options"][KEY] = attachment
     patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _outer_sample)
-    if not attachment.neutral:
-        patched.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, _diffusion_model)
-    if (
-        not attachment.neutral
-        and plan.trims_blocks
-        and isinstance(plan.blocks.router, TrainedRouter)
-    ):
+    if attachment.neutral:
+        return patched
+    patched.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, _diffusion_model)
+    if plan.trims_blocks and isinstance(plan.blocks.router, TrainedRouter):
         # the host moves its weights with the model's
         carried = comfy.model_patcher.ModelPatcher(
             plan.blocks.router.mlp,

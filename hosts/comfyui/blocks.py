@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from math import gcd
 
 import torch
 
 from ...engine.apart import attend_later
-from ...engine.attention import Attend
+from ...engine.block import Attend, Places
 from ...engine.call import Call
-from ...engine.places import Places
 from .compiled import Compiled
 from .given import as_dict
 
@@ -111,12 +111,8 @@ def _modulation(vec: torch.Tensor, places: Places) -> torch.Tensor:
             return vec
         return places.once(vec, lambda t: t[:, torch.tensor(frames, device=t.device)])
     # references beside the video: each kept token takes its own along
-    repeats = -(-length // vec.shape[1])
-    return places.once(vec, lambda t: t.gather(1, _expanded(places.index // repeats, t)))
-
-
-def _expanded(index: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    return index[..., None, None].expand(-1, -1, *like.shape[2:])
+    rows = (places.index // -(-length // vec.shape[1]))[..., None, None]
+    return places.once(vec, lambda t: t.gather(1, rows.expand(-1, -1, *t.shape[2:])))
 
 
 class AttentionTap:
@@ -148,26 +144,19 @@ class AttentionTap:
 
     def _hand_over(self, func, q, k, v, *args, **kwargs):
         apart = q.ndim == 4
+        host = func if self.previous is None else partial(self.previous, func)
         if "heads" not in kwargs and not args:
             # nothing of the host's; what it is cannot be told
-            return (self.previous or _bare)(func, q, k, v, **kwargs)
+            return host(q, k, v, **kwargs)
         if "heads" not in kwargs:
             kwargs, args = {**kwargs, "heads": args[0]}, args[1:]
         heads = kwargs["heads"]
 
         def attention(q, k, v):
-            given = {**kwargs, "heads": q.shape[2]}
             parts = [t.transpose(1, 2) if apart else t.flatten(2) for t in (q, k, v)]
-            if self.previous is not None:
-                out = self.previous(func, *parts, *args, **given)
-            else:
-                out = func(*parts, *args, **given)
+            out = host(*parts, *args, **{**kwargs, "heads": q.shape[2]})
             return out.transpose(1, 2) if out.ndim == 4 else out.unflatten(-1, (q.shape[2], -1))
 
         parts = (t.transpose(1, 2) if apart else t.unflatten(-1, (heads, -1)) for t in (q, k, v))
         out = self.attend(*parts, attention)
         return out.transpose(1, 2) if kwargs.get("skip_output_reshape") else out.flatten(2)
-
-
-def _bare(func, *args, **kwargs):
-    return func(*args, **kwargs)

@@ -59,11 +59,10 @@ class Live:
     def __init__(self, record: Record, nodes: tuple[str, ...], sigmas: list[float]):
         self.record, self.nodes = record, nodes
         self._starts = sigmas[:-1]
-        context = get_executing_context()
         self._about = {
             "nodes": list(nodes),
             "run": uuid.uuid4().hex,
-            "prompt": None if context is None else context.prompt_id,
+            "prompt": running_prompt(),
             "steps": len(self._starts),
         }
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import uuid
+from dataclasses import dataclass, field
 
 import torch
 
@@ -34,21 +35,19 @@ KEY = "wantrim_profile"
 COMPILE_KEY = "torch.compile"
 
 
+@dataclass(eq=False)
 class ProfileAttachment(Kept):
     """A recorder as it sits on a MODEL, with what the last run showed.
 
     Args:
         calibrate: name in `profiles.calibration.CALIBRATE`.
-
-    Attributes:
         recorder: of the last run, if there is something in it.
         reason: why there is none.
     """
 
-    def __init__(self, calibrate: str):
-        self.calibrate = calibrate
-        self.recorder: Recorder | None = None
-        self.reason = "the model was not sampled yet"
+    calibrate: str
+    recorder: Recorder | None = None
+    reason: str = "the model was not sampled yet"
 
 
 def profile_of(model) -> ProfileAttachment | None:
@@ -101,15 +100,16 @@ def check_profile(model, profile: Profile, node: str) -> None:
         )
 
 
+@dataclass(eq=False)
 class _Run(Kept):
     """The recorder of one sampling run; it is made when the network is seen."""
 
-    def __init__(self, calibrate: str, about: dict):
-        self.calibrate, self.about = calibrate, about
-        self.recorder: Recorder | None = None
-        self.notes: list[str] = []
-        # why nothing of this run can be recorded
-        self.off: str | None = None
+    calibrate: str
+    about: dict
+    recorder: Recorder | None = None
+    notes: list[str] = field(default_factory=list)
+    # why nothing of this run can be recorded
+    off: str | None = None
 
     def begin(self, network, given: ModelCall) -> CallRecord | None:
         check_latent(given.x)
@@ -134,12 +134,7 @@ class _Run(Kept):
         if self.recorder.calls:
             # now that all weights are where the model needs them
             layers = [
-                Projections(
-                    block.self_attn.o,
-                    block.cross_attn.o,
-                    block.ffn[0],
-                    block.ffn[2],
-                )
+                Projections(block.self_attn.o, block.cross_attn.o, block.ffn[0], block.ffn[2])
                 for block in network.blocks
             ]
             self.recorder.measure_weights(layers, call.like)

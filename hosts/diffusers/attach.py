@@ -10,13 +10,13 @@ from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch.distributed.fsdp import FSDPModule
 
-from ...engine.attention import check_heads
 from ...engine.call import Call
 from ...engine.compiled import outside_graphs
 from ...engine.engine import COND, Engine, check_latent
 from ...engine.plan import TrimPlan
 from ...engine.record import Record
 from ...methods.grid import TokenGrid
+from ...methods.heads import HeadPlan
 from ...methods.schedule import progress_at
 from .blocks import Block
 from .shape import wan_shape
@@ -81,7 +81,7 @@ def attach(
             "WanTrim cannot drop tokens there"
         )
     if plan.trims_heads and not plan.finds_roles:
-        check_heads(plan.heads, len(model.blocks), model.config.num_attention_heads)
+        _check_heads(plan.heads, len(model.blocks), model.config.num_attention_heads)
     attachment = Attachment(model, plan, cond_or_uncond, shift)
     attachment.detach()
     if not plan.neutral:
@@ -92,6 +92,15 @@ def attach(
             registry = HookRegistry.check_if_exists_or_initialize(block)
             registry.register_hook(_BlockHook(attachment, index), HOOK)
     return attachment
+
+
+def _check_heads(plan: HeadPlan, num_blocks: int, num_heads: int) -> None:
+    came = (plan.num_blocks, len(plan.self_attention[0]) if plan.num_blocks else 0)
+    if came != (num_blocks, num_heads):
+        raise ValueError(
+            f"heads: expected a plan for {num_blocks} blocks of {num_heads} heads, got one for "
+            f"{came[0]} blocks of {came[1]} heads: the profile is of another model"
+        )
 
 
 def _is_plain(model: object) -> bool:

@@ -11,9 +11,8 @@ from diffusers.hooks import HookRegistry, ModelHook
 from torch.overrides import TorchFunctionMode
 
 from ...engine.apart import attend_later, tapped
-from ...engine.attention import Attend
+from ...engine.block import Attend, Places
 from ...engine.compiled import outside_graphs
-from ...engine.places import Places
 
 
 @outside_graphs

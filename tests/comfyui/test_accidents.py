@@ -12,7 +12,7 @@ import comfy.model_management
 from comfy.model_management import InterruptProcessingException
 from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 from wantrim.benchmarks.random_router import RandomRouter
-from wantrim.engine import attention, call, engine, memory
+from wantrim.engine import block, call, engine, memory
 from wantrim.engine.plan import TrimPlan
 from wantrim.hosts.comfyui import blocks as host_blocks
 from wantrim.hosts.comfyui import dial as host_dial
@@ -47,9 +47,9 @@ OURS = (
     host_dial.Wish,
     host_blocks.BlockReplacement,
     host_blocks.AttentionTap,
-    attention.Attend,
+    block.Attend,
     call.Call,
-    call.Places,
+    block.Places,
     call.StepState,
     engine.Engine,
     memory.Memory,

@@ -189,10 +189,10 @@ def images():
 @pytest.fixture
 def shown(monkeypatch):
     """ui.PreviewImage writes to the host's temp folder; here nothing is written."""
-    from wantrim.nodes import report
+    from wantrim.nodes import inputs
 
     preview = SimpleNamespace(as_dict=lambda: {"images": []})
-    monkeypatch.setattr(report.ui, "PreviewImage", lambda image, cls=None: preview)
+    monkeypatch.setattr(inputs.ui, "PreviewImage", lambda image, cls=None: preview)
 
 
 def test_report_without_a_plan_names_the_input_and_the_node_to_connect(shown):

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from wantrim.benchmarks.traffic import peak_bytes
-from wantrim.engine.attention import Attend
-from wantrim.engine.places import Places
+from wantrim.engine.block import Attend, Places
 from wantrim.engine.plan import TrimPlan
 from wantrim.engine.program import Facts, compile_step
 from wantrim.hosts.comfyui.blocks import OVERRIDE, _Block

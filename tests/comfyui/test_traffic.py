@@ -59,7 +59,7 @@ def test_kept_tokens_go_short_from_block_to_block(trimmed_blocks):
     assert found[0].moved > 0 and found[-1].moved > 0
     assert all(cost == Traffic() for cost in found[1:-1])
     every_ten = mean(trimmed_blocks(plans(WIDE)[PAPER]))
-    assert every_ten.launches <= 2 and every_ten.moved <= 1.6
+    assert every_ten.launches <= 2 and every_ten.moved <= 1.6 and every_ten.allocated <= 0.1
 
 
 @pytest.mark.parametrize("others", ["off", "demoted"])

@@ -288,11 +288,11 @@ def test_defaults_of_the_nodes():
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
-        ({"speedup": 0.5}, r"WanTrim: speedup: expected 1 \(off\) .*, got 0.5"),
-        ({"speedup": 5.0}, r"WanTrim: speedup: expected 1 \(off\) to 4, got 5.0"),
+        ({"speedup": 0.5}, "WanTrim: speedup: expected 1 to 4, got 0.5"),
+        ({"speedup": 5.0}, "WanTrim: speedup: expected 1 to 4, got 5.0"),
         ({"speedup": float("nan")}, "WanTrim: speedup"),
-        ({"context": "disk"}, "WanTrim: context: expected auto or cpu or off, got 'disk'"),
-        ({"render": "both"}, "WanTrim: render: expected draft or final"),
+        ({"context": "disk"}, "WanTrim: context: expected one of auto, cpu, off, got 'disk'"),
+        ({"render": "both"}, "WanTrim: render: expected one of draft, final"),
         ({"dense_first_steps": -1}, "WanTrim: dense_first_steps: expected 0 to 100"),
         ({"dense_last_steps": 1000}, "WanTrim: dense_last_steps: expected 0 to 100"),
     ],
