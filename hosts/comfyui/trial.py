@@ -22,6 +22,7 @@ from comfy.patcher_extension import WrappersMP
 
 from ...profiles.fingerprint import Fingerprint
 from ...solve.tuned import Travel
+from ...solve.variants import HEADS, OWN, PLAN, why_no_heads
 from .attachment import KEY as PLAN_KEY
 from .attachment import Attachment, attachment_of
 from .easycache import Probe
@@ -36,7 +37,7 @@ KEY = "wantrim_trial"
 ARGUMENTS = ("noise", "latent_image", "sampler", "sigmas", "denoise_mask")
 OUT_OF_MEMORY = "out of memory while sampling"
 # of a trial's candidates
-WHOLE, OWN, CACHE, STEPS = "whole", "own", "easycache", "steps"
+WHOLE, CACHE, STEPS = "whole", "easycache", "steps"
 
 
 @dataclass
@@ -154,6 +155,14 @@ class Trial:
             return ways[-1]
         return ways[0] if len(ways) == 1 else ways[0].joined(ways[1])
 
+    def why_not(self, candidate: Candidate, part: str) -> str | None:
+        """Why a candidate is not worth its time, as far as the plan's run tells; or None."""
+        plan = next((one for one in self.candidates if one.name == PLAN), None)
+        known = None if plan is None else getattr(plan.attachments().get(part), "solved", None)
+        if candidate.name != HEADS or known is None:
+            return None
+        return why_no_heads(known.run)
+
     def add(self, candidate: Candidate, models: dict[str, object]) -> None:
         """A candidate; its models are told their place, outside of whatever is put on them later."""
         candidate.models = {
@@ -260,9 +269,9 @@ def _outer_sample(executor, *args, **kwargs):
         log.info("WanTrim Candidates: %s was finished before and is taken", candidate.label)
         return known.result.clone()
     if part == place.trial.parts[0]:
-        candidate.failed = None
+        candidate.failed = place.trial.why_not(candidate, part)
         candidate.outcomes.clear()
-    elif candidate.failed is not None:
+    if candidate.failed is not None:
         return given["latent_image"].float()
     place.trial.tell(candidate, part)
     outcome = candidate.outcomes[part] = Outcome(
