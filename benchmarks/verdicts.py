@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from ..engine.plan import TrimPlan
-from ..hosts.diffusers.easycache import Budget, _EasyHook, easycache
+from ..hosts.diffusers.easycache import Budget, EasyHook, easycache
 from ..hosts.diffusers.one_video import a_fifth
 from ..methods.role_plan import RolePlan
 from ..report.compare import compare
@@ -97,7 +97,7 @@ class WholeRun:
 
     def _left_out(self, threshold: float) -> int:
         steps = len(self.calls)
-        hook = _EasyHook(Budget(threshold, steps, a_fifth(steps)))
+        hook = EasyHook(Budget(threshold, steps, a_fifth(steps)))
         module = SimpleNamespace(config=SimpleNamespace(out_channels=self.calls[0][1].shape[1]))
         for hidden, out in self.calls:
             hook.fn_ref = SimpleNamespace(original_forward=lambda *_, out=out, **__: (out,))
@@ -205,7 +205,7 @@ def main(argv: Sequence[str] | None = None, say: Callable[[str], None] | None = 
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--world", choices=[FIRST.name, SECOND.name], default=SECOND.name)
     parser.add_argument("--task", choices=["t2v", "i2v"], default="t2v")
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, choices=[20, 50], default=20)
     parser.add_argument("--speedup", type=float, default=1.5)
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--work", type=Path, default=Path("out/verdicts"))
