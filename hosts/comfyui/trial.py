@@ -145,10 +145,8 @@ class Trial:
         return self.candidates[0]
 
     def travel(self, part: str) -> Travel | None:
-        """Of the whole run up to the end of a part; None where it is not known.
-
-        ComfyUI samples all candidates of the first expert before any of the second one.
-        """
+        """Of the whole run up to the end of a part, as far as it is known: all candidates of the
+        first expert are sampled before any of the second one."""
         parts = self.parts[: self.parts.index(part) + 1]
         ways = [getattr(self.whole.outcomes.get(one), "travel", None) for one in parts]
         if None in ways:
@@ -157,11 +155,11 @@ class Trial:
 
     def why_not(self, candidate: Candidate, part: str) -> str | None:
         """Why a candidate is not worth its time, as far as the plan's run tells; or None."""
-        plan = next((one for one in self.candidates if one.name == PLAN), None)
-        known = None if plan is None else getattr(plan.attachments().get(part), "solved", None)
-        if candidate.name != HEADS or known is None:
+        if candidate.name != HEADS:
             return None
-        return why_no_heads(known.run)
+        plan = next(one for one in self.candidates if one.name == PLAN)
+        solved = getattr(plan.attachments().get(part), "solved", None)
+        return None if solved is None else why_no_heads(solved.run)
 
     def add(self, candidate: Candidate, models: dict[str, object]) -> None:
         """A candidate; its models are told their place, outside of whatever is put on them later."""
