@@ -241,7 +241,7 @@ def test_a_high_noise_expert_of_two_calls_a_step_is_known_as_it_ran():
 
 
 def test_a_high_noise_expert_that_goes_on_in_the_low_ones_place_does_what_is_left():
-    parts = announced(12)[:5], announced(12)[4:]
+    parts = announced(20)[:10], announced(20)[9:]
     records, earlier = [], []
     for sigmas in parts:
         run = Run(run_of(1).shape, GRID, sigmas, SHIFT, 1)
