@@ -27,7 +27,8 @@ from ..hosts.diffusers.one_video import a_fifth
 from ..methods.role_plan import RolePlan
 from ..report.compare import compare
 from ..report.verdict import Row, choose, enough
-from ..solve.dial import Dial
+from ..solve.course import Course
+from ..solve.dial import Dial, flops
 from ..solve.tuned import Travel
 from ..solve.variants import Variant, variants, why_no_heads
 from ..toy.worlds import FIRST, SECOND, WORLDS
@@ -112,9 +113,7 @@ def candidates(bench: Bench, item: Item, wanted: float) -> dict[str, tuple[float
     for one in variants(wanted):
         if one.heads is not None and why_no_heads(bench.sampling) is not None:
             continue
-        plan = _plan(bench, one, whole.travel)
-        with bench.trimmed(plan)():
-            found[one.name] = (1 / bench.sampling.speedup(plan), bench.sample(item))
+        found[one.name] = _dialled(bench, item, one, whole.travel)
     threshold = whole.threshold(round(steps * (1 - 1 / wanted)))
     options = {"steps": steps, "shift": bench.point.shift, "threshold": threshold}
     with easycache(bench.model, **options) as budget:
@@ -126,13 +125,21 @@ def candidates(bench: Bench, item: Item, wanted: float) -> dict[str, tuple[float
     return found
 
 
-def _plan(bench: Bench, variant: Variant, travel: Travel) -> TrimPlan:
+def _dialled(
+    bench: Bench, item: Item, variant: Variant, travel: Travel
+) -> tuple[float, torch.Tensor]:
+    """Work and latents of a plan that the dial solves, and solves anew as ComfyUI's runs do."""
     run = replace(bench.sampling, partial=variant.context)
     dial = Dial(variant.speedup, dense_first_steps=1, travel=travel if variant.own else None)
-    heads = None
+    others = TrimPlan()
     if variant.heads is not None:
-        heads = RolePlan(variant.heads, run.shape.dim // run.shape.head_dim)
-    return dial.solve(run, TrimPlan(heads=heads)).plan
+        others = TrimPlan(heads=RolePlan(variant.heads, run.shape.dim // run.shape.head_dim))
+    with bench.trimmed(dial.solve(run, others).plan)() as attached:
+        course = Course(dial, run, others, flops, attached.engine, lambda solved: None)
+        latents = bench.sample(item)
+        # with its last step in the record
+        attached.engine.finish(True)
+        return 1 / course.ended.reached, latents
 
 
 def judge(bench: Bench, item: Item, wanted: float) -> dict:
