@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -75,22 +75,23 @@ def choose(rows: Sequence[Row], wanted: float, steps: int) -> Choice:
     if not rows or rows[0].failed is not None:
         why = "is not there" if not rows else f"has no video ({rows[0].failed})"
         return Choice(None, None, f"the whole run {why}, and nothing can be compared without it")
-    plan = next((row for row in rows if row.name == "plan"), None)
-    most = 1 / wanted
-    if plan is not None and plan.work is not None:
-        most = max(most, plan.work)
-    able = [
-        place
-        for place, row in enumerate(rows)
-        if row.found is not None
-        and row.work is not None
-        and row.work <= most + (0.5 / steps if row.name in BY_STEPS else SAME_WORK) + 1e-6
-    ]
+    saving = enough({row.name: row.work for row in rows if row.work is not None}, wanted, steps)
+    able = [at for at, row in enumerate(rows) if row.found is not None and row.name in saving]
     if not able:
         return Choice(None, None, f"no candidate with a video saves as much work as {wanted:g}x")
     ranked = sorted(able, key=lambda place: (-rows[place].found.psnr_db, rows[place].work))
     best, after = ranked[0], ranked[1] if len(ranked) > 1 else None
     return Choice(best, after, _beside(rows, best, after, able))
+
+
+def enough(works: Mapping[str, float], wanted: float, steps: int) -> set[str]:
+    """Names of the candidates that save as much work as was asked for, of those that are known."""
+    most = max(1 / wanted, works.get("plan", 0.0))
+    return {
+        name
+        for name, work in works.items()
+        if work <= most + (0.5 / steps if name in BY_STEPS else SAME_WORK) + 1e-6
+    }
 
 
 def _beside(rows: Sequence[Row], best: int, after: int | None, able: Sequence[int]) -> str:

@@ -285,8 +285,12 @@ def test_the_change_that_is_seen_is_that_between_the_last_two_velocities(monkeyp
 
 
 def test_a_high_noise_expert_that_goes_on_in_the_low_ones_place_does_what_is_left():
-    high, course, _ = go(announced(12)[:4], Dial(1.5, expert=HIGH), run_of(12))
-    rest = Run(run_of(1).shape, GRID, announced(12)[4:], SHIFT, 1)
-    rest = replace(rest, before=run_before(rest, [course.ran]))
-    again, _, _ = go(announced(12)[4:-1], Dial(1.5, expert=HIGH), rest)
-    assert together(high, again) == pytest.approx(1.5, rel=0.03)
+    parts = announced(20)[:10], announced(20)[9:]
+    records, earlier = [], []
+    for sigmas in parts:
+        run = Run(run_of(1).shape, GRID, sigmas, SHIFT, 1)
+        run = replace(run, before=run_before(run, earlier))
+        record, course, _ = go(sigmas[:-1], Dial(1.5, expert=HIGH), run)
+        records.append(record)
+        earlier.append(course.ran)
+    assert together(*records) == pytest.approx(1.5, rel=0.03)

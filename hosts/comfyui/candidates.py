@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 from ...methods.role_plan import RolePlan
-from ...solve.dial import HIGH, LOW, MAX_SPEEDUP, Dial
+from ...solve.dial import HIGH, LOW, Dial
+from ...solve.variants import PLAN, Variant, variants
 from .attach import attach_dials, attach_part, detach
 from .attachment import attachment_of
 from .easycache import easycache_node, with_easycache
 from .live import running_node
 from .profiling import model_fingerprint
 from .slim import slim_header
-from .trial import CACHE, OWN, STEPS, WHOLE, Candidate, Trial
+from .trial import CACHE, STEPS, WHOLE, Candidate, Trial
 
 ALONE = "this"
 # how many neighbours a trial has, in an artist's words
 FEW, ALL = "few", "all"
-# of the gain of the wanted speed-up, what the neighbours on both sides are solved for
-LESS, MORE = 0.7, 1.4
-PLAN, REPEATS, HEADS = "plan", "repeats", "heads"
-# of self-attention, what heads in their patterns leave
-HEADS_LEFT = 0.75
 
 
 def make_trial(
@@ -44,25 +40,16 @@ def make_trial(
     def add(name: str, label: str, made: dict, *, speedup=None, count=steps, at=change_at) -> None:
         trial.add(Candidate(name, label, count, at, speedup), made)
 
-    def solved(
-        name: str, label: str, speedup: float, context: str = "auto", on: dict = models
-    ) -> None:
-        experts = [part if part in (HIGH, LOW) else None for part in models]
-        dials = [Dial(speedup, dense_first_steps=1, expert=expert) for expert in experts]
-        made = attach_dials([*on.values()], dials, context)
-        add(name, label, dict(zip(models, made, strict=True)), speedup=speedup)
-
+    experts = [part if part in (HIGH, LOW) else None for part in models]
+    decided = any(map(_decides_heads, models.values()))
     add(WHOLE, "whole", bare)
-    solved(PLAN, f"WanTrim {wanted:g}x", wanted)
-    if which == ALL:
-        solved(OWN, f"WanTrim {wanted:g}x by the whole run", wanted)
-        solved(REPEATS, f"WanTrim {wanted:g}x, steps whole or repeated", wanted, "off")
-        for name, part in (("less", LESS), ("more", MORE)):
-            speedup = round(min(MAX_SPEEDUP, 1 + (wanted - 1) * part), 2)
-            solved(name, f"WanTrim {speedup:g}x", speedup)
-        if not any(map(_decides_heads, models.values())):
-            said = f"WanTrim {wanted:g}x with WanTrim Heads {1 - HEADS_LEFT:g}"
-            solved(HEADS, said, wanted, on={part: _by_roles(one) for part, one in models.items()})
+    for one in variants(wanted):
+        if (which == FEW and one.name != PLAN) or (one.heads is not None and decided):
+            continue
+        on = [model if one.heads is None else _by_roles(model, one) for model in models.values()]
+        dials = [Dial(one.speedup, dense_first_steps=1, expert=expert) for expert in experts]
+        made = attach_dials(on, dials, "auto" if one.context else "off")
+        add(one.name, one.label, dict(zip(models, made, strict=True)), speedup=one.speedup)
     if easycache_node() is None:
         trial.notes.append("this ComfyUI has no EasyCache that can be imported: it is left out")
     else:
@@ -82,7 +69,7 @@ def _decides_heads(model) -> bool:
     return slim_header(model) is not None or (present is not None and present.plan.trims_heads)
 
 
-def _by_roles(model):
+def _by_roles(model, variant: Variant):
     """A clone of a MODEL whose heads run in patterns that are found in the run."""
     heads = model_fingerprint(model.model.diffusion_model).num_heads
-    return attach_part(model, heads=RolePlan(HEADS_LEFT, heads))
+    return attach_part(model, heads=RolePlan(variant.heads, heads))

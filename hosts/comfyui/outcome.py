@@ -16,7 +16,7 @@ from ...report.figures import step_work
 from ...report.verdict import FORMAT, Choice, Row, row_json
 from ...report.video_metrics import SSIM_WINDOW
 from ...solve.tuned import Tuned
-from .candidates import HEADS, PLAN
+from ...solve.variants import HEADS, PLAN
 from .trial import CACHE, STEPS, WHOLE, Candidate, Trial, is_oom
 from .version import comfyui_version
 

@@ -22,6 +22,7 @@ from comfy.patcher_extension import WrappersMP
 
 from ...profiles.fingerprint import Fingerprint
 from ...solve.tuned import Travel
+from ...solve.variants import HEADS, OWN, PLAN, why_no_heads
 from .attachment import KEY as PLAN_KEY
 from .attachment import Attachment, attachment_of
 from .easycache import Probe
@@ -36,7 +37,7 @@ KEY = "wantrim_trial"
 ARGUMENTS = ("noise", "latent_image", "sampler", "sigmas", "denoise_mask")
 OUT_OF_MEMORY = "out of memory while sampling"
 # of a trial's candidates
-WHOLE, OWN, CACHE, STEPS = "whole", "own", "easycache", "steps"
+WHOLE, CACHE, STEPS = "whole", "easycache", "steps"
 
 
 @dataclass
@@ -144,15 +145,21 @@ class Trial:
         return self.candidates[0]
 
     def travel(self, part: str) -> Travel | None:
-        """Of the whole run up to the end of a part; None where it is not known.
-
-        ComfyUI samples all candidates of the first expert before any of the second one.
-        """
+        """Of the whole run up to the end of a part, as far as it is known: all candidates of the
+        first expert are sampled before any of the second one."""
         parts = self.parts[: self.parts.index(part) + 1]
         ways = [getattr(self.whole.outcomes.get(one), "travel", None) for one in parts]
         if None in ways:
             return ways[-1]
         return ways[0] if len(ways) == 1 else ways[0].joined(ways[1])
+
+    def why_not(self, candidate: Candidate, part: str) -> str | None:
+        """Why a candidate is not worth its time, as far as the plan's run tells; or None."""
+        if candidate.name != HEADS:
+            return None
+        plan = next(one for one in self.candidates if one.name == PLAN)
+        solved = getattr(plan.attachments().get(part), "solved", None)
+        return None if solved is None else why_no_heads(solved.run)
 
     def add(self, candidate: Candidate, models: dict[str, object]) -> None:
         """A candidate; its models are told their place, outside of whatever is put on them later."""
@@ -260,9 +267,9 @@ def _outer_sample(executor, *args, **kwargs):
         log.info("WanTrim Candidates: %s was finished before and is taken", candidate.label)
         return known.result.clone()
     if part == place.trial.parts[0]:
-        candidate.failed = None
+        candidate.failed = place.trial.why_not(candidate, part)
         candidate.outcomes.clear()
-    elif candidate.failed is not None:
+    if candidate.failed is not None:
         return given["latent_image"].float()
     place.trial.tell(candidate, part)
     outcome = candidate.outcomes[part] = Outcome(

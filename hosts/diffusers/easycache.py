@@ -41,7 +41,9 @@ def mean(tensor: torch.Tensor) -> float:
     return tensor.abs().mean().item()
 
 
-class _EasyHook(ModelHook):
+class EasyHook(ModelHook):
+    """Reuses what the model added to its input, as its budget allows."""
+
     def __init__(self, budget: Budget):
         super().__init__()
         self.budget = budget
@@ -89,5 +91,5 @@ def easycache(
         The budget, whose `computed` says of every step whether it was.
     """
     budget = Budget(threshold, steps, a_fifth(steps) if warmup is None else warmup)
-    with one_video(model, OneVideo(steps), (model, _EasyHook(budget))):
+    with one_video(model, OneVideo(steps), (model, EasyHook(budget))):
         yield budget

@@ -24,6 +24,7 @@ from wantrim.nodes.wantrim import WanTrim, WanTrimPair
 from wantrim.profiles.fingerprint import Fingerprint
 from wantrim.profiles.profile import Profile, load_profile
 from wantrim.profiles.recorder import ProfileFile
+from wantrim.solve import variants
 from wantrim.tests.comfyui import tiny
 
 STEPS, SPEEDUP = 8, 1.6
@@ -70,7 +71,9 @@ def winning(videos: list, name: str, names=NAMES) -> list:
 @pytest.fixture(scope="module")
 def done():
     """A finished trial with its videos."""
-    with torch.inference_mode():
+    with torch.inference_mode(), pytest.MonkeyPatch.context() as patch:
+        # attention is little of the work on so small a video
+        patch.setattr(variants, "WORTH", 0.0)
         models, steps, trial = candidates()
         return models, steps, trial, decoded(models, steps)
 
@@ -375,6 +378,12 @@ def test_heads_beside_the_dial_are_a_candidate_that_can_be_kept(done, profiles):
     model, _ = dial(tiny.base_model())
     [note] = [n for n in attachment_of(model).record.notes if "your trial at 1.6x chose" in n]
     assert note.endswith("put WanTrim Heads with a prune ratio of 0.25 on this model for that")
+    # where attention is little of the work they are not tried
+    models, steps, trial = candidates()
+    assert sampled(models[1], steps[1]) is not None
+    blank = sampled(models[NAMES.index("heads")])
+    assert trial.candidates[NAMES.index("heads")].failed.startswith("not tried: attention is ")
+    assert "too little for heads" in verdict(trial, [blank] * len(NAMES))[0]
     # where another node decides the heads, all candidates have them and none is about them
     trial = candidates(model=WanTrimHeads.execute(tiny.base_model(), None, 0.5).result[0])[2]
     assert [one.name for one in trial.candidates] == [name for name in NAMES if name != "heads"]
