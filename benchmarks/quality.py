@@ -102,7 +102,7 @@ def digest(args: argparse.Namespace) -> str:
     if not args.weights and args.world != FIRST.name:
         # more training leaves a file as large as it was
         with safe_open(checkpoint, "pt") as file:
-            made_of.append(file.metadata())
+            made_of.append(sorted(file.metadata().items()))
     return hashlib.sha256(repr(made_of).encode()).hexdigest()[:8]
 
 
