@@ -6,6 +6,7 @@ import subprocess
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 
 from wantrim.benchmarks import quality
 from wantrim.benchmarks.bench import Bench
@@ -298,6 +299,29 @@ def test_another_world_has_its_own_model_points_and_subset(monkeypatch, tmp_path
     names = [quality.result_path(a, "t2v", a.points[1], STEPS).name for a in (first, fast)]
     assert [name.split("_t2v")[0] for name in names] == ["tiny_wan", "tiny_wan_2"]
     assert fast.digest != first.digest
+
+
+def test_finished_cases_are_found_again_however_a_header_is_ordered(monkeypatch, tmp_path):
+    monkeypatch.setattr("sys.argv", ["quality", "--world", "2", "--work", str(tmp_path)])
+    args = quality.parse_args()
+
+    class Turned:
+        def __init__(self, *given):
+            with safe_open(*given) as file:
+                self.header = file.metadata()
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def metadata(self):
+            return dict(reversed(list(self.header.items())))
+
+    before = args.digest
+    monkeypatch.setattr(quality, "safe_open", Turned)
+    assert quality.digest(args) == before
 
 
 def test_four_steps_are_taken_by_the_lora_that_was_made_for_them(monkeypatch, tmp_path):
