@@ -63,6 +63,8 @@ class Course:
             held: share of the last change in each of TRIED of the tokens, where it is known.
         """
         at = self.solved.plan.shares.place(sigma)
+        # all parts of a step go by what was seen before it
+        held = held if not self._came[at] else None
         self._came[at][where] += 1
         self._at = max(self._at, at)
         memory, run = self._engine.memory, self._run

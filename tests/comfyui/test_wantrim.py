@@ -74,10 +74,11 @@ def test_it_trims_the_same_way_each_time_and_says_what(kind, caplog):
     # what was solved is what ran
     assert asked(patched) == found.plan.shares.shares and all(s.as_planned for s in record.steps)
     assert done(patched) == pytest.approx(found.reached, rel=1e-6)
-    assert record.planned == (
-        f"1.30x: {found.plan.describe()}; expected {found.reached:.2f}x in FLOPs"
-    )
-    assert f"WanTrim: {record.planned}" in caplog.messages
+    expected = f"1.30x: {found.plan.describe()}; expected {found.reached:.2f}x in FLOPs"
+    # a random model changes everywhere
+    assert record.planned == f"{expected}; solved anew by what the first steps showed"
+    # the log says it as the run begins
+    assert any(message.startswith("WanTrim: 1.30x: of 8 steps") for message in caplog.messages)
     assert abs(found.reached / 1.3 - 1) < 0.03 or unmet(patched)
     # CLIP's tokens cost as much as the video, in whatever share of it
     assert kind in ("i2v_clip", "fun") or not unmet(patched)
