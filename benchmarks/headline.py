@@ -7,8 +7,9 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from ..toy.worlds import FIRST, SECOND, World
 from .cases import DEFAULT, FAIR, PAPER, SKIP, STUDY_TARGET
-from .table import TASKS, fixed, psnr_of
+from .table import TASKS, fixed, full_rows, psnr_of
 
 TEMPLATES = Path(__file__).parents[1] / "workflows"
 # names of methods, as pictures and templates show them
@@ -25,11 +26,28 @@ HEADLINE = {
 }
 # rows of the first page's table: the default against what is free
 FREE = ("fewer_steps", "easycache", "sea_cache", "mag_cache", DEFAULT)
+# by number of steps, whose rows the first page shows: the second tiny Wan has no four-step version
+SHOWN = {20: SECOND, 4: FIRST}
 # rows of a template's note
 SHORT = ("dense", "fewer_steps", DEFAULT)
 MARK = "| on the tiny Wan, "
 IN_NOTE = re.compile(r"\| on the tiny Wan, .*?\|(?=\\n\\n)")
 SHORT_HEAD = "| on the tiny Wan, {} | work | PSNR, dB |"
+
+
+def models_of(world: World) -> tuple[str, str]:
+    """Names in the column `model` of a world's tiny Wan."""
+    return world.checkpoint.stem, world.four_step_lora.stem
+
+
+def shown_rows(rows: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+    """Those of the first page's table and picture."""
+    return [
+        row
+        for steps, world in SHOWN.items()
+        for row in full_rows(rows, models_of(world))
+        if int(row["steps"]) == steps
+    ]
 
 
 def headline_table(rows: Sequence[dict[str, str]], points: Iterable[tuple[str, str]]) -> str:

@@ -10,10 +10,9 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
-from ..toy import CHECKPOINT
-from .cases import DEFAULT, MANY_STEPS, OURS
-from .headline import HEADLINE
-from .table import RESULTS, TASKS, full_rows, read_rows
+from .cases import DEFAULT, OURS
+from .headline import HEADLINE, shown_rows
+from .table import RESULTS, TASKS, read_rows
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
@@ -111,9 +110,7 @@ def _save(figure, path: Path) -> None:
 def draw(results: Path) -> list[Path]:
     """All pictures of a results folder."""
     paths = [results / "headline.png", results / "speed.png"]
-    rows = full_rows(read_rows(results / "quality.csv"), [CHECKPOINT.stem])
-    rows = [row for row in rows if int(row["steps"]) < MANY_STEPS]
-    plot_methods(rows, paths[0])
+    plot_methods(shown_rows(read_rows(results / "quality.csv")), paths[0])
     plot_speed(read_rows(results / "speed.csv"), paths[1])
     return paths
 

@@ -6,12 +6,20 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..toy.worlds import FIRST, WORLDS, World
+from ..toy.worlds import FIRST, WORLDS
 from .calibration import calibration_table
 from .cases import DEFAULT, METHODS, POINTS, STUDY_TARGET, TARGETS
 from .concentration import concentration_table
 from .head_cases import HEADS
-from .headline import TEMPLATES, fill_templates, headline_table, met, template_table
+from .headline import (
+    TEMPLATES,
+    fill_templates,
+    headline_table,
+    met,
+    models_of,
+    shown_rows,
+    template_table,
+)
 from .predicted import heads_table, predicted_table
 from .table import RESULTS, TASKS, fixed, full_rows, psnr_of, read_rows, truth_of
 
@@ -22,11 +30,6 @@ SPEED_HEAD = (
     "| device | model | plan | speed-up (95 %) | predicted | efficiency | extra memory | note |"
     "\n|---|---|---|---|---|---|---|---|"
 )
-
-
-def models_of(world: World) -> tuple[str, str]:
-    """Names in the column `model` of a world's tiny Wan."""
-    return world.checkpoint.stem, world.four_step_lora.stem
 
 
 def bench_table(
@@ -120,7 +123,7 @@ def tables(results: Path) -> dict[str, str]:
                 made[f"{name} heads"] = bench_table(rows, task, point.steps, (DEFAULT, *HEADS))
     rows = full_rows(read, models_of(FIRST))
     points = [(task, steps) for task in TASKS for steps in ("20", "4")]
-    made["headline"] = headline_table(rows, points)
+    made["headline"] = headline_table(shown_rows(read), points)
     made |= {f"template {task} {n}": template_table(rows, task, n) for task, n in points}
     made["predicted"] = predicted_table()
     made["predicted heads"] = heads_table()
