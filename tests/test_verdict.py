@@ -51,6 +51,20 @@ def test_best_is_the_nearest_of_those_that_save_enough():
     assert best(rows(plan={"work": None})) == "easycache"
 
 
+def test_between_equals_the_plan_by_the_own_run_is_taken():
+    def own(psnr: float, work: float = 0.68) -> list[Row]:
+        return [*rows(), Row("own", "by the whole run", 21.0, work=work, found=found(psnr))]
+
+    assert best(own(30.6)) == "own" and best(own(31.2)) == "own"
+    assert best(own(30.4)) == "plan" and best(own(30.6, work=0.75)) == "plan"
+    given = own(30.6)
+    choice = choose(given, WANTED, STEPS)
+    assert given[choice.next].name == "plan"
+    said = headline(given, choice, WANTED)
+    assert "by the whole run, as near to the whole video as WanTrim 1.5x" in said
+    assert "Half a dB is no difference" in said
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
