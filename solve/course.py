@@ -63,8 +63,10 @@ class Course:
             held: share of the last change in each of TRIED of the tokens, where it is known.
         """
         at = self.solved.plan.shares.place(sigma)
-        # all parts of a step go by what was seen before it
-        held = held if not self._came[at] else None
+        # all parts of a step go by what was seen before it; samplers that go back and forth see too
+        # little of how far the video came
+        if self._came[at] or max(self._calls()) > 1:
+            held = None
         self._came[at][where] += 1
         self._at = max(self._at, at)
         memory, run = self._engine.memory, self._run
