@@ -155,6 +155,7 @@ def test_trims_of_every_kind(kind, trim):
     for report in run.reports:
         text = record_text(report)
         assert report.finished and f"\n{KINDS[kind].cls}: " in text
+        assert ("everything ran as planned" in text) == (not report.notes)
         for step in report.steps:
             assert step.as_planned and not step.answered
             left = set(range(step.num_blocks)) - ({SKIPPED} if trim in ("blocks", "all") else set())
