@@ -148,6 +148,15 @@ class Wish:
         rates = device_rates(name)
         cost = flops if rates is None else rates.seconds
         measure = "in FLOPs" if rates is None else f"by the rates of {name}"
+        context = None
+        if room is not None:
+            # also for parts that are solved for on the way
+            engine.memory.room = room
+            where = "in RAM" if (room.device or device).type == "cpu" else "on the GPU"
+            context = (
+                f"keys and values of left out tokens, {needed(room.bits) / 1e9:.2g} GB {where} "
+                f"({room.bits} bit)"
+            )
 
         def told(solved: Solved) -> None:
             whose = "sampler" if self.dial.expert is None else "expert"
@@ -157,26 +166,17 @@ class Wish:
                 f"{own} {measure}"
             )
             record.planned += "" if solved.tuned is None else f"; {solved.tuned}"
-            if solved.run.done:
-                seen = solved.run.concentration is not None
-                why = "what the first steps showed" if seen else "the steps that came"
-                record.planned += f"; solved anew by {why}"
+            record.planned += "; solved anew by what came" if solved.run.done else ""
+            parts = solved.plan.shares.partial or any(one.program.partial for one in record.steps)
+            record.context = context if parts else None
             record.asked, record.expected = solved.wanted, solved.reached
             record.missed, record.both = solved.why is not None, self.dial.expert is not None
 
         course = Course(self.dial, run, self.plan, cost, engine, told)
-        solved = course.solved
         self._say_tuned(run, record)
         if is_class(dm, "VaceWanModel"):
             record.note("VACE's control branch runs in full, and what is expected leaves it out")
-        if solved.plan.shares.partial:
-            engine.memory.room = room
-            where = "in RAM" if (room.device or device).type == "cpu" else "on the GPU"
-            record.context = (
-                f"keys and values of left out tokens, {needed(room.bits) / 1e9:.2g} GB {where} "
-                f"({room.bits} bit)"
-            )
-        elif inside is not None:
+        if inside is not None:
             record.note(f"{inside}; every step is whole or repeated")
         elif room is None and self.place != "off":
             record.note(
