@@ -22,7 +22,7 @@ from ..hosts.diffusers.shape import wan_shape
 from ..methods.grid import TokenGrid
 from ..profiles.profile import Profile
 from ..solve.course import Course
-from ..solve.dial import Run, flops
+from ..solve.dial import Dial, Run, flops
 from .cases import DIALLED, Case, Point, case_run, solve_plan
 from .flops import count_flops
 from .head_cases import HEADS, head_plan
@@ -207,7 +207,7 @@ class Bench:
             knob = f"keep {plan.tokens.schedule.keep_ratio:.3f}"
         method = self.trimmed(plan)
         if case.method in DIALLED and not plan.neutral:
-            method = partial(self._steered, case, plan)
+            method = partial(self.steered, case.dial, case_run(case, self.sampling))
         return knob, method, steps, 1 / self.sampling.speedup(plan)
 
     @property
@@ -221,12 +221,13 @@ class Bench:
         return lambda: attach(self.model, plan, cond_or_uncond=roles, shift=shift)
 
     @contextmanager
-    def _steered(self, case: Case, plan: TrimPlan):
-        """What the dial solves, and solves anew as a run shows what it is like."""
-        with self.trimmed(plan)() as attached:
-            run = case_run(case, self.sampling)
-            Course(case.dial, run, TrimPlan(), flops, attached.engine)
-            yield
+    def steered(self, dial: Dial, run: Run, others: TrimPlan | None = None):
+        """What a dial solves for one video, beside the plan of others, and solves anew as the run
+        shows what it is like. Gives the engine and its course.
+        """
+        others = others or TrimPlan()
+        with self.trimmed(dial.solve(run, others).plan)() as attached:
+            yield attached.engine, Course(dial, run, others, flops, attached.engine)
 
     def _record_profile(self) -> Profile:
         """Of videos of further prompts."""

@@ -27,8 +27,7 @@ from ..hosts.diffusers.one_video import a_fifth
 from ..methods.role_plan import RolePlan
 from ..report.compare import compare
 from ..report.verdict import Row, choose, enough
-from ..solve.course import Course
-from ..solve.dial import Dial, flops
+from ..solve.dial import Dial
 from ..solve.tuned import Travel
 from ..solve.variants import Variant, variants, why_no_heads
 from ..toy.worlds import FIRST, SECOND, WORLDS
@@ -134,11 +133,10 @@ def _dialled(
     others = TrimPlan()
     if variant.heads is not None:
         others = TrimPlan(heads=RolePlan(variant.heads, run.shape.dim // run.shape.head_dim))
-    with bench.trimmed(dial.solve(run, others).plan)() as attached:
-        course = Course(dial, run, others, flops, attached.engine, lambda solved: None)
+    with bench.steered(dial, run, others) as (engine, course):
         latents = bench.sample(item)
         # with its last step in the record
-        attached.engine.finish(True)
+        engine.finish(True)
         return 1 / course.ended.reached, latents
 
 

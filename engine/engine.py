@@ -156,11 +156,9 @@ class Engine:
             told.append(anchored)
         told = torch.cat([value.to(told[0]) for value in told])
         shown = {} if last is None else last.shown
-        count, known, more = len(chunks) - 1, len(told), 0 if held is None else len(held)
-        told = torch.cat(
-            [told, *([] if held is None else [held.to(told)])]
-            + [one.flatten().to(told) for one in shown.values()]
-        ).cpu()
+        seen = told.new_zeros(0) if held is None else held.to(told)
+        count, known, more = len(chunks) - 1, len(told), len(seen)
+        told = torch.cat([told, seen, *(one.flatten().to(told) for one in shown.values())]).cpu()
         self._take_shown(shown, told[known + more :])
         largest, *rest = told[:known].tolist()
         end = len(rest) - frames

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..solve.variants import OWN, PLAN
 from .compare import MOTION, Comparison
 from .picture import BACKGROUND, FAINT, INK, KEPT, MARGIN, WIDTH, canvas, font_of, text_row
 
@@ -18,8 +19,6 @@ FORMAT = "wantrim_trial/1"
 SAME_DB = 0.5
 # candidates that cost whole steps, and what the others may cost beyond the plan
 BY_STEPS, SAME_WORK = ("easycache", "steps"), 0.02
-# the candidate that is solved by the whole run of the trial
-OWN = "own"
 # relative difference of seconds that is said
 SAME_SECONDS = 0.05
 SHOWN = 5
@@ -92,7 +91,7 @@ def choose(rows: Sequence[Row], wanted: float, steps: int) -> Choice:
 
 def enough(works: Mapping[str, float], wanted: float, steps: int) -> set[str]:
     """Names of the candidates that save as much work as was asked for, of those that are known."""
-    most = max(1 / wanted, works.get("plan", 0.0))
+    most = max(1 / wanted, works.get(PLAN, 0.0))
     return {
         name
         for name, work in works.items()

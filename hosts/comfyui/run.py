@@ -80,7 +80,8 @@ def compare_run(run: SamplingRun, levels: int) -> None:
         met = f"{solved.reached:.2f}x is expected"
         if solved.together is not None:
             both, own = ("both experts", "expert") if record.both else ("the video", "sampler")
-            met = f"{solved.together:.2f}x is expected of {both} ({solved.reached:.2f}x of this {own}'s own steps)"
+            own = f"{solved.reached:.2f}x of this {own}'s own steps"
+            met = f"{solved.together:.2f}x is expected of {both} ({own})"
         record.note(f"{solved.wanted:.2f}x was asked for and {met}: {solved.why}")
     expected, done = solved.reached, expected_speedup(record)
     if done and abs(done / expected - 1) > TOLERANCE:
