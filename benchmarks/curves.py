@@ -10,7 +10,7 @@ import argparse
 import csv
 import logging
 from contextlib import contextmanager
-from itertools import islice
+from itertools import islice, pairwise, product
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,9 @@ from ..engine.engine import COND, UNCOND
 from ..engine.plan import TrimPlan
 from ..hosts.diffusers.attach import attach
 from ..hosts.diffusers.sample import denoise, sigmas_for
+from ..methods.carry import carried, persistence
 from ..methods.shares import TRIED, Shares, held_by_most, token_change
+from ..solve.curves import Curves, clock
 from ..toy.worlds import FIRST, WORLDS
 from .bench import sampling_of
 from .cases import POINTS, Point
@@ -38,17 +40,13 @@ SETS = (
     ("IMAGE_TO_VIDEO", "i2v", 20),
     ("IMAGE_TO_VIDEO_UNGUIDED", "i2v", 4),
 )
-# What one repeated step costs is measured beside whole ones, which repair a part of it. Where they
-# are left out as well it costs more, and most where a video is still undecided: the power that
-# `amplified` is taken to. Tried from 1 to 4 in 20 steps. Text to video keeps 14 dB more by 4 than by
-# 1 at half of the compute (four prompts), and 1.3 more than by 2 at two thirds (32 x 2, within the
-# interval); image to video loses 4 to 6 dB by 4.
-ALONE = {"TEXT_TO_VIDEO": 4.0}
 # steps that are tried on a part of their tokens
 PARTIAL = {20: (2, 3, 5, 8, 12, 16), 4: (2, 3)}
+# how far apart two velocities may be, and how far ahead of them one is foretold, in steps
+APART, AHEAD = 3, 4
 KEY = ("model", "task", "steps", "step")
 COLUMNS = (
-    *KEY, "sigma", "change", "amplified", *(f"left_{share:g}" for share in TRIED),
+    *KEY, "sigma", "change", "amplified", "reach", *(f"left_{share:g}" for share in TRIED),
     *(f"held_{share:g}" for share in TRIED), "commit"
 )  # fmt: skip
 # a bad prompt and not the mean: what breaks one video in ten is not worth what it saves in nine
@@ -76,15 +74,16 @@ def record(subject: ToySubject, task: str, point: Point, prompts: int) -> list[d
     steps = point.steps
     sigmas = sigmas_for(steps, point.shift).tolist()
     whole = (1.0,) * steps
-    with keeping_conditional(subject.model, len(items)) as seen:
+    with keeping_calls(subject.model, len(items)) as (inputs, seen):
         dense = latents_of(subject, items, whole, point, steps)
+    ways = velocities(inputs, dense[-1], sigmas)
     size, rows = dense[0][0].numel() ** 0.5, []
     grid = sampling_of(subject, point, items[0]).grid
     for step in range(1, steps):
         skipped = latents_of(subject, items, _with(whole, step, 0.0), point, steps)
         local = (skipped[step] - dense[step]).flatten(1).norm(dim=1).clamp(min=1e-9)
         final = (skipped[-1] - dense[-1]).flatten(1).norm(dim=1)
-        change = local / abs(sigmas[step + 1] - sigmas[step]) / size
+        change = (ways[step] - ways[step - 1]).flatten(1).norm(dim=1) / size
         row = {
             "model": subject.name,
             "task": task,
@@ -93,6 +92,7 @@ def record(subject: ToySubject, task: str, point: Point, prompts: int) -> list[d
             "sigma": sigmas[step],
             "change": float(change.quantile(QUANTILE)),
             "amplified": float((final / local).quantile(QUANTILE)),
+            "reach": reach_of(ways, sigmas, step),
         }
         if step in PARTIAL[steps]:
             last = token_change(seen[step - 1] - seen[step - 2], grid)
@@ -111,14 +111,55 @@ def record(subject: ToySubject, task: str, point: Point, prompts: int) -> list[d
 
 
 @contextmanager
-def keeping_conditional(model: torch.nn.Module, count: int):
-    """A list that gets what a model says of the first `count` rows, the prompts', call by call."""
-    seen = []
-    hook = model.register_forward_hook(lambda _, __, out: seen.append(out[0][:count].float()))
+def keeping_calls(model: torch.nn.Module, count: int):
+    """Lists that get what a model is given and says, call by call, of the first `count` rows: the
+    prompts'. fp32 [count, out_channels, f, h, w].
+    """
+    given, said = [], []
+
+    def see(_, args, out) -> None:
+        said.append(out[0][:count].float())
+        given.append(args[0][:count, : out[0].shape[1]].float())
+
+    hook = model.register_forward_hook(see)
     try:
-        yield seen
+        yield given, said
     finally:
         hook.remove()
+
+
+def velocities(latents: list[torch.Tensor], last: torch.Tensor, sigmas) -> list[torch.Tensor]:
+    """What the sampler went by in each step, guidance included, from the latents before it."""
+    steps = zip(pairwise([*latents, last]), pairwise(sigmas), strict=True)
+    return [(after - before) / (end - start) for (before, after), (start, end) in steps]
+
+
+def reach_of(ways: list[torch.Tensor], sigmas, step: int) -> float:
+    """How far changes go on until a step, as the solver's curves say it.
+
+    The step's velocity is foretold from others before it, near and far, as the engine does.
+    """
+    found = []
+    for apart, ahead in product(range(1, APART + 1), range(1, AHEAD + 1)):
+        last = step - ahead
+        first, middle = last - 2 * apart, last - apart
+        if first < 0:
+            continue
+        gap, before = sigmas[middle] - sigmas[last], sigmas[first] - sigmas[middle]
+        turn = ways[last] - ways[middle]
+        on = persistence((ways[middle] - ways[first]) * (gap / before), turn)
+        came = ways[step] - ways[last]
+        off = came - turn * carried(on, torch.tensor((sigmas[last] - sigmas[step]) / gap))
+        left = (off.flatten(1).norm(dim=1) / came.flatten(1).norm(dim=1)).square()
+        distance = clock(sigmas[step]) - clock(sigmas[middle])
+        found.append((distance, float(left.quantile(QUANTILE))))
+    if not found:
+        return 0.0
+
+    def off(reach: float) -> float:
+        return sum((Curves.missed(distance, reach) - left) ** 2 for distance, left in found)
+
+    return float(min(np.linspace(0.0, 1.0, 201), key=off))
 
 
 def _with(shares: tuple[float, ...], step: int, share: float) -> tuple[float, ...]:
@@ -134,8 +175,9 @@ def curves_source(rows: list[dict], model: str) -> str:
         sigmas = [1.0] + [float(row["sigma"]) for row in own]
         travel = np.concatenate([[0.0], np.cumsum([float(row["change"]) for row in own])])
         amplified = [float(row["amplified"]) for row in own]
+        reach = [0.0] + [float(row["reach"]) for row in own]
         if steps > 4:
-            amplified = [value ** ALONE.get(name, 1.0) for value in _smooth(amplified)]
+            amplified = _smooth(amplified)
         tried = [row for row in own if row.get(f"left_{TRIED[0]:g}") not in (None, "")]
         left = [[float(row[f"left_{share:g}"]) for share in TRIED] for row in tried]
         held = [[float(row[f"held_{share:g}"]) for share in TRIED] for row in tried]
@@ -144,6 +186,7 @@ def curves_source(rows: list[dict], model: str) -> str:
             f"    sigmas={_numbers(sigmas)},\n"
             f"    travel={_numbers(travel)},\n"
             f"    amplified={_numbers([amplified[0], *amplified])},\n"
+            f"    reach={_numbers(reach)},\n"
             f"    shares={_numbers((0.0, *TRIED, 1.0))},\n"
             f"    tried={_numbers([float(row['sigma']) for row in tried])},\n"
             "    left=(\n"

@@ -224,6 +224,7 @@ class Engine:
             if not part.fits(own):
                 part.clear()
             part.noisy |= seen.strayed > STRAYED
+            part.learn()
             keys = [(*pair, 1) for pair in zip(names, cond_or_uncond, strict=True)]
             self._find_roles(grid, num_blocks)
             facts = Facts(

@@ -5,12 +5,14 @@ By prompt and never by how the host happened to batch: batched to split in mid-r
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+import math
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from ..kernels import join_rows
+from ..methods.carry import carried, persistence
 from ..methods.grid import TokenGrid
 from ..methods.shares import expected_error, held_by_most, token_change
 from .compiled import outside_graphs
@@ -28,12 +30,55 @@ class Prompt:
     Args:
         velocity: [b, c, f, h, w], each token's when it was last computed.
         clean: the video that it pointed at [b, c, f, h, w].
+        sigma: at which something was last computed.
+        since: sigma at which each token was, [b, 1, f, h, w] or of less sizes.
+        turn: how each token's velocity changed then, fp32 [b, c, f, h, w]; None is not known.
+        gap: from how far above `since`, like it.
+        foretold: what `turn` would be, had the one before it gone on, where the last call computed;
+            None is nothing to learn from.
         context: keys and values of every block, of all tokens; None is of none.
     """
 
     velocity: torch.Tensor | None = None
     clean: torch.Tensor | None = None
+    sigma: float = math.inf
+    since: torch.Tensor | None = None
+    turn: torch.Tensor | None = None
+    gap: torch.Tensor | None = None
+    foretold: torch.Tensor | None = None
     context: Context | ContextInRam | None = None
+
+    def at(self, sigma: float, persistence: torch.Tensor | None) -> torch.Tensor:
+        """The velocity at a sigma where it is not computed [b, c, f, h, w]."""
+        if self.turn is None or persistence is None:
+            return self.velocity
+        reach = carried(persistence, (self.since - sigma) / self.gap)
+        return torch.addcmul(self.velocity.float(), self.turn, reach).to(self.velocity.dtype)
+
+    def take(self, velocity: torch.Tensor, sigma: float, mask: torch.Tensor | None) -> None:
+        """Take in a velocity [b, c, f, h, w] that was computed where `mask` [b, 1, f, h, w] is set."""
+        before, self.sigma = self.sigma, sigma
+        since = velocity.new_full((len(velocity), 1, 1, 1, 1), sigma, dtype=torch.float32)
+        if mask is not None:
+            velocity = torch.where(mask, velocity, self.velocity)
+            since = torch.where(mask, since, self.since)
+        old, self.velocity = self.velocity, velocity
+        self.foretold = None
+        if old is None or sigma > before:
+            # the sampler went back: another path
+            self.turn = None
+        elif sigma < before:
+            self._turned(velocity.float() - old.float(), self.since - since, mask)
+        self.since = since
+
+    def _turned(self, turn: torch.Tensor, gap: torch.Tensor, mask: torch.Tensor | None) -> None:
+        if self.turn is not None:
+            self.foretold = self.turn * (gap / self.gap)
+        if mask is not None:
+            known = self.turn is not None
+            turn = torch.where(mask, turn, self.turn if known else 0.0)
+            gap = torch.where(mask, gap, self.gap if known else 1.0)
+        self.turn, self.gap = turn, gap
 
     @property
     def blocks(self) -> dict[int, object]:
@@ -60,6 +105,7 @@ class Part:
         age: steps in a row that each token was left out [b, tokens], or None.
         all_seen: whether the last step that computed anything computed all.
         noisy: whether the sampler adds noise between steps.
+        persistence: how far changes of the velocity go on [b, 1, 1, 1, 1]; None is not known.
     """
 
     def __init__(self, room: Room, lane: Lane | None = None):
@@ -71,9 +117,12 @@ class Part:
         self.age: torch.Tensor | None = None
         self.all_seen = False
         self.noisy = False
+        self.persistence: torch.Tensor | None = None
         self._point: tuple[float, torch.Tensor] | None = None
         # prompts of the last step
         self._last: list[Hashable] = []
+        # of what each of them gave, how much the sampler went along
+        self._mix: list[torch.Tensor] = []
 
     def fits(self, latent: torch.Tensor) -> bool:
         """Whether what is remembered is of a latent like this one [b, c, f, h, w]."""
@@ -84,26 +133,40 @@ class Part:
         """Share of the squared path since the last step that no guidance explains, or None.
 
         Between two steps a sampler goes along a mix of its prompts' velocities, as
-        v_uncond + g * (v_cond - v_uncond) for some g, or adds noise.
+        v_uncond + g * (v_cond - v_uncond) for some g, or adds noise. What mix it was is kept.
         Not a number while sigma is that of the last step: to compare it here would wait for the device.
         """
         if self._point is None or not self._last or not self.known(self._last):
             return None
-        first, *others = (self.prompts[key].velocity.float() for key in self._last)
+        said = (self.prompts[key].at(self._point[0], self.persistence) for key in self._last)
+        first, *others = (velocity.float() for velocity in said)
         path = (latent.float() - self._point[1].float()) / (sigma - self._point[0])
-        rest, explained = path - first, []
-        for other in others:
-            along = other - first
-            for past in explained:
-                along = along - past * _share_along(along, past)
-            rest = rest - along * _share_along(rest, along)
-            explained.append(along)
+        parts, rest = explain(path - first, [other - first for other in others])
+        self._mix = [1.0 - sum(parts), *parts]
         return rest.square().sum() / path.square().sum().clamp(min=1e-12)
+
+    def learn(self) -> None:
+        """See in what the last step computed how far changes of the velocity go on.
+
+        Of the mix that the sampler goes along: guidance makes more of what the prompts do not share,
+        and that goes on less.
+        """
+        last = [self.prompts[key] for key in self._last if key in self.prompts]
+        if not last or len(last) != len(self._mix) or any(one.foretold is None for one in last):
+            return
+        pairs = list(zip(last, self._mix, strict=True))
+        foretold, came = (
+            sum(a.foretold * by for a, by in pairs),
+            sum(a.turn * by for a, by in pairs),
+        )
+        self.persistence = persistence(foretold, came)
+        for one in last:
+            one.foretold = None
 
     def begin(self, sigma: float, latent: torch.Tensor) -> None:
         """A step begins, or goes on, at this sigma with this latent [b, c, f, h, w]."""
         if self.sigma != sigma:
-            self._last = []
+            self._last, self._mix = [], []
         self.sigma, self._point = sigma, (sigma, latent)
 
     @property
@@ -123,13 +186,14 @@ class Part:
     def repeat(self, key: Hashable, sigma: float, latent: torch.Tensor) -> torch.Tensor:
         """The velocity of a prompt that is not computed at this sigma, for this latent.
 
+        It goes on as it changed last (methods/carry.py).
         Where the sampler adds noise the velocity points at another noise every time; there the
         video that it pointed at is repeated, which is the same thing on a straight path.
         """
         prompt = self.prompts[key]
         self._came(key)
         if not self.noisy:
-            return prompt.velocity
+            return prompt.at(sigma, self.persistence)
         away = (latent.float() - prompt.clean.float()) / max(sigma, 1e-6)
         return away.to(prompt.velocity.dtype)
 
@@ -148,17 +212,17 @@ class Part:
             mask: bool [b, 1, f, h, w], where it was computed; None is everywhere.
         """
         prompt = self.prompts.setdefault(key, Prompt())
-        if mask is not None:
-            velocity = torch.where(mask, velocity, self.repeat(key, sigma, latent))
-        else:
+        clean = latent.to(velocity) - sigma * velocity
+        if mask is None:
             self._came(key)
             # the host may go on in place
-            velocity = velocity.clone()
-        clean = latent.to(velocity) - sigma * velocity
-        if mask is not None:
+            said = velocity = velocity.clone()
+        else:
+            said = torch.where(mask, velocity, self.repeat(key, sigma, latent))
             clean = torch.where(mask, clean, prompt.clean)
-        prompt.velocity, prompt.clean = velocity, clean
-        return velocity
+        prompt.clean = clean
+        prompt.take(velocity, sigma, mask)
+        return said
 
     def _came(self, key: Hashable) -> None:
         if key not in self._last:
@@ -234,9 +298,33 @@ class Part:
         """Let go of everything."""
         self.forget_context()
         self.prompts.clear()
-        self.change = self.age = self._point = None
+        self.change = self.age = self.persistence = self._point = None
         self.all_seen = False
-        self._last, self.seen = [], 0
+        self._last, self._mix, self.seen = [], [], 0
+
+
+def explain(
+    path: torch.Tensor, ways: Sequence[torch.Tensor]
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """How many times each way there is in a path (least squares), and the rest of it, all [...].
+
+    Ways that are none, or lead nowhere new, have no part. Nothing is read from the device.
+    """
+    upright, shares, found = [], [], []
+    for way in ways:
+        before = []
+        for past in upright:
+            before.append(_share_along(way, past))
+            way = way - past * before[-1]
+        found.append(_share_along(path, way))
+        path = path - way * found[-1]
+        upright.append(way)
+        shares.append(before)
+    # what a later way has of an earlier one is taken from that
+    for late in range(len(found) - 1, 0, -1):
+        for early in range(late):
+            found[early] = found[early] - found[late] * shares[late][early]
+    return found, path
 
 
 def _share_along(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -5,11 +5,17 @@ All are functions of sigma, so that one recording serves every number of steps.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from ..methods.schedule import progress_at
+
+# of the way in the sampler's own time, at the shift that the curves were recorded with, by which they
+# tell how far a change goes on: what is left of it at a distance falls by a power of that
+SHIFT, FALLS = 3.0, 1.5
 # of the ratio of what the most changed tokens hold: they are chosen by it, and what they read of the
 # others is as old. On the second tiny Wan what is left lies between the powers 2 and 3
 POWER = 2.0
@@ -22,7 +28,7 @@ class Curves:
     Args:
         sigmas: falling, at which `travel` and `amplified` are known; linear between.
         travel: root mean square change of the velocity along the way from the first sigma, so that
-            repeating it from a to b is off by travel(b) - travel(a).
+            what stays as it was at a is off by travel(b) - travel(a) at b.
         amplified: by how much an error of the velocity grows until the video is done, relative.
         shares: rising from 0 to 1, at which `left` is known.
         tried: sigmas, falling, at which it is known.
@@ -31,6 +37,8 @@ class Curves:
             remembered keys and values.
         held: by sigma and share, the share of the velocity's squared change, when it was last seen,
             that lay in the tokens that changed most; () is not known.
+        reach: how far changes of the velocity go on, in `clock` (methods/carry.py), at `sigmas`; 0 is
+            not at all, () nowhere.
     """
 
     sigmas: tuple[float, ...]
@@ -40,6 +48,11 @@ class Curves:
     tried: tuple[float, ...]
     left: tuple[tuple[float, ...], ...]
     held: tuple[tuple[float, ...], ...] = ()
+    reach: tuple[float, ...] = ()
+
+    def reach_at(self, sigma: Sequence[float]) -> np.ndarray:
+        known = self.reach or (0.0,) * len(self.sigmas)
+        return np.interp(sigma, self.sigmas[::-1], known[::-1])
 
     def travel_at(self, sigma: Sequence[float]) -> np.ndarray:
         sigmas, travel = self.sigmas, self.travel
@@ -56,6 +69,16 @@ class Curves:
         """Share of the squared error that is left at a share of the tokens."""
         at = [float(np.interp(share, self.shares, row)) for row in self.left]
         return float(np.interp(sigma, self.tried[::-1], at[::-1]))
+
+    @staticmethod
+    def missed(distance: float, reach: float) -> float:
+        """Share of the squared error of repeating that is left where changes go on.
+
+        Args:
+            distance: in `clock`, from the older of the two velocities that tell of a change.
+            reach: how far such changes go on.
+        """
+        return 1.0 if reach <= 0.0 else 1.0 - math.exp(-((distance / reach) ** FALLS))
 
     def held_by(self, held: Sequence[float], sigma: float) -> Curves:
         """These for a run whose change is less concentrated than in the recording.
@@ -82,3 +105,8 @@ class Curves:
             for row in self.left
         )
         return replace(self, left=left)
+
+
+def clock(sigma: float) -> float:
+    """Where on the way from 0 to 1 a sigma lies, whatever the shift of a run."""
+    return progress_at(sigma, SHIFT)

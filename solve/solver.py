@@ -11,10 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
+from typing import NamedTuple
 
 import numpy as np
 
-from .curves import Curves
+from .curves import Curves, clock
 
 # shares that a step may have besides all and none
 GRID = (0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.67, 0.8)
@@ -72,48 +73,98 @@ def solve_shares(
     Returns:
         The cheapest plan where nothing fits.
     """
-    price = lru_cache(maxsize=None)(cost)
     room = int(np.floor(budget * UNITS + 1e-6))
-    # least error with so many units spent, when step i is whole and everything before is decided
-    best = np.full((task.steps + 1, room + 1), np.inf)
-    came: list[list] = [[None] * (room + 1) for _ in range(task.steps + 1)]
-    first = round(task.calls[0] * UNITS)
-    if first > room:
+    if round(task.calls[0] * UNITS) > room:
         return _cheapest(task)
-    best[0, first] = 0.0
-    for start in range(task.steps):
-        if not np.isfinite(best[start]).any():
-            continue
+    found = _Search(task, curves, room, cost).best(int(np.ceil(least * UNITS - 1e-6)))
+    return _cheapest(task) if found is None else found
+
+
+class _Search:
+    """Least error of every beginning of a plan that ends with a whole step, by what it cost.
+
+    Args:
+        room: units that may be spent.
+    """
+
+    def __init__(self, task: Task, curves: Curves, room: int, cost: Callable[[float], float]):
+        self.task, self.curves, self.room = task, curves, room
+        self.price = lru_cache(maxsize=None)(cost)
+        # by whole step and, where a change is known there, the whole one before: how a repeated
+        # velocity goes on depends on how far apart they are
+        self.least: list[dict[int | None, np.ndarray]] = [{} for _ in range(task.steps + 1)]
+        self.came: list[dict[int | None, np.ndarray]] = [{} for _ in range(task.steps + 1)]
+        self.moves: list[tuple[int, int | None, tuple[float, ...], int]] = []
+        first, _ = self._at(0, None)
+        first[round(task.calls[0] * UNITS)] = 0.0
+        for start in range(task.steps):
+            for before in list(self.least[start]):
+                for end in self._ends(start):
+                    self._go(before, start, end)
+
+    def _at(self, step: int, before: int | None) -> tuple[np.ndarray, np.ndarray]:
+        if before not in self.least[step]:
+            self.least[step][before] = np.full(self.room + 1, np.inf)
+            self.came[step][before] = np.full(self.room + 1, -1)
+        return self.least[step][before], self.came[step][before]
+
+    def _ends(self, start: int):
+        """The steps that may be the next whole one; the last is where the run ends."""
+        task = self.task
         longest = LONGEST + sum(share is not None for share in task.done[start + 1 :])
         for end in range(start + 1, min(task.steps, start + 1 + longest) + 1):
-            if any(step in task.whole for step in range(start + 1, end)):
-                break
-            if end < task.steps and task.ran(end) not in (None, 1.0):
+            if end - 1 > start and end - 1 in task.whole:
+                return
+            if end == task.steps or task.ran(end) in (None, 1.0):
+                yield end
+
+    def _go(self, before: int | None, start: int, end: int) -> None:
+        task, last = self.task, end == self.task.steps
+        whole = 0 if last else round(task.calls[end] * UNITS)
+        # of a plan that is done nothing more is asked
+        known = None if last or end in task.fresh or start in task.fresh else start
+        least = self.least[start][before]
+        into, came = self._at(end, known)
+        for spent, error, shares in self._ways(before, start, end):
+            spent += whole
+            if spent > self.room:
                 continue
-            whole = round(task.calls[end] * UNITS) if end < task.steps else 0
-            for shares, error in _stretches(task, curves, start, end):
-                spent = whole + sum(
-                    _units(task.calls[start + 1 + i] * price(share))
-                    for i, share in enumerate(shares)
-                )
-                if spent > room:
-                    continue
-                now = best[start, : room + 1 - spent] + error
-                into = best[end, spent:]
-                for at in np.flatnonzero(now < into - 1e-15):
-                    into[at] = now[at]
-                    came[end][spent + at] = (start, at, shares)
-    end = task.steps
-    if not np.isfinite(best[end]).any():
-        return _cheapest(task)
-    low = int(np.ceil(least * UNITS - 1e-6))
-    low = low if np.isfinite(best[end, low:]).any() else 0
-    at, found = low + int(best[end, low:].argmin()), []
-    while end > 0:
-        start, before, shares = came[end][at]
-        found[:0] = [1.0, *shares]
-        end, at = start, before
-    return tuple(found)
+            now = least[: self.room + 1 - spent] + error
+            better = now < into[spent:] - 1e-15
+            if better.any():
+                into[spent:][better] = now[better]
+                came[spent:][better] = len(self.moves)
+                self.moves.append((start, before, shares, spent))
+
+    def _ways(self, before: int | None, start: int, end: int):
+        """Units, error and shares of the ways between two whole steps that no other beats."""
+        task, found = self.task, []
+        for shares in _stretches(task, start, end):
+            spent = sum(
+                _units(task.calls[start + 1 + i] * self.price(share))
+                for i, share in enumerate(shares)
+            )
+            error = stretch_error(task, self.curves, start, shares, before)
+            found.append((spent, error, shares))
+        least = np.inf
+        for way in sorted(found, key=lambda way: way[:2]):
+            if way[1] < least:
+                least = way[1]
+                yield way
+
+    def best(self, low: int) -> tuple[float, ...] | None:
+        """The plan of the least error that costs `low` units or more, where one does."""
+        end, before = self.task.steps, None
+        least = self.least[end].get(None)
+        if least is None or not np.isfinite(least).any():
+            return None
+        low = low if np.isfinite(least[low:]).any() else 0
+        at, plan = low + int(least[low:].argmin()), []
+        while end > 0:
+            start, earlier, shares, spent = self.moves[self.came[end][before][at]]
+            plan[:0] = [1.0, *shares]
+            end, before, at = start, earlier, at - spent
+        return tuple(plan)
 
 
 def _units(cost: float) -> int:
@@ -127,39 +178,43 @@ def _cheapest(task: Task) -> tuple[float, ...]:
     )
 
 
-def _stretches(task: Task, curves: Curves, start: int, end: int):
-    """Ways through the steps between two whole ones: their shares and expected squared error."""
+def _stretches(task: Task, start: int, end: int) -> list[tuple[float, ...]]:
+    """Ways through the steps between two whole ones."""
     steps = range(start + 1, end)
     # how tokens change is known from two velocities
     known = start not in task.fresh and (task.held or task.ran(start) is None)
     grid = (0.0, *GRID) if task.partial and known else (0.0,)
-    if not len(steps):
-        return [((), 0.0)]
     ran = [task.ran(step) for step in steps]
     if ran.count(None) <= FREE:
-        ways = list(product(*(grid if share is None else (share,) for share in ran)))
-    else:
-        ways = [tuple(at if share is None else share for share in ran) for at in grid]
-    return [(way, stretch_error(task, curves, start, way)) for way in ways]
+        return list(product(*(grid if share is None else (share,) for share in ran)))
+    return [tuple(at if share is None else share for share in ran) for at in grid]
 
 
-def stretch_error(task: Task, curves: Curves, start: int, shares: Sequence[float]) -> float:
+def stretch_error(
+    task: Task, curves: Curves, start: int, shares: Sequence[float], before: int | None = None
+) -> float:
     """Expected squared error of the steps behind a whole one.
 
     Tokens that a partial step computes are off by what happened since then, the others since the
-    whole step. Within a stretch the errors point the same way and add up; over stretches they do
-    not.
+    whole step, less what of it was foretold. Within a stretch the errors point the same way and add
+    up; over stretches they do not.
+
+    Args:
+        before: the whole step before that one, where a change is known; None is nowhere.
     """
-    travel, amplified = _travel(task, curves)
+    known = _known(task, curves)
+    travel, amplified = known.travel, known.amplified
     error, last, hot = 0.0, start, 0.0
     for step, share in enumerate(shares, start + 1):
         length = task.sigmas[step] - task.sigmas[step + 1]
         far, near = (travel[step] - travel[start]) ** 2, (travel[step] - travel[last]) ** 2
         left = _left(curves, share, task.sigmas[step])
+        if before is not None:
+            left *= curves.missed(known.clock[step] - known.clock[before], known.reach[step])
         off = (hot * near + (1.0 - hot) * far) * left
         error += amplified[step] * length * task.calls[step] ** 0.5 * off**0.5
         if share > 0.0:
-            last, hot = step, 1.0 - min(1.0, left)
+            last, hot = step, 1.0 - min(1.0, _left(curves, share, task.sigmas[step]))
     return error**2
 
 
@@ -168,10 +223,20 @@ def _left(curves: Curves, share: float, sigma: float) -> float:
     return curves.left_at(share, sigma)
 
 
+class _Known(NamedTuple):
+    """The curves at each step of a task."""
+
+    travel: np.ndarray
+    amplified: np.ndarray
+    reach: np.ndarray
+    clock: tuple[float, ...]
+
+
 @lru_cache(maxsize=8)
-def _travel(task: Task, curves: Curves) -> tuple[np.ndarray, np.ndarray]:
+def _known(task: Task, curves: Curves) -> _Known:
     at = task.sigmas[:-1]
-    return curves.travel_at(at), curves.amplified_at(at)
+    rows = curves.travel_at(at), curves.amplified_at(at), curves.reach_at(at)
+    return _Known(*rows, tuple(map(clock, at)))
 
 
 def solve_nearest(

@@ -49,8 +49,11 @@ class Travel:
             *(start + self.travel[-1] + scale * (at[sigma] - ends) for sigma in behind),
         )
         sigmas = (*before, *self.sigmas, *behind)
-        amplified = tuple(float(value) for value in curves.amplified_at(sigmas))
-        return replace(curves, sigmas=sigmas, travel=travel, amplified=amplified)
+        amplified, reach = (
+            tuple(float(value) for value in at(sigmas))
+            for at in (curves.amplified_at, curves.reach_at)
+        )
+        return replace(curves, sigmas=sigmas, travel=travel, amplified=amplified, reach=reach)
 
     def joined(self, later: Travel) -> Travel:
         """This expert's, and behind it the other's; nothing is repeated from one to the other."""

@@ -36,12 +36,20 @@ def head_mask(name: str, grid: TokenGrid) -> torch.Tensor:
 
 
 class Oracle:
-    """Runs a list of programs over the same model, remembering what they need."""
+    """Runs a list of programs over the same model, remembering what they need.
 
-    def __init__(self, model, plan, grid: TokenGrid):
-        self.model, self.plan, self.grid = model, plan, grid
+    Args:
+        guidance: of the sampler, that goes along v_uncond + guidance * (v_cond - v_uncond).
+    """
+
+    def __init__(self, model, plan, grid: TokenGrid, guidance: float):
+        self.model, self.plan, self.grid, self.guidance = model, plan, grid, guidance
         self.keys: dict[int, tuple] = {}
-        self.velocity = self.change = self.age = None
+        self.change = self.age = None
+        # of every element of the latent its last three velocities, the newest first, and their sigmas
+        self.said: torch.Tensor | None = None
+        self.at: torch.Tensor | None = None
+        self.goes_on = 0.0
 
     def block(self, block, hidden, text, temb, rotary, row, kept, patterns, index):
         shift, scale, gate, cshift, cscale, cgate = (block.scale_shift_table + temb).chunk(6, 1)
@@ -73,9 +81,10 @@ class Oracle:
     @torch.no_grad()
     def step(self, program, x, timestep, text) -> torch.Tensor:
         """The velocity [b, c, f, h, w] of a step; the first half of the batch decides."""
+        sigma = float(timestep[0]) / 1000
         if program.repeats:
             self.age = None if self.age is None else self.age + 1
-            return self.velocity
+            return self.forecast(sigma)
         m, grid, half = self.model, self.grid, len(x) // 2
         rotary = m.rope(x)
         hidden = m.patch_embedding(x).flatten(2).transpose(1, 2)
@@ -100,21 +109,51 @@ class Oracle:
         out = m.proj_out(m.norm_out(hidden) * (1 + scale) + shift)
         out = out.unflatten(1, (grid.frames, grid.height, grid.width)).unflatten(-1, (1, 2, 2, -1))
         out = out.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
-        return self._remember(out, kept if program.partial else None)
+        return self._remember(out, sigma, kept if program.partial else None)
 
     def _mask(self, selection) -> torch.Tensor:
         kept = torch.ones(len(selection.index), selection.length, dtype=torch.bool)
         return kept.scatter_(1, selection.dropped, False).repeat(2, 1)
 
-    def _remember(self, out, kept) -> torch.Tensor:
-        half = len(out) // 2
-        if kept is not None:
-            out = torch.where(latent_mask(kept, self.grid, out.shape[2:]), out, self.velocity)
-        if self.velocity is not None:
-            change = token_change(out[:half] - self.velocity[:half], self.grid)
+    def guided(self, rows: torch.Tensor) -> torch.Tensor:
+        cond, uncond = rows.chunk(2)
+        return uncond + self.guidance * (cond - uncond)
+
+    def forecast(self, sigma: float) -> torch.Tensor:
+        """Every change is `goes_on` times the one before, in lengths of the last one."""
+        new, old = self.said[:2]
+        ahead = (self.at[0] - sigma) / (self.at[1] - self.at[0])
+        p = self.goes_on
+        sum_of_powers = p * (1 - p**ahead) / (1 - p)
+        return torch.where(self.at[1].isnan(), new, new + sum_of_powers * (new - old))
+
+    def _remember(self, out, sigma: float, kept) -> torch.Tensor:
+        half, every = len(out) // 2, torch.ones(out.shape, dtype=torch.bool)
+        mask = every if kept is None else latent_mask(kept, self.grid, out.shape[2:]) & every
+        given = out
+        if self.said is None:
+            self.said, self.at = torch.full((2, 3, *out.shape), torch.nan)
+        else:
+            given = torch.where(mask, out, self.forecast(sigma))
+            last = torch.where(mask, out, self.said[0])
+            change = token_change(last[:half] - self.said[0][:half], self.grid)
             fresh = torch.ones_like(change, dtype=torch.bool) if kept is None else kept[:half]
             first = self.change is None
             self.age = torch.zeros_like(change) if first else torch.where(fresh, 0, self.age + 1)
             self.change = change if first else torch.where(fresh, change, self.change)
-        self.velocity = out
-        return out
+        for held, new in ((self.said, out), (self.at, torch.full(out.shape, sigma))):
+            held[1:] = torch.where(mask, held[:-1], held[1:])
+            held[0] = torch.where(mask, new, held[0])
+        new, old, oldest = self.said
+        foretold = (old - oldest) * (self.at[1] - self.at[0]) / (self.at[2] - self.at[1])
+        known = (mask & ~foretold.isnan())[:half]
+        if known.any():
+            samples = range(half)
+            told, came = self.guided(foretold), self.guided(new - old)
+            fits = [
+                float((told[i] * came[i])[known[i]].sum() / told[i][known[i]].square().sum())
+                for i in samples
+            ]
+            fits = torch.tensor(fits).clamp(0.0, 0.98).repeat(2)
+            self.goes_on = fits.view(-1, 1, 1, 1, 1)
+        return given

@@ -141,9 +141,9 @@ def test_the_wish_is_met_whatever_comes(way, steps, wanted):
     record, course, told = go(way(steps), Dial(wanted), run_of(steps))
     assert len(record.steps) == len(way(steps))
     met = done(record) == pytest.approx(wanted, rel=0.03)
-    # with few steps a call at the last one, which nobody expected, may be more than that
+    # a call at the last one, which nobody expected, may be more than that
     said = "cannot make up for those that came" in (course.solved.why or "")
-    assert met != said and (met or (steps == 8 and way in (to_the_end, once_more)))
+    assert met != said and (met or way in (to_the_end, once_more))
     # what is expected in the end is what was done
     assert course.solved.reached == pytest.approx(done(record), rel=0.03)
     assert (len(told) == 1) == (way is as_announced)

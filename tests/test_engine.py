@@ -172,7 +172,8 @@ def test_remembered_keys_stand_for_those_of_this_step(wan):
     with torch.no_grad():
         exact = wan(y, torch.tensor([699.9]), text, return_dict=False)[0]
     mask = in_latent(index)
-    assert torch.equal(found[3][~mask], found[2][~mask])
+    # the others go on as they changed, over next to no way
+    torch.testing.assert_close(found[3][~mask], found[2][~mask], atol=1e-3, rtol=0.0)
     moved = (exact - found[1])[mask].square().mean()
     assert (found[3] - exact)[mask].square().mean() < 1e-4 * moved
     # eight bits show

@@ -22,6 +22,7 @@ from wantrim.tests.records import BLOCKS, HEADS, small_wan
 from wantrim.toy import CHECKPOINT
 from wantrim.toy.text import TEXT_DIM
 
+GUIDANCE = 2.5
 SIGMAS = (0.97, 0.9, 0.8, 0.64, 0.45, 0.2)
 # tiles divide it
 SIZE = (3, 8, 12)
@@ -60,24 +61,30 @@ PLANS = {
 }
 
 
-def both(model, plan, grid, size, text, alone=True, batch=1):
+@pytest.fixture
+def in_full(monkeypatch):
+    """Keys and values are remembered in full, so that only the order of sums differs."""
+    monkeypatch.setattr("wantrim.kernels.reference.pack_rows", lambda x, bits: (x, x[..., 0]))
+    monkeypatch.setattr("wantrim.kernels.reference.unpack_rows", lambda codes, scale, bits: codes)
+
+
+def both(model, plan, grid, size, text, alone=True, batch=1, sigmas=SIGMAS):
     """Velocities of the engine and of the oracle, step by step, over the same latents."""
     hooks = [] if alone else [b.register_forward_hook(lambda *_: None) for b in model.blocks]
     random = torch.Generator().manual_seed(3)
     x = torch.randn(batch, model.config.in_channels, *size, generator=random)
-    oracle, pairs = Oracle(model, plan, grid), []
+    oracle, pairs = Oracle(model, plan, grid, GUIDANCE), []
     with attach(model, plan, cond_or_uncond=(COND, UNCOND), shift=3.0) as attachment:
         # what is rounded is another test's
         attachment.engine.memory.room = Room(bits=8)
-        for sigma, after in zip(SIGMAS, (*SIGMAS[1:], 0.0), strict=True):
+        for sigma, after in zip(sigmas, (*sigmas[1:], 0.0), strict=True):
             timestep = torch.full((2 * batch,), 1000 * sigma)
             got = model(x.repeat(2, 1, 1, 1, 1), timestep, text, return_dict=False)[0]
             program = attachment.engine.now.program
             want = oracle.step(program, x.repeat(2, 1, 1, 1, 1), timestep, text)
             pairs.append((got, want))
-            # an Euler step without guidance
             x = x.clone()
-            x[:, :16] += (after - sigma) * want[:batch]
+            x[:, :16] += (after - sigma) * oracle.guided(want)
         record = attachment.engine.record
     for hook in hooks:
         hook.remove()
@@ -87,10 +94,7 @@ def both(model, plan, grid, size, text, alone=True, batch=1):
 @pytest.mark.parametrize("alone", [True, False])
 @pytest.mark.parametrize("name", PLANS)
 @torch.no_grad()
-def test_small_wan(name, alone, monkeypatch):
-    # remembered in full, so that only the order of sums differs
-    monkeypatch.setattr("wantrim.kernels.reference.pack_rows", lambda x, bits: (x, x[..., 0]))
-    monkeypatch.setattr("wantrim.kernels.reference.unpack_rows", lambda codes, scale, bits: codes)
+def test_small_wan(name, alone, in_full):
     text = torch.randn(2, 7, 24, generator=torch.Generator().manual_seed(9))
     pairs, record = both(
         small_wan(16), PLANS[name], GRID, SIZE, text.repeat_interleave(2, 0), alone, 2
@@ -113,6 +117,23 @@ def test_trained_tiny_wan():
         # keys and values in 8 bits
         assert off < (1e-4 if number < 2 else 2e-2), number
     assert (pairs[2][0] - pairs[2][1]).abs().max() > 0
+
+
+@pytest.mark.parametrize("values", [(1, 1, 1, 0, 1, 0), (1, 1, 0.5, 0.4, 0.3, 0)])
+@torch.no_grad()
+def test_changes_go_on_where_the_model_is_trained(values, in_full):
+    """What random weights say turns back with every step."""
+    sigmas, size = (0.8, 0.7, 0.6, 0.48, 0.35, 0.2), (5, 12, 12)
+    plan = TrimPlan(shares=Shares(sigmas, values))
+    text = torch.randn(2, 24, TEXT_DIM, generator=torch.Generator().manual_seed(9))
+    pairs, _ = both(
+        load_original(CHECKPOINT), plan, TokenGrid(5, 6, 6), size, text.repeat_interleave(2, 0),
+        batch=2, sigmas=sigmas,
+    )  # fmt: skip
+    for got, want in pairs:
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+    # it does go on
+    assert (pairs[5][0] - pairs[4][0]).norm() > 0.05 * pairs[4][0].norm()
 
 
 @torch.no_grad()
