@@ -121,8 +121,8 @@ class Part:
         self._point: tuple[float, torch.Tensor] | None = None
         # prompts of the last step
         self._last: list[Hashable] = []
-        # of what each of them gave, how much the sampler went along
-        self._mix: list[torch.Tensor] = []
+        # of what each prompt gave, how much the sampler went along
+        self._mix: dict[Hashable, torch.Tensor] = {}
 
     def fits(self, latent: torch.Tensor) -> bool:
         """Whether what is remembered is of a latent like this one [b, c, f, h, w]."""
@@ -133,7 +133,8 @@ class Part:
         """Share of the squared path since the last step that no guidance explains, or None.
 
         Between two steps a sampler goes along a mix of its prompts' velocities, as
-        v_uncond + g * (v_cond - v_uncond) for some g, or adds noise. What mix it was is kept.
+        v_uncond + g * (v_cond - v_uncond) for some g, and of how these changed where it looks back
+        at earlier steps, or adds noise. What mix it was is kept.
         Not a number while sigma is that of the last step: to compare it here would wait for the device.
         """
         if self._point is None or not self._last or not self.known(self._last):
@@ -141,8 +142,18 @@ class Part:
         said = (self.prompts[key].at(self._point[0], self.persistence) for key in self._last)
         first, *others = (velocity.float() for velocity in said)
         path = (latent.float() - self._point[1].float()) / (sigma - self._point[0])
-        parts, rest = explain(path - first, [other - first for other in others])
-        self._mix = [1.0 - sum(parts), *parts]
+        ways = [other - first for other in others]
+        turns = (self.prompts[key].turn for key in self._last)
+        ways += [turn for turn in turns if turn is not None]
+        parts, rest = explain(path - first, ways)
+        parts = parts[: len(others)]
+        if others:
+            # two calls at one sigma, as heun makes them, tell nothing of it
+            known = torch.stack(parts).isfinite().all()
+            mix = zip(self._last, (1.0 - sum(parts), *parts), strict=True)
+            self._mix |= {k: torch.where(known, by, self._mix.get(k, by)) for k, by in mix}
+        else:
+            self._mix[self._last[0]] = torch.ones((), device=path.device)
         return rest.square().sum() / path.square().sum().clamp(min=1e-12)
 
     def learn(self) -> None:
@@ -151,22 +162,18 @@ class Part:
         Of the mix that the sampler goes along: guidance makes more of what the prompts do not share,
         and that goes on less.
         """
-        last = [self.prompts[key] for key in self._last if key in self.prompts]
-        if not last or len(last) != len(self._mix) or any(one.foretold is None for one in last):
+        last = [(self.prompts[key], self._mix.get(key)) for key in self._last]
+        if not last or any(one.foretold is None or by is None for one, by in last):
             return
-        pairs = list(zip(last, self._mix, strict=True))
-        foretold, came = (
-            sum(a.foretold * by for a, by in pairs),
-            sum(a.turn * by for a, by in pairs),
-        )
-        self.persistence = persistence(foretold, came)
-        for one in last:
+        foretold = sum(one.foretold * by for one, by in last)
+        self.persistence = persistence(foretold, sum(one.turn * by for one, by in last))
+        for one, _ in last:
             one.foretold = None
 
     def begin(self, sigma: float, latent: torch.Tensor) -> None:
         """A step begins, or goes on, at this sigma with this latent [b, c, f, h, w]."""
         if self.sigma != sigma:
-            self._last, self._mix = [], []
+            self._last = []
         self.sigma, self._point = sigma, (sigma, latent)
 
     @property
@@ -300,7 +307,7 @@ class Part:
         self.prompts.clear()
         self.change = self.age = self.persistence = self._point = None
         self.all_seen = False
-        self._last, self._mix, self.seen = [], [], 0
+        self._last, self._mix, self.seen = [], {}, 0
 
 
 def explain(

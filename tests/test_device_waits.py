@@ -229,19 +229,30 @@ def held_bytes(plan, prompts: int) -> list[int]:
             timestep = torch.full((prompts,), 1000 * sigma)
             model(latent.repeat(prompts, 1, 1, 1, 1) * sigma, timestep, text)
             (part,) = attachment.engine.memory.parts.values()
-            known = [t for p in part.prompts.values() for t in (p.velocity, p.clean)]
+            known = [
+                t
+                for p in part.prompts.values()
+                for t in (p.velocity, p.clean, p.turn, p.foretold, p.since, p.gap)
+            ]
             known += [t for p in part.prompts.values() for c in p.blocks.values() for t in c]
             found.append(sum(t.untyped_storage().nbytes() for t in known if t is not None))
     return found
 
 
 @pytest.mark.parametrize("prompts", [1, 2])
-def test_a_run_holds_two_latents_a_prompt_and_the_context_it_reads(prompts):
-    latents = prompts * 2 * 4 * 16 * 3 * 8 * 8
+def test_a_run_holds_four_latents_a_prompt_at_most_and_the_context_it_reads(prompts):
+    latents = prompts * 4 * 16 * 3 * 8 * 8
     context = prompts * context_bytes(BLOCKS, 48, HEADS, 12, 8)
-    assert held_bytes(PLANS["repeats"], prompts) == [latents] * 6
-    held = held_bytes(PLANS["shares"], prompts)
-    assert held == [latents, *[latents + context] * 4, latents]
+
+    def in_latents(name: str, with_context: range) -> list[float]:
+        held = held_bytes(PLANS[name], prompts)
+        own = (some - context * (step in with_context) for step, some in enumerate(held))
+        return [round(some / latents, 2) for some in own]
+
+    # velocity and video, then how it changed, then how it was to change
+    assert in_latents("repeats", range(0)) == [2, 2, 3, 3, 3, 4]
+    # a token of a partial step has a sigma of its own: two more channels of 16
+    assert in_latents("shares", range(1, 5)) == [2, 3, 4.12, 3.12, 4.12, 4.06]
     # of every number of keys and values a byte, and two of every head's row
     assert context == prompts * 2 * BLOCKS * 48 * (48 + 2 * HEADS)
     assert held_bytes(PLANS["tape"], prompts) == [0] * 6
