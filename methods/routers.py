@@ -1,7 +1,6 @@
 """Which blocks matter at a step: one logit per block from sigma and content.
 
-PARE (arXiv 2605.27336, section 3.3) trains a router (eq. 9) and finds that it recovers the size of
-what each block adds at each timestep; the profiled router reads that off a profile.
+PARE: arXiv 2605.27336, section 3.3.
 """
 
 from __future__ import annotations
@@ -12,8 +11,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-
-from .schedule import sigma_bin
 
 
 @dataclass
@@ -80,29 +77,6 @@ class FixedRouter(Router):
         logits = torch.ones(num_blocks)
         logits[sorted(set(self.skipped) - {0, num_blocks - 1})] = 0
         return logits
-
-
-class ProfiledRouter(Router):
-    """By the size of what each block added at this sigma when a profile was recorded.
-
-    Args:
-        sizes: relative to the block's input, per sigma bin [t, l].
-    """
-
-    name = "profiled"
-
-    def __init__(self, sizes: torch.Tensor):
-        self.sizes = sizes
-
-    def check(self, num_blocks: int) -> None:
-        if self.sizes.shape[1] != num_blocks:
-            raise ValueError(
-                f"profile: expected one of a model with {num_blocks} blocks, got "
-                f"{self.sizes.shape[1]}: the profile is of another model"
-            )
-
-    def logits(self, num_blocks: int, sigma: float) -> torch.Tensor:
-        return self.sizes[sigma_bin(sigma)]
 
 
 def latent_statistics(latent: torch.Tensor) -> torch.Tensor:

@@ -13,23 +13,20 @@ from comfy_api.latest import io
 from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 
 from ..hosts.comfyui.attach import attach_part
-from ..hosts.comfyui.profiling import check_profile, model_fingerprint
+from ..hosts.comfyui.profiling import model_fingerprint
 from ..hosts.comfyui.slim import slim_header
 from ..hosts.comfyui.variants import SKIP_BLOCKS, check_variant
 from ..methods.depth import SHAPES, BlockBudget, BlockPlan
-from ..methods.routers import FixedRouter, ProfiledRouter, Router
+from ..methods.routers import FixedRouter, Router
 from ..methods.schedule import progress_at
 from ..profiles.fingerprint import WHOLE, width_digest
-from ..profiles.profile import residual_sizes
-from ..profiles.recorder import ProfileFile
 from ..slim.router import TrainedRouter, load_router
 from .files import add_folder, find_file, list_files
 from .inputs import model_input, percent_inputs, planned_output, text_output
-from .profile import ProfileSocket
 
 NAME = "WanTrim Blocks"
 FOLDER = "wantrim_routers"
-ROUTERS = ("profiled", "fixed", "trained")
+ROUTERS = ("trained", "fixed")
 # what the inputs have at first; with a trained router it means "as that was trained"
 USUAL = {"k_min": 0.5, "k_max": 0.875, "curve": "falling"}
 # words of the plan -> words of the node, where they differ
@@ -57,22 +54,15 @@ class WanTrimBlocks(io.ComfyNode):
             not_idempotent=True,
             inputs=[
                 model_input(),
-                ProfileSocket.Input(
-                    "profile",
-                    optional=True,
-                    tooltip="From WanTrim Load Profile; 'profiled' needs it.",
-                ),
                 io.DynamicCombo.Input(
                     "router",
                     options=[
-                        io.DynamicCombo.Option("profiled", []),
-                        io.DynamicCombo.Option("fixed", [_BLOCKS_INPUT]),
                         io.DynamicCombo.Option("trained", [_file_input()]),
+                        io.DynamicCombo.Option("fixed", [_BLOCKS_INPUT]),
                     ],
                     tooltip=(
-                        "Who says which blocks matter. 'profiled': what each block added at this "
-                        "noise level when the profile was recorded. 'fixed': your own list, whatever "
-                        "k_min and k_max say. 'trained': a router file, the paper's way."
+                        "Who says which blocks matter. 'trained': a router file, the paper's way. "
+                        "'fixed': your own list, whatever k_min and k_max say."
                     ),
                 ),
                 _share("k_min", USUAL["k_min"], "where fewest blocks run. Paper: 0.5 (20 of 40)"),
@@ -137,12 +127,11 @@ class WanTrimBlocks(io.ComfyNode):
         start_percent: float,
         end_percent: float,
         router: dict | str | None = None,
-        profile: ProfileFile | None = None,
     ) -> io.NodeOutput:
         check_variant(model, NAME, SKIP_BLOCKS)
         network = model.model.diffusion_model
         try:
-            chosen = _router(model, router, profile)
+            chosen = _router(model, router)
             chosen.check(len(network.blocks))
             given, remarks = {"k_min": k_min, "k_max": k_max, "curve": curve}, []
             conditions = getattr(chosen, "conditions", None)
@@ -181,7 +170,7 @@ def parse_blocks(text: str, num_blocks: int) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
-def _router(model, choice: dict | str | None, profile: ProfileFile | None) -> Router:
+def _router(model, choice: dict | str | None) -> Router:
     # ComfyUI hands over the choice with its inputs, a linked one bare, and an unknown one not at all
     given = choice if isinstance(choice, dict) else {"router": choice}
     name = given["router"]
@@ -190,23 +179,15 @@ def _router(model, choice: dict | str | None, profile: ProfileFile | None) -> Ro
             f"router: expected one of {', '.join(ROUTERS)}, got {name or 'none of them'}. Choose one "
             "at the node: the workflow may be from another version of WanTrim"
         )
-    needed = {"fixed": "blocks", "trained": "router_file"}.get(name)
-    if needed is not None and given.get(needed) is None:
+    needed = {"fixed": "blocks", "trained": "router_file"}[name]
+    if given.get(needed) is None:
         raise ValueError(
             f"router: '{name}' needs the input '{needed}' and cannot be linked. Choose it at the "
             "node. Router files belong into models/wantrim/routers"
         )
     if name == "fixed":
         return FixedRouter(parse_blocks(given["blocks"], len(model.model.diffusion_model.blocks)))
-    if name == "trained":
-        return _trained(model, given["router_file"])
-    if profile is None:
-        raise ValueError(
-            f"router: '{name}' needs a profile of this model. Connect WanTrim Load Profile to the "
-            "input 'profile', or choose 'fixed'"
-        )
-    check_profile(model, profile.profile, NAME)
-    return ProfiledRouter(residual_sizes(profile.profile))
+    return _trained(model, given["router_file"])
 
 
 def _trained(model, filename: str) -> TrainedRouter:

@@ -21,7 +21,7 @@ KIND = Kind("profile", "Choose a file that WanTrim Save Profile wrote.")
 # fp32 counts no further
 MOST_CALLS = 1 << 24
 # measurements that are kept per sigma bin
-PER_BIN = ("mass", "self_output", "cross_output", "residual", "hidden")
+PER_BIN = ("mass", "self_output", "cross_output")
 
 
 def timestep_weight(sigma: float) -> float:
@@ -37,10 +37,9 @@ def layout(model: Fingerprint) -> dict[str, tuple[int, ...]]:
     count [t]: calls. mass [t, l, n, p]: attention mass that each cheap pattern keeps; the first is
     the intra-slice ratio (eq. 4). self_output, cross_output [t, l, n]: w(t) times the root mean
     square of a head's output (eq. 3, before the output projection's norm). self_mean, cross_mean
-    [l, n, d]: a head's mean output. residual, hidden [t, l]: root mean square of what a block adds,
-    and of what it gets. q_share, k_share, cross_q_share, cross_k_share [l, n, n]: second moments of
-    the heads' shares in a token's energy before the norm over all heads, and k_img_share likewise.
-    channel_energy [l, c]: mean square of each FFN channel after its activation.
+    [l, n, d]: a head's mean output. q_share, k_share, cross_q_share, cross_k_share [l, n, n]: second
+    moments of the heads' shares in a token's energy before the norm over all heads, and k_img_share
+    likewise. channel_energy [l, c]: mean square of each FFN channel after its activation.
 
     Of the weights, not summed: self_o_norm, cross_o_norm [l, n]: norm of the output projection's
     columns of a head (eq. 3). channel_norm [l, c]: FFN score (eq. 6). down_norm [l, c]: norm of the
@@ -56,8 +55,6 @@ def layout(model: Fingerprint) -> dict[str, tuple[int, ...]]:
         "cross_output": (t, l, n),
         "self_mean": (l, n, d),
         "cross_mean": (l, n, d),
-        "residual": (t, l),
-        "hidden": (t, l),
         **dict.fromkeys(shares, (l, n, n)),
         "channel_energy": (l, c),
         **of_weights(model),
@@ -146,23 +143,6 @@ class Profile:
         header = {"runs": self.runs, "tuned": self.tuned}
         tensors = {name: value.contiguous() for name, value in self.tensors.items()}
         save_artifact(path, KIND, self.model, header, tensors)
-
-
-def residual_sizes(profile: Profile) -> torch.Tensor:
-    """What each block adds relative to its input, per sigma bin [t, l].
-
-    Bins that saw no call take over from the nearest one that did.
-
-    Raises:
-        ValueError: the profile holds no calls.
-    """
-    counts = profile.tensors["count"]
-    seen = counts.nonzero()[:, 0]
-    if not len(seen):
-        raise ValueError("profile: expected one with at least one recorded run, got an empty one")
-    size = profile.mean("residual") / profile.mean("hidden").clamp(min=1e-12)
-    nearest = (torch.arange(BINS)[:, None] - seen).abs().argmin(1)
-    return size[seen[nearest]]
 
 
 def load_profile(path: Path) -> Profile:

@@ -90,7 +90,6 @@ class BlockRecord:
         self.model, self.image = call.recorder.model, call.recorder.image
         self.length = hidden.shape[1]
         self.found: dict[str, torch.Tensor] = {}
-        self.before = self._sampled(hidden).float()
         self.shares: list[torch.Tensor] = []
         self.cross: list[torch.Tensor] = []
         self.attended = self.activated = 0
@@ -138,8 +137,8 @@ class BlockRecord:
         if len(here):
             self.channels.append(self.call.own(hidden)[:, here.to(hidden.device)].float())
 
-    def done(self, out: torch.Tensor) -> None:
-        """The block has run; `out` [b, s, c]. What it showed counts only now."""
+    def done(self) -> None:
+        """The block has run: what it showed counts only now."""
         note = self.call.recorder.note
         if self.strange or not self.attended:
             note("a node changes the attention itself, so that it could not be seen: not recorded")
@@ -161,10 +160,7 @@ class BlockRecord:
                 "the FFN's hidden state was not seen in all blocks (int8 weights compute it in one "
                 "piece): its channels were not recorded there"
             )
-        added = self._sampled(out).float() - self.before
         self.call.context = self.context
-        self.found["residual"] = _rms(added).sum(0)
-        self.found["hidden"] = _rms(self.before).sum(0)
         self.call.found[self.index] = self.found
 
     def _measure(self, kind: str, outputs: list[torch.Tensor]) -> None:
@@ -186,11 +182,6 @@ class BlockRecord:
     def _sampled(self, tensor: torch.Tensor) -> torch.Tensor:
         """Conditional rows and sampled tokens of [b, s, ...]."""
         return self.call.own(tensor).index_select(1, self.call.on(tensor.device)[0])
-
-
-def _rms(tensor: torch.Tensor) -> torch.Tensor:
-    """Root mean square of each row of [r, m, c]: [r]."""
-    return tensor.square().mean((1, 2)).sqrt()
 
 
 class BlockWatch(TorchFunctionMode):

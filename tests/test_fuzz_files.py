@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from wantrim.hosts.diffusers.weights import load_original, save_original
-from wantrim.methods.routers import Content, ProfiledRouter, RouterMLP
+from wantrim.methods.routers import Content, RouterMLP
 from wantrim.profiles.calibration import Calibration, load_calibration
 from wantrim.profiles.fingerprint import Fingerprint
 from wantrim.profiles.picture import summary
-from wantrim.profiles.profile import Profile, residual_sizes
+from wantrim.profiles.profile import Profile
 from wantrim.profiles.recorder import open_profile
 from wantrim.slim.export import export_slim
 from wantrim.slim.file import list_entries, read_header, read_tensor
@@ -70,7 +70,7 @@ def write_slim(path: Path) -> None:
 def use_profile(path: Path) -> None:
     opened = open_profile(path)
     summary(opened.profile)
-    ProfiledRouter(residual_sizes(opened.profile)).check(opened.profile.model.num_blocks)
+    opened.profile.importance("self"), opened.profile.mass()
 
 
 def use_router(path: Path) -> None:

@@ -116,8 +116,8 @@ DAMAGE = {
     ),
     "no mass": ({"tensors": without("mass")}, "mass: expected"),
     "cut mass": ({"tensors": lambda t: t | {"mass": t["mass"][:5]}}, "mass: expected"),
-    "nan": ({"tensors": lambda t: t | {"hidden": t["hidden"] * torch.nan}}, "not finite"),
-    "bytes": ({"tensors": lambda t: t | {"hidden": t["hidden"].to(torch.float8_e5m2)}}, "hidden"),
+    "nan": ({"tensors": lambda t: t | {"mass": t["mass"] * torch.nan}}, "not finite"),
+    "bytes": ({"tensors": lambda t: t | {"mass": t["mass"].to(torch.float8_e5m2)}}, "mass"),
 }
 
 

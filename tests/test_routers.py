@@ -13,14 +13,11 @@ from wantrim.methods.cost import Width
 from wantrim.methods.routers import (
     Content,
     FixedRouter,
-    ProfiledRouter,
     RouterMLP,
     latent_statistics,
 )
-from wantrim.methods.schedule import BINS
 from wantrim.profiles.artifact import package_version
 from wantrim.profiles.fingerprint import WHOLE, Fingerprint, width_digest
-from wantrim.profiles.profile import Profile, residual_sizes
 from wantrim.slim.router import KIND, Conditions, TrainedRouter, load_router, save_router
 
 BLOCKS = 5
@@ -28,41 +25,10 @@ MODEL = Fingerprint(48, 64, BLOCKS, 4, 16, 16, (0.5, -0.25))
 CONTENT = Content(torch.zeros(1, 4, 3, 6, 5))
 
 
-def profile(calls: dict[int, float], sizes=(5.0, 1.0, 3.0, 2.0, 4.0)) -> Profile:
-    """Calls per sigma bin; every block's input has size 2, block i adds sizes[i] * (1 + bin)."""
-    made = Profile.empty(MODEL)
-    for bin_index, count in calls.items():
-        made.tensors["count"][bin_index] = count
-        made.tensors["hidden"][bin_index] = 2.0 * count
-        made.tensors["residual"][bin_index] = torch.tensor(sizes) * (1 + bin_index) * count
-    return made
-
-
 def trained(kind="latent", content_dim=16, blocks=BLOCKS) -> TrainedRouter:
     torch.manual_seed(0)
     mlp = RouterMLP(blocks, content_dim, hidden=32, time_dim=16).requires_grad_(False)
     return TrainedRouter(mlp, kind, MODEL)
-
-
-def test_sizes_are_relative_to_the_blocks_input_and_empty_bins_take_the_nearest():
-    sizes = residual_sizes(profile({2: 3, 9: 1}))
-    assert sizes.shape == (BINS, BLOCKS)
-    by_hand = torch.tensor([2.5, 0.5, 1.5, 1.0, 2.0])
-    for bin_index, times in ((2, 3), (0, 3), (5, 3), (6, 10), (9, 10)):
-        torch.testing.assert_close(sizes[bin_index], by_hand * times)
-
-
-def test_a_profile_without_a_run_is_refused():
-    with pytest.raises(ValueError, match="at least one recorded run"):
-        ProfiledRouter(residual_sizes(profile({})))
-
-
-def test_the_profiled_router_reads_the_bin_of_sigma():
-    router = ProfiledRouter(residual_sizes(profile({0: 1, 9: 1})))
-    torch.testing.assert_close(router.logits(BLOCKS, 0.05), router.sizes[0])
-    torch.testing.assert_close(router.logits(BLOCKS, 1.0), router.sizes[9])
-    with pytest.raises(ValueError, match="model with 7 blocks, got 5"):
-        router.check(7)
 
 
 def test_random_is_a_function_of_seed_and_sigma():

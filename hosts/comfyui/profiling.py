@@ -227,7 +227,7 @@ class _WatchedBlock:
             options[OVERRIDE] = AttentionTap(shown, options.get(OVERRIDE), options)
             with BlockWatch(record):
                 out = original({**args, "transformer_options": options})
-            record.done(out["img"])
+            record.done()
             return out
 
         if self.previous is None:

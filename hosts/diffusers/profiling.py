@@ -152,7 +152,7 @@ class _BlockHook(ModelHook):
         record = call.block(self.index, hidden_states, hidden_states.shape[1])
         with _Watch(record):
             out = forward(*inputs)
-        record.done(out)
+        record.done()
         return out
 
 

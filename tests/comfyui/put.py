@@ -5,18 +5,21 @@ Inputs that are not given have their defaults.
 
 from __future__ import annotations
 
+import tempfile
 from functools import cache
+from pathlib import Path
 
 import torch
 
+import folder_paths
 from wantrim.hosts.comfyui.attach import attachment_of
 from wantrim.hosts.comfyui.profiling import model_fingerprint
+from wantrim.methods.routers import RouterMLP
 from wantrim.nodes import demo
-from wantrim.nodes.blocks import WanTrimBlocks
+from wantrim.nodes.blocks import FOLDER, WanTrimBlocks
 from wantrim.nodes.wantrim import DRAFT, WanTrim, WanTrimPair
-from wantrim.profiles.profile import Profile
-from wantrim.profiles.recorder import ProfileFile
 from wantrim.report.figures import mean_work
+from wantrim.slim.router import TrainedRouter, save_router
 from wantrim.tests.comfyui import tiny
 from wantrim.tests.comfyui.variants import load
 
@@ -50,26 +53,42 @@ def paired(high, low, **inputs):
     return WanTrimPair.execute(**given | DIAL | inputs).result
 
 
-def profile_for(model) -> ProfileFile:
-    """Every sigma bin has another order of the blocks."""
-    made = Profile.empty(model_fingerprint(model.model.diffusion_model))
-    made.tensors["count"] += 1
-    made.tensors["hidden"] += 1
-    residual = made.tensors["residual"]
-    residual += 0.1 + torch.rand(residual.shape, generator=torch.Generator().manual_seed(4))
-    return ProfileFile(made)
+@cache
+def routers() -> Path:
+    """A folder of ComfyUI's for the routers of tests."""
+    folder = Path(tempfile.mkdtemp())
+    folder_paths.add_model_folder_path(FOLDER, str(folder))
+    return folder
 
 
-def routed(model, router="profiled", *, blocks="2, 3", router_file=None, **inputs):
-    """What WanTrim Blocks makes of `model`."""
+def router_file(model) -> str:
+    """The file of a router that has another order of the blocks at every sigma."""
+    network = model.model.diffusion_model
+    fingerprint = model_fingerprint(network)
+    with torch.inference_mode(False), torch.random.fork_rng():
+        torch.manual_seed(4)
+        mlp = RouterMLP(len(network.blocks), 0, 32, 16).requires_grad_(False)
+    path = (
+        routers()
+        / f"{network.dim}_{len(network.blocks)}_{network.patch_embedding.in_channels}.safetensors"
+    )
+    save_router(path, TrainedRouter(mlp, "none", fingerprint))
+    return path.name
+
+
+def at_blocks(model, router="trained", *, blocks="2, 3", file=None, **inputs) -> tuple:
+    """What WanTrim Blocks gives out: the MODEL and the text."""
     choice = {"router": router}
     if router == "fixed":
         choice["blocks"] = blocks
     if router == "trained":
-        choice["router_file"] = router_file
-    profile = profile_for(model) if router == "profiled" else None
-    given = BLOCKS | inputs
-    return WanTrimBlocks.execute(model=model, router=choice, profile=profile, **given).result[0]
+        choice["router_file"] = file or router_file(model)
+    return WanTrimBlocks.execute(model=model, router=choice, **BLOCKS | inputs).result
+
+
+def routed(model, router="trained", **options):
+    """What WanTrim Blocks makes of `model`."""
+    return at_blocks(model, router, **options)[0]
 
 
 def solved(model):

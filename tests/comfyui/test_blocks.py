@@ -14,58 +14,21 @@ from comfy_extras.nodes_context_windows import ContextWindowsManualNode
 from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 from wantrim.engine.plan import TrimPlan
 from wantrim.hosts.comfyui.attach import SESSION_KEY, attach, attachment_of, detach
-from wantrim.hosts.comfyui.profiling import model_fingerprint
 from wantrim.hosts.comfyui.variants import SKIPPABLE, SUPPORTED
 from wantrim.methods.depth import BlockBudget, BlockPlan
 from wantrim.methods.routers import (
     FixedRouter,
 )
-from wantrim.nodes.blocks import WanTrimBlocks
-from wantrim.profiles.profile import Profile
-from wantrim.profiles.recorder import ProfileFile
 from wantrim.report.words import record_text
 from wantrim.tests.comfyui import tiny
 from wantrim.tests.comfyui.matrix import KINDS
+from wantrim.tests.comfyui.put import at_blocks
 from wantrim.tests.comfyui.test_errors import model_of, says
 from wantrim.tests.comfyui.variants import SIDE, further_case, load
 
 HALF = BlockBudget(0.5, 0.85)
-DEFAULTS = {
-    "k_min": 0.5,
-    "k_max": 0.85,
-    "curve": "falling",
-    "steps": 4,
-    "scheduler": "simple",
-    "shift": 0.0,
-    "start_percent": 0.0,
-    "end_percent": 1.0,
-}
 # in which only blocks may be trimmed
 FURTHER = [name for name, kind in KINDS.items() if kind.trims == ["blocks"]]
-
-
-def profile_for(model) -> Profile:
-    """Every sigma bin has another order of the blocks."""
-    made = Profile.empty(model_fingerprint(model.model.diffusion_model))
-    made.tensors["count"] += 1
-    made.tensors["hidden"] += 1
-    residual = made.tensors["residual"]
-    residual += 0.1 + torch.rand(residual.shape, generator=torch.Generator().manual_seed(4))
-    return made
-
-
-def at_node(model, router="profiled", *, blocks="2, 3", router_file=None, **inputs):
-    """What WanTrim Blocks gives out: the MODEL and the text."""
-    choice = {"router": router}
-    if router == "fixed":
-        choice["blocks"] = blocks
-    if router == "trained":
-        choice["router_file"] = router_file
-    profile = inputs.pop("profile", None)
-    if profile is None and router == "profiled":
-        profile = ProfileFile(profile_for(model))
-    given = DEFAULTS | inputs
-    return WanTrimBlocks.execute(model=model, router=choice, profile=profile, **given).result
 
 
 def skipping(model, blocks=(2, 3), **options):
@@ -110,12 +73,12 @@ def blocks_run(model) -> list[int]:
 def test_both_ends_at_one_are_exact(kind):
     model, given = tiny.base_model(kind), tiny.case(kind)
     expected = tiny.ksampler(model, given)
-    for router in ("profiled", "fixed"):
-        patched, text = at_node(model, router, k_min=1, k_max=1)
+    for router in ("trained", "fixed"):
+        patched, text = at_blocks(model, router, k_min=1, k_max=1)
         assert torch.equal(tiny.ksampler(patched, given), expected)
         assert text == "Nothing is skipped: all 6 blocks run in every step."
     # the way through the engine is exact too
-    late, _ = at_node(model, "profiled", start_percent=0.999)
+    late, _ = at_blocks(model, "trained", start_percent=0.999)
     assert not attachment_of(late).plan.neutral
     assert torch.equal(tiny.ksampler(late, given), expected)
 
@@ -123,7 +86,7 @@ def test_both_ends_at_one_are_exact(kind):
 @pytest.mark.parametrize("kind", tiny.KINDS)
 def test_a_skip_is_the_hosts_own_replacement(kind):
     model, given = tiny.base_model(kind), tiny.case(kind)
-    out = tiny.ksampler(at_node(model, "fixed")[0], given)
+    out = tiny.ksampler(at_blocks(model, "fixed")[0], given)
     assert torch.equal(out, tiny.ksampler(replaced(model), given))
     assert (out - tiny.ksampler(model, given)).abs().max() > 0.05
 
@@ -135,14 +98,14 @@ def test_further_classes_skip_blocks_and_keep_what_comes_between_them(kind):
     bare = tiny.sample(model, tiny.case(height=SIDE, width=SIDE))
     # audio, faces and poses do something
     assert torch.isfinite(dense).all() and not torch.allclose(dense, bare, atol=1e-3)
-    patched, _ = at_node(model, "fixed")
+    patched, _ = at_blocks(model, "fixed")
     calls = ran(patched)
     out = tiny.sample(patched, given)
     left = [i for i in range(len(model.model.diffusion_model.blocks)) if i not in (2, 3)]
     assert [blocks for *_, blocks in calls] == [left] * 3
     assert torch.equal(out, tiny.sample(replaced(model), given))
     assert not torch.allclose(out, dense, atol=1e-3)
-    off, _ = at_node(model, "fixed", blocks="")
+    off, _ = at_blocks(model, "fixed", blocks="")
     assert torch.equal(tiny.sample(off, given), dense)
     assert blocks_run(patched) == [len(left)] * 3
     assert not tiny.report_of(patched).notes
@@ -169,16 +132,16 @@ def test_each_aim_has_its_answer_for_every_class():
     assert {name for name, reason in SKIPPABLE.items() if reason is None} == tested
     for name in ("WanAnimate2Model", "CausalWanModel"):
         with pytest.raises(ValueError) as error:
-            at_node(model_of(name, WanModel), "fixed")
+            at_blocks(model_of(name, WanModel), "fixed")
         says(error, "WanTrim Blocks", f"cannot skip blocks of {name}", "Bypass", "HumoWanModel")
     with pytest.raises(ValueError) as error:
-        at_node(model_of("Flux"), "fixed")
+        at_blocks(model_of("Flux"), "fixed")
     says(error, "WanTrim Blocks", "'model'", "got Flux")
 
 
-@pytest.mark.parametrize("router", ["fixed", "profiled"])
+@pytest.mark.parametrize("router", ["fixed", "trained"])
 def test_the_blocks_that_run_are_those_of_the_report_and_the_text(router):
-    model, text = at_node(tiny.base_model(), router)
+    model, text = at_blocks(tiny.base_model(), router)
     calls = ran(model)
     tiny.ksampler(model)
     counts = [len(blocks) for _, _, blocks in calls]
@@ -191,7 +154,7 @@ def test_the_blocks_that_run_are_those_of_the_report_and_the_text(router):
 @pytest.mark.parametrize("shift", [5.0, 8.0, 0.0])
 def test_the_text_says_before_what_the_report_says_afterwards(shift, steps):
     """With ModelSamplingSD3 behind the node, as it is usually wired."""
-    model, text = at_node(
+    model, text = at_blocks(
         tiny.base_model(), curve="rising", steps=steps, shift=shift,
         start_percent=0.2,
     )  # fmt: skip
@@ -210,10 +173,10 @@ def test_the_text_says_before_what_the_report_says_afterwards(shift, steps):
 
 def test_schedulers_have_their_own_sigmas():
     base = tiny.base_model()
-    texts = {s: at_node(base, steps=9, scheduler=s)[1] for s in ("simple", "karras", "beta")}
+    texts = {s: at_blocks(base, steps=9, scheduler=s)[1] for s in ("simple", "karras", "beta")}
     assert len({text.splitlines()[1] for text in texts.values()}) > 1
     for scheduler, text in texts.items():
-        model, _ = at_node(base)
+        model, _ = at_blocks(base)
         tiny.sample(model, steps=9, scheduler=scheduler)
         assert text.splitlines()[1] == " ".join(map(str, blocks_run(model)))
 
@@ -223,7 +186,7 @@ def test_split_and_batched_prompts_run_the_same_blocks(monkeypatch):
     for free in (None, 0):
         if free is not None:
             monkeypatch.setattr(ModelPatcher, "get_free_memory", lambda self, device: 0)
-        model, _ = at_node(tiny.base_model())
+        model, _ = at_blocks(tiny.base_model())
         calls = ran(model)
         outs.append(tiny.ksampler(model))
         sets.append(calls)
@@ -233,7 +196,7 @@ def test_split_and_batched_prompts_run_the_same_blocks(monkeypatch):
     torch.testing.assert_close(*outs, rtol=1e-3, atol=1e-3)
     monkeypatch.undo()
     # prompts of two lengths never come in one call
-    model, _ = at_node(tiny.base_model())
+    model, _ = at_blocks(tiny.base_model())
     calls = ran(model)
     tiny.ksampler(model, tiny.case(tokens=(7, 9)))
     assert len(calls) == 8 and len(blocks_of_steps(calls)) == 4
@@ -250,7 +213,7 @@ def blocks_of_steps(calls) -> list[list[int]]:
 
 @pytest.mark.parametrize("sampler", ["heun", "dpm_2", "uni_pc", "lcm", "res_multistep"])
 def test_samplers_have_one_set_of_blocks_per_sigma(sampler):
-    model, _ = at_node(tiny.base_model(), "profiled")
+    model, _ = at_blocks(tiny.base_model(), "trained")
     calls = ran(model)
     out = tiny.ksampler(model, sampler=sampler)
     assert torch.isfinite(out).all()
@@ -261,7 +224,7 @@ def test_samplers_have_one_set_of_blocks_per_sigma(sampler):
 
 
 def test_context_windows_share_the_blocks_of_their_step():
-    model, _ = at_node(tiny.base_model(), "profiled")
+    model, _ = at_blocks(tiny.base_model(), "trained")
     model = ContextWindowsManualNode.execute(
         model, 3, 1, "standard_static", 1, False, "pyramid", 2, False
     ).result[0]
@@ -275,10 +238,10 @@ def test_context_windows_share_the_blocks_of_their_step():
 def test_a_pair_of_experts_has_the_blocks_of_one_run():
     """Each KSampler (Advanced) sees its own sigmas only; the budget is a function of sigma."""
     counts, latent = [], tiny.empty_latent()
-    whole, text = at_node(tiny.base_model(), steps=6)
+    whole, text = at_blocks(tiny.base_model(), steps=6)
     single = tiny.ksampler(whole, steps=6)
     for first, last in ((0, 3), (3, 6)):
-        model, _ = at_node(tiny.base_model())
+        model, _ = at_blocks(tiny.base_model())
         latent = tiny.ksampler_advanced(model, latent, first, last, steps=6)
         counts.append(blocks_run(model))
     assert counts[0] + counts[1] == blocks_run(whole)
@@ -349,7 +312,7 @@ def test_patches_that_need_every_token_do_not_mind_skipped_blocks(patch):
 def test_an_exception_leaves_nothing():
     base = tiny.base_model()
     before = tiny.sample(base)
-    model, _ = at_node(base)
+    model, _ = at_blocks(base)
     expected = tiny.sample(model)
     stopped = model.clone()
     count = []
@@ -373,13 +336,13 @@ def test_an_exception_leaves_nothing():
 
 def test_attaching_twice_is_attaching_once():
     base = tiny.base_model()
-    twice, _ = at_node(at_node(base, "fixed", blocks="1")[0], "fixed", blocks="2-3")
+    twice, _ = at_blocks(at_blocks(base, "fixed", blocks="1")[0], "fixed", blocks="2-3")
     assert torch.equal(tiny.sample(twice), tiny.sample(replaced(base)))
 
 
 def test_a_batch_of_two_videos_shares_its_blocks():
     model, given = tiny.base_model(), tiny.case(batch=2)
-    patched, _ = at_node(model)
+    patched, _ = at_blocks(model)
     out = tiny.ksampler(patched, given)
     noise = tiny.comfy.sample.prepare_noise(given.latent, 7)
     for index in range(2):

@@ -14,7 +14,8 @@ from wantrim.methods.routers import (
 )
 from wantrim.tests.comfyui import tiny
 from wantrim.tests.comfyui.neighbours import easycache, slg
-from wantrim.tests.comfyui.test_blocks import at_node, blocks_run, ran, replaced, skipping
+from wantrim.tests.comfyui.put import at_blocks
+from wantrim.tests.comfyui.test_blocks import blocks_run, ran, replaced, skipping
 from wantrim.tests.comfyui.test_chaining import NEIGHBOURS, ORDERS, compiled  # noqa: F401
 
 
@@ -22,7 +23,7 @@ from wantrim.tests.comfyui.test_chaining import NEIGHBOURS, ORDERS, compiled  # 
 @pytest.mark.parametrize("neighbour", NEIGHBOURS.values(), ids=NEIGHBOURS)
 def test_neighbours_keep_working(neighbour, order):
     def trim(model):
-        return at_node(model)[0]
+        return at_blocks(model)[0]
 
     base = tiny.base_model()
     model = trim(neighbour(base)) if order == "in front" else neighbour(trim(base))
@@ -59,7 +60,7 @@ def test_the_pass_of_slg_runs_the_blocks_of_its_step():
 @pytest.mark.parametrize("order", ORDERS)
 def test_a_step_that_a_cache_answers_ran_no_block(order):
     def trim(model):
-        return at_node(model)[0]
+        return at_blocks(model)[0]
 
     base = tiny.base_model()
     model = trim(easycache(base)) if order == "in front" else easycache(trim(base))
@@ -104,7 +105,7 @@ def test_tokens_heads_and_blocks_in_any_wiring_order_are_one_plan(kind, order):
         return attach(m, replace(present.plan if present else TrimPlan(), heads=plan))
 
     def with_blocks(m):
-        return at_node(m, "profiled")[0]
+        return at_blocks(m)[0]
 
     steps = [lambda m: tiny.at_node(m), with_heads, with_blocks]
     one = with_blocks(with_heads(tiny.at_node(model)))
@@ -122,7 +123,7 @@ def test_tokens_heads_and_blocks_in_any_wiring_order_are_one_plan(kind, order):
 @pytest.mark.parametrize("order", ORDERS)
 def test_a_compiled_model_does_not_freeze_a_steps_blocks(compiled, order):  # noqa: F811
     def trim(model):
-        return at_node(model, "profiled")[0]
+        return at_blocks(model)[0]
 
     base = tiny.base_model()
     model = trim(compiled(base)) if order == "in front" else compiled(trim(base))

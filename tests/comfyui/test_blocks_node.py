@@ -13,15 +13,12 @@ from wantrim.hosts.comfyui.profiling import model_fingerprint
 from wantrim.methods.depth import BlockPlan, choose_blocks
 from wantrim.methods.routers import Content, FixedRouter, RouterMLP
 from wantrim.nodes.blocks import FOLDER, ROUTERS, WanTrimBlocks, parse_blocks
-from wantrim.profiles.recorder import ProfileFile
 from wantrim.slim.router import TrainedRouter, save_router
 from wantrim.tests.comfyui import tiny
+from wantrim.tests.comfyui.put import BLOCKS, at_blocks, routers
 from wantrim.tests.comfyui.test_blocks import (
-    DEFAULTS,
     HALF,
-    at_node,
     blocks_run,
-    profile_for,
     ran,
 )
 from wantrim.tests.comfyui.test_errors import says
@@ -29,7 +26,7 @@ from wantrim.tests.comfyui.test_errors import says
 
 @pytest.fixture
 def router_folder(tmp_path, monkeypatch):
-    entry = ([str(tmp_path)], folder_paths.supported_pt_extensions)
+    entry = ([str(tmp_path), str(routers())], folder_paths.supported_pt_extensions)
     monkeypatch.setitem(folder_paths.folder_names_and_paths, FOLDER, entry)
     folder_paths.filename_list_cache.pop(FOLDER, None)
     yield tmp_path
@@ -47,7 +44,7 @@ def test_a_trained_router_chooses_and_is_carried_by_the_host(router_folder):
     base = tiny.base_model()
     router = trained_router(base)
     save_router(router_folder / "mine.safetensors", router)
-    model, text = at_node(base, "trained", router_file="mine.safetensors")
+    model, text = at_blocks(base, "trained", file="mine.safetensors")
     loaded = attachment_of(model).plan.blocks.router
     carried = model.additional_models[KEY]
     assert [patcher.model for patcher in carried] == [loaded.mlp]
@@ -71,9 +68,9 @@ def test_a_trained_router_chooses_and_is_carried_by_the_host(router_folder):
     # further nodes keep it, another plan and no plan let go of it
     assert len(tiny.at_node(model).additional_models[KEY]) == 1
     assert KEY not in detach(model).additional_models
-    assert KEY not in at_node(model, "fixed")[0].additional_models
+    assert KEY not in at_blocks(model, "fixed")[0].additional_models
     # read once
-    again, _ = at_node(base, "trained", router_file="mine.safetensors", k_min=0.6)
+    again, _ = at_blocks(base, "trained", file="mine.safetensors", k_min=0.6)
     assert attachment_of(again).plan.blocks.router is loaded
 
 
@@ -97,18 +94,18 @@ def test_a_router_file_that_was_written_again_is_read_again(router_folder):
     base, path = tiny.base_model(), router_folder / "mine.safetensors"
     save_router(path, trained_router(base))
     choice = {"router": "trained", "router_file": path.name}
-    first = at_node(base, "trained", router_file=path.name)[0]
-    before = WanTrimBlocks.fingerprint_inputs(router=choice, **DEFAULTS)
+    first = at_blocks(base, "trained", file=path.name)[0]
+    before = WanTrimBlocks.fingerprint_inputs(router=choice, **BLOCKS)
     other = trained_router(base)
     other.mlp.layers[0].weight *= 2
     save_router(path, other)
     os.utime(path, ns=(1, 10**18))
-    assert WanTrimBlocks.fingerprint_inputs(router=choice, **DEFAULTS) != before
-    second = at_node(base, "trained", router_file=path.name)[0]
+    assert WanTrimBlocks.fingerprint_inputs(router=choice, **BLOCKS) != before
+    second = at_blocks(base, "trained", file=path.name)[0]
     one, two = (attachment_of(m).plan.blocks.router.mlp.layers[0].weight for m in (first, second))
     assert torch.equal(2 * one, two)
-    assert WanTrimBlocks.fingerprint_inputs(router={"router": "profiled"}, **DEFAULTS) == ""
-    assert WanTrimBlocks.fingerprint_inputs(router=None, **DEFAULTS) == ""
+    assert WanTrimBlocks.fingerprint_inputs(router={"router": "fixed"}, **BLOCKS) == ""
+    assert WanTrimBlocks.fingerprint_inputs(router=None, **BLOCKS) == ""
 
 
 @pytest.mark.parametrize(
@@ -134,53 +131,40 @@ def test_lists_of_blocks_that_cannot_be_are_refused(given):
         parse_blocks(given, 40)
 
 
-def _other_profile():
-    return ProfileFile(profile_for(tiny.base_model("i2v")))
-
-
 @pytest.mark.parametrize(
     ("router", "inputs", "parts"),
     [
-        ("profiled", {"k_min": 0.9, "k_max": 0.5}, ["k_min", "k_max", "0.9", "0.5"]),
-        ("profiled", {"k_min": 0.0}, ["k_min", "0.0"]),
-        ("profiled", {"k_min": float("nan")}, ["k_min", "nan"]),
-        ("profiled", {"k_max": 1.5}, ["k_max", "1.5"]),
-        ("profiled", {"curve": "wavy"}, ["curve", "falling, constant, rising", "wavy"]),
-        ("profiled", {"start_percent": 0.7, "end_percent": 0.3}, ["start_percent", "0.7", "0.3"]),
-        ("profiled", {"scheduler": "lunar"}, ["scheduler", "lunar"]),
-        ("profiled", {"steps": 0}, ["steps", "at least 1"]),
-        ("profiled", {"profile": _other_profile}, ["profile", "another model", "Load the profile"]),
+        ("trained", {"k_min": 0.9, "k_max": 0.5}, ["k_min", "k_max", "0.9", "0.5"]),
+        ("trained", {"k_min": 0.0}, ["k_min", "0.0"]),
+        ("trained", {"k_min": float("nan")}, ["k_min", "nan"]),
+        ("trained", {"k_max": 1.5}, ["k_max", "1.5"]),
+        ("trained", {"curve": "wavy"}, ["curve", "falling, constant, rising", "wavy"]),
+        ("trained", {"start_percent": 0.7, "end_percent": 0.3}, ["start_percent", "0.7", "0.3"]),
+        ("trained", {"scheduler": "lunar"}, ["scheduler", "lunar"]),
+        ("trained", {"steps": 0}, ["steps", "at least 1"]),
         ("fixed", {"blocks": "7"}, ["blocks", "1 to 4", "0 to 5"]),
         (
             "trained",
-            {"router_file": "gone.safetensors"},
+            {"file": "gone.safetensors"},
             ["router_file", "gone", "wantrim/routers"],
         ),
-        ("magic", {}, ["router", "profiled, fixed, trained", "magic"]),
+        ("magic", {}, ["router", "trained, fixed", "magic"]),
     ],
 )
 def test_inputs_that_cannot_be_are_refused_by_name(router, inputs, parts, router_folder):
-    made = {k: v() if callable(v) else v for k, v in inputs.items()}
     with pytest.raises(ValueError) as error:
-        at_node(tiny.base_model(), router, **made)
+        at_blocks(tiny.base_model(), router, **inputs)
     says(error, "WanTrim Blocks: ", *parts)
     assert str(error.value).count("WanTrim Blocks") == 1
-
-
-def test_a_missing_profile_is_asked_for():
-    for choice in ("profiled", {"router": "profiled"}):
-        with pytest.raises(ValueError) as error:
-            WanTrimBlocks.execute(model=tiny.base_model(), router=choice, **DEFAULTS)
-        says(error, "WanTrim Blocks", "'profiled' needs a profile", "WanTrim Load Profile")
 
 
 @pytest.mark.parametrize("router", ["fixed", "trained"])
 def test_a_linked_choice_without_its_input_says_what_to_do(router):
     with pytest.raises(ValueError) as error:
-        WanTrimBlocks.execute(model=tiny.base_model(), router=router, **DEFAULTS)
+        WanTrimBlocks.execute(model=tiny.base_model(), router=router, **BLOCKS)
     says(error, f"'{router}' needs the input", "cannot be linked")
     with pytest.raises(ValueError) as error:
-        WanTrimBlocks.execute(model=tiny.base_model(), router=None, **DEFAULTS)
+        WanTrimBlocks.execute(model=tiny.base_model(), router=None, **BLOCKS)
     says(error, "got none of them")
 
 
@@ -195,7 +179,7 @@ def test_a_router_of_another_model_or_another_kind_is_refused(router_folder):
         "bad": ["bad.safetensors", "cannot be read"],
     }.items():
         with pytest.raises(ValueError) as error:
-            at_node(base, "trained", router_file=f"{name}.safetensors")
+            at_blocks(base, "trained", file=f"{name}.safetensors")
         says(error, "WanTrim Blocks", *parts)
 
 

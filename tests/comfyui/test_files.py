@@ -74,7 +74,7 @@ LOADERS = {
     "profile": (profile.FOLDER, profile.WanTrimLoadProfile.execute),
     "router": (
         blocks.FOLDER,
-        lambda name: put.routed(tiny.base_model(), "trained", router_file=name),
+        lambda name: put.routed(tiny.base_model(), "trained", file=name),
     ),
     "slim": (slim.FOLDER, slim.WanTrimLoadSlim.execute),
     "full": ("diffusion_models", lambda name: write_slim("new", diffusion_model=name)),

@@ -32,7 +32,7 @@ def student():
 def routed(model, **changes):
     choice = {"router": "trained", "router_file": DEMO_STUDENT}
     inputs = put.BLOCKS | BUDGET | changes
-    return WanTrimBlocks.execute(model=model, router=choice, profile=None, **inputs).result
+    return WanTrimBlocks.execute(model=model, router=choice, **inputs).result
 
 
 def sampled(model, steps=4):
