@@ -74,8 +74,11 @@ def record(subject: ToySubject, task: str, point: Point, prompts: int) -> list[d
     steps = point.steps
     sigmas = sigmas_for(steps, point.shift).tolist()
     whole = (1.0,) * steps
-    with keeping_calls(subject.model, len(items)) as (inputs, seen):
+    with keeping_calls(subject.model) as calls:
         dense = latents_of(subject, items, whole, point, steps)
+    # the prompts' own rows come first
+    seen = [velocity[: len(items)].float() for _, velocity in calls]
+    inputs = [hidden[: len(items), : seen[0].shape[1]].float() for hidden, _ in calls]
     ways = velocities(inputs, dense[-1], sigmas)
     size, rows = dense[0][0].numel() ** 0.5, []
     grid = sampling_of(subject, point, items[0]).grid
@@ -111,19 +114,18 @@ def record(subject: ToySubject, task: str, point: Point, prompts: int) -> list[d
 
 
 @contextmanager
-def keeping_calls(model: torch.nn.Module, count: int):
-    """Lists that get what a model is given and says, call by call, of the first `count` rows: the
-    prompts'. fp32 [count, out_channels, f, h, w].
-    """
-    given, said = [], []
+def keeping_calls(model: torch.nn.Module):
+    """A list that gets what a model is given and what it says, call by call [b, c, f, h, w]."""
+    calls: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def see(_, args, out) -> None:
-        said.append(out[0][:count].float())
-        given.append(args[0][:count, : out[0].shape[1]].float())
+    def see(module, args, kwargs, out) -> None:
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        velocity = out[0] if isinstance(out, tuple) else out.sample
+        calls.append((hidden.clone(), velocity.clone()))
 
-    hook = model.register_forward_hook(see)
+    hook = model.register_forward_hook(see, with_kwargs=True)
     try:
-        yield given, said
+        yield calls
     finally:
         hook.remove()
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -33,6 +32,7 @@ from ..solve.variants import Variant, variants, why_no_heads
 from ..toy.worlds import FIRST, SECOND, WORLDS
 from .bench import Bench, read_result, write_result
 from .cases import POINTS
+from .curves import keeping_calls
 from .metrics import difference
 from .quality import refuse_rows
 from .subjects import Item, toy_subject
@@ -58,23 +58,9 @@ class WholeRun:
     """
 
     def __init__(self, bench: Bench, item: Item):
-        self.calls: list[tuple[torch.Tensor, torch.Tensor]] = []
-        with self._watched(bench.model):
+        with keeping_calls(bench.model) as self.calls:
             self.latents = bench.sample(item)
         self.sigmas, self.guidance = bench.sampling.sigmas, bench.point.guidance
-
-    @contextmanager
-    def _watched(self, model):
-        def see(module, args, kwargs, out) -> None:
-            hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-            velocity = out[0] if isinstance(out, tuple) else out.sample
-            self.calls.append((hidden.clone(), velocity.clone()))
-
-        handle = model.register_forward_hook(see, with_kwargs=True)
-        try:
-            yield
-        finally:
-            handle.remove()
 
     @property
     def travel(self) -> Travel:
