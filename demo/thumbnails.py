@@ -67,14 +67,15 @@ TEMPLATES = {
     ),
     "wan2.2_ti2v_5b": Shown("t2v", "a purple triangle moving right slowly on a gray background"),
 }
-CANDIDATES = "a red circle moving right slowly on a black background"
+CANDIDATES = Shown("t2v", "a red circle moving right slowly on a black background")
+CANDIDATES_OF_A_PAIR = Shown("i2v", "a blue cross moving up slowly on a gray background")
 SLIM = Shown("t2v", "a green circle moving right slowly on a navy background")
 SLIM_RATIO = 0.2
 
 
-def draw_candidates() -> Image.Image:
+def draw_candidates(shown: Shown = CANDIDATES) -> Image.Image:
     """The same seed whole, with WanTrim, with EasyCache and in fewer steps, and which is nearest."""
-    job = Job("t2v", [parse_prompt(CANDIDATES)], 7, STEPS)
+    job = shown.job
     ours = Trimmed("WanTrim", job, dial=Dial(SPEEDUP))
     fewer = round(job.steps / ours.speedup)
     ways = [
@@ -112,6 +113,7 @@ def draw_slim() -> Image.Image:
 DRAWERS: dict[str, Callable[[], Image.Image]] = {
     **{name: shown.draw for name, shown in TEMPLATES.items()},
     "wantrim_demo_tuned": draw_candidates,
+    "wan2.2_i2v_14b_tuned": lambda: draw_candidates(CANDIDATES_OF_A_PAIR),
     "wan2.1_t2v_slim": draw_slim,
 }
 

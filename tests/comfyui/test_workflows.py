@@ -34,9 +34,9 @@ DIAL = [
     "wan2.2_i2v_14b",
     "wan2.2_ti2v_5b",
 ]
-TUNED = "wantrim_demo_tuned"
+TUNED = {"wantrim_demo_tuned": [1.5, 12, "all", 0], "wan2.2_i2v_14b_tuned": [1.5, 20, "few", 10]}
 SLIM = "wan2.1_t2v_slim"
-WORKFLOWS = [*DEMOS, TUNED, *DIAL, SLIM]
+WORKFLOWS = [*DEMOS, *TUNED, *DIAL, SLIM]
 NODE_IDS = [
     "WanTrim",
     "WanTrimPair",
@@ -114,7 +114,7 @@ def test_workflow_has_the_node_a_version_and_a_picture(workflow, root, name):
     nodes = [node for found, _ in graphs(workflow) for node in found]
     ours = [node for node in nodes if node["type"].startswith("WanTrim")]
     method = "WanTrimPair" if name.startswith("wan2.2") and "5b" not in name else "WanTrim"
-    method = {TUNED: "WanTrimCandidates", SLIM: "WanTrimSlim"}.get(name, method)
+    method = {**dict.fromkeys(TUNED, "WanTrimCandidates"), SLIM: "WanTrimSlim"}.get(name, method)
     assert method in {node["type"] for node in ours}
     assert {node["properties"]["cnr_id"] for node in ours} == {"wantrim"}
     others = {node["properties"]["cnr_id"] for node in nodes if node not in ours}
@@ -148,7 +148,7 @@ def test_workflow_begins_with_the_defaults(workflow, name):
         # 2 + 2 steps go 1.33 times as fast, or twice
         "WanTrimPair": [1.3, "draft", 1, 0, "auto", 0],
         # as many steps as the sampler
-        "WanTrimCandidates": [1.5, 12, "all", 0],
+        "WanTrimCandidates": TUNED.get(name),
     }
     found = [node for node in workflow["nodes"] if node["type"] in defaults]
     values = [node["widgets_values"] for node in found]
