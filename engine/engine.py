@@ -54,6 +54,8 @@ class Seen:
         logits: of a trained router, a block each; None where there is none.
         held: share of the last change that lies in each of TRIED of the tokens; None where it is
             not known.
+        goes_on: the persistence of changes of the velocity, mean of the samples; None where the last
+            step did not tell.
     """
 
     largest: float
@@ -63,6 +65,7 @@ class Seen:
     anchored: tuple[bool, ...] | None
     logits: tuple[float, ...] | None = None
     held: tuple[float, ...] | None = None
+    goes_on: float | None = None
 
 
 class Engine:
@@ -74,14 +77,14 @@ class Engine:
 
     Attributes:
         steer: called with the sigma and the part of the video of a step that is about to begin, and
-            with `Seen.held`, when the one before is in the record; it may `share` anew. None is
+            with what was seen, when the one before is in the record; it may `share` anew. None is
             nobody.
     """
 
     def __init__(self, plan: TrimPlan, record: Record, told: Callable[[Step], None] | None = None):
         self.record, self._told = record, told
         self.now: StepState | None = None
-        self.steer: Callable[[float, Hashable, tuple[float, ...] | None], None] | None = None
+        self.steer: Callable[[float, Hashable, Seen], None] | None = None
         self._shared = Shared(plan, record)
         self._began = 0.0
         # what heads do, by block, and the plan that follows from it
@@ -141,10 +144,12 @@ class Engine:
         alike = before is not None and (before.shape, before.device) == (own.shape, own.device)
         asked.append((before == own).all() if alike else levels.new_zeros(()))
         part = self.memory.parts.get((window, _names(prompts, chunks)[decider]))
-        strayed, held = None, None
+        strayed = held = goes_on = None
         if part is not None and part.fits(own) and self.plan.trims_shares:
             strayed, held = part.strayed(levels.max().float() / unit, own), part.held()
+            goes_on = part.learn()
         asked.append(levels.new_zeros(()) if strayed is None else strayed)
+        asked.append(levels.new_full((), -1.0) if goes_on is None else goes_on.mean())
         told = [torch.stack([value.to(latent.device).float() for value in asked])]
         ask = self.plan.blocks.router.ask if self.plan.trims_blocks else None
         if ask is not None:
@@ -163,7 +168,7 @@ class Engine:
         largest, *rest = told[:known].tolist()
         end = len(rest) - frames
         given = tuple(value > 0 for value in rest[end:])
-        logits = tuple(rest[count + 2 : end]) or None
+        logits = tuple(rest[count + 3 : end]) or None
         return Seen(
             largest / unit,
             not all(rest[:count]),
@@ -172,6 +177,7 @@ class Engine:
             given if any(given) else None,
             logits,
             tuple(told[known : known + more].tolist()) or None,
+            None if goes_on is None else rest[count + 2],
         )
 
     def begin(
@@ -219,12 +225,11 @@ class Engine:
             # a prompt can have an area of its own, whose unconditional prompt shares its name
             where = (window, names[decider])
             if self.steer is not None:
-                self.steer(sigma, where, seen.held)
+                self.steer(sigma, where, seen)
             part = self.memory.part(where, last and last.sigma, sigma)
             if not part.fits(own):
                 part.clear()
             part.noisy |= seen.strayed > STRAYED
-            part.learn()
             keys = [(*pair, 1) for pair in zip(names, cond_or_uncond, strict=True)]
             self._find_roles(grid, num_blocks)
             facts = Facts(

@@ -123,6 +123,8 @@ class Part:
         self._last: list[Hashable] = []
         # of what each prompt gave, how much the sampler went along
         self._mix: dict[Hashable, torch.Tensor] = {}
+        # that, and the persistence, as a call found them: they count when it begins a step
+        self._found: tuple[dict[Hashable, torch.Tensor], torch.Tensor | None] = ({}, None)
 
     def fits(self, latent: torch.Tensor) -> bool:
         """Whether what is remembered is of a latent like this one [b, c, f, h, w]."""
@@ -151,27 +153,36 @@ class Part:
             # two calls at one sigma, as heun makes them, tell nothing of it
             known = torch.stack(parts).isfinite().all()
             mix = zip(self._last, (1.0 - sum(parts), *parts), strict=True)
-            self._mix |= {k: torch.where(known, by, self._mix.get(k, by)) for k, by in mix}
+            mix = {k: torch.where(known, by, self._mix.get(k, by)) for k, by in mix}
         else:
-            self._mix[self._last[0]] = torch.ones((), device=path.device)
+            mix = {self._last[0]: torch.ones((), device=path.device)}
+        self._found = mix, None
         return rest.square().sum() / path.square().sum().clamp(min=1e-12)
 
-    def learn(self) -> None:
-        """See in what the last step computed how far changes of the velocity go on.
+    def learn(self) -> torch.Tensor | None:
+        """See in what the last step computed how far changes of the velocity go on; None is nothing.
 
         Of the mix that the sampler goes along: guidance makes more of what the prompts do not share,
         and that goes on less.
         """
-        last = [(self.prompts[key], self._mix.get(key)) for key in self._last]
+        mix, _ = self._found
+        last = [(self.prompts[key], mix.get(key)) for key in self._last]
         if not last or any(one.foretold is None or by is None for one, by in last):
-            return
+            return None
         foretold = sum(one.foretold * by for one, by in last)
-        self.persistence = persistence(foretold, sum(one.turn * by for one, by in last))
-        for one, _ in last:
-            one.foretold = None
+        found = persistence(foretold, sum(one.turn * by for one, by in last))
+        self._found = mix, found
+        return found
 
     def begin(self, sigma: float, latent: torch.Tensor) -> None:
         """A step begins, or goes on, at this sigma with this latent [b, c, f, h, w]."""
+        mix, found = self._found
+        self._mix |= mix
+        if found is not None:
+            self.persistence = found
+            for key in self._last:
+                self.prompts[key].foretold = None
+        self._found = {}, None
         if self.sigma != sigma:
             self._last = []
         self.sigma, self._point = sigma, (sigma, latent)
@@ -307,7 +318,7 @@ class Part:
         self.prompts.clear()
         self.change = self.age = self.persistence = self._point = None
         self.all_seen = False
-        self._last, self._mix, self.seen = [], {}, 0
+        self._last, self._mix, self._found, self.seen = [], {}, ({}, None), 0
 
 
 def explain(

@@ -3,7 +3,8 @@
 The dial is solved when the run begins, for one model call at each step that was announced. Where
 other calls come (two at a step, none, the ones behind a jump), or steps computed something else than
 was planned, it is solved anew for what is still to come, with what was done as it was. So it is
-where the run's own whole steps show that change lies in more tokens than in the curves.
+where the run's own whole steps show that change lies in more tokens than in the curves, and where
+they do not show yet that changes go on: then the first step that was to be left out waits.
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ from dataclasses import replace
 
 import numpy as np
 
-from ..engine.engine import Engine
+from ..engine.engine import Engine, Seen
 from ..engine.plan import TrimPlan
 from ..methods.shares import Shares
 from .dial import Cost, Dial, Run, Solved
 
 # of a share: below it a step ran as it was planned
 SAME = 1e-6
+# of the persistence of changes: below it what the video shows is not decided yet
+DECIDED = 0.1
 # of the error that is left at a share of the tokens: below it a run is as it was taken to be
 ALIKE = 0.1
 
@@ -56,17 +59,14 @@ class Course:
     def _solve(self) -> Solved:
         return self._dial.solve(self._run, self._plan, self._cost)
 
-    def step(self, sigma: float, where: Hashable, held: tuple[float, ...] | None) -> None:
-        """A step of a part of the video is about to begin.
-
-        Args:
-            held: share of the last change in each of TRIED of the tokens, where it is known.
-        """
+    def step(self, sigma: float, where: Hashable, seen: Seen) -> None:
+        """A step of a part of the video is about to begin."""
+        held, goes_on = seen.held, seen.goes_on
         at = self.solved.plan.shares.place(sigma)
         # all parts of a step go by what was seen before it; samplers that go back and forth see too
         # little of how far the video came
         if self._came[at] or max(self._calls()) > 1:
-            held = None
+            held = goes_on = None
         self._came[at][where] += 1
         self._at = max(self._at, at)
         memory, run = self._engine.memory, self._run
@@ -87,15 +87,29 @@ class Course:
             for share, planned, count in zip(now.done, shares, now.calls, strict=False)
         )
         as_seen = self._as_seen(run, now)
-        if known == now.calls and as_planned and as_seen and run.partial == now.partial:
-            return
-        self._run = now
-        shares = self._last() if begun and self._at == run.steps - 1 else None
-        if shares is None:
+        before = self.solved
+        anew = not (known == now.calls and as_planned and as_seen and run.partial == now.partial)
+        shares = None
+        if anew:
+            self._run = now
+            shares = self._last() if begun and self._at == run.steps - 1 else None
+        if anew and shares is None:
             self.solved = self._solve()
-            shares = self.solved.plan.shares
-        self._engine.share(shares)
+        if shares is None and goes_on is not None and goes_on < DECIDED:
+            self._wait(now)
+        if shares is None and self.solved is before:
+            return
+        self._engine.share(shares or self.solved.plan.shares)
         self._told(self.solved)
+
+    def _wait(self, now: Run) -> None:
+        """Let the first step that was to be left out be whole, where the wish can still be met."""
+        if self.solved.plan.shares.shares[self._at] == 1.0 or min(now.done, default=1.0) < 1.0:
+            return
+        waiting = replace(now, waits=self._at)
+        solved = self._dial.solve(waiting, self._plan, self._cost)
+        if solved.why is None:
+            self._run, self.solved = now, solved
 
     def _as_seen(self, run: Run, now: Run) -> bool:
         """Whether change lies where the plan took it to lie, or nothing depends on it."""

@@ -46,6 +46,7 @@ class Run:
         done: shares of the first steps, where these ran already.
         held: whether the context of the last whole one of those is there.
         before: what was sampled of the same video before, by this model or the pair's other one.
+        waits: a step that is to be whole; None is none.
         concentration: a sigma, and what each of TRIED of the tokens held of the change there; None
             is not seen yet.
     """
@@ -63,6 +64,7 @@ class Run:
     done: tuple[float, ...] = ()
     held: bool = True
     before: Run | None = None
+    waits: int | None = None
     concentration: tuple[float, tuple[float, ...]] | None = None
 
     def __post_init__(self):
@@ -188,6 +190,8 @@ class Dial:
         fresh = frozenset({0, before, before + (switch or (run.steps if last else 0))})
         own = run.calls or (1,) * run.steps
         asked = self._whole(sigmas, run.shift, fresh)
+        if run.waits is not None:
+            asked |= {before + run.waits}
         done = [share for part in parts for share in part.shares_done]
         task = Task(
             sigmas,

@@ -40,6 +40,7 @@ def nothing_learned_of_the_change(monkeypatch):
     """What is solved anew here is so because of the steps that come."""
     for name in ("TEXT_TO_VIDEO", "TEXT_TO_VIDEO_UNGUIDED"):
         monkeypatch.setattr(priors, name, replace(getattr(priors, name), held=()))
+    monkeypatch.setattr("wantrim.solve.course.DECIDED", 0.0)
 
 
 # the sigmas of the calls that come when so many steps are announced
@@ -294,3 +295,21 @@ def test_a_high_noise_expert_that_goes_on_in_the_low_ones_place_does_what_is_lef
         records.append(record)
         earlier.append(course.ran)
     assert together(*records) == pytest.approx(1.5, rel=0.03)
+
+
+@pytest.mark.parametrize("wanted", [1.5, 2.0, 3.5])
+def test_the_first_step_that_is_left_out_waits_until_changes_go_on(wanted, monkeypatch):
+    """A random model's never do: it waits as long as the wish can still be met."""
+    _, _, [planned] = go(as_announced(20), Dial(wanted), run_of(20))
+    monkeypatch.setattr("wantrim.solve.course.DECIDED", 0.1)
+    record, course, told = go(as_announced(20), Dial(wanted), run_of(20))
+    shares = [step.program.share for step in record.steps]
+    first, before = (
+        next(i for i, s in enumerate(one) if s < 1) for one in (shares, planned.plan.shares.shares)
+    )
+    # of the first three it is not known
+    assert (first > before) == (before >= 3) and len(told) == 1 + max(0, first - before)
+    assert done(record) == pytest.approx(wanted, rel=0.03) and course.solved.why is None
+    # waiting once more would have been too long
+    waiting = replace(course.solved.run, done=(1.0,) * first, waits=first)
+    assert before < 3 or Dial(wanted).solve(waiting).why is not None
