@@ -169,6 +169,8 @@ class Engine:
         end = len(rest) - frames
         given = tuple(value > 0 for value in rest[end:])
         logits = tuple(rest[count + 3 : end]) or None
+        # where noise is added every velocity is another path's
+        tells = goes_on is not None and not (part.noisy or rest[count + 1] > STRAYED)
         return Seen(
             largest / unit,
             not all(rest[:count]),
@@ -177,7 +179,7 @@ class Engine:
             given if any(given) else None,
             logits,
             tuple(told[known : known + more].tolist()) or None,
-            None if goes_on is None else rest[count + 2],
+            rest[count + 2] if tells else None,
         )
 
     def begin(

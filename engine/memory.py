@@ -139,6 +139,7 @@ class Part:
         at earlier steps, or adds noise. What mix it was is kept.
         Not a number while sigma is that of the last step: to compare it here would wait for the device.
         """
+        self._found = {}, None
         if self._point is None or not self._last or not self.known(self._last):
             return None
         said = (self.prompts[key].at(self._point[0], self.persistence) for key in self._last)

@@ -6,7 +6,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from wantrim.engine import memory
 from wantrim.tests.comfyui import tiny
-from wantrim.tests.comfyui.put import demo_model, demo_sample
+from wantrim.tests.comfyui.put import asked, demo_model, demo_sample, dialled
 
 STEPS = 16
 # every second step once the video is decided
@@ -50,3 +50,21 @@ def test_batched_and_split_go_on_alike(monkeypatch):
 
 def test_a_second_run_is_the_same_to_the_bit():
     assert torch.equal(sampled(*VALUES), sampled(*VALUES))
+
+
+@pytest.mark.parametrize(("sampler", "waits"), [("euler", True), ("euler_ancestral", False)])
+def test_the_dial_waits_for_a_video_that_is_not_decided(sampler, waits, monkeypatch):
+    """Random weights never show that changes go on; where noise is added nothing could."""
+
+    def shares() -> tuple[float, ...]:
+        model = dialled(tiny.base_model())
+        tiny.ksampler(model, steps=12, sampler=sampler)
+        return asked(model)
+
+    found = shares()
+    monkeypatch.setattr("wantrim.solve.course.DECIDED", 0.0)
+    planned = shares()
+    assert (found != planned) == waits and min(planned) < 1.0
+    assert sum(found) == pytest.approx(sum(planned), rel=0.06)
+    if waits:
+        assert found.index(min(found)) > planned.index(min(planned))
