@@ -72,7 +72,9 @@ def router_file(model) -> str:
         routers()
         / f"{network.dim}_{len(network.blocks)}_{network.patch_embedding.in_channels}.safetensors"
     )
-    save_router(path, TrainedRouter(mlp, "none", fingerprint))
+    if not path.exists():
+        # one that is written again is read again
+        save_router(path, TrainedRouter(mlp, "none", fingerprint))
     return path.name
 
 
@@ -86,7 +88,7 @@ def at_blocks(model, router="trained", *, blocks="2, 3", file=None, **inputs) ->
     return WanTrimBlocks.execute(model=model, router=choice, **BLOCKS | inputs).result
 
 
-def routed(model, router="trained", **options):
+def routed(model, router="fixed", **options):
     """What WanTrim Blocks makes of `model`."""
     return at_blocks(model, router, **options)[0]
 
