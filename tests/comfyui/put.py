@@ -68,10 +68,7 @@ def router_file(model) -> str:
     with torch.inference_mode(False), torch.random.fork_rng():
         torch.manual_seed(4)
         mlp = RouterMLP(len(network.blocks), 0, 32, 16).requires_grad_(False)
-    path = (
-        routers()
-        / f"{network.dim}_{len(network.blocks)}_{network.patch_embedding.in_channels}.safetensors"
-    )
+    path = routers() / f"{abs(hash(fingerprint))}.safetensors"
     if not path.exists():
         # one that is written again is read again
         save_router(path, TrainedRouter(mlp, "none", fingerprint))
