@@ -81,7 +81,7 @@ def at_blocks(model, router="trained", *, blocks="2, 3", file=None, **inputs) ->
     if router == "fixed":
         choice["blocks"] = blocks
     if router == "trained":
-        choice["router_file"] = file or router_file(model)
+        choice["router_file"] = router_file(model) if file is None else file
     return WanTrimBlocks.execute(model=model, router=choice, **BLOCKS | inputs).result
 
 
