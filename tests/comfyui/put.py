@@ -75,13 +75,17 @@ def router_file(model) -> str:
     return path.name
 
 
-def at_blocks(model, router="trained", *, blocks="2, 3", file=None, **inputs) -> tuple:
+# a router made for the model
+OWN = object()
+
+
+def at_blocks(model, router="trained", *, blocks="2, 3", file=OWN, **inputs) -> tuple:
     """What WanTrim Blocks gives out: the MODEL and the text."""
     choice = {"router": router}
     if router == "fixed":
         choice["blocks"] = blocks
     if router == "trained":
-        choice["router_file"] = router_file(model) if file is None else file
+        choice["router_file"] = router_file(model) if file is OWN else file
     return WanTrimBlocks.execute(model=model, router=choice, **BLOCKS | inputs).result
 
 
