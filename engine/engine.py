@@ -146,10 +146,10 @@ class Engine:
         part = self.memory.parts.get((window, _names(prompts, chunks)[decider]))
         strayed = held = goes_on = None
         if part is not None and part.fits(own) and self.plan.trims_shares:
-            strayed, held = part.strayed(levels.max().float() / unit, own), part.held()
-            goes_on = part.learn()
+            strayed, goes_on = part.look(levels.max().float() / unit, own)
+            held = part.held()
         asked.append(levels.new_zeros(()) if strayed is None else strayed)
-        asked.append(levels.new_full((), -1.0) if goes_on is None else goes_on.mean())
+        asked.append(levels.new_zeros(()) if goes_on is None else goes_on.mean())
         told = [torch.stack([value.to(latent.device).float() for value in asked])]
         ask = self.plan.blocks.router.ask if self.plan.trims_blocks else None
         if ask is not None:

@@ -5,13 +5,14 @@ By prompt and never by how the host happened to batch: batched to split in mid-r
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 
 import torch
 
 from ..kernels import join_rows
 from ..methods.carry import persistence
 from ..methods.grid import TokenGrid
+from ..methods.path import explain
 from ..methods.shares import expected_error, held_by_most, token_change
 from .compiled import outside_graphs
 from .context import Context, ContextInRam, Lane, Room
@@ -62,56 +63,54 @@ class Part:
         last = self._point
         return last is None or (last[1].shape == latent.shape and last[1].device == latent.device)
 
-    def strayed(self, sigma: float, latent: torch.Tensor) -> torch.Tensor | None:
-        """Share of the squared path since the last step that no guidance explains, or None.
+    def look(
+        self, sigma: torch.Tensor, latent: torch.Tensor
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """What a call at this sigma, with this latent [b, c, f, h, w], tells of the step before.
 
         Between two steps a sampler goes along a mix of its prompts' velocities, as
         v_uncond + g * (v_cond - v_uncond) for some g, and of how these changed where it looks back
-        at earlier steps, or adds noise. What mix it was is kept.
-        Not a number while sigma is that of the last step: to compare it here would wait for the device.
+        at earlier steps, or adds noise. Changes are seen in that mix: guidance makes more of what the
+        prompts do not share, and that goes on less.
+
+        Returns:
+            Share of the squared path that no mix explains, not a number while sigma is that of the
+            last step: to compare it here would wait for the device. And the persistence of changes,
+            where the step computed something that tells. Nothing counts before `begin`.
         """
         self._found = {}, None
         if self._point is None or not self._last or not self.known(self._last):
-            return None
-        said = (self.prompts[key].at(self._point[0], self.persistence) for key in self._last)
-        first, *others = (velocity.float() for velocity in said)
+            return None, None
+        last = [self.prompts[key] for key in self._last]
+        first, *others = (one.at(self._point[0], self.persistence).float() for one in last)
         path = (latent.float() - self._point[1].float()) / (sigma - self._point[0])
         ways = [other - first for other in others]
-        turns = (self.prompts[key].turn for key in self._last)
-        ways += [turn for turn in turns if turn is not None]
+        ways += [one.turn for one in last if one.turn is not None]
         parts, rest = explain(path - first, ways)
-        parts = parts[: len(others)]
-        if others:
-            # two calls at one sigma, as heun makes them, tell nothing of it
-            known = torch.stack(parts).isfinite().all()
-            mix = zip(self._last, (1.0 - sum(parts), *parts), strict=True)
-            mix = {k: torch.where(known, by, self._mix.get(k, by)) for k, by in mix}
-        else:
-            mix = {self._last[0]: torch.ones((), device=path.device)}
-        self._found = mix, None
-        return rest.square().sum() / path.square().sum().clamp(min=1e-12)
+        mix = self._mixed(parts[: len(others)], path)
+        told = None
+        if all(one.foretold is not None for one in last):
+            pairs = list(zip(last, mix.values(), strict=True))
+            foretold = sum(one.foretold * by for one, by in pairs)
+            told = persistence(foretold, sum(one.turn * by for one, by in pairs))
+        self._found = mix, told
+        return rest.square().sum() / path.square().sum().clamp(min=1e-12), told
 
-    def learn(self) -> torch.Tensor | None:
-        """See in what the last step computed how far changes of the velocity go on; None is nothing.
-
-        Of the mix that the sampler goes along: guidance makes more of what the prompts do not share,
-        and that goes on less.
-        """
-        mix, _ = self._found
-        last = [(self.prompts[key], mix.get(key)) for key in self._last]
-        if not last or any(one.foretold is None or by is None for one, by in last):
-            return None
-        foretold = sum(one.foretold * by for one, by in last)
-        found = persistence(foretold, sum(one.turn * by for one, by in last))
-        self._found = mix, found
-        return found
+    def _mixed(self, parts: list[torch.Tensor], path) -> dict[Hashable, torch.Tensor]:
+        """How much of each prompt of the last step there is in a path, from those of all but the first."""
+        if not parts:
+            return {self._last[0]: path.new_ones(())}
+        # two calls at one sigma, as heun makes them, tell nothing of it
+        known = torch.stack(parts).isfinite().all()
+        mix = zip(self._last, (1.0 - sum(parts), *parts), strict=True)
+        return {key: torch.where(known, by, self._mix.get(key, by)) for key, by in mix}
 
     def begin(self, sigma: float, latent: torch.Tensor) -> None:
         """A step begins, or goes on, at this sigma with this latent [b, c, f, h, w]."""
-        mix, found = self._found
+        mix, told = self._found
         self._mix |= mix
-        if found is not None:
-            self.persistence = found
+        if told is not None:
+            self.persistence = told
             for key in self._last:
                 self.prompts[key].foretold = None
         self._found = {}, None
@@ -136,9 +135,8 @@ class Part:
     def repeat(self, key: Hashable, sigma: float, latent: torch.Tensor) -> torch.Tensor:
         """The velocity of a prompt that is not computed at this sigma, for this latent.
 
-        It goes on as it changed last (methods/carry.py).
-        Where the sampler adds noise the velocity points at another noise every time; there the
-        video that it pointed at is repeated, which is the same thing on a straight path.
+        It goes on as it changed last (methods/carry.py). Where the sampler adds noise the velocity
+        points at another noise every time; there the video that it pointed at is repeated, which is the same thing on a straight path.
         """
         prompt = self.prompts[key]
         self._came(key)
@@ -251,35 +249,6 @@ class Part:
         self.change = self.age = self.persistence = self._point = None
         self.all_seen = False
         self._last, self._mix, self._found, self.seen = [], {}, ({}, None), 0
-
-
-def explain(
-    path: torch.Tensor, ways: Sequence[torch.Tensor]
-) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """How many times each way there is in a path (least squares), and the rest of it, all [...].
-
-    Ways that are none, or lead nowhere new, have no part. Nothing is read from the device.
-    """
-    upright, shares, found = [], [], []
-    for way in ways:
-        before = []
-        for past in upright:
-            before.append(_share_along(way, past))
-            way = way - past * before[-1]
-        found.append(_share_along(path, way))
-        path = path - way * found[-1]
-        upright.append(way)
-        shares.append(before)
-    # what a later way has of an earlier one is taken from that
-    for late in range(len(found) - 1, 0, -1):
-        for early in range(late):
-            found[early] = found[early] - found[late] * shares[late][early]
-    return found, path
-
-
-def _share_along(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """How many times b [...] there is of it in a [...]."""
-    return (a * b).sum() / b.square().sum().clamp(min=1e-12)
 
 
 class Memory:

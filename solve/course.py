@@ -87,29 +87,32 @@ class Course:
             for share, planned, count in zip(now.done, shares, now.calls, strict=False)
         )
         as_seen = self._as_seen(run, now)
-        before = self.solved
         anew = not (known == now.calls and as_planned and as_seen and run.partial == now.partial)
-        shares = None
         if anew:
             self._run = now
-            shares = self._last() if begun and self._at == run.steps - 1 else None
-        if anew and shares is None:
+            if begun and self._at == run.steps - 1:
+                self._go_by(self._last())
+                return
             self.solved = self._solve()
-        if shares is None and goes_on is not None and goes_on < DECIDED:
-            self._wait(now)
-        if shares is None and self.solved is before:
-            return
-        self._engine.share(shares or self.solved.plan.shares)
+        if self._waits(now, goes_on) or anew:
+            self._go_by(self.solved.plan.shares)
+
+    def _go_by(self, shares: Shares) -> None:
+        self._engine.share(shares)
         self._told(self.solved)
 
-    def _wait(self, now: Run) -> None:
-        """Let the first step that was to be left out be whole, where the wish can still be met."""
-        if self.solved.plan.shares.shares[self._at] == 1.0 or min(now.done, default=1.0) < 1.0:
-            return
-        waiting = replace(now, waits=self._at)
-        solved = self._dial.solve(waiting, self._plan, self._cost)
-        if solved.why is None:
-            self._run, self.solved = now, solved
+    def _waits(self, now: Run, goes_on: float | None) -> bool:
+        """Whether the first step that was to be left out is whole instead: changes do not go on yet,
+        and the wish can still be met.
+        """
+        left_out = self.solved.plan.shares.shares[self._at] < 1.0
+        if goes_on is None or goes_on >= DECIDED or not left_out or min(now.done) < 1.0:
+            return False
+        solved = self._dial.solve(replace(now, waits=self._at), self._plan, self._cost)
+        if solved.why is not None:
+            return False
+        self._run, self.solved = now, solved
+        return True
 
     def _as_seen(self, run: Run, now: Run) -> bool:
         """Whether change lies where the plan took it to lie, or nothing depends on it."""

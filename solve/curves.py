@@ -13,8 +13,8 @@ import numpy as np
 
 from ..methods.schedule import progress_at
 
-# of the way in the sampler's own time, at the shift that the curves were recorded with, by which they
-# tell how far a change goes on: what is left of it at a distance falls by a power of that
+# flow shift of the clock in which curves say how far a change goes on, and the power of the distance
+# by which less of it does; fitted on both tiny Wans
 SHIFT, FALLS = 3.0, 1.5
 # of the ratio of what the most changed tokens hold: they are chosen by it, and what they read of the
 # others is as old. On the second tiny Wan what is left lies between the powers 2 and 3

@@ -137,7 +137,9 @@ class _Search:
                 self.moves.append((start, before, shares, spent))
 
     def _ways(self, before: int | None, start: int, end: int):
-        """Units, error and shares of the ways between two whole steps that no other beats."""
+        """Units, error and shares of the ways between two whole steps, but for those that cost more
+        than another and are worse.
+        """
         task, found = self.task, []
         for shares in _stretches(task, start, end):
             spent = sum(
@@ -148,7 +150,7 @@ class _Search:
             found.append((spent, error, shares))
         least = np.inf
         for way in sorted(found, key=lambda way: way[:2]):
-            if way[1] < least:
+            if way[1] <= least:
                 least = way[1]
                 yield way
 
@@ -209,12 +211,12 @@ def stretch_error(
         length = task.sigmas[step] - task.sigmas[step + 1]
         far, near = (travel[step] - travel[start]) ** 2, (travel[step] - travel[last]) ** 2
         left = _left(curves, share, task.sigmas[step])
-        if before is not None:
-            left *= curves.missed(known.clock[step] - known.clock[before], known.reach[step])
         off = (hot * near + (1.0 - hot) * far) * left
+        if before is not None:
+            off *= curves.missed(known.clock[step] - known.clock[before], known.reach[step])
         error += amplified[step] * length * task.calls[step] ** 0.5 * off**0.5
         if share > 0.0:
-            last, hot = step, 1.0 - min(1.0, _left(curves, share, task.sigmas[step]))
+            last, hot = step, 1.0 - min(1.0, left)
     return error**2
 
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from wantrim.engine.context import Room
-from wantrim.engine.memory import Part, explain
+from wantrim.engine.memory import Part
 from wantrim.methods.carry import MOST, carried, persistence
+from wantrim.methods.path import explain
 
 
 def test_the_persistence_is_the_least_squares_fit_of_each_sample():
@@ -69,8 +70,7 @@ def sampled(velocity, sigmas, computed, guidance=3.0, dtype=torch.float32):
     part, x, found = Part(Room()), torch.zeros(SIZE), []
     for number, sigma in enumerate(sigmas):
         if number:
-            part.strayed(sigma, x)
-        part.learn()
+            part.look(sigma, x)
         part.begin(sigma, x)
         rows = []
         for key, said in zip("ab", velocity(sigma), strict=True):

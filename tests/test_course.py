@@ -106,11 +106,12 @@ def other_sigmas(steps):
 WAYS = [as_announced, heun, middle, near, three, to_the_end, once_more, jumps, restarts]
 
 
-def go(sigmas, dial=None, run=None, *, plan=ANY, wrong=None):
+def go(sigmas, dial=None, run=None, *, plan=ANY, wrong=None, straight=False):
     """A run of a small Wan at these sigmas; gives its record, its course and what that said.
 
     Args:
         wrong: called with the engine before each call.
+        straight: along its velocities, as Euler goes; else with other noise in every call.
     """
     model = random_wan(4)
     told = []
@@ -118,11 +119,16 @@ def go(sigmas, dial=None, run=None, *, plan=ANY, wrong=None):
         engine = attached.engine
         given = (dial or Dial(1.5), run or run_of(12))
         course = Course(*given, TrimPlan(), flops, engine, told.append)
+        latent = noise(1, 16, *SIZE)
         for at, sigma in enumerate(sigmas):
-            latent = noise(1, 16, *SIZE, seed=at)
+            if not straight:
+                latent = noise(1, 16, *SIZE, seed=at)
             if wrong is not None:
                 wrong(engine, at)
-            model(latent, torch.full((1,), 1000 * sigma), words(), return_dict=False)
+            timestep = torch.full((1,), 1000 * sigma)
+            velocity = model(latent, timestep, words(), return_dict=False)[0]
+            after = sigmas[at + 1] if at + 1 < len(sigmas) else 0.0
+            latent = latent + (after - sigma) * velocity
     return engine.record, course, told
 
 
@@ -142,9 +148,14 @@ def test_the_wish_is_met_whatever_comes(way, steps, wanted):
     record, course, told = go(way(steps), Dial(wanted), run_of(steps))
     assert len(record.steps) == len(way(steps))
     met = done(record) == pytest.approx(wanted, rel=0.03)
-    # a call at the last one, which nobody expected, may be more than that
+    # a call at the last one, which nobody expected, may be more than that where steps are few, or
+    # whole and repeated alone
     said = "cannot make up for those that came" in (course.solved.why or "")
-    assert met != said and (met or way in (to_the_end, once_more))
+    parts = any(0.0 < step.program.share < 1.0 for step in record.steps)
+    coarse = way in (to_the_end, once_more) and (steps == 8 or not parts)
+    assert met != said and (met or coarse)
+    # then by half a call at most
+    assert met or abs(mean_work(record) - 1 / wanted) * len(record.steps) <= 0.5 + 1e-6
     # what is expected in the end is what was done
     assert course.solved.reached == pytest.approx(done(record), rel=0.03)
     assert (len(told) == 1) == (way is as_announced)
@@ -297,19 +308,21 @@ def test_a_high_noise_expert_that_goes_on_in_the_low_ones_place_does_what_is_lef
     assert together(*records) == pytest.approx(1.5, rel=0.03)
 
 
-@pytest.mark.parametrize("wanted", [1.5, 2.0, 3.5])
+@pytest.mark.parametrize("wanted", [1.3, 1.5, 2.0])
 def test_the_first_step_that_is_left_out_waits_until_changes_go_on(wanted, monkeypatch):
-    """A random model's never do: it waits as long as the wish can still be met."""
-    _, _, [planned] = go(as_announced(20), Dial(wanted), run_of(20))
-    monkeypatch.setattr("wantrim.solve.course.DECIDED", 0.1)
-    record, course, told = go(as_announced(20), Dial(wanted), run_of(20))
-    shares = [step.program.share for step in record.steps]
-    first, before = (
-        next(i for i, s in enumerate(one) if s < 1) for one in (shares, planned.plan.shares.shares)
-    )
-    # of the first three it is not known
-    assert (first > before) == (before >= 3) and len(told) == 1 + max(0, first - before)
+    """Where nothing is enough it waits as long as the wish can still be met."""
+    run, dial = replace(run_of(20), prompts=2), Dial(wanted)
+    planned = dial.solve(run).plan.shares.shares
+    before = next(i for i, share in enumerate(planned) if share < 1)
+    # of the first three steps it is not known
+    assert before >= 3
+    monkeypatch.setattr("wantrim.solve.course.DECIDED", 1.0)
+    record, course, told = go(as_announced(20), dial, run, straight=True)
+    first = next(i for i, step in enumerate(record.steps) if step.program.share < 1)
+    assert first > before and len(told) > 1
     assert done(record) == pytest.approx(wanted, rel=0.03) and course.solved.why is None
+    # where noise is added it is not known, and nothing waits
+    shares = [step.program.share for step in go(as_announced(20), dial, run)[0].steps]
+    assert shares == pytest.approx(planned)
     # waiting once more would have been too long
-    waiting = replace(course.solved.run, done=(1.0,) * first, waits=first)
-    assert before < 3 or Dial(wanted).solve(waiting).why is not None
+    assert dial.solve(replace(run, done=(1.0,) * first, waits=first)).why is not None

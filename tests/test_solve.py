@@ -242,6 +242,15 @@ def test_where_nothing_near_fits_the_nearer_plan_is_taken(budget, wanted):
     assert solve_nearest(one, curves(LATE), budget, cost) == wanted
 
 
+@pytest.mark.parametrize("wanted", [1.2, 1.5, 1.7])
+def test_a_wish_is_met_where_a_part_of_the_tokens_is_worth_nothing(wanted):
+    """Whole steps alone would be up to a sixth off; no part takes anything of the error away."""
+    even = replace(CURVES, left=((1.0,) * 4,) * 2)
+    one = task(5, whole=(0,))
+    found = solve_nearest(one, even, 5 / wanted, cost)
+    assert abs(spent(one, found) * wanted / 5 - 1) <= 0.03
+
+
 def test_without_a_partial_step_nothing_is_filled():
     assert fill((1.0, 0.0, 1.0), (1, 1, 1), 2.7, cost) == (1.0, 0.0, 1.0)
 

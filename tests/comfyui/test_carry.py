@@ -31,7 +31,8 @@ def test_the_video_is_nearer_to_the_whole_one(sampler, cfg, monkeypatch):
     repeated = sampled(*VALUES, **options)
     off, before = ((out - whole).norm() for out in (going, repeated))
     # guidance makes more of what goes on less
-    assert off < (0.65 if cfg == 1.0 else 0.95) * before
+    limit = 0.65 if cfg == 1.0 else 0.85
+    assert off < (0.95 if sampler == "uni_pc" and cfg > 1.0 else limit) * before
 
 
 def test_where_noise_is_added_nothing_goes_on(monkeypatch):
