@@ -53,12 +53,15 @@ def paired(high, low, **inputs):
     return WanTrimPair.execute(**given | DIAL | inputs).result
 
 
+# gone when the tests are
+_HELD = tempfile.TemporaryDirectory()
+
+
 @cache
 def routers() -> Path:
     """A folder of ComfyUI's for the routers of tests."""
-    folder = Path(tempfile.mkdtemp())
-    folder_paths.add_model_folder_path(FOLDER, str(folder))
-    return folder
+    folder_paths.add_model_folder_path(FOLDER, _HELD.name)
+    return Path(_HELD.name)
 
 
 def router_file(model) -> str:
