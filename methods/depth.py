@@ -89,4 +89,8 @@ class BlockPlan:
         """Blocks that run in a step."""
         if not self.start <= progress <= self.end:
             return num_blocks
+        return self.blocks(sigma, num_blocks)
+
+    def blocks(self, sigma: float, num_blocks: int) -> int:
+        """Blocks that run at this sigma, where any may be skipped."""
         return self.router.count(num_blocks, self.budget.blocks(sigma, num_blocks))

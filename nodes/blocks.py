@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import re
-import statistics
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
-import comfy.samplers
 from comfy_api.latest import io
-from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 
 from ..hosts.comfyui.attach import attach_part
 from ..hosts.comfyui.profiling import model_fingerprint
@@ -18,7 +15,6 @@ from ..hosts.comfyui.slim import slim_header
 from ..hosts.comfyui.variants import SKIP_BLOCKS, check_variant
 from ..methods.depth import SHAPES, BlockBudget, BlockPlan
 from ..methods.routers import FixedRouter, Router
-from ..methods.schedule import progress_at
 from ..profiles.fingerprint import WHOLE, width_digest
 from ..slim.router import TrainedRouter, load_router
 from .files import add_folder, find_file, list_files
@@ -77,34 +73,9 @@ class WanTrimBlocks(io.ComfyNode):
                         "the mean of k_min and k_max in every step."
                     ),
                 ),
-                io.Int.Input(
-                    "steps",
-                    default=20,
-                    min=1,
-                    max=10_000,
-                    tooltip="Only for the text: the steps of your sampler.",
-                ),
-                io.Combo.Input(
-                    "scheduler",
-                    options=list(comfy.samplers.SCHEDULER_NAMES),
-                    default="simple",
-                    tooltip="Only for the text: the scheduler of your sampler.",
-                ),
-                io.Float.Input(
-                    "shift",
-                    default=0.0,
-                    min=0.0,
-                    max=100.0,
-                    step=0.01,
-                    advanced=True,
-                    tooltip=(
-                        "Only for the text: the shift of the ModelSamplingSD3 behind this node. 0 is "
-                        "the model's own."
-                    ),
-                ),
                 *percent_inputs("skipping"),
             ],
-            outputs=[planned_output(), text_output("How many blocks will run at each step.")],
+            outputs=[planned_output(), text_output("How many blocks run at which noise level.")],
         )
 
     @classmethod
@@ -121,9 +92,6 @@ class WanTrimBlocks(io.ComfyNode):
         k_min: float,
         k_max: float,
         curve: str,
-        steps: int,
-        scheduler: str,
-        shift: float,
         start_percent: float,
         end_percent: float,
         router: dict | str | None = None,
@@ -142,7 +110,7 @@ class WanTrimBlocks(io.ComfyNode):
             plan = BlockPlan(
                 chosen, BlockBudget(*given.values()), start=start_percent, end=end_percent
             )
-            text = "\n".join([_text(model, plan, steps, scheduler, shift), *remarks])
+            text = "\n".join([_text(plan, len(network.blocks)), *remarks])
         except ValueError as error:
             raise ValueError(f"{NAME}: {_shown(str(error))}") from error
         return io.NodeOutput(attach_part(model, blocks=plan), text, ui={"text": (text,)})
@@ -221,28 +189,18 @@ def _load(path: Path, written: int) -> TrainedRouter:
     return load_router(path)
 
 
-def _text(model, plan: BlockPlan, steps: int, scheduler: str, shift: float) -> str:
-    network = model.model.diffusion_model
-    num_blocks = len(network.blocks)
+def _text(plan: BlockPlan, num_blocks: int) -> str:
     if plan.neutral:
         return f"Nothing is skipped: all {num_blocks} blocks run in every step."
-    if scheduler not in comfy.samplers.SCHEDULER_NAMES:
-        raise ValueError(f"scheduler: expected one that ComfyUI knows, got {scheduler!r:.60}")
-    if steps < 1:
-        raise ValueError(f"steps: expected at least 1, got {steps}")
-    if shift:
-        model = ModelSamplingSD3().patch(model, shift)[0]
-    sampling = model.get_model_object("model_sampling")
-    own = getattr(sampling, "shift", None) or 1.0
-    sigmas = comfy.samplers.calculate_sigmas(sampling, scheduler, steps).tolist()
-    counts = [plan.count(s, progress_at(s, own), num_blocks) for s in sigmas[:-1]]
-    mean = statistics.fmean(counts)
-    lines = [
-        f"Blocks that run, of {num_blocks}, at {len(counts)} steps ({scheduler}, shift {own:g}):",
-        " ".join(map(str, counts)),
-        f"Mean {mean:.1f}: {mean / num_blocks:.0%} of the blocks.",
-    ]
-    return "\n".join(lines)
+    counts = {level: plan.blocks(level / 100, num_blocks) for level in (100, 75, 50, 25, 0)}
+    if len(set(counts.values())) == 1:
+        text = f"{counts[100]} of {num_blocks} blocks run"
+    else:
+        each = ", ".join(f"{count} at {level}%" for level, count in counts.items())
+        text = f"Blocks that run, of {num_blocks}, by the noise that is left: {each}"
+    if (plan.start, plan.end) == (0.0, 1.0):
+        return f"{text}."
+    return f"{text}; all of them before {plan.start:.0%} and after {plan.end:.0%} of the run."
 
 
 def _shown(message: str) -> str:

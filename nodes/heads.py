@@ -21,7 +21,8 @@ from .profile import ProfileSocket
 
 NAME = "WanTrim Heads"
 MAX_PRUNE = 0.9
-METHODS = ("demote", "drop", "paper")
+DEMOTE, PAPER = "demote", "paper"
+METHODS = (DEMOTE, PAPER)
 
 
 class WanTrimHeads(io.ComfyNode):
@@ -67,12 +68,11 @@ class WanTrimHeads(io.ComfyNode):
                 io.Combo.Input(
                     "method",
                     options=list(METHODS),
-                    default="demote",
+                    default=DEMOTE,
                     tooltip=(
                         "'demote': a head keeps to its own latent frame, or to a tile of the picture "
-                        "through all frames, before it is dropped. 'drop': heads are whole or off, "
-                        "where the whole model misses them least. 'paper': PARE's rule, equally many "
-                        "heads off in every block. The last two need a profile."
+                        "through all frames, before it is dropped. 'paper': PARE's rule, equally many "
+                        "heads off in every block; needs a profile."
                     ),
                 ),
             ],
@@ -85,7 +85,7 @@ class WanTrimHeads(io.ComfyNode):
         model,
         profile: ProfileFile | None = None,
         prune_ratio: float = 0.3,
-        method: str = "demote",
+        method: str = DEMOTE,
     ) -> io.NodeOutput:
         check_variant(model, NAME, "trim the heads of")
         refuse_slim(model, NAME)
@@ -94,10 +94,10 @@ class WanTrimHeads(io.ComfyNode):
         check_range(NAME, "prune_ratio", prune_ratio, MAX_PRUNE)
         check_choice(NAME, "method", method, METHODS)
         if profile is None:
-            if method != "demote":
+            if method != DEMOTE:
                 raise ValueError(
                     f"{NAME}: method '{method}' drops heads by their importance, which only a "
-                    "profile tells: connect WanTrim Load Profile, or choose 'demote'"
+                    "profile tells: connect WanTrim Load Profile, or choose '{DEMOTE}'"
                 )
             roles = RolePlan(
                 1 - prune_ratio, model_fingerprint(model.model.diffusion_model).num_heads
@@ -122,11 +122,10 @@ def plan_heads(
     model = profile.model
     if prune_ratio == 0:
         return HeadPlan.full(model.num_blocks, model.num_heads)
-    if method == "paper":
+    if method == PAPER:
         kept = (pare_heads(profile, prune_ratio, kind=kind) for kind in ("self", "cross"))
         return HeadPlan.keeping(model.num_heads, *kept)
-    demote = method == "demote"
-    return solve_heads(profile, grid, 1 - prune_ratio, demote=demote, text_tokens=context)
+    return solve_heads(profile, grid, 1 - prune_ratio, text_tokens=context)
 
 
 def _size(profile: Profile) -> tuple[TokenGrid, int]:

@@ -26,7 +26,7 @@ FFN_WORTH = 0.5
 
 
 def solve_heads(
-    profile: Profile, grid: TokenGrid, budget: float, *, demote: bool = True, text_tokens: int = 512
+    profile: Profile, grid: TokenGrid, budget: float, *, text_tokens: int = 512
 ) -> HeadPlan:
     """Full, a cheap pattern or off for every head, for the most importance within a budget.
 
@@ -39,7 +39,6 @@ def solve_heads(
         grid: of the video that will be made; what a pattern costs depends on it.
         budget: share of the attention's FLOPs that stays, self- and cross-attention together.
             Projections are computed in any case.
-        demote: False drops only, as PARE does.
         text_tokens: keys of cross-attention.
 
     Raises:
@@ -50,10 +49,8 @@ def solve_heads(
     blocks, n = profile.model.num_blocks, profile.model.num_heads
     if budget == 1.0:
         return HeadPlan.full(blocks, n)
-    names = CHOICES if demote else (OFF, FULL)
-    pairs = [pattern_pairs(name, grid) for name in names]
+    pairs = [pattern_pairs(name, grid) for name in CHOICES]
     values = pattern_values(_share(profile.importance("self")), profile.mass().double())
-    values = values[..., [CHOICES.index(name) for name in names]]
     groups: list[list[Option]] = [
         list(zip(pairs, head, strict=True)) for head in values.flatten(0, 1).tolist()
     ]
@@ -61,7 +58,7 @@ def solve_heads(
         groups.append([(0, 0.0), (grid.tokens * text_tokens, share)])
     needed = [range(block * n, (block + 1) * n) for block in range(blocks)]
     chosen = _spend(groups, budget, needed)
-    own_names = [names[option] for option in chosen[: blocks * n]]
+    own_names = [CHOICES[option] for option in chosen[: blocks * n]]
     cross_names = [FULL if option else OFF for option in chosen[blocks * n :]]
     return HeadPlan(by_block(own_names, n), by_block(cross_names, n))
 

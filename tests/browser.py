@@ -42,7 +42,7 @@ NODES = {
     "WanTrimHeads": {
         "model": ["MODEL", {}],
         "prune_ratio": ["FLOAT", {"default": 0.3, **_PERCENT}],
-        "method": [["demote", "drop"], {"default": "demote"}],
+        "method": [["demote", "paper"], {"default": "demote"}],
     },
     "TakesModel": {"model": ["MODEL", {}], "seed": ["INT", {"default": 1, "min": 0, "max": 9}]},
 }

@@ -34,9 +34,6 @@ BLOCKS = {
     "k_min": 0.5,
     "k_max": 0.85,
     "curve": "falling",
-    "steps": 4,
-    "scheduler": "simple",
-    "shift": 0.0,
     "start_percent": 0.0,
     "end_percent": 1.0,
 }

@@ -44,7 +44,7 @@ def test_a_trained_router_chooses_and_is_carried_by_the_host(router_folder):
     base = tiny.base_model()
     router = trained_router(base)
     save_router(router_folder / "mine.safetensors", router)
-    model, text = at_blocks(base, "trained", file="mine.safetensors")
+    model, _ = at_blocks(base, "trained", file="mine.safetensors")
     loaded = attachment_of(model).plan.blocks.router
     carried = model.additional_models[KEY]
     assert [patcher.model for patcher in carried] == [loaded.mlp]
@@ -61,7 +61,6 @@ def test_a_trained_router_chooses_and_is_carried_by_the_host(router_folder):
     model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "latents", note)
     tiny.ksampler(model)
     assert [len(blocks) for *_, blocks in calls] == blocks_run(model)
-    assert text.splitlines()[1] == " ".join(map(str, blocks_run(model)))
     for (sigma, _, blocks), latent in zip(calls, latents, strict=True):
         logits = router.ask(torch.tensor([sigma]), Content(latent))
         assert list(choose_blocks(logits, len(blocks))) == blocks
@@ -140,8 +139,6 @@ def test_lists_of_blocks_that_cannot_be_are_refused(given):
         ("trained", {"k_max": 1.5}, ["k_max", "1.5"]),
         ("trained", {"curve": "wavy"}, ["curve", "falling, constant, rising", "wavy"]),
         ("trained", {"start_percent": 0.7, "end_percent": 0.3}, ["start_percent", "0.7", "0.3"]),
-        ("trained", {"scheduler": "lunar"}, ["scheduler", "lunar"]),
-        ("trained", {"steps": 0}, ["steps", "at least 1"]),
         ("fixed", {"blocks": "7"}, ["blocks", "1 to 4", "0 to 5"]),
         (
             "trained",

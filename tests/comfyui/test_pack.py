@@ -53,8 +53,6 @@ LANGUAGES = ("zh", "ja")
 ALL = ("auto", "paper", "custom")
 # lists of files that may be empty, so that there is no default
 FILES = {"slim_model", "router_file"}
-# lists that are ComfyUI's to explain
-HOSTS = {"scheduler"}
 by_id = pytest.mark.parametrize("node", NODES, ids=lambda n: n.define_schema().node_id)
 by_language = pytest.mark.parametrize("language", LANGUAGES)
 
@@ -70,7 +68,7 @@ def every_choice(schema) -> list[str]:
     for given in every_input(schema):
         if isinstance(given, io.DynamicCombo.Input):
             found += [option.key for option in given.options]
-        elif given.io_type == "COMBO" and given.id not in HOSTS:
+        elif given.io_type == "COMBO":
             found += [name for name in given.options if not name.endswith(".safetensors")]
     return found
 

@@ -40,7 +40,7 @@ from wantrim.tests.comfyui.test_errors import model_of
 
 
 def demo_heads(model):
-    return WanTrimHeads.execute(model, WanTrimLoadProfile.execute(DEMO).result[0], 0.3, "drop")[0]
+    return WanTrimHeads.execute(model, WanTrimLoadProfile.execute(DEMO).result[0], 0.3, "paper")[0]
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
