@@ -318,6 +318,8 @@ class Engine:
             step.settle()
         self.memory.clear()
         self._shared.layouts.clear()
+        # whoever steers holds the engine
+        self.steer = None
         self.record.seconds = now - self._started
         self.record.finished = completed
         self._compare(completed)

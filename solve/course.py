@@ -108,6 +108,9 @@ class Course:
         left_out = self.solved.plan.shares.shares[self._at] < 1.0
         if goes_on is None or goes_on >= DECIDED or not left_out or min(now.done) < 1.0:
             return False
+        if self.solved.chosen:
+            # it waited in the trial, where it did
+            return False
         solved = self._dial.solve(replace(now, waits=self._at), self._plan, self._cost)
         if solved.why is not None:
             return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -111,6 +112,7 @@ class Solved:
         why: what is in the way when they are not the same, else None.
         run: that it was solved for.
         tuned: what of an earlier trial the plan goes by, in words, or None.
+        chosen: the plan is the one that won the trial.
     """
 
     plan: TrimPlan
@@ -120,6 +122,7 @@ class Solved:
     why: str | None = None
     run: Run | None = None
     tuned: str | None = None
+    chosen: bool = False
 
     @property
     def all(self) -> float:
@@ -208,11 +211,11 @@ class Dial:
         )  # fmt: skip
         trial = self.trial_of(run)
         own_whole = {step - before for step in asked}
-        if trial is not None and self._chosen_again(trial, task, own_whole, plan):
+        if trial is not None and self._chosen_again(trial, task, own_whole, plan, run.done):
             chosen = replace(plan, shares=Shares(run.sigmas[:-1], trial.shares, task.partial))
             said = f"the plan that your trial chose ({trial.chosen})"
             reached = run.speedup(chosen, cost)
-            return Solved(chosen, self.speedup, reached, run=run, tuned=said)
+            return Solved(chosen, self.speedup, reached, run=run, tuned=said, chosen=True)
         shares = self._shares(task, run, plan, cost)
         mine = shares[before : before + run.steps]
         solved = replace(plan, shares=Shares(run.sigmas[:-1], mine, task.partial))
@@ -230,8 +233,10 @@ class Dial:
         facts = (run.sigmas, run.prompts, run.starts_given, run.grid.tokens)
         return next((trial for trial in self.tuned if trial.resembles(*facts)), None)
 
-    def _chosen_again(self, trial: Tuned, task: Task, whole: set[int], plan: TrimPlan) -> bool:
-        """Whether the plan that won a trial is what is asked for now."""
+    def _chosen_again(
+        self, trial: Tuned, task: Task, whole: set[int], plan: TrimPlan, done: Sequence[float]
+    ) -> bool:
+        """Whether the plan that won a trial is what is asked for now, and what was done is of it."""
         shares = trial.shares
         return (
             shares is not None
@@ -239,6 +244,7 @@ class Dial:
             and abs(self.speedup / trial.speedup - 1) <= TOLERANCE
             and (task.partial or not trial.partial)
             and all(shares[step] == 1.0 for step in whole if 0 <= step < len(shares))
+            and all(map(math.isclose, shares, done))
         )
 
     def _switch(self, run: Run) -> tuple[int | None, float]:

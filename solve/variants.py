@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..engine.plan import TrimPlan
+from ..engine.record import Record
 from ..engine.work import program_work
 from .dial import MAX_SPEEDUP, Run
 
@@ -57,3 +58,10 @@ def why_no_heads(run: Run) -> str | None:
     if share >= WORTH:
         return None
     return f"not tried: attention is {share:.0%} of the work at this size, too little for heads"
+
+
+def why_no_repeats(ran: Record | None) -> str | None:
+    """Why steps that are whole or repeated need no run of their own beside the plan's, or None."""
+    if ran is None or not ran.finished or any(step.program.partial for step in ran.steps):
+        return None
+    return "not tried: WanTrim had no steps but whole and repeated ones here, so it is the same"

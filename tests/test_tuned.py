@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -86,6 +87,16 @@ def test_a_like_run_at_the_same_wish_is_the_plan_that_won():
     solved = Dial(1.6, tuned=(trial(prompts=1, shares=(1.0,) * 8), trial())).solve(RUN)
     assert solved.plan.shares.shares == SHARES and "your trial chose (WanTrim 1.6x)" in solved.tuned
     assert solved.reached == pytest.approx(RUN.speedup(solved.plan))
+
+
+def test_the_plan_that_won_holds_while_what_was_done_is_of_it():
+    dial = Dial(1.6, tuned=(trial(),))
+    so_far = dial.solve(replace(RUN, done=SHARES[:4]))
+    assert so_far.chosen and so_far.plan.shares.shares == SHARES
+    # another node's cache answered a step that was to be whole
+    other = dial.solve(replace(RUN, done=(1.0, 0.0, 0.0, 0.3)))
+    assert not other.chosen and other.plan.shares.shares[:4] == (1.0, 0.0, 0.0, 0.3)
+    assert other.reached == pytest.approx(1.6, rel=0.03) and "by the whole run" in other.tuned
 
 
 def test_another_wish_is_solved_by_the_whole_run():

@@ -265,11 +265,13 @@ def _diffusion_model(executor, *args, **kwargs):
         options = replace_blocks(options, call, len(dm.blocks), compiled)
         run.call, run.replaced = call, options["patches_replace"]["dit"]
     run.reached = False
-    with resumed():
-        out = given.run(executor, options)
+    try:
+        with resumed():
+            out = given.run(executor, options)
+    finally:
+        run.call = run.replaced = None
     if call is None:
         return out
-    run.call = run.replaced = None
     if call.first:
         call.state.reached = run.reached
     return call.output(out)

@@ -124,7 +124,9 @@ class AttentionTap:
     """
 
     def __init__(self, attend: Callable, previous, options: dict):
-        self.attend, self.previous, self.options = attend, previous, options
+        self.attend, self.previous = attend, previous
+        # a copy: these will hold the tap, and a circle keeps a call's tensors until Python looks
+        self.options = {**options}
 
     def __call__(self, func, q, k, v, *args, **kwargs):
         """q, k, v are [b, s, n * d], or [b, n, s, d] with skip_reshape."""

@@ -22,7 +22,7 @@ from comfy.patcher_extension import WrappersMP
 
 from ...profiles.fingerprint import Fingerprint
 from ...solve.tuned import Travel
-from ...solve.variants import HEADS, OWN, PLAN, why_no_heads
+from ...solve.variants import HEADS, OWN, PLAN, REPEATS, why_no_heads, why_no_repeats
 from .attachment import KEY as PLAN_KEY
 from .attachment import Attachment, attachment_of
 from .easycache import Probe
@@ -155,11 +155,13 @@ class Trial:
 
     def why_not(self, candidate: Candidate, part: str) -> str | None:
         """Why a candidate is not worth its time, as far as the plan's run tells; or None."""
-        if candidate.name != HEADS:
-            return None
-        plan = next(one for one in self.candidates if one.name == PLAN)
-        solved = getattr(plan.attachments().get(part), "solved", None)
-        return None if solved is None else why_no_heads(solved.run)
+        ran = next(one for one in self.candidates if one.name == PLAN).attachments().get(part)
+        if candidate.name == HEADS and getattr(ran, "solved", None) is not None:
+            return why_no_heads(ran.solved.run)
+        # what a second expert will do is not known yet
+        if candidate.name == REPEATS and ran is not None and len(self.parts) == 1:
+            return why_no_repeats(ran.record)
+        return None
 
     def add(self, candidate: Candidate, models: dict[str, object]) -> None:
         """A candidate; its models are told their place, outside of whatever is put on them later."""
