@@ -74,7 +74,7 @@ class Call:
     """One pass through the model's blocks, in order, by the step's program.
 
     Attributes:
-        program: the step's, or one that computes everything where this call's prompts need it.
+        rows: the program's, or all whole where this call's prompts need it.
     """
 
     def __init__(
@@ -142,7 +142,8 @@ class Call:
         """What the model gave [b, c, f, h, w], with the velocity of what was left out repeated."""
         if not self.program.remembers:
             return velocity
-        if velocity.shape != torch.cat(self.chunks).shape:
+        batch = sum(map(len, self.chunks))
+        if velocity.shape != (batch, *self.chunks[0].shape[1:]):
             self.record.note(
                 "the model gave a video of another size than it was given: nothing is repeated"
             )

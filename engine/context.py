@@ -6,7 +6,8 @@ From RAM each block's come by a slot on the GPU, fetched while the block before 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 
@@ -27,10 +28,12 @@ class Room:
     Args:
         device: None is where they are computed.
         bits: of a number, 8 or 4; a row of a head has a scale of its own.
+        more: whether there is room for those of a further part of the video, as things stand.
     """
 
     device: torch.device | None = None
     bits: int = 8
+    more: Callable[[], bool] = field(default=lambda: True, compare=False)
 
 
 def context_bytes(blocks: int, tokens: int, heads: int, head_dim: int, bits: int) -> int:

@@ -19,7 +19,7 @@ from ..methods.grid import TokenGrid
 from ..methods.heads import OFF, HeadPlan
 from ..methods.routers import Content
 from ..methods.shares import Shares
-from .call import Call, Shared, StepState
+from .call import OUT_OF_MEMORY, Call, Shared, StepState
 from .memory import STRAYED, Memory
 from .plan import TrimPlan
 from .program import ALL, SKIP, Facts, Row, compile_step
@@ -229,6 +229,8 @@ class Engine:
             if self.steer is not None:
                 self.steer(sigma, where, seen)
             part = self.memory.part(where, last and last.sigma, sigma)
+            if self.memory.lost:
+                self.record.note(OUT_OF_MEMORY)
             if not part.fits(own):
                 part.clear()
             part.noisy |= seen.strayed > STRAYED

@@ -237,6 +237,11 @@ class Part:
             join_rows(own_k, own_v, held, at, self.room.bits, (out_k, out_v))
         return out
 
+    @property
+    def holds_context(self) -> bool:
+        """Whether keys and values of any block are there."""
+        return any(prompt.blocks for prompt in self.prompts.values())
+
     def forget_context(self) -> None:
         """Let go of all keys and values."""
         for prompt in self.prompts.values():
@@ -266,12 +271,16 @@ class Memory:
             recent = {last, sigma}
             for key in [k for k, part in self.parts.items() if part.sigma not in recent]:
                 self.parts.pop(key).clear()
-        return self.parts.setdefault(window, Part(self.room, self._lane))
+        part = self.parts.setdefault(window, Part(self.room, self._lane))
+        # room was found for one
+        if not (self.lost or part.holds_context) and self.holds_context and not self.room.more():
+            self.lose_context()
+        return part
 
     @property
     def holds_context(self) -> bool:
         """Whether keys and values of any block are there."""
-        return any(one.blocks for part in self.parts.values() for one in part.prompts.values())
+        return any(part.holds_context for part in self.parts.values())
 
     def lose_context(self, held: bool = False) -> None:
         """Do without keys and values from here on.

@@ -59,7 +59,7 @@ class Program:
         budget: tokens that stay of a latent frame that is not anchored.
         share: of the tokens that the step was to compute; 0 repeats the velocity.
         anchored: latent frames that keep all their tokens.
-        remembers: what the model gives is needed by a later step.
+        remembers: what the model gives is kept for later steps.
         heads: what they run in where their row says so; None is not known, or not planned.
         remarks: what was planned otherwise, and why.
     """

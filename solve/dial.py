@@ -389,12 +389,12 @@ def other_slice(run: Run, expert: str, boundary: float = 0.0) -> Run | None:
     """
     high = expert == HIGH
     at = boundary or run.sigmas[-1 if high else 0]
-    done = progress_at(at, run.shift)
-    own, other = (done, 1 - done) if high else (1 - done, done)
+    done, first = progress_at(at, run.shift), progress_at(run.sigmas[0], run.shift)
+    # where the first expert began the second one cannot know
+    own, other = (done - first, 1 - done) if high else (1 - done, done)
     if min(own, other) < 1e-6:
         return None
     count = max(1, round(run.steps * other / own))
-    begins, ends = (done, 1.0) if high else (0.0, done)
-    places = [begins + (ends - begins) * i / count for i in range(count + 1)]
+    places = [(done if high else 0.0) + other * i / count for i in range(count + 1)]
     sigmas = tuple(sigma_at(place, run.shift) for place in places)
     return replace(run, sigmas=sigmas, calls=None, done=(), before=None)

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
-from typing import NamedTuple
 
 import numpy as np
 
@@ -80,6 +79,19 @@ def solve_shares(
     return _cheapest(task) if found is None else found
 
 
+class Known:
+    """The curves at each step of a task: looked up once."""
+
+    def __init__(self, task: Task, curves: Curves):
+        at = task.sigmas[:-1]
+        self.travel: list[float] = curves.travel_at(at).tolist()
+        self.amplified: list[float] = curves.amplified_at(at).tolist()
+        self.reach: list[float] = curves.reach_at(at).tolist()
+        self.clock = [clock(sigma) for sigma in at]
+        # by share and step
+        self.left = lru_cache(maxsize=None)(lambda share, step: curves.left_at(share, at[step]))
+
+
 class _Search:
     """Least error of every beginning of a plan that ends with a whole step, by what it cost.
 
@@ -88,7 +100,7 @@ class _Search:
     """
 
     def __init__(self, task: Task, curves: Curves, room: int, cost: Callable[[float], float]):
-        self.task, self.curves, self.room = task, curves, room
+        self.task, self.known, self.room = task, Known(task, curves), room
         self.price = lru_cache(maxsize=None)(cost)
         # by whole step and, where a change is known there, the whole one before: how a repeated
         # velocity goes on depends on how far apart they are
@@ -146,7 +158,7 @@ class _Search:
                 _units(task.calls[start + 1 + i] * self.price(share))
                 for i, share in enumerate(shares)
             )
-            error = stretch_error(task, self.curves, start, shares, before)
+            error = stretch_error(task, self.known, start, shares, before)
             found.append((spent, error, shares))
         least = np.inf
         for way in sorted(found, key=lambda way: way[:2]):
@@ -193,7 +205,7 @@ def _stretches(task: Task, start: int, end: int) -> list[tuple[float, ...]]:
 
 
 def stretch_error(
-    task: Task, curves: Curves, start: int, shares: Sequence[float], before: int | None = None
+    task: Task, known: Known, start: int, shares: Sequence[float], before: int | None = None
 ) -> float:
     """Expected squared error of the steps behind a whole one.
 
@@ -204,41 +216,19 @@ def stretch_error(
     Args:
         before: the whole step before that one, where a change is known; None is nowhere.
     """
-    known = _known(task, curves)
     travel, amplified = known.travel, known.amplified
     error, last, hot = 0.0, start, 0.0
     for step, share in enumerate(shares, start + 1):
         length = task.sigmas[step] - task.sigmas[step + 1]
         far, near = (travel[step] - travel[start]) ** 2, (travel[step] - travel[last]) ** 2
-        left = _left(curves, share, task.sigmas[step])
+        left = known.left(share, step)
         off = (hot * near + (1.0 - hot) * far) * left
         if before is not None:
-            off *= curves.missed(known.clock[step] - known.clock[before], known.reach[step])
+            off *= Curves.missed(known.clock[step] - known.clock[before], known.reach[step])
         error += amplified[step] * length * task.calls[step] ** 0.5 * off**0.5
         if share > 0.0:
             last, hot = step, 1.0 - min(1.0, left)
     return error**2
-
-
-@lru_cache(maxsize=4096)
-def _left(curves: Curves, share: float, sigma: float) -> float:
-    return curves.left_at(share, sigma)
-
-
-class _Known(NamedTuple):
-    """The curves at each step of a task."""
-
-    travel: np.ndarray
-    amplified: np.ndarray
-    reach: np.ndarray
-    clock: tuple[float, ...]
-
-
-@lru_cache(maxsize=8)
-def _known(task: Task, curves: Curves) -> _Known:
-    at = task.sigmas[:-1]
-    rows = curves.travel_at(at), curves.amplified_at(at), curves.reach_at(at)
-    return _Known(*rows, tuple(map(clock, at)))
 
 
 def solve_nearest(

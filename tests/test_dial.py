@@ -258,6 +258,16 @@ def test_each_slice_tells_the_other(steps, first):
         assert other_slice(slices(4, 2)[0], HIGH, sigma).steps == count
 
 
+def test_a_video_that_begins_in_the_middle_has_no_steps_before_it():
+    """Denoise below 1: the last 14 of 20 steps, 4 by the first expert."""
+    every = sigmas(20, 8.0)[6:]
+    high, low = (Run(SHAPE, GRID, part, 8.0) for part in (every[:5], every[4:]))
+    assert other_slice(high, HIGH).sigmas == pytest.approx(low.sigmas, abs=1e-4)
+    first = Dial(1.5, expert=HIGH).solve(high)
+    second = Dial(1.5, expert=LOW).solve(replace(low, before=replace(high, done=shares(first))))
+    assert second.together == pytest.approx(1.5, rel=TOLERANCE)
+
+
 def test_an_expert_that_does_the_whole_run_is_a_model_alone():
     run = Run(SHAPE, GRID, sigmas(6, 8.0), 8.0)
     assert other_slice(run, HIGH) is None and other_slice(run, LOW) is None

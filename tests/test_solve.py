@@ -11,6 +11,7 @@ from wantrim.solve.curves import Curves
 from wantrim.solve.solver import (
     GRID,
     UNITS,
+    Known,
     Task,
     fill,
     solve_nearest,
@@ -185,18 +186,18 @@ def test_the_error_of_a_stretch_by_hand():
     one = task(5)
     first = 2.0 * 0.1 * 0.6
     second = (2.0 * 1.2) ** 0.5 * 0.15
-    assert stretch_error(one, CURVES, 0, (0.0,)) == pytest.approx(first**2)
+    assert stretch_error(one, Known(one, CURVES), 0, (0.0,)) == pytest.approx(first**2)
     # in one stretch they point the same way
-    both = stretch_error(one, CURVES, 0, (0.0, 0.0))
+    both = stretch_error(one, Known(one, CURVES), 0, (0.0, 0.0))
     assert both == pytest.approx((first + second * 3.1) ** 2)
     # a fifth of the tokens leaves .36 of it at .9; what was computed is off by what came since
     assert CURVES.left_at(0.2, 0.9) == pytest.approx(0.36)
     off = 0.64 * 2.5**2 + 0.36 * 3.1**2
-    part = stretch_error(one, CURVES, 0, (0.2, 0.0))
+    part = stretch_error(one, Known(one, CURVES), 0, (0.2, 0.0))
     assert part == pytest.approx((first * 0.6 + second * off**0.5) ** 2)
     # two calls of a step count twice
     twice = task(5, calls=(1, 2, 1, 1, 1))
-    assert stretch_error(twice, CURVES, 0, (0.0,)) == pytest.approx(2 * first**2)
+    assert stretch_error(twice, Known(twice, CURVES), 0, (0.0,)) == pytest.approx(2 * first**2)
 
 
 def test_curves_are_linear_between_what_was_measured():

@@ -109,7 +109,13 @@ def _outer_sample(executor, *args, **kwargs):
     guider = executor.class_obj
     original = guider.model_options
     options = comfy.model_patcher.create_model_options_clone(original)
-    attachment: Attachment = options["transformer_options"][KEY]
+    attachment: Attachment | None = as_dict(options.get("transformer_options")).get(KEY)
+    if attachment is None:
+        log.warning(
+            "WanTrim: another node put options of its own in the place of those that hold the plan: "
+            "nothing is trimmed"
+        )
+        return executor(*args, **kwargs)
     record = Record(type(guider.model_patcher.model.diffusion_model).__name__)
     sampling = guider.model_patcher.get_model_object("model_sampling")
     shift = getattr(sampling, "shift", None)
@@ -130,6 +136,7 @@ def _outer_sample(executor, *args, **kwargs):
         record.note("this model's sampling has no flow shift: the schedule follows sigma itself")
     if not neutral and attachment.dial is not None and not attachment.dial.off:
         run.wish = Wish.of(attachment.dial, attachment.plan, attachment.place, guider, run.shift)
+        run.wish.rooms = attachment.rooms
     options["transformer_options"][SESSION_KEY] = run
     if not neutral:
         # last, so that what other packs do per batch of prompts is done once
@@ -190,14 +197,13 @@ def _calc_cond_batch(executor, model, conds, x_in, timestep, model_options):
         or not any(cond is not None for cond in conds[1:])
     ):
         return executor(model, conds, x_in, timestep, model_options)
-    if not run.split:
-        run.awaits_cond = True
-        try:
-            return executor(model, conds, x_in, timestep, model_options)
-        except _UncondFirst:
-            run.split = True
-        finally:
-            run.awaits_cond = False
+    run.awaits_cond = True
+    try:
+        return executor(model, conds, x_in, timestep, model_options)
+    except _UncondFirst:
+        log.debug("WanTrim: the host began with the unconditional prompt")
+    finally:
+        run.awaits_cond = False
     others = [None] * (len(conds) - 1)
     first = executor(model, [conds[0], *others], x_in, timestep, model_options)
     rest = executor(model, [None, *conds[1:]], x_in, timestep, model_options)

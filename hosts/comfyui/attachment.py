@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ...engine.context import Room
 from ...engine.plan import TrimPlan
 from ...engine.record import Record
 from ...solve.dial import Dial, Solved
@@ -37,6 +38,8 @@ class Attachment(Kept):
         # the last ones of each node that sampled the MODEL
         self.runs: list[Ran] = []
         self.video = self.runs if video is None else video
+        # of keys and values, in earlier runs
+        self.rooms: dict[int, Room] = {}
 
     @property
     def record(self) -> Record | None:

@@ -12,6 +12,7 @@ from .live import running_node
 from .profiling import model_fingerprint
 from .slim import slim_header
 from .trial import CACHE, STEPS, WHOLE, Candidate, Trial
+from .trial_wrappers import enter
 
 ALONE = "this"
 # how many neighbours a trial has, in an artist's words
@@ -38,7 +39,7 @@ def make_trial(
     bare = {part: detach(model) for part, model in models.items()}
 
     def add(name: str, label: str, made: dict, *, speedup=None, count=steps, at=change_at) -> None:
-        trial.add(Candidate(name, label, count, at, speedup), made)
+        enter(trial, Candidate(name, label, count, at, speedup), made)
 
     experts = [part if part in (HIGH, LOW) else None for part in models]
     decided = any(map(_decides_heads, models.values()))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 
@@ -27,36 +28,40 @@ from .variants import is_class, tells_start
 
 # where keys and values of left out tokens may be kept, in an artist's words
 PLACES = ("auto", "cpu", "off")
-# share of the free memory that they may take: the model's own needs come and go
+# share of the free memory that they may take: others' needs come and go
 SPARE = 0.7
+# the host runs both prompts in one call where so many times what it takes is free
+HOSTS = 1.5
 
 
 def find_room(
-    place: str, device: torch.device, needed: Callable[[int], int], blocks: int
+    place: str, device: torch.device, needed: Callable[[int], int], blocks: int, own: float = 0.0
 ) -> Room | None:
     """Where the keys and values of so many blocks fit; None is nowhere.
 
     Args:
         place: name in `PLACES`.
         needed: bytes by bits of a number.
+        own: bytes that the host keeps free on the device for the model's forward.
     """
 
-    def free(where: torch.device) -> float:
-        return comfy.model_management.get_free_memory(where) * SPARE
+    def fits(where: torch.device, count: float) -> bool:
+        free = comfy.model_management.get_free_memory(where)
+        return count <= min(SPARE * free, free - (own if where == device else 0.0))
 
     ram = torch.device("cpu")
     if place == "off":
         return None
     if place == "auto" or device.type == "cpu":
         for bits in (8, 4):
-            if needed(bits) <= free(device):
-                return Room(bits=bits)
+            if fits(device, needed(bits)):
+                return Room(None, bits, partial(fits, device, needed(bits)))
     # copies beside the computing are what CUDA has (and ROCm under its name)
     if device.type == "cpu" or (place == "auto" and device.type != "cuda"):
         return None
     for bits in (8, 4):
-        if needed(bits) <= free(ram) and AHEAD * needed(bits) / blocks <= free(device):
-            return Room(ram, bits)
+        if fits(ram, needed(bits)) and fits(device, AHEAD * needed(bits) / blocks):
+            return Room(ram, bits, partial(fits, ram, needed(bits)))
     return None
 
 
@@ -70,6 +75,9 @@ class Wish:
         prompts: 2 with guidance, 1 without.
         width: of a slim model.
         earlier: what was sampled of the same video before, in order.
+        needs: bytes of a forward by the latent's shape, or None where the host cannot tell.
+        rooms: where keys and values were kept in earlier runs, by what they take: a run that comes
+            again goes the same way, whatever else is in memory, while it can.
     """
 
     dial: Dial
@@ -79,6 +87,8 @@ class Wish:
     prompts: int
     width: Width | None = None
     earlier: Sequence[Run] = ()
+    needs: Callable[[Sequence[int]], float] | None = None
+    rooms: dict[int, Room] = field(default_factory=dict)
 
     @classmethod
     def of(cls, dial: Dial, plan: TrimPlan, place: str, guider, shift: float) -> Wish:
@@ -91,7 +101,8 @@ class Wish:
             prompts = 1
         header = slim_header(guider.model_patcher)
         width = None if header is None else header.width
-        return cls(dial, plan, place, shift, max(1, prompts), width)
+        needs = getattr(guider.model_patcher.model, "memory_required", None)
+        return cls(dial, plan, place, shift, max(1, prompts), width, needs=needs)
 
     def solve(
         self,
@@ -120,7 +131,8 @@ class Wish:
         # a sampler may begin later in its schedule: the steps before are another model's, or done
         announced = announced[place_of(announced[:-1], float(given.levels.max())) :]
         shape = full_shape(dm, given.text_tokens, clip_tokens(dm, given.clip_fea))
-        rows = len(given.x) if self.prompts == 1 else 2 * max(1, len(given.x) // 2)
+        # of a batch of videos, and all prompts, however the host splits them
+        rows = max(len(given.x), len(given.x) // max(1, len(given.roles)) * self.prompts)
         sizes = (
             shape.num_blocks,
             grid.start + grid.tokens,
@@ -131,7 +143,12 @@ class Wish:
         def needed(bits: int) -> int:
             return rows * context_bytes(*sizes, bits)
 
-        room = find_room(self.place, device, needed, shape.num_blocks)
+        room = self.rooms.get(needed(8))
+        if room is None or not room.more():
+            own = HOSTS * self.needs([rows, *given.x.shape[1:]]) if callable(self.needs) else 0.0
+            room = find_room(self.place, device, needed, shape.num_blocks, own)
+        if room is not None:
+            self.rooms[needed(8)] = room
         run = Run(
             shape,
             grid,

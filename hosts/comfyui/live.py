@@ -13,14 +13,13 @@ from dataclasses import asdict
 from comfy_execution.utils import get_executing_context
 
 from ...engine.record import Record, Step
+from ...methods.shares import place_of
 from ...report.figures import step_work
 from ...report.line import Outcome, outcome, planned
 
 log = logging.getLogger(__name__)
 
 EVENT = "wantrim.step"
-# schedulers and samplers round a sigma on its way
-SAME_SIGMA = 1e-4
 
 
 def running_node() -> str | None:
@@ -78,9 +77,8 @@ class Live:
         if self._page() is None:
             return
         work = step_work(self.record, step)
-        started = sum(sigma >= step.sigma - SAME_SIGMA for sigma in self._starts)
         self._send(
-            step=max(started, 1),
+            step=place_of(self._starts, step.sigma) + 1,
             # percent per block: 0 did not run, 100 ran on everything
             kept=[_percent(kept, step.grid.tokens) for kept in step.tokens_per_block],
             patterned=step.patterned,

@@ -17,7 +17,8 @@ from ...report.verdict import FORMAT, Choice, Row, row_json
 from ...report.video_metrics import SSIM_WINDOW
 from ...solve.tuned import Tuned
 from ...solve.variants import HEADS, PLAN
-from .trial import CACHE, STEPS, WHOLE, Candidate, Trial, is_oom
+from .trial import CACHE, STEPS, WHOLE, Candidate, Trial
+from .trial_wrappers import is_oom
 from .version import comfyui_version
 
 OUT_OF_MEMORY = "out of memory while decoding"

@@ -17,7 +17,7 @@ from wantrim.benchmarks.rows import check_row
 from wantrim.hosts.comfyui import candidates as candidates_module
 from wantrim.hosts.comfyui.attachment import attachment_of
 from wantrim.hosts.comfyui.profiling import model_fingerprint
-from wantrim.hosts.comfyui.trial import place_of
+from wantrim.hosts.comfyui.trial import KEY
 from wantrim.nodes.heads import WanTrimHeads
 from wantrim.nodes.profile import FOLDER
 from wantrim.nodes.tuned import WanTrimCandidates, WanTrimVerdict
@@ -194,7 +194,7 @@ def test_cancelled_trial_goes_on_where_it_was():
     seen[2].error = comfy.model_management.InterruptProcessingException()
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         decoded(models, steps)
-    assert place_of(models[2]).candidate.outcomes == {}
+    assert models[2].model_options["transformer_options"][KEY].candidate.outcomes == {}
     before = [one.calls for one in seen]
     assert before == [8, 8, 3, 0]
     videos = decoded(models, steps)

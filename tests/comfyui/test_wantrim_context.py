@@ -7,6 +7,9 @@ import comfy.k_diffusion.sampling
 import comfy.model_management
 import comfy.sample
 import comfy.samplers
+from comfy.model_base import BaseModel
+from comfy.model_patcher import ModelPatcher
+from wantrim.engine.context import Room
 from wantrim.engine.memory import Part
 from wantrim.engine.program import READ, UPDATE, WRITE
 from wantrim.hosts.comfyui import dial
@@ -18,6 +21,7 @@ from wantrim.tests.comfyui.put import (
     notes,
 )
 from wantrim.tests.comfyui.test_heads import heads
+from wantrim.tests.comfyui.test_memory import windows
 
 GPU, RAM, MPS = torch.device("cuda", 0), torch.device("cpu"), torch.device("mps")
 
@@ -57,6 +61,8 @@ def test_the_record_says_where_the_context_lives(monkeypatch):
     # there is no other memory than the CPU's here
     assert asked(partly(tiny.base_model(), context="auto")) == expected
     free = {8: size / dial.SPARE, 4: size * 8 / 14 / dial.SPARE}
+    # what a forward takes is looked at below
+    monkeypatch.setattr(BaseModel, "memory_required", lambda *_, **__: 0.0)
     for bits, share in ((8, 1.0), (4, 1.0), (None, 0.9)):
         given = share * free[bits or 4]
         monkeypatch.setattr(
@@ -101,6 +107,66 @@ def test_where_there_is_room(place, device, free, found, monkeypatch):
     monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda d, **_: by[d.type])
     room = dial.find_room(place, device, lambda bits: 500 * bits, 10)
     assert (room and (room.device, room.bits)) == found
+    if room is not None:
+        assert room.more()
+        by |= dict.fromkeys(by, 1000)
+        # what others took meanwhile
+        assert not room.more()
+
+
+@pytest.mark.parametrize(("own", "found"), [(0, 8), (4900, 8), (5100, 4), (6900, 4), (7100, None)])
+def test_what_the_hosts_forward_takes_is_left_to_it(own, found, monkeypatch):
+    """Of 9,000 bytes; 8 bits need 4,000, 4 bits 2,000."""
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda d, **_: 9000)
+    room = dial.find_room("auto", MPS, lambda bits: 500 * bits, 10, own)
+    assert (room and room.bits) == found
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_room_is_found_for_every_prompt_of_every_video(batch, monkeypatch):
+    """However the host splits them: short of memory it runs each prompt by itself."""
+    asked_for, own = [], []
+
+    def noted(place, device, needed, blocks, taken):
+        asked_for.append(needed(8))
+        own.append(taken)
+        return find_room(place, device, needed, blocks, taken)
+
+    find_room = dial.find_room
+    monkeypatch.setattr(dial, "find_room", noted)
+    for split in (False, True):
+        if split:
+            monkeypatch.setattr(ModelPatcher, "get_free_memory", lambda self, device: 0)
+        tiny.ksampler(dialled(tiny.base_model(), speedup=1.3), tiny.case(batch=batch), steps=6)
+    tokens = tiny.FRAMES * tiny.PER_FRAME
+    row = 2 * tiny.LAYERS * tokens * tiny.HEADS * (tiny.DIM // tiny.HEADS + 2)
+    assert asked_for == [2 * batch * row] * 2
+    shape = (2 * batch, *tiny.empty_latent(batch=batch).shape[1:])
+    assert own == [dial.HOSTS * tiny.base_model().model.memory_required(shape)] * 2 and own[0] > 0
+
+
+def test_a_run_that_comes_again_keeps_its_context_where_it_was(monkeypatch):
+    patched = partly(tiny.base_model())
+    first, seen = tiny.report_of(patched).context, []
+    # more would fit now, or less, and what was chosen still does
+    monkeypatch.setattr(dial, "find_room", lambda *_: seen.append(1) or Room(bits=4))
+    tiny.ksampler(patched, steps=6)
+    assert tiny.report_of(patched).context == first and not seen
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *_, **__: 0)
+    tiny.ksampler(patched, steps=6)
+    assert seen and "(4 bit)" in tiny.report_of(patched).context
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_a_further_window_remembers_where_there_is_room(fits, monkeypatch):
+    monkeypatch.setattr(dial, "find_room", lambda *_: Room(None, 8, lambda: fits))
+    patched = windows(dialled(tiny.base_model(), speedup=1.3))
+    out = tiny.sample(patched, tiny.case(frames=7), steps=6)
+    assert torch.isfinite(out).all()
+    said = any("not enough memory for the keys and values" in note for note in notes(patched))
+    assert said is not fits
+    parts = [step.program.partial for step in tiny.report_of(patched).steps]
+    assert any(parts) is fits
 
 
 def test_the_cpu_as_place_of_the_context_is_the_cpu():
