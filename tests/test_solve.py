@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from wantrim.solve.curves import Curves
+from wantrim.solve.curves import Curves, clock
 from wantrim.solve.solver import (
     GRID,
     UNITS,
@@ -203,12 +203,26 @@ def test_curves_are_linear_between_what_was_measured():
     assert CURVES.travel_at([0.96, 0.8, 0.15]).tolist() == pytest.approx([0.4, 3.5, 8.25])
     # below what was measured it goes on: 9.1 at .25 was 9 at .5
     assert curves(EARLY).travel_at([0.5, 0.25, 0.0]).tolist() == pytest.approx([9.0, 9.1, 9.2])
+    # of one whole step nothing is known of the way
+    one = Curves((0.7,), (3.0,), (1.0,), (0.0, 1.0), (1.0,), ((1.0, 0.0),))
+    assert one.travel_at([0.9, 0.7, 0.1]).tolist() == [3.0] * 3
     # by ratio: half way between 2 and 1.2
     assert CURVES.amplified_at([0.8])[0] == pytest.approx((2.0 * 1.2) ** 0.5)
     # in share and in sigma
     assert CURVES.left_at(0.35, 1.0) == pytest.approx(0.2)
     assert CURVES.left_at(0.35, 0.75) == pytest.approx((0.2 + 0.45) / 2)
     assert CURVES.left_at(0.35, 0.1) == pytest.approx(0.45) and CURVES.left_at(0.0, 0.6) == 1.0
+
+
+def test_less_goes_on_the_longer_it_takes():
+    assert GOING.reach_at([1.0, 0.8, 0.0]).tolist() == pytest.approx([0.0, 0.35, 0.5])
+    assert CURVES.reach_at([1.0, 0.8, 0.0]).tolist() == [0.0] * 3
+    # a quarter of the reach, to the power of 1.5: an eighth
+    assert Curves.missed(0.1, 0.4) == pytest.approx(1 - np.exp(-1 / 8))
+    assert Curves.missed(0.1, 0.1) == pytest.approx(1 - 1 / np.e)
+    assert Curves.missed(0.1, 0.0) == Curves.missed(0.1, -0.5) == 1.0 and Curves.missed(0, 1) == 0
+    # shifted by 3, half of the steps are done at sigma 0.75
+    assert [clock(sigma) for sigma in (1.0, 0.75, 0.5, 0.0)] == pytest.approx([0, 0.5, 0.75, 1])
 
 
 @pytest.mark.parametrize("calls", [(1,) * 7, (2, 2, 2, 1, 2, 2, 1)])
