@@ -203,6 +203,8 @@ def test_curves_are_linear_between_what_was_measured():
     assert CURVES.travel_at([0.96, 0.8, 0.15]).tolist() == pytest.approx([0.4, 3.5, 8.25])
     # below what was measured it goes on: 9.1 at .25 was 9 at .5
     assert curves(EARLY).travel_at([0.5, 0.25, 0.0]).tolist() == pytest.approx([9.0, 9.1, 9.2])
+    three = Curves((0.9, 0.5, 0.25), (0.0, 9.0, 9.1), (1.0,) * 3, (0.0, 1.0), (1.0,), ((1.0, 0.0),))
+    assert three.travel_at([0.0])[0] == pytest.approx(9.2)
     # of one whole step nothing is known of the way
     one = Curves((0.7,), (3.0,), (1.0,), (0.0, 1.0), (1.0,), ((1.0, 0.0),))
     assert one.travel_at([0.9, 0.7, 0.1]).tolist() == [3.0] * 3
