@@ -249,6 +249,9 @@ def test_a_model_that_is_given_an_image_costs_what_torch_counts():
 def test_the_cost_of_a_known_model_at_a_known_size():
     """Wan2.1 1.3B at 480p, 81 pixel frames: attention is about half of the 0.28 PFLOPs."""
     shape = WanShape(1536, 8960, 30)
+    # umT5's and CLIP's sizes
+    assert (shape.text_tokens, shape.text_dim, shape.image_dim) == (512, 4096, 1280)
+    assert (shape.in_channels, shape.out_channels, shape.freq_dim) == (16, 16, 256)
     tokens = 21 * 30 * 52
     total = forward_flops(shape, tokens)
     attention = 30 * 4 * tokens**2 * 1536

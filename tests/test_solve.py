@@ -7,6 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from wantrim.methods.shares import TRIED
+from wantrim.solve import priors
 from wantrim.solve.curves import Curves, clock
 from wantrim.solve.solver import (
     GRID,
@@ -214,6 +216,13 @@ def test_curves_are_linear_between_what_was_measured():
     assert CURVES.left_at(0.35, 1.0) == pytest.approx(0.2)
     assert CURVES.left_at(0.35, 0.75) == pytest.approx((0.2 + 0.45) / 2)
     assert CURVES.left_at(0.35, 0.1) == pytest.approx(0.45) and CURVES.left_at(0.0, 0.6) == 1.0
+
+
+def test_the_curves_that_ship_are_of_the_shares_that_a_run_measures():
+    for name in ("TEXT_TO_VIDEO", "IMAGE_TO_VIDEO"):
+        for one in (getattr(priors, name), getattr(priors, f"{name}_UNGUIDED")):
+            assert one.shares == (0.0, *TRIED, 1.0)
+            assert {len(row) for row in (*one.left, *one.held)} == {len(one.shares)}
 
 
 def test_less_goes_on_the_longer_it_takes():
