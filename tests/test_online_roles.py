@@ -11,7 +11,7 @@ from wantrim.methods.attend import attention_share, pattern_pairs
 from wantrim.methods.cost import WanShape
 from wantrim.methods.grid import TokenGrid
 from wantrim.methods.heads import CHEAP, FRAME, FULL, OFF, HeadPlan
-from wantrim.methods.role_plan import RolePlan, measure_roles
+from wantrim.methods.role_plan import RolePlan, measure_roles, measured_queries
 from wantrim.methods.shares import Shares
 from wantrim.solve.dial import Dial, Run
 from wantrim.tests.small_wan import SIZE, noise, random_wan, words
@@ -199,3 +199,10 @@ def test_a_dial_counts_the_first_step_that_measures(steps):
     solved = Dial(wanted).solve(run, heads)
     assert solved.reached == pytest.approx(wanted, rel=0.03) and solved.why is None
     assert solved.plan.heads == heads.heads and min(solved.plan.shares.shares) < 1.0
+
+
+@pytest.mark.parametrize(
+    ("grid", "queries"), [(TokenGrid(21, 45, 80), 21 * 15), (TokenGrid(4, 8, 8), 64)]
+)
+def test_one_of_256_tokens_measures_and_64_at_least(grid, queries):
+    assert measured_queries(grid) == queries

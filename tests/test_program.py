@@ -187,7 +187,7 @@ def test_a_share_is_the_same_in_every_block(share, row, budget):
 def test_a_share_goes_by_what_is_remembered():
     part, none = shares(1, 1, 0.3), shares(1, 1, 0)
     for plan in (part, none):
-        first = compile_step(plan, replace(FACTS, known=False, seen=0))
+        first = compile_step(plan, FACTS)
         assert first.whole and not first.remarks
         # a window or a prompt that comes late
         for late in ({"seen": 3}, {"begun": True}):

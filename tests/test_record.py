@@ -37,6 +37,8 @@ def test_the_rows_of_a_step_in_figures():
     assert one.tokens_per_block == [6, 4, 0, 4] and one.kept_share == pytest.approx(14 / 24)
     assert one.patterned == [1] and one.blocks_run == 3
     assert one.as_planned and one.watched and not one.whole and not one.repeated
+    # of two that did the same each is its own
+    assert one != replace(one) and (one.calls, one.seconds) == (0, 0.0)
     # in other patterns it is not the whole model, however many tokens there are
     assert not ran(WHOLE, replace(WHOLE, heads=True)).whole and ran(WHOLE, WHOLE).whole
 
