@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "out" / "mutants"
 # the package has to have its own name there
 TREE = OUT / "wantrim"
-ENGINE = "tests/test_oracle.py tests/test_engine.py"
+ENGINE = "tests/test_carry.py tests/test_oracle.py tests/test_engine.py"
 # without the one that times the solver
 SOLVER = "tests/test_solve.py -k 'not seconds'"
 TRAINING = "tests/test_training_wiring.py tests/test_training.py -k"
@@ -51,14 +51,14 @@ TESTS = {
     "methods/heads.py": "tests/test_heads.py",
     "slim/width.py": "tests/test_width.py",
     "engine/program.py": "tests/test_program.py tests/test_online_roles.py",
-    "engine/prompt.py": "tests/test_carry.py tests/test_oracle.py",
+    "engine/prompt.py": ENGINE,
     "engine/memory.py": ENGINE,
     "engine/call.py": ENGINE,
     "engine/record.py": "tests/test_record.py",
     "solve/solver.py": SOLVER,
     "solve/curves.py": SOLVER,
-    "solve/course.py": "tests/test_course.py",
-    "solve/dial.py": "tests/test_dial.py",
+    "solve/course.py": "tests/test_course.py -k 'not -20- and not waits'",
+    "solve/dial.py": "tests/test_dial.py -k 'not -50'",
     "training/losses.py": f"{TRAINING} 'loss or timestep_weights or outlier'",
     "training/gate.py": f"{TRAINING} 'gate or budget or routed or skipped or clips or logits'",
 }
@@ -66,7 +66,7 @@ TESTS = {
 # numbers are one object, which is Python's affair, as is None, True and False by `is` or by `==`
 LEFT_OUT = re.compile(
     r"core/Replace(BinaryOperator_(BitOr_|.*_(Bit|LShift|RShift))"
-    r"|ComparisonOperator_((Eq|NotEq|LtE?|GtE?)_Is|Is_Eq|IsNot_NotEq))"
+    r"|ComparisonOperator_((Eq|NotEq|LtE?|GtE?)_Is|Is_Eq|IsNot_NotEq)$)"
 )
 
 

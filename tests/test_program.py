@@ -289,6 +289,8 @@ RUNS = {
     "tape": TrimPlan(TokenPlan(Schedule(0.6), reselect_every=3, start=0.2)),
     "shares": TrimPlan(shares=Shares(SIGMAS, (1, 1, 0.4, 0, 0.25, 1))),
     "early part": TrimPlan(shares=Shares(SIGMAS, (1, 0.3, 0.3, 0, 1, 0))),
+    # a repeated step tells nothing of how tokens change
+    "repeated first": TrimPlan(shares=Shares(SIGMAS, (1, 0, 0.4, 0.3, 1, 0))),
     "no context": TrimPlan(shares=Shares(SIGMAS, (1, 0, 0.4, 0, 1, 0.1), context=False)),
     "heads": TrimPlan(heads=HeadPlan(((FRAME, OFF, FULL, FULL),) * 5, ((FULL,) * 4,) * 5, 0.4)),
     "shares and heads": TrimPlan(
