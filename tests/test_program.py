@@ -332,7 +332,9 @@ def test_of_blocks_that_a_router_picks_the_number_is_expected():
     assert len({step.blocks_run for step in record.steps}) > 1
 
 
-@pytest.mark.parametrize(("height", "width", "group"), [(22, 40, 22), (15, 26, 15), (17, 19, 1)])
+@pytest.mark.parametrize(
+    ("height", "width", "group"), [(22, 40, 22), (15, 26, 15), (7, 12, 3), (17, 19, 1)]
+)
 def test_tokens_beside_given_frames_come_in_groups_where_modulation_is_by_frame(
     height, width, group
 ):
