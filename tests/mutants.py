@@ -58,7 +58,7 @@ TESTS = {
     "solve/solver.py": SOLVER,
     "solve/curves.py": SOLVER,
     "solve/course.py": "tests/test_course.py -k 'not -20- and not waits'",
-    "solve/dial.py": "tests/test_dial.py -k 'not -50'",
+    "solve/dial.py": "tests/test_tuned.py tests/test_dial.py tests/test_online_roles.py -k 'not -50'",
     "training/losses.py": f"{TRAINING} 'loss or timestep_weights or outlier'",
     "training/gate.py": f"{TRAINING} 'gate or budget or routed or skipped or clips or logits'",
 }

@@ -479,6 +479,7 @@ def test_keys_and_values_are_held_no_longer_than_a_later_step_reads_them(wan):
         if number:
             (part,) = attachment.engine.memory.parts.values()
             held.append({len(prompt.blocks) for prompt in part.prompts.values()})
+            assert attachment.engine.memory.holds_context is (held[-1] != {0})
 
     sigmas = tuple(0.95 - 0.1 * i for i in range(8))
     plan = TrimPlan(shares=Shares(sigmas, (1, 1, 0.5, 0, 0.2, 1, 0, 1)))
