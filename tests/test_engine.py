@@ -397,8 +397,14 @@ def test_a_window_of_another_size_begins_anew():
         latent=small, sigma=0.9, progress=0.1, cond_or_uncond=(COND,), grid=TokenGrid(2, 4, 3),
         num_blocks=2,
     )  # fmt: skip
-    assert not call.repeats and engine.now.program.whole
-    assert torch.equal(call.output(small + 3), small + 3)
+    assert not call.repeats and engine.now.program.whole and engine.now.part.seen == 0
+    # what is no velocity of this latent is handed on, and nothing is learned of it
+    for other in (small[:, :, :1], torch.cat([small, small], 2)):
+        assert call.output(other) is other and not engine.now.part.prompts
+        assert engine.record.notes[-1:] == [
+            "the model gave a video of another size than it was given: nothing is repeated"
+        ]
+    assert torch.equal(call.output(small + 3), small + 3) and engine.now.part.prompts
 
 
 def test_steps_that_another_cache_answers_did_no_work():

@@ -80,17 +80,26 @@ def spent(one: Task, shares) -> float:
 def every_plan(one: Task):
     """All plans of the grid that the solver may find."""
     some = (0.0, *GRID, 1.0) if one.partial else (0.0, 1.0)
-    choices = [(1.0,) if step in one.whole else some for step in range(one.steps)]
+    ran = len(one.done)
+    choices = [(share,) for share in one.done]
+    choices += [(1.0,) if step in one.whole else some for step in range(ran, one.steps)]
     for plan in itertools.product(*choices):
-        stretches = [list(g) for k, g in itertools.groupby(plan, lambda share: share < 1) if k]
-        # a long one has the same share in all its steps
+        stretches = [
+            [share for step, share in group if step >= ran]
+            for partial, group in itertools.groupby(enumerate(plan), lambda at: at[1] < 1)
+            if partial
+        ]
+        # a long one has the same share in all its steps to come
         if any(len(s) > 2 and len(set(s)) > 1 for s in stretches):
             continue
-        # behind an expert's first step nothing is known of how tokens change
+        # behind an expert's first step nothing is known of how tokens change, and without what the
+        # last whole step left no part can be computed
+        wholes = [max(i for i in range(step + 1) if plan[i] == 1.0) for step in range(one.steps)]
         known = all(
-            share == 0.0 or max(i for i in range(step) if plan[i] == 1.0) not in one.fresh
+            share in (0.0, 1.0)
+            or (wholes[step] not in one.fresh and (one.held or wholes[step] >= ran))
             for step, share in enumerate(plan)
-            if share < 1.0
+            if step >= ran
         )
         if known:
             yield plan
@@ -108,8 +117,14 @@ def every_plan(one: Task):
         task(5, whole=(0, 3), fresh=(0, 3)),
         task(5, calls=(2, 2, 2, 2, 1)),
         task(4, calls=(1, 3, 1, 2)),
+        # steps that ran, as they were
+        task(5, done=(1.0,)),
+        task(5, done=(1.0, 0.0)),
+        task(5, whole=(0, 1), done=(1.0, 1.0, 0.37)),
+        task(5, whole=(0, 1), done=(1.0, 1.0, 0.0), held=False),
+        task(5, whole=(0, 1), done=(1.0, 1.0), held=False, calls=(1, 2, 1, 2, 1)),
     ],
-    ids=lambda one: f"{one.steps} {sorted(one.whole)} {one.calls}",
+    ids=lambda one: f"{one.steps} {sorted(one.whole)} {one.calls} {one.done} {one.held}",
 )
 def test_no_plan_of_the_grid_is_better(one, given):
     plans = [(by_hand(one, plan, given), spent(one, plan), plan) for plan in every_plan(one)]
@@ -119,7 +134,8 @@ def test_no_plan_of_the_grid_is_better(one, given):
         within = [(error, plan) for error, paid, plan in plans if paid <= budget + 1e-9]
         found = solve_shares(one, given, budget, cost)
         if not within:
-            assert found == tuple(1.0 if i in one.whole else 0.0 for i in range(one.steps))
+            least = [1.0 if step in one.whole else 0.0 for step in range(one.steps)]
+            assert found == (*one.done, *least[len(one.done) :])
             continue
         least, best = min(within)
         error = by_hand(one, found, given)
@@ -128,7 +144,7 @@ def test_no_plan_of_the_grid_is_better(one, given):
         # more is never worse
         assert error <= before + 1e-12
         before = error
-    assert found == (1.0,) * one.steps
+    assert found == (*one.done, *(1.0,) * (one.steps - len(one.done)))
 
 
 def curves(travel, left=(1.0, 0.4, 0.0), amplified=(1.0,) * 4) -> Curves:
@@ -274,6 +290,19 @@ def test_a_wish_is_met_where_a_part_of_the_tokens_is_worth_nothing(wanted):
     one = task(5, whole=(0,))
     found = solve_nearest(one, even, 5 / wanted, cost)
     assert abs(spent(one, found) * wanted / 5 - 1) <= 0.03
+
+
+def test_what_ran_is_not_filled():
+    found = (1.0, 0.4, 0.4)
+    assert fill(found, (1, 1, 1), 1.9, lambda share: share, (1.0, 0.4)) == pytest.approx(
+        (1.0, 0.4, 0.5)
+    )
+    assert fill(found, (1, 1, 1), 1.9, lambda share: share, (1.0, None)) == pytest.approx(
+        (1.0, 0.45, 0.45)
+    )
+    one = Task(FOUR.sigmas, FOUR.calls, frozenset({0, 1}), done=(1.0, 1.0, 0.4))
+    nearest = solve_nearest(one, curves(EARLY, (1.0, 0.01, 0.0)), 2.6, lambda share: share)
+    assert nearest == pytest.approx((1.0, 1.0, 0.4, 0.2))
 
 
 def test_without_a_partial_step_nothing_is_filled():
