@@ -358,6 +358,43 @@ def model_call(engine, sigma, value, window=None, way=0.0) -> torch.Tensor:
     return call.output(torch.full_like(latent, value))
 
 
+def test_kept_tokens_stay_short_until_the_last_block():
+    engine = engine_of(1, 1, 0.5)
+    for sigma in (1.0, 0.9):
+        model_call(engine, sigma, sigma)
+    call = engine.begin(
+        latent=noise(1, 16, *SIZE), sigma=0.8, progress=0.2, cond_or_uncond=(COND,), grid=GRID,
+        num_blocks=2,
+    )  # fmt: skip
+    hidden, lengths = torch.zeros(1, GRID.tokens, 4), []
+    for index in range(2):
+        hidden = call.block(index, Adds(hidden, 1.0))
+        lengths.append(hidden.shape[1])
+    assert lengths == [18, 36]
+    # what was left out is as it came
+    assert sorted(hidden[0, :, 0].tolist()) == [0.0] * 18 + [2.0] * 18
+
+
+def test_a_choice_is_shared_with_a_prompt_that_has_tokens_in_front():
+    engine = engine_of(1, 1, 0.5)
+    for sigma in (1.0, 0.9, 0.8):
+        found = []
+        for role, grid in ((COND, GRID), (UNCOND, TokenGrid(3, 4, 3, start=2))):
+            latent = noise(1, 16, *SIZE)
+            call = engine.begin(
+                latent=latent, sigma=sigma, progress=1 - sigma, cond_or_uncond=(role,), grid=grid,
+                num_blocks=2,
+            )  # fmt: skip
+            hidden = torch.zeros(1, grid.start + grid.tokens, 4)
+            for index in range(2):
+                hidden = call.block(index, Adds(hidden, 1.0))
+            call.output(latent * sigma)
+            found.append(hidden[0, :, 0])
+    assert found[0].sum() == 2 * 18 and torch.equal(found[1][2:], found[0])
+    # those in front are always computed
+    assert found[1][:2].tolist() == [2.0, 2.0]
+
+
 def engine_of(*values) -> Engine:
     sigmas = tuple(1 - 0.1 * i for i in range(len(values)))
     return Engine(TrimPlan(shares=Shares(sigmas, values)), Record())
