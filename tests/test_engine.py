@@ -580,6 +580,8 @@ def test_between_tapes_blocks_a_skipped_one_adds_nothing(watched):
     kept = record.steps[0].rows[2].tokens
     assert ran == [(0, 36), (2, kept), (4, 36)] and 0 < kept < 36
     assert record.steps[0].tokens_per_block == [36, 0, kept, 0, 36]
+    # the block that chose computed all tokens
+    assert record.steps[0].coverage.sum().item() == pytest.approx((72 + kept) / BLOCKS)
     for index, (before, after) in seen.items():
         assert before.shape == after.shape == (2, 36, 48)
         assert torch.equal(before, after) == (index in (1, 3))
