@@ -48,7 +48,7 @@ TESTS = {
     "methods/knapsack.py": "tests/test_knapsack.py",
     "methods/depth.py": "tests/test_depth.py tests/test_routers.py",
     "methods/routers.py": "tests/test_routers.py",
-    "methods/heads.py": "tests/test_heads.py",
+    "methods/heads.py": "tests/test_attend.py tests/test_heads.py",
     "slim/width.py": "tests/test_width.py",
     "engine/program.py": "tests/test_program.py tests/test_online_roles.py",
     "engine/prompt.py": ENGINE,

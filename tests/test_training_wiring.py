@@ -78,7 +78,7 @@ def test_the_blocks_with_the_highest_logits_run():
         [True, False, True, False, False, True],
         [True, True, True, True, False, True],
     ]
-    assert torch.equal(gate.soft, mlp.said.sigmoid())
+    assert torch.equal(gate.soft, mlp.said.sigmoid()) and mlp.given is None
 
 
 def test_logits_are_in_fp32_whatever_the_model_is_trained_in():
