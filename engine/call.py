@@ -320,7 +320,6 @@ class Call:
         return places.layout(lambda: Layout(*key, places.index, per_frame, others))
 
     @torch.compiler.disable
-    @torch.no_grad()
     def _choose_by_attention(self, index: int, seen: dict) -> None:
         """TAPE's choice, for the blocks behind this one."""
         known = self.state.selections.get(index)
@@ -340,7 +339,6 @@ class Call:
         self.current = self._fitting(known)
 
     @torch.compiler.disable
-    @torch.no_grad()
     def _choose_by_change(self) -> Selection | None:
         """Where leaving a token out once more would cost most."""
         known = self.state.selections.get(0)

@@ -136,8 +136,16 @@ def test_where_a_sampler_goes_back_nothing_goes_on():
     assert torch.equal(found[4][0], found[3][0])
     # the same sigma again tells nothing of how it changes
     part = Part(Room())
-    for number, sigma in enumerate((1.0, 0.8, 0.8)):
+    for number, sigma in enumerate((1.0, 0.8, float("0.8"))):
         part.remember("a", shape(number), sigma, torch.zeros(SIZE), None)
     prompt = part.prompts["a"]
     assert torch.equal(prompt.turn, shape(1) - shape(0)) and torch.equal(prompt.velocity, shape(2))
     assert prompt.foretold is None
+
+
+def test_a_step_of_which_nothing_came_tells_nothing():
+    part, x = Part(Room()), torch.zeros(SIZE)
+    assert part.look(1.0, x) == (None, None)
+    # another node answered it
+    part.begin(1.0, x)
+    assert part.look(0.9, x) == (None, None)

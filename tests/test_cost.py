@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
 
 from wantrim.benchmarks.flops import count_flops, forward_flops, plan_work
@@ -232,9 +233,25 @@ def test_a_dense_forward_costs_what_torch_counts(dim, size):
     assert forward_flops(wan_shape(model, 7), tokens) == total
 
 
+def test_a_model_that_is_given_an_image_costs_what_torch_counts():
+    """Wan2.1's image-to-video: CLIP tokens have keys and values of their own."""
+    model = WanTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=12, in_channels=36, text_dim=20, freq_dim=32,
+        ffn_dim=40, num_layers=2, image_dim=16, added_kv_proj_dim=24,
+    ).eval()  # fmt: skip
+    # diffusers takes what lies before the last 512 for the image
+    text, image, latent = (torch.randn(1, *n) for n in ((512, 20), (5, 16), (36, 3, 4, 6)))
+    with torch.no_grad():
+        total = count_flops(lambda: model(latent, torch.tensor([500.0]), text, image))
+    assert forward_flops(wan_shape(model, 512, 5), 18) == total
+
+
 def test_the_cost_of_a_known_model_at_a_known_size():
     """Wan2.1 1.3B at 480p, 81 pixel frames: attention is about half of the 0.28 PFLOPs."""
     shape = WanShape(1536, 8960, 30)
+    # umT5's and CLIP's sizes
+    assert (shape.text_tokens, shape.text_dim, shape.image_dim) == (512, 4096, 1280)
+    assert (shape.in_channels, shape.out_channels, shape.freq_dim) == (16, 16, 256)
     tokens = 21 * 30 * 52
     total = forward_flops(shape, tokens)
     attention = 30 * 4 * tokens**2 * 1536

@@ -326,3 +326,17 @@ def test_the_first_step_that_is_left_out_waits_until_changes_go_on(wanted, monke
     assert shares == pytest.approx(planned)
     # waiting once more would have been too long
     assert dial.solve(replace(run, done=(1.0,) * first, waits=first)).why is not None
+
+
+def test_what_was_sampled_before_is_one_run():
+    run = replace(run_of(3), sigmas=(0.6, 0.3, 0.0))
+    first = replace(run, sigmas=(1.0, 0.9, 0.8), calls=(2, 1), done=(1.0, 0.5))
+    second = replace(run, sigmas=(0.8, 0.7, 0.6), calls=(1, 3), done=(1.0, 0.0), before=first)
+    before = run_before(run, [first, second])
+    assert before.sigmas == (1.0, 0.9, 0.8, 0.7, 0.6) and before.before is None
+    assert before.calls == (2, 1, 1, 3) and before.done == (1.0, 0.5, 1.0, 0.0)
+    # what went lower is of another video, as is one of another size
+    lower = replace(first, sigmas=(0.9, 0.6, 0.5))
+    other = replace(second, grid=TokenGrid(3, 4, 4))
+    assert run_before(run, [first, lower]) is run_before(run, [first, other]) is None
+    assert run_before(run, [lower, second]) == run_before(run, [second])

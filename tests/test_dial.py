@@ -20,7 +20,16 @@ from wantrim.methods.heads import FULL, OFF, HeadPlan
 from wantrim.methods.routers import FixedRouter
 from wantrim.methods.schedule import progress_at, sigma_at
 from wantrim.methods.tokens import paper_plan
-from wantrim.solve.dial import BOUNDARY, HIGH, LOW, TOLERANCE, Dial, Run, other_slice
+from wantrim.solve.dial import (
+    BOUNDARY,
+    HIGH,
+    LOW,
+    MAX_DENSE_STEPS,
+    TOLERANCE,
+    Dial,
+    Run,
+    other_slice,
+)
 from wantrim.solve.floor import Rates
 from wantrim.toy import CHECKPOINT
 
@@ -294,11 +303,21 @@ def test_sigma_is_the_inverse_of_progress():
         ({"dense_first_steps": -1}, "dense_first_steps: expected 0 to 100"),
         ({"dense_last_steps": 101}, "dense_last_steps: expected 0 to 100"),
         ({"boundary": 1.0}, "boundary: expected 0 to less than 1"),
+        ({"boundary": -0.1}, "boundary: expected 0 to less than 1, got -0.1"),
     ],
 )
 def test_nonsense_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         Dial(**options)
+
+
+def test_what_lies_at_the_edge_is_allowed():
+    for options in ({"speedup": 1.0}, {"boundary": 0.0}, {"boundary": 0.99}):
+        assert Dial(**options) == replace(Dial(), **options)
+    most = Dial(dense_first_steps=MAX_DENSE_STEPS, dense_last_steps=MAX_DENSE_STEPS)
+    assert shares(most.solve(run_of(3))) == (1.0,) * 3
+    assert run_of(1).steps == 1 and run_of(1).shares_done == (None,)
+    assert run_of(3, done=(1.0, 0.5)).shares_done == (1.0, 0.5, None)
 
 
 def test_words():

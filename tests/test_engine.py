@@ -358,6 +358,43 @@ def model_call(engine, sigma, value, window=None, way=0.0) -> torch.Tensor:
     return call.output(torch.full_like(latent, value))
 
 
+def test_kept_tokens_stay_short_until_the_last_block():
+    engine = engine_of(1, 1, 0.5)
+    for sigma in (1.0, 0.9):
+        model_call(engine, sigma, sigma)
+    call = engine.begin(
+        latent=noise(1, 16, *SIZE), sigma=0.8, progress=0.2, cond_or_uncond=(COND,), grid=GRID,
+        num_blocks=2,
+    )  # fmt: skip
+    hidden, lengths = torch.zeros(1, GRID.tokens, 4), []
+    for index in range(2):
+        hidden = call.block(index, Adds(hidden, 1.0))
+        lengths.append(hidden.shape[1])
+    assert lengths == [18, 36]
+    # what was left out is as it came
+    assert sorted(hidden[0, :, 0].tolist()) == [0.0] * 18 + [2.0] * 18
+
+
+def test_a_choice_is_shared_with_a_prompt_that_has_tokens_in_front():
+    engine = engine_of(1, 1, 0.5)
+    for sigma in (1.0, 0.9, 0.8):
+        found = []
+        for role, grid in ((COND, GRID), (UNCOND, TokenGrid(3, 4, 3, start=2))):
+            latent = noise(1, 16, *SIZE)
+            call = engine.begin(
+                latent=latent, sigma=sigma, progress=1 - sigma, cond_or_uncond=(role,), grid=grid,
+                num_blocks=2,
+            )  # fmt: skip
+            hidden = torch.zeros(1, grid.start + grid.tokens, 4)
+            for index in range(2):
+                hidden = call.block(index, Adds(hidden, 1.0))
+            call.output(latent * sigma)
+            found.append(hidden[0, :, 0])
+    assert found[0].sum() == 2 * 18 and torch.equal(found[1][2:], found[0])
+    # those in front are always computed
+    assert found[1][:2].tolist() == [2.0, 2.0]
+
+
 def engine_of(*values) -> Engine:
     sigmas = tuple(1 - 0.1 * i for i in range(len(values)))
     return Engine(TrimPlan(shares=Shares(sigmas, values)), Record())
@@ -397,8 +434,14 @@ def test_a_window_of_another_size_begins_anew():
         latent=small, sigma=0.9, progress=0.1, cond_or_uncond=(COND,), grid=TokenGrid(2, 4, 3),
         num_blocks=2,
     )  # fmt: skip
-    assert not call.repeats and engine.now.program.whole
-    assert torch.equal(call.output(small + 3), small + 3)
+    assert not call.repeats and engine.now.program.whole and engine.now.part.seen == 0
+    # what is no velocity of this latent is handed on, and nothing is learned of it
+    for other in (small[:, :, :1], torch.cat([small, small], 2)):
+        assert call.output(other) is other and not engine.now.part.prompts
+        assert engine.record.notes[-1:] == [
+            "the model gave a video of another size than it was given: nothing is repeated"
+        ]
+    assert torch.equal(call.output(small + 3), small + 3) and engine.now.part.prompts
 
 
 def test_steps_that_another_cache_answers_did_no_work():
@@ -479,6 +522,7 @@ def test_keys_and_values_are_held_no_longer_than_a_later_step_reads_them(wan):
         if number:
             (part,) = attachment.engine.memory.parts.values()
             held.append({len(prompt.blocks) for prompt in part.prompts.values()})
+            assert attachment.engine.memory.holds_context is (held[-1] != {0})
 
     sigmas = tuple(0.95 - 0.1 * i for i in range(8))
     plan = TrimPlan(shares=Shares(sigmas, (1, 1, 0.5, 0, 0.2, 1, 0, 1)))
@@ -536,6 +580,8 @@ def test_between_tapes_blocks_a_skipped_one_adds_nothing(watched):
     kept = record.steps[0].rows[2].tokens
     assert ran == [(0, 36), (2, kept), (4, 36)] and 0 < kept < 36
     assert record.steps[0].tokens_per_block == [36, 0, kept, 0, 36]
+    # the block that chose computed all tokens
+    assert record.steps[0].coverage.sum().item() == pytest.approx((72 + kept) / BLOCKS)
     for index, (before, after) in seen.items():
         assert before.shape == after.shape == (2, 36, 48)
         assert torch.equal(before, after) == (index in (1, 3))

@@ -58,6 +58,16 @@ def run(model, trim=None, batch=1, cond_or_uncond=BOTH, **options):
         return sample(model, text(batch), SIZE, **options)
 
 
+def test_heads_are_trimmed_from_the_start_to_the_end_of_their_window():
+    window = HeadPlan(((OFF, FULL),), ((FULL, FULL),), 0.25, 0.75)
+    assert [window.trims_at(at) for at in (0.2, 0.25, 0.5, 0.75, 0.8)] == [0, 1, 1, 1, 0]
+    assert not HeadPlan.full(1, 2).trims_at(0.5)
+
+
+def test_a_tiles_name_says_how_often_a_side_is_cut():
+    assert {f"tile{number}": number for number in (2, 3, 4)} == TILES
+
+
 class Masked(TorchFunctionMode):
     """The host's attention with a plan's patterns as dense masks."""
 
@@ -90,7 +100,7 @@ def _mask(kind: str, queries: int, keys: int) -> torch.Tensor:
         return mine[:, None] == theirs
     at = torch.arange(frames * height * width)
     frame, y, x = at // (height * width), at % (height * width) // width, at % width
-    side, group = TILES[kind], torch.zeros_like(at)
+    side, group = int(kind[-1]), torch.zeros_like(at)
     tile = (y * side // height) * side + x * side // width
     for number in range(frames):
         here = (frame == number).nonzero()[:, 0]

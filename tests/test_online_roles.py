@@ -11,7 +11,7 @@ from wantrim.methods.attend import attention_share, pattern_pairs
 from wantrim.methods.cost import WanShape
 from wantrim.methods.grid import TokenGrid
 from wantrim.methods.heads import CHEAP, FRAME, FULL, OFF, HeadPlan
-from wantrim.methods.role_plan import RolePlan, measure_roles
+from wantrim.methods.role_plan import RolePlan, measure_roles, measured_queries, pattern_values
 from wantrim.methods.shares import Shares
 from wantrim.solve.dial import Dial, Run
 from wantrim.tests.small_wan import SIZE, noise, random_wan, words
@@ -37,6 +37,9 @@ def test_a_budget_goes_where_it_keeps_most():
     plan = RolePlan(keep, 4, 0.1, 0.9).solved({0: four}, GRID, 1)
     assert plan.self_attention == ((FULL, FRAME, "tile2", OFF),)
     assert plan.cross_attention == ((FULL,) * 4,) and (plan.start, plan.end) == (0.1, 0.9)
+    # with a pair less there is no room for the three
+    less = RolePlan(keep - 0.5 / (4 * full), 4).solved({0: four}, GRID, 1)
+    assert attention_share(less, GRID, 0) < keep
     # blocks count alike, whatever the size of what they add
     more = RolePlan(keep, 4).solved({0: four, 1: four * torch.tensor([9.0, 1, 1, 1, 1])}, GRID, 2)
     assert more.self_attention == plan.self_attention * 2
@@ -46,6 +49,13 @@ def test_a_budget_goes_where_it_keeps_most():
     # a block keeps a head
     alone = RolePlan(0.01, 4).solved({0: four, 1: four}, GRID, 2).self_attention
     assert all(set(heads) != {OFF} for heads in alone)
+
+
+def test_what_a_pattern_leaves_of_a_head_by_hand():
+    """Two heads and two cheap patterns, between off and full."""
+    found = pattern_values(torch.tensor([0.5, 0.2]), torch.tensor([[0.75, 0.4], [1.0, 0.9]]))
+    wanted = torch.tensor([[0.0, 0.25, 0.0, 0.5], [0.0, 0.2, 0.16, 0.2]])
+    torch.testing.assert_close(found, wanted)
 
 
 @pytest.mark.parametrize("keep", [0.3, 0.55, 0.9])
@@ -199,3 +209,10 @@ def test_a_dial_counts_the_first_step_that_measures(steps):
     solved = Dial(wanted).solve(run, heads)
     assert solved.reached == pytest.approx(wanted, rel=0.03) and solved.why is None
     assert solved.plan.heads == heads.heads and min(solved.plan.shares.shares) < 1.0
+
+
+@pytest.mark.parametrize(
+    ("grid", "queries"), [(TokenGrid(21, 45, 80), 21 * 15), (TokenGrid(4, 8, 8), 64)]
+)
+def test_one_of_256_tokens_measures_and_64_at_least(grid, queries):
+    assert measured_queries(grid) == queries

@@ -187,7 +187,7 @@ def test_a_share_is_the_same_in_every_block(share, row, budget):
 def test_a_share_goes_by_what_is_remembered():
     part, none = shares(1, 1, 0.3), shares(1, 1, 0)
     for plan in (part, none):
-        first = compile_step(plan, replace(FACTS, known=False, seen=0))
+        first = compile_step(plan, FACTS)
         assert first.whole and not first.remarks
         # a window or a prompt that comes late
         for late in ({"seen": 3}, {"begun": True}):
@@ -289,6 +289,8 @@ RUNS = {
     "tape": TrimPlan(TokenPlan(Schedule(0.6), reselect_every=3, start=0.2)),
     "shares": TrimPlan(shares=Shares(SIGMAS, (1, 1, 0.4, 0, 0.25, 1))),
     "early part": TrimPlan(shares=Shares(SIGMAS, (1, 0.3, 0.3, 0, 1, 0))),
+    # a repeated step tells nothing of how tokens change
+    "repeated first": TrimPlan(shares=Shares(SIGMAS, (1, 0, 0.4, 0.3, 1, 0))),
     "no context": TrimPlan(shares=Shares(SIGMAS, (1, 0, 0.4, 0, 1, 0.1), context=False)),
     "heads": TrimPlan(heads=HeadPlan(((FRAME, OFF, FULL, FULL),) * 5, ((FULL,) * 4,) * 5, 0.4)),
     "shares and heads": TrimPlan(
@@ -330,7 +332,9 @@ def test_of_blocks_that_a_router_picks_the_number_is_expected():
     assert len({step.blocks_run for step in record.steps}) > 1
 
 
-@pytest.mark.parametrize(("height", "width", "group"), [(22, 40, 22), (15, 26, 15), (17, 19, 1)])
+@pytest.mark.parametrize(
+    ("height", "width", "group"), [(22, 40, 22), (15, 26, 15), (7, 12, 3), (17, 19, 1)]
+)
 def test_tokens_beside_given_frames_come_in_groups_where_modulation_is_by_frame(
     height, width, group
 ):

@@ -42,6 +42,8 @@ def test_a_fixed_list_keeps_the_first_and_the_last_block():
     router = FixedRouter((0, 2, 4))
     assert router.count(5, 2) == 4
     assert router.logits(5, 0.5).tolist() == [1, 1, 0, 1, 1]
+    assert router.skips_nothing is False and FixedRouter(()).skips_nothing is True
+    router.check(5)
     for outside in (5, -1):
         with pytest.raises(ValueError, match=rf"from 0 to 4, got \[{outside}\]"):
             FixedRouter((outside,)).check(5)

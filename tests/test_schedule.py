@@ -1,7 +1,7 @@
 import pytest
 
 from wantrim.benchmarks.random_router import millionths
-from wantrim.methods.schedule import Schedule, progress_at, sigma_at
+from wantrim.methods.schedule import Schedule, check_window, progress_at, sigma_at, sigma_bin
 
 
 def test_paper_schedule_in_five_stages():
@@ -57,6 +57,7 @@ def test_an_expert_with_a_slice_of_the_sigmas_gets_the_same_ratios():
     ("options", "said"),
     [
         ({"keep_ratio": 0.0}, "keep_ratio.*got 0.0"),
+        ({"keep_ratio": -0.1}, "keep_ratio.*got -0.1"),
         ({"keep_ratio": 1.2}, "keep_ratio.*got 1.2"),
         ({"keep_ratio": 0.7, "direction": "down"}, "falling, constant, rising.*'down'"),
     ],
@@ -76,3 +77,19 @@ def test_the_sigma_of_a_progress_is_where_the_shift_puts_it():
 def test_a_noise_level_has_a_whole_number():
     assert [millionths(s) for s in (0.0, 0.25, 1.5, -1.0)] == [0, 250_000, 1_500_000, 0]
     assert millionths(float("nan")) == 0 and millionths(float("inf")) == 10**12
+
+
+@pytest.mark.parametrize("window", [(0.0, 0.0), (0.3, 0.3), (0.2, 1.0), (1.0, 1.0)])
+def test_a_part_of_a_run_may_be_as_short_as_a_step(window):
+    check_window(*window)
+
+
+@pytest.mark.parametrize("window", [(-0.1, 0.5), (0.5, 1.1), (0.8, 0.2), (1.0, 0.0)])
+def test_what_is_no_part_of_a_run_is_refused(window):
+    with pytest.raises(ValueError, match=f"got {window[0]} and {window[1]}"):
+        check_window(*window)
+
+
+def test_a_sigma_falls_into_one_of_ten_parts():
+    found = [sigma_bin(sigma) for sigma in (-0.5, 0.0, 0.09, 0.1, 0.55, 0.89, 0.91, 1.0, 1.3)]
+    assert found == [0, 0, 0, 1, 5, 8, 9, 9, 9]

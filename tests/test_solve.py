@@ -7,7 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from wantrim.solve.curves import Curves
+from wantrim.methods.shares import TRIED
+from wantrim.solve import priors
+from wantrim.solve.curves import Curves, clock
 from wantrim.solve.solver import (
     GRID,
     UNITS,
@@ -79,17 +81,26 @@ def spent(one: Task, shares) -> float:
 def every_plan(one: Task):
     """All plans of the grid that the solver may find."""
     some = (0.0, *GRID, 1.0) if one.partial else (0.0, 1.0)
-    choices = [(1.0,) if step in one.whole else some for step in range(one.steps)]
+    ran = len(one.done)
+    choices = [(share,) for share in one.done]
+    choices += [(1.0,) if step in one.whole else some for step in range(ran, one.steps)]
     for plan in itertools.product(*choices):
-        stretches = [list(g) for k, g in itertools.groupby(plan, lambda share: share < 1) if k]
-        # a long one has the same share in all its steps
+        stretches = [
+            [share for step, share in group if step >= ran]
+            for partial, group in itertools.groupby(enumerate(plan), lambda at: at[1] < 1)
+            if partial
+        ]
+        # a long one has the same share in all its steps to come
         if any(len(s) > 2 and len(set(s)) > 1 for s in stretches):
             continue
-        # behind an expert's first step nothing is known of how tokens change
+        # behind an expert's first step nothing is known of how tokens change, and without what the
+        # last whole step left no part can be computed
+        wholes = [max(i for i in range(step + 1) if plan[i] == 1.0) for step in range(one.steps)]
         known = all(
-            share == 0.0 or max(i for i in range(step) if plan[i] == 1.0) not in one.fresh
+            share in (0.0, 1.0)
+            or (wholes[step] not in one.fresh and (one.held or wholes[step] >= ran))
             for step, share in enumerate(plan)
-            if share < 1.0
+            if step >= ran
         )
         if known:
             yield plan
@@ -107,8 +118,14 @@ def every_plan(one: Task):
         task(5, whole=(0, 3), fresh=(0, 3)),
         task(5, calls=(2, 2, 2, 2, 1)),
         task(4, calls=(1, 3, 1, 2)),
+        # steps that ran, as they were
+        task(5, done=(1.0,)),
+        task(5, done=(1.0, 0.0)),
+        task(5, whole=(0, 1), done=(1.0, 1.0, 0.37)),
+        task(5, whole=(0, 1), done=(1.0, 1.0, 0.0), held=False),
+        task(5, whole=(0, 1), done=(1.0, 1.0), held=False, calls=(1, 2, 1, 2, 1)),
     ],
-    ids=lambda one: f"{one.steps} {sorted(one.whole)} {one.calls}",
+    ids=lambda one: f"{one.steps} {sorted(one.whole)} {one.calls} {one.done} {one.held}",
 )
 def test_no_plan_of_the_grid_is_better(one, given):
     plans = [(by_hand(one, plan, given), spent(one, plan), plan) for plan in every_plan(one)]
@@ -118,7 +135,8 @@ def test_no_plan_of_the_grid_is_better(one, given):
         within = [(error, plan) for error, paid, plan in plans if paid <= budget + 1e-9]
         found = solve_shares(one, given, budget, cost)
         if not within:
-            assert found == tuple(1.0 if i in one.whole else 0.0 for i in range(one.steps))
+            least = [1.0 if step in one.whole else 0.0 for step in range(one.steps)]
+            assert found == (*one.done, *least[len(one.done) :])
             continue
         least, best = min(within)
         error = by_hand(one, found, given)
@@ -127,7 +145,7 @@ def test_no_plan_of_the_grid_is_better(one, given):
         # more is never worse
         assert error <= before + 1e-12
         before = error
-    assert found == (1.0,) * one.steps
+    assert found == (*one.done, *(1.0,) * (one.steps - len(one.done)))
 
 
 def curves(travel, left=(1.0, 0.4, 0.0), amplified=(1.0,) * 4) -> Curves:
@@ -204,12 +222,35 @@ def test_curves_are_linear_between_what_was_measured():
     assert CURVES.travel_at([0.96, 0.8, 0.15]).tolist() == pytest.approx([0.4, 3.5, 8.25])
     # below what was measured it goes on: 9.1 at .25 was 9 at .5
     assert curves(EARLY).travel_at([0.5, 0.25, 0.0]).tolist() == pytest.approx([9.0, 9.1, 9.2])
+    three = Curves((0.9, 0.5, 0.25), (0.0, 9.0, 9.1), (1.0,) * 3, (0.0, 1.0), (1.0,), ((1.0, 0.0),))
+    assert three.travel_at([0.0])[0] == pytest.approx(9.2)
+    # of one whole step nothing is known of the way
+    one = Curves((0.7,), (3.0,), (1.0,), (0.0, 1.0), (1.0,), ((1.0, 0.0),))
+    assert one.travel_at([0.9, 0.7, 0.1]).tolist() == [3.0] * 3
     # by ratio: half way between 2 and 1.2
     assert CURVES.amplified_at([0.8])[0] == pytest.approx((2.0 * 1.2) ** 0.5)
     # in share and in sigma
     assert CURVES.left_at(0.35, 1.0) == pytest.approx(0.2)
     assert CURVES.left_at(0.35, 0.75) == pytest.approx((0.2 + 0.45) / 2)
     assert CURVES.left_at(0.35, 0.1) == pytest.approx(0.45) and CURVES.left_at(0.0, 0.6) == 1.0
+
+
+def test_the_curves_that_ship_are_of_the_shares_that_a_run_measures():
+    for name in ("TEXT_TO_VIDEO", "IMAGE_TO_VIDEO"):
+        for one in (getattr(priors, name), getattr(priors, f"{name}_UNGUIDED")):
+            assert one.shares == (0.0, *TRIED, 1.0)
+            assert {len(row) for row in (*one.left, *one.held)} == {len(one.shares)}
+
+
+def test_less_goes_on_the_longer_it_takes():
+    assert GOING.reach_at([1.0, 0.8, 0.0]).tolist() == pytest.approx([0.0, 0.35, 0.5])
+    assert CURVES.reach_at([1.0, 0.8, 0.0]).tolist() == [0.0] * 3
+    # a quarter of the reach, to the power of 1.5: an eighth
+    assert Curves.missed(0.1, 0.4) == pytest.approx(1 - np.exp(-1 / 8))
+    assert Curves.missed(0.1, 0.1) == pytest.approx(1 - 1 / np.e)
+    assert Curves.missed(0.1, 0.0) == Curves.missed(0.1, -0.5) == 1.0 and Curves.missed(0, 1) == 0
+    # shifted by 3, half of the steps are done at sigma 0.75
+    assert [clock(sigma) for sigma in (1.0, 0.75, 0.5, 0.0)] == pytest.approx([0, 0.5, 0.75, 1])
 
 
 @pytest.mark.parametrize("calls", [(1,) * 7, (2, 2, 2, 1, 2, 2, 1)])
@@ -250,6 +291,19 @@ def test_a_wish_is_met_where_a_part_of_the_tokens_is_worth_nothing(wanted):
     one = task(5, whole=(0,))
     found = solve_nearest(one, even, 5 / wanted, cost)
     assert abs(spent(one, found) * wanted / 5 - 1) <= 0.03
+
+
+def test_what_ran_is_not_filled():
+    found = (1.0, 0.4, 0.4)
+    assert fill(found, (1, 1, 1), 1.9, lambda share: share, (1.0, 0.4)) == pytest.approx(
+        (1.0, 0.4, 0.5)
+    )
+    assert fill(found, (1, 1, 1), 1.9, lambda share: share, (1.0, None)) == pytest.approx(
+        (1.0, 0.45, 0.45)
+    )
+    one = Task(FOUR.sigmas, FOUR.calls, frozenset({0, 1}), done=(1.0, 1.0, 0.4))
+    nearest = solve_nearest(one, curves(EARLY, (1.0, 0.01, 0.0)), 2.6, lambda share: share)
+    assert nearest == pytest.approx((1.0, 1.0, 0.4, 0.2))
 
 
 def test_without_a_partial_step_nothing_is_filled():

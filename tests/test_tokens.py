@@ -73,6 +73,18 @@ def test_a_small_video_has_enough_queries():
     assert not torch.equal(few, many)
 
 
+@pytest.mark.parametrize(
+    ("grid", "queries"), [(TokenGrid(1, 20, 20), 256), (TokenGrid(2, 110, 100), 344)]
+)
+def test_by_itself_one_of_64_tokens_asks_and_256_at_least(grid, queries):
+    q = torch.randn(2, 1, grid.tokens, 1, 4, generator=torch.Generator().manual_seed(1))
+    assert len(sample_queries(grid, 1 / 64)) == query_count(grid, 1 / 64) == queries
+    got = attention_received(grid, *q)
+    for count in (queries - 2, queries, queries + 2):
+        asked = attention_received(grid, *q, count / grid.tokens, 1)
+        assert torch.equal(got, asked) == (count == queries)
+
+
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("after", [0, 5])
 def test_same_count_in_every_frame_and_nothing_outside_the_grid(grid, after):
@@ -95,6 +107,9 @@ def test_the_highest_stay_smoothed_by_the_latent_frame_before():
     for alpha, second in ((1.0, 4), (0.5, 5), (0.0, 5)):
         chosen = select_tokens(given, grid, length, 1, alpha=alpha)
         assert chosen.index.tolist() == [[0, 2, second, 7]]
+    # unless asked for nothing is smoothed
+    given = torch.tensor([[0.0, 5.0, 2.0, 3.0, 0.0, 3.5]])
+    assert select_tokens(given, grid, length, 1).index.tolist() == [[0, 2, 6, 7]]
 
 
 def test_anchored_frames_lose_nothing():
@@ -112,6 +127,9 @@ def test_a_choice_moves_with_a_reference_in_front():
     # the latent frame that is new stays whole, as does what lies outside of the grid
     assert there.index.tolist() == [[0, 1, 2, 4, 6, 8, 9, 10, 11]]
     assert there.per_frame == (2, 1, 3)
+    # and back
+    back = there.moved(new, old, 6)
+    assert back.index.tolist() == [[0, 2, 4]] and back.per_frame == (2, 1)
 
 
 def test_attention_finds_the_token_that_all_look_at():
@@ -167,10 +185,17 @@ def test_tape_is_the_papers():
     ]
 
 
+def test_what_lies_at_the_edge_is_allowed():
+    for options in ({"reselect_every": 1}, {"alpha": 0.0}, {"alpha": 1.0}):
+        plan = TokenPlan(Schedule(0.7), **options)
+        assert all(getattr(plan, name) == value for name, value in options.items())
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         ({"reselect_every": 0}, "reselect_every.*got 0"),
+        ({"alpha": -0.1}, "alpha.*got -0.1"),
         ({"alpha": 1.5}, "alpha.*got 1.5"),
         ({"start": 0.8, "end": 0.2}, "start <= end.*0.8 and 0.2"),
     ],

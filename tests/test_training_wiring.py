@@ -11,6 +11,7 @@ from torch import nn
 
 from wantrim.hosts.diffusers.slim import load_slim
 from wantrim.methods.depth import BlockBudget
+from wantrim.methods.routers import latent_statistics
 from wantrim.profiles.fingerprint import WHOLE, sample_modulation, width_digest
 from wantrim.slim.file import read_header
 from wantrim.slim.router import Conditions, load_router
@@ -77,7 +78,16 @@ def test_the_blocks_with_the_highest_logits_run():
         [True, False, True, False, False, True],
         [True, True, True, True, False, True],
     ]
-    assert torch.equal(gate.soft, mlp.said.sigmoid())
+    assert torch.equal(gate.soft, mlp.said.sigmoid()) and mlp.given is None
+
+
+def test_logits_are_in_fp32_whatever_the_model_is_trained_in():
+    torch.manual_seed(2)
+    mlp, sigma = new_router(6, "latent", 3), torch.tensor([0.3, 0.8])
+    latent = torch.randn(2, 3, 2, 4, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        gate = Routing(mlp, "latent", BlockBudget(0.5, 0.8)).gate(sigma, latent)
+    assert torch.equal(gate.soft, mlp(sigma, latent_statistics(latent)).sigmoid())
 
 
 def test_the_router_is_given_clips_class_token_of_each_sample():

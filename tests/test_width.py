@@ -76,7 +76,7 @@ def test_the_papers_14b_has_the_papers_size():
 
 
 def test_a_share_is_asked_for():
-    for bad in (-0.1, 1.0):
+    for bad in (-0.1, 1.0, 1.5):
         with pytest.raises(ValueError, match="prune_ratio"):
             kept_count(40, bad)
         with pytest.raises(ValueError, match="prune_ratio"):
