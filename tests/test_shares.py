@@ -97,6 +97,18 @@ def test_the_change_of_a_token_is_that_of_its_patch():
     assert found.dtype == torch.float32 and torch.equal(found, wanted)
 
 
+def test_of_an_odd_latent_each_row_is_of_the_token_that_computes_it():
+    """45 x 5 places in 23 x 3 tokens of 2 x 2: the last ones are padded."""
+    grid = TokenGrid(2, 23, 3)
+    for row in range(45):
+        difference = torch.zeros(1, 4, 2, 45, 5)
+        difference[:, :, 0, row] = 1.0
+        found = token_change(difference, grid).view(2, 23, 3)
+        assert (found[0, row // 2] == (1.0 if row == 44 else 0.5)).all()
+        assert found.sum() == found[0, row // 2].sum()
+    assert (token_change(torch.ones(1, 4, 2, 45, 5), grid) == 1.0).all()
+
+
 def test_what_lies_behind_the_video_does_not_change():
     # a reference is a latent frame more of tokens
     found = token_change(torch.ones(2, 3, 2, 4, 4), TokenGrid(3, 2, 2))

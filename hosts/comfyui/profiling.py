@@ -144,7 +144,13 @@ def _outer_sample(executor, *args, **kwargs):
     guider = executor.class_obj
     original = guider.model_options
     options = comfy.model_patcher.create_model_options_clone(original)
-    attachment: ProfileAttachment = options["transformer_options"][KEY]
+    attachment: ProfileAttachment | None = as_dict(options.get("transformer_options")).get(KEY)
+    if attachment is None:
+        log.warning(
+            "WanTrim Profile: another node put options of its own in the place of those that hold "
+            "the recorder: nothing is recorded"
+        )
+        return executor(*args, **kwargs)
     # a run that was not saved lets go of what it held before the next one holds as much
     attachment.recorder, attachment.reason = None, "the last run was cancelled or failed"
     sampling = guider.model_patcher.get_model_object("model_sampling")

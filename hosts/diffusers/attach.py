@@ -130,7 +130,6 @@ class _ModelHook(ModelHook):
         # without the image channels: a router looks at the noisy latent alone
         latent = hidden_states[:, : module.config.out_channels]
         anchored = _anchored(module, hidden_states, timestep, grid)
-        # per-token timesteps (TI2V) are 0 where the latent is given
         # of CLIP's tokens the first is the class
         clip = None if images is None else images[:, 0]
         seen = a.engine.look(timestep, latent, a.cond_or_uncond, anchored, unit=1000, clip=clip)
@@ -202,6 +201,7 @@ def _anchored(module, hidden_states, timestep, grid: TokenGrid) -> torch.Tensor 
         mask = hidden_states[:, config.out_channels : config.out_channels + 4]
         # a latent frame is given when all of it is; one of its four pixel frames is enough
         return (mask.amax(1) > 0).all(-1).all(-1).any(0)
+    # timesteps by token (TI2V) are 0 where the latent is given
     if timestep.ndim == 2:
         return (timestep.view(len(timestep), grid.frames, -1) == 0).all(-1).all(0)
     return None

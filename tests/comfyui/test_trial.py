@@ -504,6 +504,29 @@ def test_both_experts_make_one_trial_and_two_profiles(experts, profiles):
         WanTrimPair.execute(high, low, SPEEDUP, "draft", 1, 0, 0, "auto", *kept[::-1])
 
 
+def test_an_expert_that_ran_out_of_memory_is_tried_again(experts, monkeypatch):
+    """The first one's sampling is taken from ComfyUI's cache then."""
+    monkeypatch.setattr(comfy.model_management, "OOM_EXCEPTION", torch.OutOfMemoryError)
+    high, low = experts
+    made = WanTrimCandidates.execute(high, SPEEDUP, 6, "few", low, 2).result
+    candidate = made[4].candidates[1]
+    latent = tiny.ksampler_advanced(made[0][1], tiny.empty_latent(), 0, 2, steps=6)
+    trouble = Trouble(made[1][1], torch.OutOfMemoryError("no room"), at=2)
+    assert torch.equal(tiny.ksampler_advanced(made[1][1], latent, 2, 6, steps=6), latent)
+    assert candidate.failed == "out of memory while sampling" and candidate.seconds is None
+    trouble.error = None
+    again = tiny.ksampler_advanced(made[1][1], latent, 2, 6, steps=6)
+    assert candidate.failed is None and candidate.seconds > 0 and not torch.equal(again, latent)
+
+
+def test_candidates_whose_options_another_node_replaced_are_sampled(done):
+    models, steps, _, videos = done
+    for at in (0, 1):
+        alone = models[at].clone()
+        alone.model_options["transformer_options"] = {}
+        assert torch.equal(sampled(alone, steps[at]), videos[0])
+
+
 def test_both_experts_are_solved_by_their_own_whole_runs(experts):
     high, low = experts
     made = WanTrimCandidates.execute(high, SPEEDUP, 12, "all", low, 6).result
