@@ -177,6 +177,13 @@ def test_a_quote_that_is_not_the_codes_is_caught():
     assert not any(says(message, "the input has no plan on it") for message in found)
 
 
+def test_no_message_shows_the_name_of_a_value(root):
+    """A string without its `f`; what is filled in later stays out of the nodes."""
+    for file in sorted((root / "nodes").glob("*.py")):
+        for text in texts(file.read_text("utf-8")):
+            assert not re.search(r"\{\w+\}", text), f"{file.name}: {text}"
+
+
 def functions(file: Path) -> set[str]:
     tree = ast.parse(file.read_text("utf-8"))
     return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
