@@ -30,9 +30,11 @@ FREE = ("fewer_steps", "easycache", "sea_cache", "mag_cache", DEFAULT)
 SHOWN = {20: SECOND, 4: FIRST}
 # rows of a template's note
 SHORT = ("dense", "fewer_steps", DEFAULT)
-MARK = "| on the tiny Wan, "
-IN_NOTE = re.compile(r"\| on the tiny Wan, .*?\|(?=\\n\\n)")
-SHORT_HEAD = "| on the tiny Wan, {} | work | PSNR, dB |"
+# share of the FLOPs by number of steps: the templates with four steps are at 1.3x
+IN_TEMPLATES = {"20": STUDY_TARGET, "4": 0.75}
+MARK = "| on the first tiny Wan, "
+IN_NOTE = re.compile(r"\| on the first tiny Wan, .*?\|(?=\\n\\n)")
+SHORT_HEAD = "| on the first tiny Wan, {} | work | PSNR, dB |"
 
 
 def models_of(world: World) -> tuple[str, str]:
@@ -79,7 +81,7 @@ def met(row: dict[str, str], target: float) -> bool:
 
 def template_table(rows: Sequence[dict[str, str]], task: str, steps: str) -> str:
     """What the note of a template shows: dense, fewer steps and the default."""
-    mine = _by_method(rows, task, steps)
+    mine = _by_method(rows, task, steps, IN_TEMPLATES[steps])
     lines = [SHORT_HEAD.format(f"{TASKS[task]}, {steps} steps"), "|---" * 3 + "|"]
     lines += [_line(HEADLINE[m], *_cells(mine[m])) for m in SHORT if m in mine]
     return "\n".join(lines)
@@ -112,11 +114,13 @@ def _anew(note: str, known: Mapping[str, str], path: Path) -> str:
     return json.dumps(known[head], ensure_ascii=False)[1:-1]
 
 
-def _by_method(rows: Sequence[dict[str, str]], task: str, steps: str) -> dict[str, dict[str, str]]:
+def _by_method(
+    rows: Sequence[dict[str, str]], task: str, steps: str, target: float = STUDY_TARGET
+) -> dict[str, dict[str, str]]:
     return {
         r["method"]: r
         for r in rows
-        if (r["task"], r["steps"]) == (task, steps) and float(r["target"]) in (STUDY_TARGET, 1.0)
+        if (r["task"], r["steps"]) == (task, steps) and float(r["target"]) in (target, 1.0)
     }
 
 

@@ -58,7 +58,7 @@ class WanTrimBlocks(io.ComfyNode):
                     ],
                     tooltip=(
                         "Who says which blocks matter. 'trained': a router file, the paper's way. "
-                        "'fixed': your own list, whatever k_min and k_max say."
+                        "'fixed': your own list, at any k_min below 1."
                     ),
                 ),
                 _share("k_min", USUAL["k_min"], "where fewest blocks run. Paper: 0.5 (20 of 40)"),

@@ -41,7 +41,7 @@ class WanTrimCompare(io.ComfyNode):
             outputs=[
                 text_output("The verdict in words."),
                 image_output(
-                    "side_by_side", "The clip of both: dense on the left, trimmed on the right."
+                    "side_by_side", "The clip of both: whole on the left, trimmed on the right."
                 ),
                 image_output("difference", "A picture: frames of both, and where they differ."),
                 text_output("The numbers as JSON.", "json"),

@@ -62,8 +62,9 @@ class WanTrimHeads(io.ComfyNode):
                 ),
                 prune_input(
                     MAX_PRUNE,
-                    "Share of the attention that is not computed. 0 is off and bit-exact. The paper "
-                    "drops 0.30 of the heads, and then trains the model again.",
+                    "Share of the attention that is not computed; without a profile, of "
+                    "self-attention. 0 is off and bit-exact. The paper drops 0.30 of the heads, and "
+                    "then trains the model again.",
                 ),
                 io.Combo.Input(
                     "method",
@@ -97,7 +98,7 @@ class WanTrimHeads(io.ComfyNode):
             if method != DEMOTE:
                 raise ValueError(
                     f"{NAME}: method '{method}' drops heads by their importance, which only a "
-                    "profile tells: connect WanTrim Load Profile, or choose '{DEMOTE}'"
+                    f"profile tells: connect WanTrim Load Profile, or choose '{DEMOTE}'"
                 )
             roles = RolePlan(
                 1 - prune_ratio, model_fingerprint(model.model.diffusion_model).num_heads

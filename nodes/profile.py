@@ -161,8 +161,9 @@ class WanTrimLoadProfile(io.ComfyNode):
             category=CATEGORY,
             description=(
                 "Loads what was measured about a Wan model from models/wantrim/profiles, for WanTrim "
-                "Heads and WanTrim Slim, and draws it. A profile of the demo's tiny Wan comes with "
-                "the pack."
+                "Heads and WanTrim Slim, and, where WanTrim Verdict kept a trial in it, for WanTrim "
+                "and WanTrim Pair; and draws it. A profile of the demo's tiny Wan comes with the "
+                "pack, without a trial."
             ),
             search_aliases=["PARE", "head roles", "load profile"],
             # so that a profile can be looked at alone
@@ -172,7 +173,7 @@ class WanTrimLoadProfile(io.ComfyNode):
                     "filename",
                     options=[DEMO, *saved_profiles()],
                     default=DEMO,
-                    tooltip="A file that WanTrim Save Profile wrote. One for each model.",
+                    tooltip="A file that WanTrim Save Profile or WanTrim Verdict wrote. One for each model.",
                 )
             ],
             outputs=_outputs(),
@@ -223,7 +224,9 @@ def _find(filename: str) -> Path | None:
 def _outputs() -> list:
     return [
         ProfileSocket.Output(
-            "profile", display_name="profile", tooltip="For WanTrim Heads and WanTrim Slim."
+            "profile",
+            display_name="profile",
+            tooltip="For WanTrim Heads and Slim; with a trial in it also for WanTrim and WanTrim Pair.",
         ),
         image_output("picture", "The profile as a picture."),
         text_output("The profile in words."),

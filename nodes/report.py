@@ -123,8 +123,8 @@ def _report(label: str, patched, made_by: ImagesOf | None, measure: bool) -> Rec
         return _nothing(
             name, "no WanTrim node on this model",
             f"the input '{label}' has no WanTrim plan on it, so nothing was trimmed or timed; "
-            "connect the model that comes out of WanTrim, WanTrim Pair or WanTrim Tokens, or of a "
-            "node behind it, and take off its bypass",
+            "connect the model that comes out of a WanTrim node, or of a node behind it, and take off "
+            "its bypass",
         )  # fmt: skip
     if not attachment.runs:
         return _nothing(

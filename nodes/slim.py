@@ -164,7 +164,7 @@ class WanTrimLoadSlim(io.ComfyNode):
                     "weight_dtype",
                     options=list(DTYPES),
                     default="default",
-                    tooltip="Number format of the weights in memory; fp8 halves them again.",
+                    tooltip="Number format of the weights in memory; fp8 takes half of bf16.",
                     advanced=True,
                 ),
             ],

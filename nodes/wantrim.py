@@ -24,10 +24,7 @@ def _dials(pair: bool) -> list:
     """The inputs that both nodes have, in their order."""
     first, last = ("high", "low") if pair else ("this", "this")
     whose = "both experts together" if pair else "the run"
-    most = (
-        "Half the number of steps is the most of which a video comes (2 with 4 steps): beyond it "
-        "the first step alone is computed."
-    )
+    most = "At most half the number of steps (4 steps: 2): beyond that no video comes."
     if pair:
         most = "With 2 + 2 steps 1.33 and 2 can be reached, and nothing else."
     return [
@@ -79,10 +76,9 @@ def _dials(pair: bool) -> list:
             default=PLACES[0],
             advanced=True,
             tooltip=(
-                "Where the keys and values of left out tokens are remembered, so that the others "
-                "still see them. 'auto': on the GPU where there is room, else in RAM. 'cpu': in RAM, "
-                "fetched while the block before computes. 'off', or without room: steps "
-                "are whole or repeated."
+                "Where it remembers what a step leaves out. 'auto': on the GPU where there is room, "
+                "else in RAM. 'cpu': in RAM. 'off' needs no memory: steps are whole or repeated, as "
+                "they are without room."
             ),
         ),
     ]
@@ -109,10 +105,10 @@ class WanTrim(io.ComfyNode):
             category=CATEGORY,
             description=(
                 "Makes the sampling of a Wan model cheaper by the factor that you ask for. When "
-                "sampling begins it is solved what each step is worth: everything, the part of the "
-                "picture that still changes, or nothing: it goes on as it did. No training; "
-                "stacks with 4-step LoRAs. Place it after the LoRA and before ModelSamplingSD3. The "
-                "video will change; speedup 1 changes nothing at all."
+                "sampling begins it is solved what each step is worth: everything, a part of the "
+                "picture, or nothing: then the video goes on as it was moving. No training; stacks "
+                "with 4-step LoRAs. Place it after the LoRA and before ModelSamplingSD3. The video "
+                "will change; speedup 1 changes nothing at all."
             ),
             search_aliases=[
                 "wan speed",
@@ -129,7 +125,7 @@ class WanTrim(io.ComfyNode):
                 *_dials(pair=False),
                 _profile("profile", "this model"),
             ],
-            outputs=[io.Model.Output(tooltip="The model with the wish on it.")],
+            outputs=[io.Model.Output(tooltip="The model, ready for ModelSamplingSD3.")],
         )
 
     @classmethod
@@ -192,12 +188,12 @@ class WanTrimPair(io.ComfyNode):
                 io.Model.Output(
                     "high",
                     display_name="high_noise",
-                    tooltip="The high noise expert with the wish on it.",
+                    tooltip="The high noise expert, ready for ModelSamplingSD3.",
                 ),
                 io.Model.Output(
                     "low",
                     display_name="low_noise",
-                    tooltip="The low noise expert with the wish on it.",
+                    tooltip="The low noise expert, ready for ModelSamplingSD3.",
                 ),
             ],
         )

@@ -121,8 +121,8 @@ def why_no_speed(record: Record) -> str:
         return "nothing was left out in any step, so there is nothing to compare"
     return (
         "no step of this run that can be compared was whole, so there is no measured reference and "
-        "no speed-up is claimed; run it once at prune ratio 0 and compare the seconds, or turn "
-        "measure_dense_step on at WanTrim Report"
+        "no speed-up is claimed; run it once with speedup 1 (or prune ratio 0) and compare the "
+        "seconds, or turn measure_dense_step on at WanTrim Report"
     )
 
 

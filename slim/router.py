@@ -17,6 +17,8 @@ from ..profiles.fingerprint import Fingerprint
 KIND = Kind("router", "Choose a file that WanTrim's training wrote.", 2)
 # of content that a trained router may look at
 KINDS = ("clip", "latent", "none")
+# what a skipped block gives: it is the identity, and adds nothing
+NOTHING = "identity"
 
 
 @dataclass(frozen=True)
@@ -26,14 +28,14 @@ class Conditions:
     Args:
         k_min, k_max: shares of the blocks that run, at no noise and at full noise.
         curve: how the budget moves with the noise, name in `depth.SHAPES`.
-        skipped: what a skipped block gives; "identity" is nothing (eq. 12).
+        skipped: what a skipped block gives; "identity" is nothing (eq. 12), and all that is done.
         shift: flow shift of the noise levels.
     """
 
     k_min: float
     k_max: float
     curve: str = "falling"
-    skipped: str = "identity"
+    skipped: str = NOTHING
     shift: float = 1.0
 
     def to_json(self) -> dict:
@@ -77,10 +79,16 @@ class Conditions:
         return settled, said
 
     def describe(self) -> str:
-        return (
+        said = (
             f"The router was trained with k_min {self.k_min:g}, k_max {self.k_max:g}, "
-            f"{self.curve}, {self.skipped}, shift {self.shift:g}."
+            f"{self.curve}, shift {self.shift:g}."
         )
+        if self.skipped != NOTHING:
+            said += (
+                f" Its skipped blocks gave {self.skipped!r} then; here they add nothing, so that it may "
+                "keep less."
+            )
+        return said
 
 
 class TrainedRouter(Router):

@@ -177,6 +177,13 @@ def test_a_quote_that_is_not_the_codes_is_caught():
     assert not any(says(message, "the input has no plan on it") for message in found)
 
 
+def test_no_message_shows_the_name_of_a_value(root):
+    """A string without its `f`; what is filled in later stays out of the nodes."""
+    for file in sorted((root / "nodes").glob("*.py")):
+        for text in texts(file.read_text("utf-8")):
+            assert not re.search(r"\{\w+\}", text), f"{file.name}: {text}"
+
+
 def functions(file: Path) -> set[str]:
     tree = ast.parse(file.read_text("utf-8"))
     return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
@@ -201,9 +208,9 @@ def test_the_first_page_is_short_and_begins_with_what_an_artist_needs(root):
     page = (root / "README.md").read_text("utf-8")
     assert len(page.split()) <= 2500
     titles = re.findall(r"^## (.*)$", page, re.MULTILINE)
-    first = ["What it saves", "Your first trimmed video", "Which node when", "Five questions"]
+    first = ["Your first trimmed video", "What it saves", "Which node when", "Five questions"]
     assert titles[:5] == [*first, "Limits, plainly"]
-    saves, steps, questions = (section(page, first[at]) for at in (0, 1, 3))
+    steps, saves, questions = (section(page, first[at]) for at in (0, 1, 3))
     # a figure is never read without what it is
     assert saves.index("**Predicted, not measured**") < saves.index("<!-- table predicted -->")
     assert saves.index("no promise about the 14B model") < saves.index("<!-- table headline -->")

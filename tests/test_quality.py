@@ -508,7 +508,7 @@ def test_the_templates_tables_are_those_of_the_rows():
 
 
 def test_a_templates_table_is_made_anew_and_nothing_else(tmp_path):
-    head = "| on the tiny Wan, text to video, 4 steps | FLOPs |"
+    head = "| on the first tiny Wan, text to video, 4 steps | FLOPs |"
     note = f"before {head}\n|---|---|\n| old | 0.90 |\n\nafter | kept | too"
     graph = tmp_path / "graph.json"
     graph.write_text(json.dumps({"note": note, "other": 1}), "utf-8")

@@ -197,12 +197,20 @@ def test_a_router_says_what_it_was_trained_with(tmp_path):
     again = load_router(path)
     assert again.conditions == CONDITIONS and again.model.width == "abc"
     assert CONDITIONS.describe() == (
-        "The router was trained with k_min 0.3, k_max 0.7, constant, identity, shift 4."
+        "The router was trained with k_min 0.3, k_max 0.7, constant, shift 4."
     )
     for damage in ({"k_min": 0.9}, {"shift": -1}, {"k_max": "x"}, {"curve": 3}, {"more": 1}):
         _rewritten(path, trained=CONDITIONS.to_json() | damage)
         with pytest.raises(ValueError, match="router.safetensors: damaged file: trained: expected"):
             load_router(path)
+
+
+def test_another_kind_of_skipping_is_said(tmp_path):
+    path, router = tmp_path / "router.safetensors", trained()
+    router.conditions = replace(CONDITIONS, skipped="reuse")
+    save_router(path, router)
+    said = load_router(path).conditions.describe()
+    assert said.endswith("gave 'reuse' then; here they add nothing, so that it may keep less.")
 
 
 def test_a_router_of_the_first_format_is_read(tmp_path):

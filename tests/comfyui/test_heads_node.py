@@ -91,7 +91,7 @@ def test_without_a_profile_the_first_step_measures_and_the_others_are_trimmed(mo
 
 
 def test_the_papers_rule_needs_a_profile(model):
-    with pytest.raises(ValueError, match="WanTrim Heads: method 'paper' .*Load Profile"):
+    with pytest.raises(ValueError, match="WanTrim Heads: method 'paper' .*or choose 'demote'"):
         heads(model, None, 0.3, "paper")
 
 
