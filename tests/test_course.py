@@ -188,6 +188,18 @@ def test_a_step_that_computed_everything_is_made_up_for():
     assert course.solved.reached == pytest.approx(done(record), rel=0.01)
 
 
+def test_what_a_step_saved_that_another_node_answered_is_spent_later():
+    def answered(engine, at):
+        if at == 4:
+            # the call of the step before never came to the model
+            engine.now.reached = False
+
+    record, course, told = go(as_announced(12), wrong=answered)
+    assert record.steps[3].answered and record.steps[3].program.share == 1.0 and len(told) > 1
+    assert done(record) == pytest.approx(1.5, rel=0.03)
+    assert course.solved.reached == pytest.approx(done(record), rel=0.01)
+
+
 def test_without_room_for_the_context_what_is_left_is_whole_or_repeated():
     def full(engine, at):
         if at == 4:
