@@ -42,25 +42,25 @@ def find_room(
     Args:
         place: name in `PLACES`.
         needed: bytes by bits of a number.
-        own: bytes that the host keeps free on the device for the model's forward.
+        own: bytes that a forward of the model takes on the device.
     """
 
-    def fits(where: torch.device, count: float) -> bool:
+    def fits(where: torch.device, count: float, own: float = 0.0) -> bool:
         free = comfy.model_management.get_free_memory(where)
-        return count <= min(SPARE * free, free - (own if where == device else 0.0))
+        return count <= min(SPARE * free, free - own)
 
     ram = torch.device("cpu")
     if place == "off":
         return None
     if place == "auto" or device.type == "cpu":
         for bits in (8, 4):
-            if fits(device, needed(bits)):
-                return Room(None, bits, partial(fits, device, needed(bits)))
+            if fits(device, needed(bits), HOSTS * own):
+                return Room(None, bits, partial(fits, device, needed(bits), HOSTS * own))
     # copies beside the computing are what CUDA has (and ROCm under its name)
     if device.type == "cpu" or (place == "auto" and device.type != "cuda"):
         return None
     for bits in (8, 4):
-        if fits(ram, needed(bits)) and fits(device, AHEAD * needed(bits) / blocks):
+        if fits(ram, needed(bits)) and fits(device, AHEAD * needed(bits) / blocks, own):
             return Room(ram, bits, partial(fits, ram, needed(bits)))
     return None
 
@@ -145,7 +145,7 @@ class Wish:
 
         room = self.rooms.get(needed(8))
         if room is None or not room.more():
-            own = HOSTS * self.needs([rows, *given.x.shape[1:]]) if callable(self.needs) else 0.0
+            own = self.needs([rows, *given.x.shape[1:]]) if callable(self.needs) else 0.0
             room = find_room(self.place, device, needed, shape.num_blocks, own)
         if room is not None:
             self.rooms[needed(8)] = room
