@@ -197,15 +197,19 @@ def _calc_cond_batch(executor, model, conds, x_in, timestep, model_options):
         or not any(cond is not None for cond in conds[1:])
     ):
         return executor(model, conds, x_in, timestep, model_options)
-    run.awaits_cond = True
-    try:
-        return executor(model, conds, x_in, timestep, model_options)
-    except _UncondFirst:
-        log.debug("WanTrim: the host began with the unconditional prompt")
-    finally:
-        run.awaits_cond = False
+    if not run.split:
+        run.awaits_cond = True
+        try:
+            return executor(model, conds, x_in, timestep, model_options)
+        except _UncondFirst:
+            log.info("WanTrim: the host runs each prompt in a call of its own")
+        finally:
+            run.awaits_cond = False
     others = [None] * (len(conds) - 1)
+    run.awaits_cond = True
     first = executor(model, [conds[0], *others], x_in, timestep, model_options)
+    # one that has no part in this step says nothing of those to come
+    run.split, run.awaits_cond = not run.awaits_cond, False
     rest = executor(model, [None, *conds[1:]], x_in, timestep, model_options)
     return [first[0], *rest[1:]]
 

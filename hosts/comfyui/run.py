@@ -34,7 +34,8 @@ class SamplingRun(Kept):
         self.dense: str | None = None
         # why this run looks into no block
         self.patched: str | None = None
-        # the host may begin a step with uncond, where it runs both in two calls
+        # the host runs cond and uncond in two calls, uncond first
+        self.split = False
         self.awaits_cond = False
         # of the call that runs, before the host rounds it to the model's dtype
         self.latent: torch.Tensor | None = None

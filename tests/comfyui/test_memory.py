@@ -199,6 +199,16 @@ def test_when_the_deciding_prompt_ends_the_next_one_begins_whole_and_that_is_sai
     assert any(UNKNOWN in note for note in report.notes)
 
 
+def test_steps_without_the_positive_prompt_do_not_split_those_behind_them(monkeypatch):
+    monkeypatch.setattr(ModelPatcher, "get_free_memory", lambda self, device: 1e12)
+    given = tiny.case()
+    given.positive[0][1].update(start_percent=0.5, end_percent=1.0)
+    _, passes, _ = watched(given, 1, 1, 1, 1, 1, 0)
+    roles = [sorted(seen.roles) for seen in passes]
+    assert len(roles) == 6 and roles[0] == [1] and roles[-1] == [0, 1]
+    assert roles == sorted(roles, key=len)
+
+
 @pytest.mark.parametrize(
     ("free", "rows"), [(1e12, [2, 1]), (0, [1, 1, 1])], ids=["batched", "split"]
 )
