@@ -25,6 +25,7 @@ from .table import RESULTS, TASKS, fixed, full_rows, psnr_of, read_rows, truth_o
 
 READMES = (Path(__file__).parent / "README.md", Path(__file__).parents[1] / "README.md")
 BEGIN, END = "<!-- table {} -->", "<!-- end -->"
+NO_ROWS = "*No rows yet.*"
 TRUTH = ("colour_ok", "shape_ok", "direction_ok")
 SPEED_HEAD = (
     "| device | model | plan | speed-up (95 %) | predicted | efficiency | extra memory | note |"
@@ -47,7 +48,7 @@ def bench_table(
     }
     targets = [t for t in TARGETS if any(target == t for _, target in mine)]
     if not targets:
-        return "*No rows yet.*"
+        return NO_ROWS
     best = {}
     for (_, target), r in mine.items():
         if met(r, target):

@@ -93,9 +93,9 @@ def test_the_plan_that_won_holds_while_what_was_done_is_of_it():
     dial = Dial(1.6, tuned=(trial(),))
     so_far = dial.solve(replace(RUN, done=SHARES[:4]))
     assert so_far.chosen and so_far.plan.shares.shares == SHARES
-    # another node's cache answered a step that was to be whole
-    other = dial.solve(replace(RUN, done=(1.0, 0.0, 0.0, 0.3)))
-    assert not other.chosen and other.plan.shares.shares[:4] == (1.0, 0.0, 0.0, 0.3)
+    # a prompt that came anew made a step whole
+    other = dial.solve(replace(RUN, done=(1.0, 0.0, 1.0, 1.0)))
+    assert not other.chosen and other.plan.shares.shares[:4] == (1.0, 0.0, 1.0, 1.0)
     assert other.reached == pytest.approx(1.6, rel=0.03) and "by the whole run" in other.tuned
 
 
