@@ -124,6 +124,7 @@ def tables(results: Path) -> dict[str, str]:
                 made[f"{name} heads"] = bench_table(rows, task, point.steps, (DEFAULT, *HEADS))
     rows = full_rows(read, models_of(FIRST))
     points = [(task, steps) for task in TASKS for steps in ("20", "4")]
+    made["missing"] = missing_line(made)
     made["headline"] = headline_table(shown_rows(read), points)
     made |= {f"template {task} {n}": template_table(rows, task, n) for task, n in points}
     made["predicted"] = predicted_table()
@@ -132,6 +133,18 @@ def tables(results: Path) -> dict[str, str]:
     made["concentration"] = concentration_table(read_rows(results / "concentration.csv"))
     made["speed"] = speed_table(read_rows(results / "speed.csv"))
     return made
+
+
+def missing_line(made: dict[str, str]) -> str:
+    """What the registry has and nobody measured yet."""
+    named = [
+        f"{TASKS[task]}, {point.steps} steps, tiny Wan {world}"
+        for world, points in POINTS.items()
+        for point in points
+        for task in TASKS
+        if made[f"{world} {task} {point.steps}"] == NO_ROWS
+    ]
+    return f"Not measured yet: {'; '.join(named)}." if named else ""
 
 
 def fill(text: str, made: dict[str, str]) -> str:

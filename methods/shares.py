@@ -91,15 +91,10 @@ def token_change(difference: torch.Tensor, grid: TokenGrid) -> torch.Tensor:
     behind the video (references) never change.
     """
     square = difference.float().square().mean(1)
-    there = square.new_ones(square.shape[1:])
     counts = (min(square.shape[1], grid.frames), grid.height, grid.width)
     patch = [-(-size // count) for size, count in zip(square.shape[1:], counts, strict=True)]
-    sides = zip(square.shape[1:], counts, patch, strict=True)
-    behind = [n for size, count, p in sides for n in (count * p - size, 0)][::-1]
-    pool, pad = torch.nn.functional.avg_pool3d, torch.nn.functional.pad
-    whole = pool(pad(there, behind)[None], patch).clamp(min=torch.finfo(torch.float32).tiny)
-    tokens = (pool(pad(square, behind), patch) / whole).flatten(1)
-    return pad(tokens, (0, grid.tokens - tokens.shape[1]))
+    tokens = torch.nn.functional.avg_pool3d(square, patch, ceil_mode=True).flatten(1)
+    return torch.nn.functional.pad(tokens, (0, grid.tokens - tokens.shape[1]))
 
 
 def held_by_most(change: torch.Tensor, shares: Sequence[float] = TRIED) -> torch.Tensor:

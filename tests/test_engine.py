@@ -415,6 +415,19 @@ def test_windows_remember_apart_and_a_new_one_is_computed():
     assert NOT_REMEMBERED in record.notes
 
 
+@pytest.mark.parametrize("fits", [True, False])
+def test_a_further_part_remembers_keys_and_values_only_where_there_is_room(fits):
+    engine = engine_of(1, 1, 0.5)
+    engine.memory.room = memory.Room(more=lambda: fits)
+    for sigma in (1.0, 0.9, 0.8):
+        for window in (1, 2):
+            model_call(engine, sigma, sigma, window)
+    assert engine.memory.holds_context is fits
+    record = engine.finish(True)
+    assert [step.program.partial for step in record.steps] == [False] * 4 + [fits] * 2
+    assert (OUT_OF_MEMORY in record.notes) is not fits
+
+
 def test_parts_that_are_sampled_no_more_are_forgotten():
     engine = engine_of(1, 1, 1, 0)
     for number, sigma in enumerate((1.0, 0.9, 0.8, 0.7)):

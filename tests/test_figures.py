@@ -2,8 +2,16 @@
 
 import csv
 import re
+from itertools import product
 
 import pytest
+
+from wantrim.benchmarks import predicted
+from wantrim.benchmarks.calibration import middle
+from wantrim.demo.anatomy import NEAR, SPATIAL
+from wantrim.hosts.diffusers.sample import sigmas_for
+from wantrim.solve.dial import Dial, Run
+from wantrim.solve.floor import device_rates
 
 VELOCITY = "velocity_change, unsmoothed, falling, every 10 of 40, identity"
 RANDOM = "random, unsmoothed, falling, every 10 of 40, identity"
@@ -46,6 +54,31 @@ FIGURES = [
             ("quality", FOUR | {"task": task, "method": method}, "psnr_db", 1)
             for task in ("t2v", "i2v")
             for method in ("default", "fewer_steps")
+        ],
+    ),
+    *(
+        (
+            "README.md",
+            "at 0.67 about {:.0f} in both, so stay at 1.3 there",
+            [("quality", FOUR | {"target": "0.67", "task": task, "method": "default"}, "psnr_db", 1)],
+        )
+        for task in ("t2v", "i2v")
+    ),
+    (
+        "benchmarks/README.md",
+        "a part of the tokens is worth little: {:.1f} and {:.1f} dB at 0.67, {:.1f} and {:.1f} at 0.75",
+        [
+            ("quality", FOUR | {"method": "default", "target": at, "task": task}, "psnr_db", 1)
+            for at in ("0.67", "0.75")
+            for task in ("t2v", "i2v")
+        ],
+    ),
+    (
+        "benchmarks/README.md",
+        "in 4, patterns at shuffled heads keep {:.1f} dB, by role {:.1f} at most",
+        [
+            ("quality", FOUR | {"target": "0.67", "task": "t2v", "method": name}, "psnr_db", 1)
+            for name in ("heads_shuffled", "heads")
         ],
     ),
     (
@@ -153,3 +186,46 @@ def test_a_figure_in_a_sentence_is_that_of_its_row(root, page, words, figures):
     assert len(re.findall(r"\{[^}]*\}", words)) == len(figures)
     said = words.format(*(factor * value(root, *found) for *found, factor in figures))
     assert said in (root / page).read_text("utf-8")
+
+
+def test_how_far_the_toys_are_off_is_that_of_the_calibration(root):
+    """Over the caches of the second one, and over fewer steps of both."""
+    page = (root / "benchmarks" / "README.md").read_text("utf-8")
+    off = {}
+    with (root / "benchmarks/results/calibration.csv").open(encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            if row["psnr_db"] and row["published_psnr_db"]:
+                apart = float(row["psnr_db"]) - middle(row["published_psnr_db"])
+                off.setdefault((row["model"], row["method"]), []).append(apart)
+    caches = [
+        one
+        for (model, method), found in off.items()
+        if model == "tiny_wan_2" and method not in ("default", "fewer_steps")
+        for one in found
+    ]
+    root_mean_square = (sum(one**2 for one in caches) / len(caches)) ** 0.5
+    said = f"({min(caches):.1f} to {max(caches):.1f} dB above, root mean square {root_mean_square:.1f})"
+    assert len(caches) == 6 and said in page
+    steps = [one for (_, method), found in off.items() if method == "fewer_steps" for one in found]
+    assert len(steps) == 4 and f"({min(steps):.0f} to {max(steps):.0f} dB above:" in page
+
+
+def test_the_heads_of_the_second_tiny_wan_are_counted(root):
+    with (root / "demo/tiny_wan_2/heads.csv").open(encoding="utf-8") as file:
+        ratios = [float(row["intra_slice_ratio"]) for row in csv.DictReader(file)]
+    spatial = sum(ratio > SPATIAL for ratio in ratios)
+    near = sum(abs(ratio - 1 / 5) < NEAR for ratio in ratios)
+    said = f"Of its {len(ratios)} heads {spatial} are spatial, {near} nearly uniform"
+    assert said in (root / "benchmarks" / "README.md").read_text("utf-8")
+
+
+def test_what_has_to_be_remembered_is_what_the_plans_of_14b_need(root):
+    assert "one step in 20, or two in 4, has to remember" in (root / "README.md").read_text("utf-8")
+    for device, size in product(predicted.CARDS, predicted.SIZES):
+        cost = device_rates(device).seconds
+        for (steps, prompts), parts in zip(predicted.SAMPLINGS.values(), (1, 2), strict=True):
+            grid = predicted.video_grid(predicted.SHAPE, *predicted.SIZES[size], 81)
+            sigmas = tuple(sigmas_for(steps, predicted.SHIFT).tolist())
+            run = Run(predicted.SHAPE, grid, sigmas, predicted.SHIFT, prompts)
+            shares = Dial(dense_first_steps=1).solve(run, cost=cost).plan.shares.shares
+            assert sum(0.0 < share < 1.0 for share in shares) == parts

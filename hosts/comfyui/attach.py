@@ -31,7 +31,7 @@ from .attachment import KEY, Attachment, attachment_of, replaced_by
 from .blocks import replace_blocks
 from .compiled import bare, compiled_of
 from .dial import Wish
-from .given import ModelCall, as_dict, conds_of, levels_of
+from .given import ModelCall, as_dict, attached, conds_of, levels_of
 from .live import Live, running_node
 from .run import SESSION_KEY, SamplingRun, compare_run, mark_network
 from .runs import Ran, Where, keep_run, runs_before
@@ -109,12 +109,8 @@ def _outer_sample(executor, *args, **kwargs):
     guider = executor.class_obj
     original = guider.model_options
     options = comfy.model_patcher.create_model_options_clone(original)
-    attachment: Attachment | None = as_dict(options.get("transformer_options")).get(KEY)
+    attachment: Attachment | None = attached(options, KEY, "nothing is trimmed")
     if attachment is None:
-        log.warning(
-            "WanTrim: another node put options of its own in the place of those that hold the plan: "
-            "nothing is trimmed"
-        )
         return executor(*args, **kwargs)
     record = Record(type(guider.model_patcher.model.diffusion_model).__name__)
     sampling = guider.model_patcher.get_model_object("model_sampling")
@@ -135,8 +131,9 @@ def _outer_sample(executor, *args, **kwargs):
     if shift is None:
         record.note("this model's sampling has no flow shift: the schedule follows sigma itself")
     if not neutral and attachment.dial is not None and not attachment.dial.off:
-        run.wish = Wish.of(attachment.dial, attachment.plan, attachment.place, guider, run.shift)
-        run.wish.rooms = attachment.rooms
+        run.wish = Wish.of(
+            attachment.dial, attachment.plan, attachment.place, attachment.rooms, guider, run.shift
+        )
     options["transformer_options"][SESSION_KEY] = run
     if not neutral:
         # last, so that what other packs do per batch of prompts is done once
@@ -202,7 +199,8 @@ def _calc_cond_batch(executor, model, conds, x_in, timestep, model_options):
         try:
             return executor(model, conds, x_in, timestep, model_options)
         except _UncondFirst:
-            log.info("WanTrim: the host runs each prompt in a call of its own")
+            # no block ran yet
+            log.debug("WanTrim: the conditional prompt goes first, in a call of its own")
         finally:
             run.awaits_cond = False
     others = [None] * (len(conds) - 1)

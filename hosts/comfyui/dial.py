@@ -30,8 +30,8 @@ from .variants import is_class, tells_start
 PLACES = ("auto", "cpu", "off")
 # share of the free memory that they may take: others' needs come and go
 SPARE = 0.7
-# the host runs both prompts in one call where so many times what it takes is free
-HOSTS = 1.5
+# the host runs both prompts in one call where so many times what that takes is free
+BATCHED = 1.5
 
 
 def find_room(
@@ -54,8 +54,8 @@ def find_room(
         return None
     if place == "auto" or device.type == "cpu":
         for bits in (8, 4):
-            if fits(device, needed(bits), HOSTS * own):
-                return Room(None, bits, partial(fits, device, needed(bits), HOSTS * own))
+            if fits(device, needed(bits), BATCHED * own):
+                return Room(None, bits, partial(fits, device, needed(bits), BATCHED * own))
     # copies beside the computing are what CUDA has (and ROCm under its name)
     if device.type == "cpu" or (place == "auto" and device.type != "cuda"):
         return None
@@ -91,7 +91,9 @@ class Wish:
     rooms: dict[int, Room] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, dial: Dial, plan: TrimPlan, place: str, guider, shift: float) -> Wish:
+    def of(
+        cls, dial: Dial, plan: TrimPlan, place: str, rooms: dict[int, Room], guider, shift: float
+    ) -> Wish:
         """What a guider tells about the run before it begins."""
         prompts = sum(one is not None and len(one) > 0 for one in conds_of(guider).values())
         skips_negative = not guider.model_options.get("disable_cfg1_optimization", False)
@@ -102,7 +104,7 @@ class Wish:
         header = slim_header(guider.model_patcher)
         width = None if header is None else header.width
         needs = getattr(guider.model_patcher.model, "memory_required", None)
-        return cls(dial, plan, place, shift, max(1, prompts), width, needs=needs)
+        return cls(dial, plan, place, shift, max(1, prompts), width, needs=needs, rooms=rooms)
 
     def solve(
         self,

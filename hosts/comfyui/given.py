@@ -6,16 +6,35 @@ another kind: each reading has a fallback.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import torch
 
 from ...engine.engine import COND
 
+log = logging.getLogger(__name__)
+
 
 def options_of(model) -> dict:
     """The transformer_options of a MODEL, or of nothing that came in its place."""
-    return as_dict(as_dict(getattr(model, "model_options", None)).get("transformer_options"))
+    return options_in(getattr(model, "model_options", None))
+
+
+def options_in(model_options) -> dict:
+    """The transformer_options among those of a MODEL or a guider."""
+    return as_dict(as_dict(model_options).get("transformer_options"))
+
+
+def attached(model_options, key: str, lost: str):
+    """What a node put under `key` among a guider's options, by which our wrappers go.
+
+    None where another node put options of its own in their place; then it is logged what is `lost`.
+    """
+    found = options_in(model_options).get(key)
+    if found is None:
+        log.warning("WanTrim: another node put options of its own in the place of ours: %s", lost)
+    return found
 
 
 def as_dict(value) -> dict:

@@ -25,7 +25,7 @@ from ...profiles.recorder import Projections, Recorder
 from ...profiles.recording import BlockWatch, CallRecord
 from .attach import attachment_of
 from .blocks import OVERRIDE, AttentionTap, with_replacements
-from .given import Kept, ModelCall, as_dict, options_of
+from .given import Kept, ModelCall, as_dict, attached, options_of
 from .variants import RUN_KEY, token_grid
 
 log = logging.getLogger(__name__)
@@ -144,12 +144,8 @@ def _outer_sample(executor, *args, **kwargs):
     guider = executor.class_obj
     original = guider.model_options
     options = comfy.model_patcher.create_model_options_clone(original)
-    attachment: ProfileAttachment | None = as_dict(options.get("transformer_options")).get(KEY)
+    attachment: ProfileAttachment | None = attached(options, KEY, "nothing is recorded")
     if attachment is None:
-        log.warning(
-            "WanTrim Profile: another node put options of its own in the place of those that hold "
-            "the recorder: nothing is recorded"
-        )
         return executor(*args, **kwargs)
     # a run that was not saved lets go of what it held before the next one holds as much
     attachment.recorder, attachment.reason = None, "the last run was cancelled or failed"

@@ -19,7 +19,7 @@ import comfy.model_patcher
 from comfy.patcher_extension import WrappersMP
 
 from ...solve.tuned import Travel
-from .given import as_dict, levels_of
+from .given import attached, levels_of, options_in
 from .live import running_prompt
 from .runs import sampler_name, sampling_key
 from .shape import device_name
@@ -70,9 +70,8 @@ def _outermost(model, kind: str, wrapper) -> None:
 def _outer_sample(executor, *args, **kwargs):
     guider = executor.class_obj
     original = guider.model_options
-    place: Place | None = as_dict(original.get("transformer_options")).get(KEY)
+    place: Place | None = attached(original, KEY, "a candidate of a trial is not known as such")
     if place is None:
-        # another node put options of its own in the place of those that tell
         return executor(*args, **kwargs)
     given = {**dict(zip(ARGUMENTS, args, strict=False)), **kwargs}
     candidate, part = place.candidate, place.part
@@ -138,7 +137,7 @@ def is_oom(error: BaseException) -> bool:
 def _sampler_sample(executor, *args, **kwargs):
     """The sampler's own steps: models are loaded, nothing is decoded yet."""
     extra = args[2] if len(args) > 2 else kwargs["extra_args"]
-    options = as_dict(as_dict(extra.get("model_options")).get("transformer_options"))
+    options = options_in(extra.get("model_options"))
     if KEY not in options:
         return executor(*args, **kwargs)
     outcome = options[KEY].outcome
@@ -173,7 +172,7 @@ def _predict_noise(executor, x, timestep, *args, **kwargs):
     """The guided velocity of a whole run: how far it goes from step to step."""
     out = executor(x, timestep, *args, **kwargs)
     options = next((one for one in (*args, *kwargs.values()) if isinstance(one, dict)), {})
-    place = as_dict(options.get("transformer_options")).get(KEY)
+    place = options_in(options).get(KEY)
     if place is None:
         return out
     way, sigma = place.outcome.way, float(timestep.flatten()[0])

@@ -169,6 +169,13 @@ def test_mass_is_that_of_the_attentions_own_queries_and_keys(kind):
         torch.testing.assert_close(profile.ratio()[index], mass[0, :, 0], rtol=1e-3, atol=1e-5)
 
 
+def test_options_that_another_node_replaced_record_nothing(caplog):
+    model = attach_profile(tiny.base_model())
+    model.model_options["transformer_options"] = {}
+    assert torch.equal(tiny.ksampler(model), tiny.ksampler(tiny.base_model()))
+    assert "in the place of ours: nothing is recorded" in caplog.text
+
+
 def test_prompts_in_two_calls_give_the_same_profile(monkeypatch):
     given = tiny.case(batch=2)
     together = recorded(given=given)

@@ -519,12 +519,14 @@ def test_an_expert_that_ran_out_of_memory_is_tried_again(experts, monkeypatch):
     assert candidate.failed is None and candidate.seconds > 0 and not torch.equal(again, latent)
 
 
-def test_candidates_whose_options_another_node_replaced_are_sampled(done):
+def test_candidates_whose_options_another_node_replaced_are_sampled(done, caplog):
     models, steps, _, videos = done
-    for at in (0, 1):
+    for at, lost in ((0, "candidate of a trial is not known"), (1, "nothing is trimmed")):
         alone = models[at].clone()
         alone.model_options["transformer_options"] = {}
+        caplog.clear()
         assert torch.equal(sampled(alone, steps[at]), videos[0])
+        assert "options of its own in the place of ours" in caplog.text and lost in caplog.text
 
 
 def test_both_experts_are_solved_by_their_own_whole_runs(experts):
