@@ -40,7 +40,7 @@ from .table import RESULTS, commit, merge_rows
 
 log = logging.getLogger(__name__)
 FILE = "verdicts.csv"
-KEY = ("candidate", "model", "task", "steps", "guidance", "wanted", "prompts")
+KEY = ("candidate", "model", "task", "steps", "guidance", "wanted", "first", "prompts")
 COLUMNS = (
     *KEY, "shift", "work", "psnr_db", "psnr_lo", "psnr_hi", "chosen", "best", "agrees", "commit",
     "torch",
@@ -167,13 +167,15 @@ def agreement(judged: Sequence[Mapping], wanted: float, steps: int) -> list[set[
     return [bests([*judged[:at], *judged[at + 1 :]], wanted, steps) for at in range(len(judged))]
 
 
-def rows_of(judged: Sequence[Mapping], bench: Bench, wanted: float) -> list[dict[str, object]]:
+def rows_of(
+    judged: Sequence[Mapping], bench: Bench, wanted: float, first: int = 0
+) -> list[dict[str, object]]:
     """A row for each candidate, and one for the verdict: in how many prompts it chose a best one."""
     good, point = agreement(judged, wanted, bench.point.steps), bench.point
     facts = {
         "model": bench.subject.name, "task": bench.task, "steps": point.steps,
         "guidance": point.guidance, "shift": point.shift, "wanted": wanted,
-        "prompts": len(judged), "commit": commit(), "torch": torch.__version__,
+        "first": first, "prompts": len(judged), "commit": commit(), "torch": torch.__version__,
     }  # fmt: skip
     chosen = [one["chosen"] for one in judged]
     agrees = [name in found for name, found in zip(chosen, good, strict=True)]
@@ -199,6 +201,7 @@ def main(argv: Sequence[str] | None = None, say: Callable[[str], None] | None = 
     parser.add_argument("--steps", type=int, choices=[20, 50], default=20)
     parser.add_argument("--speedup", type=float, default=1.5)
     parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--first", type=int, default=0, help="the prompt to begin with")
     parser.add_argument("--work", type=Path, default=Path("out/verdicts"))
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
@@ -210,9 +213,9 @@ def main(argv: Sequence[str] | None = None, say: Callable[[str], None] | None = 
     point = next(one for one in POINTS[args.world] if one.steps == args.steps)
     args.work.mkdir(parents=True, exist_ok=True)
     subject = toy_subject(world=WORLDS[args.world])
-    bench = Bench(subject, args.task, point, args.prompts, 1, args.work)
+    bench = Bench(subject, args.task, point, args.first + args.prompts, 1, args.work)
     judged = []
-    for item in bench.items:
+    for item in bench.items[args.first :]:
         name = f"{subject.name}_{args.task}_{args.steps}_{args.speedup:g}_{item.prompt_index}.json"
         one = read_result(args.work / name)
         if one is None:
@@ -221,7 +224,7 @@ def main(argv: Sequence[str] | None = None, say: Callable[[str], None] | None = 
         judged.append(one)
         shown = ", ".join(f"{n} {db:.1f}" for n, db in one["psnr_db"].items())
         say(f"{len(judged)} of {args.prompts}: chosen {one['chosen']} ({shown})")
-    rows = rows_of(judged, bench, args.speedup)
+    rows = rows_of(judged, bench, args.speedup, args.first)
     merge_rows(args.results / FILE, rows, COLUMNS, KEY)
     say(
         f"the verdict chose one of the bench's best in {rows[-1]['agrees']} of {len(judged)} prompts"

@@ -102,7 +102,10 @@ FIGURES = [
     (
         "benchmarks/README.md",
         "chose the bench's best of seven candidates in {:.0f} of {:.0f} prompts",
-        [("verdicts", {"candidate": "verdict"}, column, 1) for column in ("agrees", "chosen")],
+        [
+            ("verdicts", {"candidate": "verdict", "first": "0"}, column, 1)
+            for column in ("agrees", "chosen")
+        ],
     ),
     (
         "docs/training.md",

@@ -84,5 +84,9 @@ def test_finished_prompts_are_kept_and_rows_are_written(tmp_path, monkeypatch):
     assert len(asked) == 3
     assert said[-1] == "the verdict chose one of the bench's best in 3 of 3 prompts"
     assert len((tmp_path / verdicts.FILE).read_text().splitlines()) == 1 + 5
+    # other prompts are rows of their own
+    verdicts.main([*options, "--first", "2"], said.append)
+    assert [given[1].prompt_index for given in asked] == [0, 1, 2, 3, 4]
+    assert len((tmp_path / verdicts.FILE).read_text().splitlines()) == 1 + 10
     with pytest.raises(SystemExit):
         verdicts.main([*options[:2], "--prompts", "2"])
