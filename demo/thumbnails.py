@@ -58,7 +58,6 @@ TEMPLATES = {
     "start_here": Shown("t2v", "a red circle moving right slowly on a black background"),
     "wantrim_demo_i2v.app": Shown("i2v", "a yellow triangle moving up slowly on a navy background"),
     "wan2.1_t2v_1.3b": Shown("t2v", "a green square moving left slowly on a gray background"),
-    "wan2.1_i2v_14b": Shown("i2v", "a purple cross moving right quickly on a striped background"),
     "wan2.2_t2v_14b": Shown(
         "t2v", "a blue circle moving right slowly on a black background", 4, 1.3, seed=1
     ),
@@ -68,6 +67,7 @@ TEMPLATES = {
     "wan2.2_ti2v_5b": Shown("t2v", "a purple triangle moving right slowly on a gray background"),
 }
 CANDIDATES = Shown("t2v", "a red circle moving right slowly on a black background")
+CANDIDATES_OF_ONE = Shown("t2v", "a purple cross moving right quickly on a striped background")
 CANDIDATES_OF_A_PAIR = Shown("i2v", "a blue cross moving up slowly on a gray background")
 SLIM = Shown("t2v", "a green circle moving right slowly on a navy background")
 SLIM_RATIO = 0.2
@@ -113,6 +113,7 @@ def draw_slim() -> Image.Image:
 DRAWERS: dict[str, Callable[[], Image.Image]] = {
     **{name: shown.draw for name, shown in TEMPLATES.items()},
     "wantrim_demo_tuned": draw_candidates,
+    "wan2.1_t2v_1.3b_tuned": lambda: draw_candidates(CANDIDATES_OF_ONE),
     "wan2.2_i2v_14b_tuned": lambda: draw_candidates(CANDIDATES_OF_A_PAIR),
     "wan2.1_t2v_slim": draw_slim,
 }

@@ -511,7 +511,7 @@ def test_the_first_pages_table_says_what_another_share_cost():
 
 def test_the_templates_tables_are_those_of_the_rows():
     filled = fill_templates(TEMPLATES, tables(RESULTS))
-    assert len(filled) == 6
+    assert len(filled) == 5
     for path, text in filled.items():
         assert text == path.read_text("utf-8"), f"{path.name}: run wantrim.benchmarks.summary"
 

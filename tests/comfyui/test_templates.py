@@ -30,7 +30,7 @@ from wantrim.tests.comfyui.workflow_tools import (
 )
 
 CHECKPOINT = "toy/tiny_wan.safetensors"
-SINGLE = ["wan2.1_t2v_1.3b", "wan2.1_i2v_14b", "wan2.2_ti2v_5b"]
+SINGLE = ["wan2.1_t2v_1.3b", "wan2.2_ti2v_5b"]
 PAIRS = ["wan2.2_t2v_14b", "wan2.2_i2v_14b"]
 BLUEPRINT = "Wan 2.2 pair (trimmed)"
 HIGH, LOW = (f"wan2.2_t2v_{noise}_noise_14B_fp8_scaled.safetensors" for noise in ("high", "low"))
@@ -103,6 +103,21 @@ def test_lora_switch_changes_steps_cfg_and_models(name, workflows, server, infos
         [videos[switch]] = saved(server, entry)
         assert steps_told(prompt, entry) == steps
     assert videos[True].read_bytes() != videos[False].read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "change_at"), [("wan2.1_t2v_1.3b_tuned", 0), ("wan2.2_i2v_14b_tuned", 4)]
+)
+def test_trial_of_a_real_model_chooses_and_keeps(name, change_at, workflows, server, infos):
+    prompt = on_tiny_wan(to_api(workflows[name], infos))
+    prompt = with_inputs(prompt, "WanTrimCandidates", steps=8, change_at=change_at)
+    entry = done(server, prompt)
+    said = texts(entry)
+    [verdict] = kinds(prompt, "WanTrimVerdict")
+    assert f"Kept in {verdict['inputs']['filename']}" in said and "Best at 1.5x: " in said
+    # whole, WanTrim, EasyCache, fewer steps
+    assert "WanTrim Candidates: 4 of 4" in server.log
+    assert len(saved(server, entry)) == 1
 
 
 def steps_told(prompt: dict, entry) -> dict[str, int]:

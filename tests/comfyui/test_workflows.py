@@ -29,12 +29,15 @@ APP = "wantrim_demo_i2v.app"
 DEMOS = ["start_here", APP]
 DIAL = [
     "wan2.1_t2v_1.3b",
-    "wan2.1_i2v_14b",
     "wan2.2_t2v_14b",
     "wan2.2_i2v_14b",
     "wan2.2_ti2v_5b",
 ]
-TUNED = {"wantrim_demo_tuned": [1.5, 12, "all", 0], "wan2.2_i2v_14b_tuned": [1.5, 20, "few", 10]}
+TUNED = {
+    "wantrim_demo_tuned": [1.5, 12, "all", 0],
+    "wan2.1_t2v_1.3b_tuned": [1.5, 30, "few", 0],
+    "wan2.2_i2v_14b_tuned": [1.5, 20, "few", 10],
+}
 SLIM = "wan2.1_t2v_slim"
 WORKFLOWS = [*DEMOS, *TUNED, *DIAL, SLIM]
 NODE_IDS = [

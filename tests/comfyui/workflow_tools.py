@@ -351,12 +351,11 @@ def on_tiny_wan(prompt: dict) -> dict:
     vae = {key: ["tiny", 1] for key, node in prompt.items() if node["class_type"] == "VAELoader"}
     for key, node in prompt.items():
         kind, inputs = node["class_type"], changed[key]["inputs"]
-        if kind in ("VAELoader", "CLIPLoader", "CLIPVisionLoader", "CLIPVisionEncode"):
+        if kind in ("VAELoader", "CLIPLoader"):
             del changed[key]
         elif kind == "CLIPTextEncode":
             changed[key] = {"class_type": "WanTrimDemoPrompt", "inputs": {"prompt": PROMPT}}
         elif kind in ("EmptyHunyuanLatentVideo", "WanImageToVideo"):
-            inputs.pop("clip_vision_output", None)
             inputs.update(small)
         elif kind == "Wan22ImageToVideoLatent":
             # of another latent space than the tiny Wan's
