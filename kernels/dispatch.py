@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from functools import wraps
+from functools import cache, partial, wraps
 from importlib.util import find_spec
 
 import torch
@@ -49,7 +49,7 @@ def why_not(name: str, tensor: torch.Tensor) -> str | None:
     """Why Triton's kernel `name` cannot take this tensor, or None."""
     # channels of a head; of scores the positions of a latent frame
     size = tensor.shape[-1]
-    if find_spec("triton") is None:
+    if not installed():
         return "Triton is not installed"
     arch = _architecture(tensor.device)
     if arch is None:
@@ -95,8 +95,17 @@ def _choose(name: str, backend: str, tensor: torch.Tensor) -> Callable:
     return getattr(reference, name)
 
 
+@cache
+def installed() -> bool:
+    """Whether Triton can be imported; another pack's stand-in for it is none."""
+    try:
+        return find_spec("triton") is not None
+    except ValueError:
+        return False
+
+
 def _interpreted() -> bool:
-    if find_spec("triton") is None:
+    if not installed():
         return False
     import triton
 
@@ -114,16 +123,29 @@ def _architecture(device: torch.device) -> int | str | None:
 
 
 def _kernel(name: str, tensor: torch.Tensor) -> Callable:
-    """Triton's function of this name, with its tiles."""
+    """Triton's function of this name, with its tiles, for tensors where this one is."""
     # Triton has no wheels for Windows and macOS, and takes a while to import
     from . import attention, context, select
 
     if name not in ATTENTION:
-        return getattr(select if name == "smooth_select" else context, name)
+        run = getattr(select if name == "smooth_select" else context, name)
+        return _launched_on(tensor.device, run)
     arch = _architecture(tensor.device)
     config: Config = INTERPRETED if arch is None else config_of(arch, tensor.dtype)
-    run = getattr(attention, name)
-    return lambda *args, **options: run(*args, config=config, **options)
+    return _launched_on(tensor.device, partial(getattr(attention, name), config=config))
+
+
+def _launched_on(device: torch.device, run: Callable) -> Callable:
+    """A function whose kernels start on this GPU: Triton's start on the current one."""
+    if device.type != "cuda":
+        return run
+
+    @wraps(run, updated=())
+    def there(*args, **options):
+        with torch.cuda.device(device):
+            return run(*args, **options)
+
+    return there
 
 
 def _check(name: str, tensor: torch.Tensor, size: int) -> str | None:

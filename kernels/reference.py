@@ -9,6 +9,8 @@ import torch
 # scores held at once: queries x keys x heads x batch
 CHUNK_SCORES = 1 << 24
 HALF_MAX = 65504.0
+# tokens whose keys or values are held wide at once, while they are packed and unpacked
+AT_ONCE = 4096
 # codes and scales of keys, then of values: [b, s, n, d * bits / 8] and [b, s, n], contiguous
 Packed = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -216,14 +218,24 @@ def store_rows(
     Returns:
         `held`.
     """
-    packed = (*pack_rows(k, bits), *pack_rows(v, bits))
+    batch, tokens, heads, dim = k.shape
     if held is None:
-        return packed
-    where = (
-        ... if index is None else (torch.arange(len(index), device=index.device)[:, None], index)
-    )
-    for into, new in zip(held, packed, strict=True):
-        into[where] = new
+        held = tuple(
+            made
+            for x in (k, v)
+            for made in (
+                x.new_empty(batch, tokens, heads, dim * bits // 8, dtype=torch.uint8),
+                x.new_empty(batch, tokens, heads, dtype=torch.float16),
+            )
+        )
+    sample = torch.arange(batch, device=k.device)[:, None]
+    # in fp32 all of them would be several times what they are
+    for at in range(0, tokens, AT_ONCE):
+        part = slice(at, at + AT_ONCE)
+        where = (slice(None), part) if index is None else (sample, index[:, part])
+        packed = (*pack_rows(k[:, part], bits), *pack_rows(v[:, part], bits))
+        for into, new in zip(held, packed, strict=True):
+            into[where] = new
     return held
 
 
@@ -241,9 +253,13 @@ def join_rows(
         index: int64 [b, m], positions in `held`; None is all in order.
         out: contiguous, in the dtype of k and v.
     """
-    if index is not None:
-        sample = torch.arange(len(index), device=index.device)[:, None]
-        held = tuple(t[sample, index] for t in held)
-    for into, own, codes, scale in ((out[0], k, *held[:2]), (out[1], v, *held[2:])):
-        into[:, : own.shape[1]] = own
-        into[:, own.shape[1] :] = unpack_rows(codes, scale, bits)
+    own, remembered = k.shape[1], out[0].shape[1] - k.shape[1]
+    sample = torch.arange(len(k), device=k.device)[:, None]
+    for into, mine, codes, scale in ((out[0], k, *held[:2]), (out[1], v, *held[2:])):
+        into[:, :own] = mine
+        for at in range(0, remembered, AT_ONCE):
+            part = slice(at, min(at + AT_ONCE, remembered))
+            where = (slice(None), part) if index is None else (sample, index[:, part])
+            into[:, own + part.start : own + part.stop] = unpack_rows(
+                codes[where], scale[where], bits
+            )

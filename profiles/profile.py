@@ -165,4 +165,6 @@ def load_profile(path: Path) -> Profile:
         raise ValueError(f"{path.name}: count holds no numbers of calls: damaged file")
     lists = [said if isinstance(said := header.get(n), list) else [] for n in ("runs", "tuned")]
     runs, tuned = ([one for one in said if isinstance(one, dict)] for said in lists)
-    return Profile(model, {name: tensors[name] for name in layout(model)}, runs, tuned)
+    # a file that is mapped cannot be replaced on Windows, and this one is when it is added to
+    own = {name: tensors[name].clone() for name in layout(model)}
+    return Profile(model, own, runs, tuned)

@@ -180,7 +180,9 @@ def load_router(path: Path) -> TrainedRouter:
     for name, value in tensors.items():
         if not value.is_floating_point() or not torch.isfinite(value.float()).all():
             raise ValueError(f"{path.name}: damaged file: {name} holds values that are not finite")
-    mlp.load_state_dict(tensors, assign=True)
+    # copies in one precision: a file that is mapped cannot be replaced on Windows
+    own = {name: value.to(torch.float32, copy=True) for name, value in tensors.items()}
+    mlp.load_state_dict(own, assign=True)
     return TrainedRouter(mlp.requires_grad_(False), kind, model, conditions)
 
 

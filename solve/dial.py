@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 
 from ..engine.plan import TrimPlan
 from ..engine.program import Program, expected_programs
@@ -23,12 +24,11 @@ MAX_DENSE_STEPS = 100
 HIGH, LOW = "high", "low"
 # sigma at which Wan 2.2 changes experts, without and with a start image
 BOUNDARY, BOUNDARY_GIVEN = 0.875, 0.9
+# of the other expert: steps at all, and of the first one for each of the second one's
+MOST_STEPS, MOST_BEFORE = 100, 3.0
 # what a work costs, in any unit
 Cost = Callable[[Work], float]
-
-
-def flops(work: Work) -> float:
-    return work.flops
+flops: Cost = attrgetter("flops")
 
 
 @dataclass(frozen=True)
@@ -380,8 +380,8 @@ def task_speedup(
 def other_slice(run: Run, expert: str, boundary: float = 0.0) -> Run | None:
     """The run of the pair's other expert, as far as this one's sigmas tell; None when it has none.
 
-    Each expert sees only its own sigmas. The other's are taken to be spread as evenly, so that both
-    find the same plan, each on its own.
+    Each sees only its own. The other's are taken to be spread as evenly, so that both find the same
+    plan. A low noise expert with a small end of the way goes over a video: nothing ran before it.
 
     Args:
         expert: which one `run` is of.
@@ -392,9 +392,9 @@ def other_slice(run: Run, expert: str, boundary: float = 0.0) -> Run | None:
     done, first = progress_at(at, run.shift), progress_at(run.sigmas[0], run.shift)
     # where the first expert began the second one cannot know
     own, other = (done - first, 1 - done) if high else (1 - done, done)
-    if min(own, other) < 1e-6:
+    if min(own, other) < 1e-6 or (not high and other > MOST_BEFORE * own):
         return None
-    count = max(1, round(run.steps * other / own))
+    count = min(max(1, round(run.steps * other / own)), MOST_STEPS)
     places = [(done if high else 0.0) + other * i / count for i in range(count + 1)]
     sigmas = tuple(sigma_at(place, run.shift) for place in places)
     return replace(run, sigmas=sigmas, calls=None, done=(), before=None)

@@ -277,6 +277,21 @@ def test_a_video_that_begins_in_the_middle_has_no_steps_before_it():
     assert second.together == pytest.approx(1.5, rel=TOLERANCE)
 
 
+@pytest.mark.parametrize("steps", [6, 10])
+def test_a_low_noise_expert_that_goes_over_a_video_is_a_model_alone(steps):
+    """Denoise 0.2 and less: no first expert's steps are made up, whose savings nobody makes."""
+    every = sigmas(5 * steps, 8.0)[4 * steps :]
+    run = Run(SHAPE, GRID, every, 8.0)
+    solved = Dial(1.5, expert=LOW).solve(run)
+    assert solved.together is None and solved == Dial(1.5).solve(run)
+    # three steps of the first one for each of the second's are a pair still
+    assert other_slice(slices(8, 6)[1], LOW).steps == 6
+
+
+def test_a_boundary_by_hand_makes_up_no_endless_expert():
+    assert other_slice(slices(10, 5)[0], HIGH, 0.999).steps == 100
+
+
 def test_an_expert_that_does_the_whole_run_is_a_model_alone():
     run = Run(SHAPE, GRID, sigmas(6, 8.0), 8.0)
     assert other_slice(run, HIGH) is None and other_slice(run, LOW) is None

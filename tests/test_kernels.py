@@ -1,10 +1,14 @@
+import contextlib
 import functools
 import logging
 import math
 import re
+import sys
+from types import ModuleType
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from wantrim import kernels
 from wantrim.kernels import dispatch, reference
@@ -298,6 +302,38 @@ def test_rows_are_stored_where_they_belong_and_joined_behind_others(bits, dtype)
     assert torch.equal(out, again)
 
 
+class Widest(TorchDispatchMode):
+    """The most numbers in fp32 that one operation makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and made.dtype == torch.float32:
+            self.numbers = max(self.numbers, made.numel())
+        return made
+
+
+@BITS
+def test_many_rows_are_never_wide_at_once(bits, monkeypatch):
+    torch.manual_seed(4)
+    k, v = torch.randn(2, 2, 23, 3, 12).bfloat16()
+    index = torch.stack([torch.randperm(23), torch.randperm(23)])
+    found = []
+    for at_once in (5, 100):
+        monkeypatch.setattr(reference, "AT_ONCE", at_once)
+        out = torch.full((2, 2, 20, 3, 12), float("nan")).bfloat16()
+        with Widest() as widest:
+            held = reference.store_rows(k, v, bits)
+            reference.store_rows(v[:, :7], k[:, :7], bits, held, index[:, :7])
+            reference.join_rows(k[:, :7], v[:, :7], held, index[:, 7:20], bits, (out[0], out[1]))
+        found.append((*held, out))
+        assert widest.numbers == 2 * min(at_once, 23) * 3 * 12
+    assert all(map(torch.equal, *found)) and not found[0][-1].isnan().any()
+
+
 NAMES = ("token_mass", "frame_mass", "smooth_select", "store_rows", "join_rows")
 
 
@@ -327,7 +363,7 @@ def as_if(monkeypatch):
     monkeypatch.setattr(dispatch, "_said", set())
     # as in a process whose Triton is not interpreted
     monkeypatch.setattr(dispatch, "_interpreted", lambda: False)
-    monkeypatch.setattr(dispatch, "find_spec", lambda name: object())
+    monkeypatch.setattr(dispatch, "installed", lambda: True)
 
     def put(kernel, arch=90):
         monkeypatch.setattr(dispatch, "_architecture", lambda device: arch)
@@ -403,8 +439,31 @@ def test_auto_declines_with_a_reason(as_if, name, dtype, size, arch, why):
 
 def test_without_triton_the_reason_is_that(as_if, monkeypatch):
     as_if(broken)
-    monkeypatch.setattr(dispatch, "find_spec", lambda name: None)
+    monkeypatch.setattr(dispatch, "installed", lambda: False)
     assert dispatch.why_not("token_mass", torch.zeros(1, 1, 12)) == "Triton is not installed"
+
+
+def test_a_stand_in_for_triton_is_no_triton(monkeypatch):
+    """Some packs put an empty module of that name where there is none."""
+    monkeypatch.setitem(sys.modules, "triton", ModuleType("triton"))
+    assert dispatch.installed.__wrapped__() is False
+
+
+def test_kernels_start_on_the_gpu_of_their_tensors(monkeypatch):
+    current = []
+
+    @contextlib.contextmanager
+    def device(wanted):
+        current.append(wanted)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    second = torch.device("cuda", 1)
+    run = dispatch._launched_on(second, lambda one, *, two: (one, two, list(current)))
+    assert run(1, two=2) == (1, 2, [second]) and not current
+    here = torch.device("cpu")
+    assert dispatch._launched_on(here, lambda: list(current))() == []
 
 
 def test_a_nan_never_agrees():
