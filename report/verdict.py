@@ -17,6 +17,9 @@ from .picture import BACKGROUND, FAINT, INK, KEPT, MARGIN, WIDTH, canvas, font_o
 FORMAT = "wantrim_trial/1"
 # PSNR in dB within which two candidates are as good as each other
 SAME_DB = 0.5
+# by how much the difference of two plans changes from video to video: its standard deviation over
+# 16 prompts of benchmarks/results/verdicts.csv (those from 16 on)
+ONE_VIDEO_DB = 1.8
 # candidates that cost whole steps, and what the others may cost beyond the plan
 BY_STEPS, SAME_WORK = ("easycache", "steps"), 0.02
 # relative difference of seconds that is said
@@ -68,8 +71,8 @@ class Choice:
 def choose(rows: Sequence[Row], wanted: float, steps: int) -> Choice:
     """The row that is nearest to the whole one among those that save as much work as was asked for.
 
-    What leaves out whole steps may be half a step off. Half a dB of one video is no difference:
-    there the plan by the model's own whole run is taken, which goes by more than this video shows.
+    What leaves out whole steps may be half a step off. The plan by the model's own whole run is
+    taken where another one is ahead by no more than one video says.
 
     Args:
         steps: of the whole run.
@@ -84,7 +87,7 @@ def choose(rows: Sequence[Row], wanted: float, steps: int) -> Choice:
     ranked = sorted(able, key=lambda place: (-rows[place].found.psnr_db, rows[place].work))
     nearest = rows[ranked[0]]
     # one row at most moves to the front
-    ranked.sort(key=lambda at: rows[at].name != OWN or _ahead(nearest, rows[at]) >= SAME_DB)
+    ranked.sort(key=lambda at: rows[at].name != OWN or _ahead(nearest, rows[at]) >= ONE_VIDEO_DB)
     best, after = ranked[0], ranked[1] if len(ranked) > 1 else None
     return Choice(best, after, _beside(rows, best, after, able))
 
@@ -102,7 +105,13 @@ def enough(works: Mapping[str, float], wanted: float, steps: int) -> set[str]:
 def _beside(rows: Sequence[Row], best: int, after: int | None, able: Sequence[int]) -> str:
     said = []
     top = rows[best]
-    if after is not None and _ahead(top, rows[after]) < SAME_DB:
+    ahead = math.inf if after is None else _ahead(top, rows[after])
+    if ahead <= -SAME_DB:
+        said.append(
+            f"two plans differ by {ONE_VIDEO_DB} dB more or less in the next video: the one by the "
+            "whole run is taken"
+        )
+    elif ahead < SAME_DB:
         said.append("half a dB is no difference: take the one that you like")
     if not MOTION[0] <= top.found.motion_ratio <= MOTION[1]:
         said.append(f"it has {top.found.motion_ratio:.2f} x the motion of the whole one: watch it")
@@ -132,7 +141,9 @@ def headline(rows: Sequence[Row], choice: Choice, wanted: float) -> str:
     if choice.next is not None:
         other = rows[choice.next]
         ahead = _ahead(top, other)
-        by = "as near to the whole video as" if ahead < SAME_DB else f"{ahead:.1f} dB nearer than"
+        by = "as near to the whole video as"
+        if abs(ahead) >= SAME_DB:
+            by = f"{abs(ahead):.1f} dB {'nearer' if ahead > 0 else 'further off here'} than"
         said += f", {by} {other.label}"
     if top.seconds and rows[0].seconds:
         said += f"; {rows[0].seconds / top.seconds:.2f}x in seconds"
