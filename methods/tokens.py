@@ -87,7 +87,8 @@ class Selection:
         """The same choice in a sequence of another layout; latent frames new to it stay whole."""
         dropped = self.dropped - old.start
         # rows drop equally many tokens of every latent frame, in order
-        dropped = dropped[:, : int((dropped[0] < new.tokens).sum())] + new.start
+        left_out = sum(old.per_frame - kept for kept in self.per_frame[: new.frames])
+        dropped = dropped[:, :left_out] + new.start
         added = (new.per_frame,) * max(0, new.frames - old.frames)
         per_frame = (*self.per_frame[: new.frames], *added)
         return Selection(other_positions(dropped, length), length, per_frame)

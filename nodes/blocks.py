@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
 from comfy_api.latest import io
 
 from ..hosts.comfyui.attach import attach_part
-from ..hosts.comfyui.profiling import model_fingerprint
-from ..hosts.comfyui.slim import slim_header
+from ..hosts.comfyui.profiling import fingerprint_of
 from ..hosts.comfyui.variants import SKIP_BLOCKS, check_variant
 from ..methods.depth import SHAPES, BlockBudget, BlockPlan
 from ..methods.routers import FixedRouter, Router
-from ..profiles.fingerprint import WHOLE, width_digest
 from ..slim.router import TrainedRouter, load_router
 from .files import add_folder, find_file, list_files
 from .inputs import model_input, percent_inputs, planned_output, text_output
@@ -167,9 +164,7 @@ def _trained(model, filename: str) -> TrainedRouter:
         )
     router = _load(path, path.stat().st_mtime_ns)
     network = model.model.diffusion_model
-    header = slim_header(model)
-    width = WHOLE if header is None else width_digest(header.model, header.width)
-    reason = replace(model_fingerprint(network), width=width).differs(router.model)
+    reason = fingerprint_of(model).differs(router.model)
     if reason is not None:
         raise ValueError(
             f"router_file: {filename} was trained for another model than the one at 'model': "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 from comfy_api.latest import io
 
 from ..hosts.comfyui.attach import attach_dial, attach_dials
@@ -14,6 +16,7 @@ from ..solve.tuned import Tuned
 from .inputs import check_choice, check_range, model_input
 from .profile import ProfileSocket
 
+log = logging.getLogger(__name__)
 CATEGORY = "model/patch/wan"
 NAME, PAIR = "WanTrim", "WanTrim Pair"
 DRAFT, FINAL = "draft", "final"
@@ -245,19 +248,25 @@ def _tuned(node: str, name: str, model, profile: ProfileFile | None) -> tuple[Tu
         check_profile(model, profile.profile, node)
     except ValueError as error:
         raise ValueError(str(error).replace(": profile:", f": {name}:", 1)) from error
-    try:
-        trials = tuple(Tuned.from_json(one) for one in profile.profile.tuned)
-    except ValueError as error:
+    trials, unread = [], None
+    for one in profile.profile.tuned:
+        try:
+            trials.append(Tuned.from_json(one))
+        except ValueError as error:
+            # of a later version, or damaged: the others are none the worse
+            unread = error
+            log.warning("%s: %s: a trial in it cannot be read: %s", node, name, error)
+    if not trials and unread is not None:
         raise ValueError(
-            f"{node}: {name}: what a trial kept in it cannot be read ({error}). Run the trial again "
+            f"{node}: {name}: what a trial kept in it cannot be read ({unread}). Run the trial again "
             "into a new file, or update WanTrim"
-        ) from error
+        )
     if not trials:
         raise ValueError(
             f"{node}: {name}: no trial was kept in it. Run WanTrim Candidates and WanTrim Verdict "
             "with its name as 'filename', or take it off"
         )
-    return trials
+    return tuple(trials)
 
 
 def _dial(node: str, render: str, context: str, **options) -> Dial:

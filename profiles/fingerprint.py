@@ -77,12 +77,12 @@ class Fingerprint:
     def describe(self) -> str:
         return (
             f"{self.num_blocks} blocks, {self.num_heads} heads, dim {self.dim}, ffn {self.ffn_dim}, "
-            f"{self.in_channels} input channels"
+            f"{self.in_channels} input and {self.out_channels} output channels"
         )
 
     def differs(self, other: Fingerprint) -> str | None:
         """What makes `other` another model than this one, or None."""
-        if self.describe() != other.describe() or self.out_channels != other.out_channels:
+        if self.describe() != other.describe():
             return f"expected {self.describe()}, got {other.describe()}"
         if None not in (self.width, other.width) and self.width != other.width:
             kinds = (
@@ -92,7 +92,8 @@ class Fingerprint:
         mine, theirs = torch.tensor(self.sample), torch.tensor(other.sample)
         if mine.shape != theirs.shape:
             return "their samples have different lengths"
-        if len(mine) and float((mine - theirs).norm()) > SAME * float(mine.norm()):
+        # a sample that is no number is like none
+        if len(mine) and not float((mine - theirs).norm()) <= SAME * float(mine.norm()):
             return (
                 "the sizes are the same but the weights are not (Wan2.2's two experts look alike: "
                 "was the other one meant?)"

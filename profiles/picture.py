@@ -37,11 +37,15 @@ SHOWN = {
 def summary(profile: Profile) -> str:
     """The profile in an artist's words."""
     model = profile.model
-    lines = [
-        f"WanTrim profile of a Wan with {model.describe()}",
+    lines = [f"WanTrim profile of a Wan with {model.describe()}"]
+    lines += [_trial(one) for one in profile.tuned]
+    if not profile.calls:
+        lines.append("Nothing was recorded with WanTrim Profile: Heads and Slim cannot use it.")
+        return "\n".join(lines)
+    lines.append(
         f"{profile.calls} model calls in {len(profile.runs)} recorded runs "
-        "(a call is one video at one step, with the positive prompt).",
-    ]
+        "(a call is one video at one step, with the positive prompt)."
+    )
     roles = Counter(role(r) for r in profile.ratio().flatten().tolist())
     lines.append("Heads: " + ", ".join(f"{roles[name]} {name}" for name in ROLES) + ".")
     mass = profile.mass().flatten(0, 1).mean(0).tolist()
@@ -57,6 +61,14 @@ def summary(profile: Profile) -> str:
     return "\n".join(lines)
 
 
+def _trial(kept: dict) -> str:
+    """What a trial found; the dial is who reads and judges it."""
+    sigmas, speedup = kept.get("sigmas"), kept.get("speedup")
+    steps = f" in {len(sigmas) - 1} steps" if isinstance(sigmas, list) else ""
+    wish = f" at {speedup:g}x" if isinstance(speedup, int | float) else ""
+    return f"A trial{wish}{steps} chose: {str(kept.get('chosen')):.200}."
+
+
 def _run(run: dict) -> list[str]:
     parts = []
     if isinstance(run.get("grid"), list):
@@ -68,12 +80,13 @@ def _run(run: dict) -> list[str]:
 
 def draw_profile(profile: Profile, name: str = "") -> Image.Image:
     """The profile as a picture, block across and head down in each map."""
-    mass, ratio = profile.mass(), profile.ratio()
     image, draw = canvas(84)
     draw.text((MARGIN, 12), f"WanTrim profile {name}".strip()[:72], INK, font_of(22))
     line = f"{profile.model.describe()}; {profile.calls} calls in {len(profile.runs)} runs"
     draw.text((MARGIN, 46), line, FAINT, font_of(16))
-    rows = [image]
+    if not profile.calls:
+        return image
+    mass, ratio, rows = profile.mass(), profile.ratio(), [image]
     roles = [[role(r) for r in heads] for heads in ratio.T.tolist()]
     counts = Counter(name for heads in roles for name in heads)
     colours = {"spatial": "green", "mixed": "grey", "temporal": "orange"}

@@ -122,7 +122,7 @@ class BlockRecord:
         if x.ndim != 3 or x.shape[-1] != self.model.dim:
             return
         # self-attention's and the queries are the video's; the rest are prompts, which are short
-        x = self._sampled(x) if x.shape[1] == self.length else self.call.own(x)[:, :SAMPLED]
+        x = self._sampled(x) if x.shape[1] == self.length else self.call.own(x[:, :SAMPLED])
         energy = x.float().unflatten(-1, (self.model.num_heads, -1)).square().sum(-1)
         share = energy / energy.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
         self.shares.append((share.mT @ share).sum(0) / share.shape[1])
@@ -135,7 +135,7 @@ class BlockRecord:
         tokens = self.call.tokens
         here = tokens[(tokens >= first) & (tokens < self.activated)] - first
         if len(here):
-            self.channels.append(self.call.own(hidden)[:, here.to(hidden.device)].float())
+            self.channels.append(self.call.own(hidden[:, here.to(hidden.device)]).float())
 
     def done(self) -> None:
         """The block has run: what it showed counts only now."""
@@ -181,7 +181,7 @@ class BlockRecord:
 
     def _sampled(self, tensor: torch.Tensor) -> torch.Tensor:
         """Conditional rows and sampled tokens of [b, s, ...]."""
-        return self.call.own(tensor).index_select(1, self.call.on(tensor.device)[0])
+        return self.call.own(tensor.index_select(1, self.call.on(tensor.device)[0]))
 
 
 class BlockWatch(TorchFunctionMode):

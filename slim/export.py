@@ -15,7 +15,7 @@ from ..profiles.calibration import load_calibration
 from ..profiles.profile import Profile
 from ..solve.budget import solve_width
 from .cut import SHARES, Cut, check_width, find_cut, norm_scale, refit, take
-from .file import DTYPES, PREFIX, Entry, Progress, SlimHeader, write_tensors
+from .file import PREFIX, Entry, Progress, SlimHeader, write_tensors
 from .source import Source, open_source
 from .width import check_ratio, pare_width
 
@@ -159,24 +159,21 @@ class _Refits:
 
     def __init__(self, source: Source, width: Width, gram: Grams | None, notes: list[str]):
         self.source, self.width, self.gram, self.notes = source, width, gram, notes
-        entry = source.entries["blocks.0.self_attn.o.weight"]
         self.wanted = gram is not None
-        if self.wanted and DTYPES[entry.dtype].itemsize == 1:
-            self.wanted = False
-            notes.append(
-                "the output projections were not refitted: fp8 is too coarse to store the result; "
-                "cut the bf16 or fp16 file to get it"
-            )
 
     def columns(self, cut: Cut, weight: torch.Tensor) -> torch.Tensor:
         index = cut.index(self.width, self.source.model.head_dim)
         if len(index) == weight.shape[1]:
             return weight
+        if weight.dtype.itemsize == 1:
+            self._note(
+                "output projections in fp8 were not refitted: fp8 is too coarse to store the result; "
+                "cut the bf16 or fp16 file to get it"
+            )
+            return take(weight, 1, index)
         gram = self.gram(cut.part.removesuffix("_attn"), cut.block)
         if gram is None:
-            note = f"no calibration of {cut.name}: not refitted there"
-            if note not in self.notes:
-                self.notes.append(note)
+            self._note(f"no calibration of {cut.name}: not refitted there")
             return take(weight, 1, index)
         if gram.shape != (weight.shape[1], weight.shape[1]):
             raise ValueError(
@@ -190,6 +187,10 @@ class _Refits:
                 f"calibration: {cut.name} of block {cut.block} is not a sum of x x^T ({error}). "
                 "Record it again."
             ) from error
+
+    def _note(self, said: str) -> None:
+        if said not in self.notes:
+            self.notes.append(said)
 
 
 def slim_checkpoint(

@@ -306,7 +306,8 @@ def _norm_scale(said: object, model: Fingerprint) -> dict[str, tuple[float, ...]
     for name, values in said.items():
         right = isinstance(values, list) and len(values) == model.num_blocks
         if not right or not all(
-            isinstance(value, int | float) and math.isfinite(value) and value > 0
+            # no NaN either, and no whole number that is too large for a float
+            isinstance(value, int | float) and 0 < value < 1e30
             for value in values
         ):
             raise ValueError(f"norm_scale: {name}: expected a positive factor per block")

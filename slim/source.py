@@ -65,9 +65,9 @@ class Source:
     def signature(self, block: int) -> torch.Tensor:
         """What tells a block's FFN channels apart (eq. 7): W_up's rows, W_down's columns."""
         up, down = (self.tensor(f"blocks.{block}.ffn.{layer}.weight") for layer in (0, 2))
-        both = torch.cat([up, down.T], 1)
-        # nothing can be computed in fp8
-        return both.bfloat16() if both.dtype.itemsize == 1 else both
+        # nothing can be computed in fp8, and a file may have one of them so
+        wide = (t.bfloat16() if t.dtype.itemsize == 1 else t for t in (up, down.T))
+        return torch.cat(list(wide), 1)
 
 
 def open_source(path: Path) -> Source:
@@ -102,6 +102,11 @@ def open_source(path: Path) -> Source:
         reason = _why_not(key, entry)
         if reason is not None:
             raise ValueError(f"{path.name}: cannot be cut: {reason}")
+    hollow = [key for key, entry in entries.items() if 0 in entry.shape]
+    if hollow:
+        raise ValueError(
+            f"{path.name}: {hollow[0]} is empty: damaged file. Download the checkpoint again."
+        )
     config = metadata.get("config")
     model = _fingerprint(path, prefix, entries, config)
     for key, entry in entries.items():

@@ -19,6 +19,8 @@ SAME_SIZE = 1.5
 # sigmas of two runs of one schedule
 SAME_SIGMA = 0.05
 MOST_STEPS = 1000
+# schedulers of other models begin above 1
+MOST_SIGMA = 1e3
 
 
 @dataclass(frozen=True)
@@ -129,12 +131,12 @@ class Tuned:
         """
         if not isinstance(data, dict) or not isinstance(data.get("travel"), dict):
             raise ValueError(f"expected the outcome of a trial, got {data!r:.80}")
-        sigmas = _numbers(data, "sigmas", 1.0, at_least=2)
+        sigmas = _numbers(data, "sigmas", MOST_SIGMA, at_least=2)
         shares = data.get("shares")
         if shares is not None and len(_numbers(data, "shares", 1.0)) != len(sigmas) - 1:
             raise ValueError(f"expected a share for each of {len(sigmas) - 1} steps")
         way = Travel(
-            _numbers(data["travel"], "sigmas", 1.0, at_least=2),
+            _numbers(data["travel"], "sigmas", MOST_SIGMA, at_least=2),
             _numbers(data["travel"], "travel", math.inf, at_least=2),
         )
         if len(way.sigmas) != len(way.travel) or not _falls(way.sigmas) or not _falls(sigmas):

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -469,8 +470,19 @@ def test_a_profile_is_drawn_and_told():
     # roles are told apart: green, grey and orange are all there
     colours = {colour for _, colour in picture.getcolors(1 << 20)}
     assert {(92, 184, 122), (122, 128, 141), (232, 150, 72)} <= colours
-    empty = Profile.empty(profile.model)
-    assert draw_profile(empty).size == picture.size
+
+
+def test_a_profile_of_trials_alone_says_so_and_no_roles():
+    tuned = {"sigmas": [1.0, 0.8, 0.5, 0.0], "speedup": 1.3, "chosen": "WanTrim 1.35x"}
+    model = load_profile(demo.PROFILE).model
+    profile = replace(Profile.empty(model), tuned=[tuned, {"sigmas": "of a later one"}])
+    said = summary(profile)
+    assert (
+        "A trial at 1.3x in 3 steps chose: WanTrim 1.35x." in said
+        and "A trial chose: None." in said
+    )
+    assert "Nothing was recorded" in said and "temporal" not in said and "mass" not in said
+    assert draw_profile(profile).height < 100
 
 
 def test_mass_of_few_queries_is_close_to_all():

@@ -1,6 +1,7 @@
 """Profiles and calibrations as files: what is kept, merged and refused."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,6 +35,16 @@ def test_a_saved_profile_is_the_profile(tmp_path):
         "one.calibration.safetensors",
         "one.safetensors",
     ]
+
+
+def test_a_file_that_was_read_can_be_replaced(tmp_path):
+    """On Windows one that is mapped cannot be; here it can be seen that it is not."""
+    path = tmp_path / "one.safetensors"
+    save_profile(recorded(wan()), path, merge=True)
+    opened = open_profile(path)
+    maps = Path("/proc/self/maps")
+    assert not maps.exists() or str(path) not in maps.read_text()
+    assert opened.profile.calls
 
 
 def test_saving_again_adds_or_replaces(tmp_path):

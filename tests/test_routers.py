@@ -186,6 +186,18 @@ def test_integers_in_place_of_weights_are_refused(tmp_path):
         load_router(path)
 
 
+@pytest.mark.parametrize("dtypes", [(torch.float8_e4m3fn,) * 2, (torch.float32, torch.float16)])
+def test_a_router_of_any_precision_runs(tmp_path, dtypes):
+    path = tmp_path / "router.safetensors"
+    save_router(path, trained())
+    with safe_open(path, "pt") as file:
+        header = file.metadata()
+    mixed = {n: v.to(dtypes[i % 2]) for i, (n, v) in enumerate(load_file(path).items())}
+    save_file(mixed, path, header)
+    logits = load_router(path).ask(torch.tensor([0.5]), Content(torch.randn(1, 4, 3, 6, 5)))
+    assert logits.dtype == torch.float32 and torch.isfinite(logits).all()
+
+
 CONDITIONS = Conditions(0.3, 0.7, "constant", "identity", 4.0)
 USUAL = {"k_min": 0.5, "k_max": 0.875, "curve": "falling", "skipped": "reuse"}
 

@@ -462,6 +462,25 @@ def test_number_formats_and_checkpoint_prefixes(recorded, tmp_path, dtype):
     assert not any("first_stage" in name for name in slim)
 
 
+def test_a_file_with_fp8_in_parts_is_refitted_where_it_is_not(recorded, tmp_path):
+    weights = load_file(CHECKPOINT)
+    for name in weights:
+        if ".ffn.2.weight" in name:
+            weights[name] = weights[name].to(torch.float8_e4m3fn)
+    with safe_open(CHECKPOINT, "pt") as file:
+        save_file(weights, tmp_path / "full.safetensors", {"config": file.metadata()["config"]})
+    made = []
+    for calibration in (recorded.calibration, None):
+        out = tmp_path / f"{len(made)}.safetensors"
+        summary = slim_checkpoint(
+            tmp_path / "full.safetensors", out, recorded.profile, calibration=calibration
+        )
+        made.append(load_file(out))
+        assert ("fp8 is too coarse" in summary.text()) == (calibration is not None)
+    differ = {n for n, w in made[0].items() if (w.float() != made[1][n].float()).any()}
+    assert {n.split(".", 3)[3] for n in differ} == {"self_attn.o.weight", "cross_attn.o.weight"}
+
+
 def test_a_cancelled_export_leaves_nothing_and_the_old_file(recorded, tmp_path):
     out = tmp_path / "slim.safetensors"
     out.write_bytes(b"the last one")
@@ -597,6 +616,10 @@ def test_other_files_are_refused(tmp_path, recorded, checkpoint):
     path = resaved(tmp_path, lambda weights: weights.update(x=weights.pop("head.modulation")))
     with pytest.raises(ValueError, match="has no head.modulation. Choose a Wan"):
         open_source(path)
+    for key, size in (("patch_embedding.weight", (48, 16, 0, 2, 2)), ("blocks.0.modulation", (0,))):
+        path = resaved(tmp_path, lambda weights, k=key, s=size: weights.update({k: torch.zeros(s)}))
+        with pytest.raises(ValueError, match=f"full.safetensors: {key} is empty: damaged file"):
+            open_source(path)
     save_file(small().state_dict(), tmp_path / "d.safetensors")
     with pytest.raises(ValueError, match="got those of diffusers. Choose the single-file"):
         open_source(tmp_path / "d.safetensors")
@@ -646,6 +669,8 @@ def test_a_full_or_damaged_file_is_no_slim_file(checkpoint, tmp_path):
     refused("model: expected the sizes", model={})
     refused("expected the sizes|indices", model={**header["model"], "num_blocks": 10**9})
     refused("norm_scale: expected factors", norm_scale={"x": [1.0] * 3})
+    huge = {"self_attn.norm_q": [1.0, 10**400, 1.0]}
+    refused("expected a positive factor per block", norm_scale=huge)
     refused(
         "expected a positive factor per block", norm_scale={"self_attn.norm_q": [1.0, -1.0, 1.0]}
     )

@@ -28,7 +28,10 @@ def trial(**changed) -> Tuned:
 
 
 def test_what_is_kept_is_read_again():
-    for kept in (trial(), trial(heads=0.75), trial(shares=None, chosen="EasyCache at 0.2")):
+    # schedulers of other models begin above 1
+    above = trial(sigmas=(1.02, *SIGMAS[1:]), travel=replace(LATE, sigmas=(1.02, *SIGMAS[1:-1])))
+    other = trial(shares=None, chosen="EasyCache at 0.2")
+    for kept in (trial(), trial(heads=0.75), other, above):
         assert Tuned.from_json(json.loads(json.dumps(kept.to_json()))) == kept
 
 

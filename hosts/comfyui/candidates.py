@@ -9,7 +9,7 @@ from .attach import attach_dials, attach_part, detach
 from .attachment import attachment_of
 from .easycache import easycache_node, with_easycache
 from .live import running_node
-from .profiling import model_fingerprint
+from .profiling import fingerprint_of
 from .slim import slim_header
 from .trial import CACHE, STEPS, WHOLE, Candidate, Trial
 from .trial_wrappers import enter
@@ -32,9 +32,8 @@ def make_trial(
     """
     trial = Trial(tuple(models), wanted, node=running_node())
     for part, model in models.items():
-        network = model.model.diffusion_model
-        trial.fingerprints[part] = model_fingerprint(network)
-        trial.classes[part] = type(network).__name__
+        trial.fingerprints[part] = fingerprint_of(model)
+        trial.classes[part] = type(model.model.diffusion_model).__name__
     change_at = change_at or max(1, steps // 2)
     bare = {part: detach(model) for part, model in models.items()}
 
@@ -72,5 +71,5 @@ def _decides_heads(model) -> bool:
 
 def _by_roles(model, variant: Variant):
     """A clone of a MODEL whose heads run in patterns that are found in the run."""
-    heads = model_fingerprint(model.model.diffusion_model).num_heads
+    heads = model.model.diffusion_model.num_heads
     return attach_part(model, heads=RolePlan(variant.heads, heads))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import uuid
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -19,13 +19,14 @@ from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from ...engine.compiled import paused
 from ...engine.engine import check_latent
 from ...profiles.calibration import calibration_bytes
-from ...profiles.fingerprint import Fingerprint, sample_modulation
+from ...profiles.fingerprint import WHOLE, Fingerprint, sample_modulation, width_digest
 from ...profiles.profile import Profile
 from ...profiles.recorder import Projections, Recorder
 from ...profiles.recording import BlockWatch, CallRecord
 from .attach import attachment_of
 from .blocks import OVERRIDE, AttentionTap, with_replacements
 from .given import Kept, ModelCall, as_dict, attached, options_of
+from .slim import slim_header
 from .variants import RUN_KEY, token_grid
 
 log = logging.getLogger(__name__)
@@ -85,13 +86,20 @@ def model_fingerprint(network) -> Fingerprint:
     )
 
 
+def fingerprint_of(model) -> Fingerprint:
+    """Of a MODEL, which may be a slim one."""
+    header = slim_header(model)
+    width = WHOLE if header is None else width_digest(header.model, header.width)
+    return replace(model_fingerprint(model.model.diffusion_model), width=width)
+
+
 def check_profile(model, profile: Profile, node: str) -> None:
     """Refuse a profile of another model than this MODEL.
 
     Raises:
         ValueError: says what came, what was expected and what to do.
     """
-    reason = model_fingerprint(model.model.diffusion_model).differs(profile.model)
+    reason = fingerprint_of(model).differs(profile.model)
     if reason is not None:
         raise ValueError(
             f"{node}: profile: it was recorded with another model than the one at 'model': "
@@ -114,7 +122,8 @@ class _Run(Kept):
     def begin(self, network, given: ModelCall) -> CallRecord | None:
         check_latent(given.x)
         if self.recorder is None:
-            model = model_fingerprint(network)
+            # a slim one is refused at the node
+            model = replace(model_fingerprint(network), width=WHOLE)
             image = hasattr(network.blocks[0].cross_attn, "k_img")
             self.recorder = Recorder(model, image=image, calibrate=self.calibrate, about=self.about)
             if self.calibrate != "none":

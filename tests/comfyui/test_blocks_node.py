@@ -171,7 +171,7 @@ def test_a_router_of_another_model_or_another_kind_is_refused(router_folder):
     save_router(router_folder / "clip.safetensors", trained_router(base, "clip", 1280))
     (router_folder / "bad.safetensors").write_bytes(b"nothing")
     for name, parts in {
-        "i2v": ["trained for another model", "36 input channels"],
+        "i2v": ["trained for another model", "36 input and 16 output channels"],
         "clip": ["CLIP", "takes none"],
         "bad": ["bad.safetensors", "cannot be read"],
     }.items():

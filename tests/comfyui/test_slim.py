@@ -15,6 +15,8 @@ import comfy.utils
 import folder_paths
 import nodes as comfy_nodes
 from comfy_extras.nodes_lora_debug import LoraLoaderBypassModelOnly
+from wantrim.hosts.comfyui.candidates import ALONE, make_trial
+from wantrim.hosts.comfyui.profiling import check_profile
 from wantrim.hosts.comfyui.slim import load_slim, operations, slim_header
 from wantrim.methods.cost import Width
 from wantrim.nodes.profile import DEMO
@@ -150,6 +152,17 @@ def test_a_slim_model_is_that_of_the_header(tmp_path):
     again = model.cached_patcher_init[0](*model.cached_patcher_init[1], disable_dynamic=True)
     assert torch.equal(output(again), output(model))
     assert slim_header(tiny.base_model()) is None
+
+
+def test_a_slim_models_trial_is_not_its_full_models(tmp_path):
+    """Their sizes and their modulation are the same."""
+    full, slim = tiny.base_model(), load_slim(slim_file(tmp_path))
+    trial, other = (make_trial({ALONE: m}, 1.5, 8, 0, "few") for m in (slim, full))
+    assert "cut" in trial.fingerprints[ALONE].differs(other.fingerprints[ALONE])
+    kept = Profile.empty(trial.fingerprints[ALONE])
+    with pytest.raises(ValueError, match="expected the full model, got a slim one"):
+        check_profile(full, kept, "WanTrim")
+    check_profile(slim, kept, "WanTrim")
 
 
 @pytest.mark.parametrize("batch", [1, 2])

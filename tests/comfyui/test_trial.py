@@ -26,6 +26,7 @@ from wantrim.profiles.fingerprint import Fingerprint
 from wantrim.profiles.profile import Profile, load_profile
 from wantrim.profiles.recorder import ProfileFile
 from wantrim.solve import variants
+from wantrim.solve.tuned import Travel, Tuned
 from wantrim.tests.comfyui import tiny
 
 STEPS, SPEEDUP = 8, 1.55
@@ -468,6 +469,16 @@ def test_a_profile_without_trials_or_of_another_model_is_refused():
     ):
         with pytest.raises(ValueError, match=f"WanTrim: {says}"):
             WanTrim.execute(model, 1.5, "draft", 1, 0, "auto", ProfileFile(profile))
+
+
+def test_one_trial_that_cannot_be_read_does_not_hide_the_others(caplog):
+    model = tiny.base_model()
+    fingerprint = model_fingerprint(model.model.diffusion_model)
+    good = Tuned((1.0, 0.5, 0.0), 2, False, 30, 1.5, "x", None, Travel((1.0, 0.5), (0.0, 1.0)))
+    kept = replace(Profile.empty(fingerprint), tuned=[{"of": "tomorrow"}, good.to_json()])
+    [dialled] = WanTrim.execute(model, 1.5, "draft", 1, 0, "auto", ProfileFile(kept)).result
+    assert attachment_of(dialled).dial.tuned == (good,)
+    assert "WanTrim: profile: a trial in it cannot be read" in caplog.text
 
 
 @pytest.fixture(scope="module")
