@@ -59,6 +59,10 @@ def replacing(*paths: Path) -> Iterator[tuple[Path, ...]]:
         path.parent.mkdir(parents=True, exist_ok=True)
         # of a crash; it could be a link to somewhere else too
         partial.unlink(missing_ok=True)
+        aside = _aside(path)
+        if aside.exists() and not path.exists():
+            aside.replace(path)
+        aside.unlink(missing_ok=True)
     try:
         yield partials
         _exchange(paths, partials)
@@ -67,15 +71,18 @@ def replacing(*paths: Path) -> Iterator[tuple[Path, ...]]:
             partial.unlink(missing_ok=True)
 
 
+def _aside(path: Path) -> Path:
+    return path.with_name(path.name + ".old")
+
+
 def _exchange(paths: tuple[Path, ...], partials: tuple[Path, ...]) -> None:
     asides: dict[Path, Path] = {}
     done: list[Path] = []
     try:
         for path, partial in zip(paths[:-1], partials[:-1], strict=True):
             if path.exists():
-                aside = path.with_name(path.name + ".old")
-                path.replace(aside)
-                asides[path] = aside
+                path.replace(_aside(path))
+                asides[path] = _aside(path)
             if partial.exists():
                 partial.replace(path)
                 done.append(path)

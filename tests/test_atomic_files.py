@@ -69,6 +69,17 @@ def stuck(monkeypatch):
     return break_at
 
 
+def test_what_a_crash_left_aside_comes_back_or_goes(tmp_path):
+    path, other = tmp_path / "one", tmp_path / "two"
+    for there in (False, True):
+        (tmp_path / "one.old").write_bytes(b"before the crash")
+        if there:
+            path.write_bytes(b"after it")
+        with pytest.raises(ValueError, match="x"), replacing(path, other):
+            raise ValueError("x")
+        assert files(tmp_path) == {"one": b"after it" if there else b"before the crash"}
+
+
 @pytest.mark.parametrize("write", [write_profile, write_router, write_calibration])
 @pytest.mark.parametrize("there", [True, False])
 def test_an_artifact_that_cannot_be_written_leaves_what_was_there(
