@@ -21,7 +21,7 @@ from wantrim.training.memory import (
     plan_recipe,
     slim_sizes,
 )
-from wantrim.training.recipe import SHIPPED, Data, Recipe, Run, Stage, Tokens, Weights, load_recipe
+from wantrim.training.recipe import SHIPPED, Data, Recipe, Run, Stage, Weights, load_recipe
 
 VIDEO = Video(21, 60, 104)
 SMALL = """
@@ -37,8 +37,6 @@ kind = "router"
 lr = 1
 [stage.weights]
 feature = 2
-[stage.tokens]
-keep_min = 0.5
 """
 
 
@@ -61,8 +59,6 @@ def test_a_recipe_is_read_with_the_papers_values_where_it_says_nothing(written):
     second = recipe.stages[1]
     assert second.lr == 1.0 and type(second.lr) is float
     assert second.weights == Weights(feature=2)
-    assert second.tokens == Tokens(0.5, 1.0, "paper")
-    assert recipe.stages[0].tokens is None
     assert recipe.run == Run(dtype="bf16", checkpointing=True, teacher="sharded")
 
 
@@ -91,7 +87,11 @@ def test_a_recipe_is_read_with_the_papers_values_where_it_says_nothing(written):
         ("lr = 1", "steps = 1.5", "steps: expected a whole number of 1 or more, got 1.5"),
         ("lr = 1", "prune_ratio = 1", "prune_ratio: expected a number from 0 to 0.9, got 1"),
         ("lr = 1", "sigma_min=0.5\nsigma_max=0.5", "sigma_min: expected less than sigma_max (0.5)"),
-        ("lr = 1", "sigma_max = 0.9", "sigma_min, sigma_max: expected 0 and 1 where whole runs"),
+        (
+            'kind = "width"',
+            'kind = "steps"\nsigma_max = 0.9',
+            "sigma_min, sigma_max: expected 0 and 1 where whole runs",
+        ),
         ("lr = 1", "k_min = 0.9", "k_min: expected at most k_max (0.875), got 0.9"),
         ("lr = 1", "steps = 50", "warmup: expected fewer than steps (50), got 100"),
         ("lr = 1", "content = 'clip'", "[[stage]] number 2: content: 'clip' looks at the first"),
@@ -102,13 +102,6 @@ def test_a_recipe_is_read_with_the_papers_values_where_it_says_nothing(written):
             "feature = 2",
             "feature=0\nteacher=0\ndata=0\ntemporal=0",
             "weights: feature, teacher, data, temporal: expected one above 0, got none",
-        ),
-        ("keep_min = 0.5", "keep_min = 2", "tokens: keep_min: expected a number above 0 and at m"),
-        ("keep_min = 0.5", "", "number 2: tokens: keep_min: expected a number above 0"),
-        (
-            "keep_min = 0.5",
-            "keep_min=0.5\nkeep_max=0.4",
-            "keep_min: expected at most keep_max (0.4",
         ),
         ('model = "tiny"', 'model = "x"', "mine.toml: profile: expected the file that WanTrim P"),
         ('"both"', '"i2v"\ndata = 3', "mine.toml: expected a recipe in TOML"),
@@ -351,8 +344,6 @@ def test_more_costs_more():
         assert first(replace(recipe, stages=stages)).total < base.total
     averaged = tuple(replace(stage, ema_decay=0.9) for stage in recipe.stages)
     assert first(replace(recipe, stages=averaged)).total > base.total
-    dropped = tuple(replace(stage, tokens=Tokens(keep_min=0.5)) for stage in recipe.stages)
-    assert first(replace(recipe, stages=dropped)).flops < base.flops
     # twice the GPUs: half the time for a batch that stays, none less for one that grows with them
     assert first(recipe, 2).hours() == pytest.approx(2 * base.hours())
     assert first(recipe, 8).batch == 8 and first(recipe, 8).hours() == pytest.approx(base.hours())

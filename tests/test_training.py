@@ -1,4 +1,4 @@
-"""PARE's stages on a small real Wan: losses, gate, tokens, resuming, and what they write."""
+"""PARE's stages on a small real Wan: losses, gate, resuming, and what they write."""
 
 import json
 import math
@@ -14,9 +14,8 @@ from wantrim.hosts.diffusers.sample import sample
 from wantrim.hosts.diffusers.slim import load_slim
 from wantrim.methods.depth import BlockBudget, BlockPlan
 from wantrim.methods.routers import FixedRouter
-from wantrim.methods.tokens import paper_plan
 from wantrim.slim.file import read_header
-from wantrim.slim.router import TrainedRouter, load_router
+from wantrim.slim.router import load_router
 from wantrim.tests.small_wan import RECIPE, make_origin, write_recipe
 from wantrim.toy.text import TEXT_DIM
 from wantrim.training.changes import change
@@ -32,10 +31,8 @@ from wantrim.training.losses import (
 from wantrim.training.models import open_origin
 from wantrim.training.objectives import Pair, distil, few_steps
 from wantrim.training.parallel import world
-from wantrim.training.recipe import Stage, Tokens, Weights, load_recipe
-from wantrim.training.recompute import recompute_blocks
+from wantrim.training.recipe import Stage, Weights, load_recipe
 from wantrim.training.run import train
-from wantrim.training.tokens import TokenStep, token_step, trimmed
 from wantrim.training.toy_data import ToyDataset
 from wantrim.training.trainer import learning_rate
 
@@ -100,28 +97,6 @@ def test_the_feature_loss_is_relative_and_leaves_outliers_out():
     assert feature_loss(student, teacher).tolist() == pytest.approx([0.01, 0.01], rel=1e-4)
     # the same at another scale
     assert feature_loss(student * 30, teacher * 30).tolist() == pytest.approx([0.01] * 2, rel=1e-4)
-
-
-def test_tokens_that_wait_for_a_later_block_are_not_compared(pair):
-    teacher = torch.randn(2, 10, 8)
-    student = teacher * 1.1
-    student[:, 3:] = 7.0
-    computed = torch.arange(10) < 3
-    assert feature_loss(student, teacher, computed.expand(2, -1)).tolist() == pytest.approx(
-        [0.01] * 2, rel=1e-4
-    )
-    # dropped tokens keep their hidden state; block 0 chooses, and computes all
-    batch = ToyDataset(2, image_share=0.0).batch(0)
-    x, sigma = torch.randn(batch.latents.shape), torch.tensor([0.6, 0.6])
-    stage = Stage("width", 4, warmup=1, shift=3.0)
-    step = TokenStep(0.5, 1 / 3)
-    keeping = pair.taps.keeping((0, 1, 3))
-    with trimmed(pair.student, stage, step), keeping as got, torch.no_grad():
-        pair.ask(x, sigma, batch)
-    shares = [pair.taps.computed[block].float().mean(1).tolist() for block in (0, 1, 3)]
-    # 20 of a latent frame's 36 tokens, this late in a falling schedule
-    kept = pytest.approx([20 / 36] * 2)
-    assert shares == [[1.0, 1.0], kept, kept] and sorted(got) == [0, 1, 3]
 
 
 def test_velocity_and_temporal_losses_on_known_errors():
@@ -242,82 +217,6 @@ def test_features_of_skipped_blocks_do_not_count(pair, recipe):
         moved = any(p.grad is not None and p.grad.any() for p in block.parameters())
         assert moved != bool(skipped[index])
     assert all(p.grad is not None for p in pair.routing.mlp.parameters())
-
-
-# tokens
-
-
-def test_training_with_all_tokens_is_training_without_tokens(pair):
-    batch = ToyDataset(2, image_share=0.0).batch(0)
-    stage = Stage("width", 4, warmup=1, tokens=Tokens(1.0, 1.0))
-    draws = Draws(0, 1, 5)
-    whole = distil(pair, stage, batch, draws)
-    run_of = token_step(Draws(0, 1, 5).shared, stage.tokens)
-    assert run_of.keep_ratio == 1.0
-    sigma = torch.full((2,), stage.shift * run_of.at / (1 + (stage.shift - 1) * run_of.at))
-    noise = Draws(0, 1, 5).noise(batch.latents.shape)
-    s = sigma.view(-1, 1, 1, 1, 1)
-    direct = velocity_loss(
-        pair.ask((1 - s) * batch.latents + s * noise, sigma, batch), noise - batch.latents
-    )
-    assert float(whole["data"].detach()) == pytest.approx(float(direct.mean().detach()), rel=1e-5)
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_student_learns_on_the_tokens_that_sampling_keeps(pair, checkpointing):
-    """Same velocity as a sampling run that comes to this step, and gradients everywhere."""
-    if checkpointing:
-        recompute_blocks(pair.student)
-    batch = ToyDataset(2, image_share=0.0).batch(0)
-    stage = Stage("width", 4, warmup=1, shift=3.0)
-    step = TokenStep(0.5, 0.4)
-    sigma = torch.full((2,), 3.0 * 0.4 / (1 + 2.0 * 0.4))
-    x = torch.randn(batch.latents.shape)
-    ran = []
-    handles = [
-        block.ffn.register_forward_hook(lambda m, a, o: ran.append(a[0].shape[1]))
-        for block in pair.student.blocks
-    ]
-    with trimmed(pair.student, stage, step):
-        trained = pair.ask(x, sigma, batch)
-    assert ran == [180, 100, 100, 100]
-    for handle in handles:
-        handle.remove()
-    trained.square().mean().backward()
-    for name, parameter in pair.student.named_parameters():
-        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
-    plan = TrimPlan(tokens=paper_plan(0.5))
-    with torch.no_grad(), attach(pair.student, plan, shift=3.0):
-        # a run that came by here
-        pair.ask(x + 0.1, sigma + 0.1, batch)
-        sampled = pair.ask(x, sigma, batch)
-    assert torch.allclose(trained, sampled, atol=1e-5)
-
-
-def test_routed_and_with_dropped_tokens_is_what_sampling_does(pair):
-    """Blocks that are left out give their dropped tokens what sampling gives them."""
-    routed(pair)
-    batch = ToyDataset(1, image_share=0.0).batch(0)
-    x, sigma = torch.randn(batch.latents.shape), torch.tensor([0.6])
-    stage = Stage("router", 4, warmup=1, shift=3.0)
-    with torch.no_grad(), trimmed(pair.student, stage, TokenStep(0.5, 1 / 3)):
-        trained = pair.ask(x, sigma, batch)
-    routing, pair.routing, pair.taps.gate = pair.routing, None, None
-    router = TrainedRouter(routing.mlp, "latent", model_fingerprint(pair.student))
-    blocks = BlockPlan(router, routing.budget)
-    plan = TrimPlan(paper_plan(0.5), blocks=blocks)
-    with torch.no_grad(), attach(pair.student, plan, shift=3.0) as attachment:
-        sampled = pair.ask(x, sigma, batch)
-        last = attachment.finish().steps[-1]
-    assert last.blocks_run == 2 and last.kept_share < 0.5
-    assert torch.allclose(trained, sampled, atol=1e-5)
-
-
-def test_steps_of_a_run_are_drawn():
-    drawn = [token_step(Draws(0, 1, n).shared, Tokens(0.4, 0.9)) for n in range(200)]
-    assert all(0.4 <= one.keep_ratio <= 0.9 for one in drawn)
-    places = [one.at for one in drawn]
-    assert 0 <= min(places) < 0.1 and 0.9 < max(places) <= 1
 
 
 # stage III
@@ -477,7 +376,6 @@ def test_changes_reach_every_stage_of_their_kind():
         ("width.lr=5e-4", "1-width: it began with stages.1.lr = 0.001, and this is 0.0005"),
         ("data.seed=1", "data.seed = 0, and this is 1"),
         ("run.weight_decay=0.1", "run.weight_decay = 0.0, and this is 0.1"),
-        ("width.tokens={keep_min=0.5}", "stages.1.tokens.keep_min = None, and this is 0.5"),
     ],
 )
 def test_a_run_does_not_go_on_with_another_recipe(folder, done, change_, said):

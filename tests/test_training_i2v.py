@@ -45,7 +45,6 @@ kind = "router"
 steps = 2
 warmup = 1
 content = "clip"
-tokens = {{keep_min = 0.5}}
 [[stage]]
 kind = "steps"
 steps = 2

@@ -95,7 +95,7 @@ def new_router(num_blocks: int, kind: str, channels: int, clip_dim: int = 0) -> 
 
 
 class _GateHook(ModelHook):
-    """Applies the gate where the block's own forward is called: on the tokens that it is given."""
+    """Applies the gate where the block's own forward is called."""
 
     def __init__(self, taps: Taps, index: int):
         super().__init__()
@@ -110,11 +110,10 @@ class _GateHook(ModelHook):
 class Taps:
     """Hooks on a model's blocks: they apply the gate and keep hidden states.
 
-    They go on before any other hook of diffusers, so that what drops tokens sees a block that is
-    left out as sampling has it, and what is computed again in the backward pass has the gate in it.
+    They go on before any other hook of diffusers, so that what is computed again in the backward pass
+    has the gate in it.
 
     Attributes:
-        computed: of a call within `keeping`, the tokens [b, s] that each kept block changed.
         gate: of the call to come, or None; it must stay until the backward pass is done, which
             computes checkpointed blocks again.
     """
@@ -123,7 +122,6 @@ class Taps:
         self.gate: Gate | None = None
         self._wanted: frozenset[int] = frozenset()
         self._kept: dict[int, torch.Tensor] = {}
-        self.computed: dict[int, torch.Tensor] = {}
         self._blocks, self._hooks = list(model.blocks), []
         for index, block in enumerate(self._blocks):
             registry = HookRegistry.check_if_exists_or_initialize(block)
@@ -134,14 +132,13 @@ class Taps:
         def hook(module, args, output):
             if index in self._wanted:
                 self._kept[index] = output
-                self.computed[index] = (output != args[0]).any(2)
 
         return hook
 
     @contextmanager
     def keeping(self, blocks: Collection[int]) -> Iterator[dict[int, torch.Tensor]]:
         """Within the context, hidden states behind these blocks, by block."""
-        self._wanted, self._kept, self.computed = frozenset(blocks), {}, {}
+        self._wanted, self._kept = frozenset(blocks), {}
         try:
             yield self._kept
         finally:

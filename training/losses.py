@@ -25,24 +25,15 @@ def inlier_tokens(feature: torch.Tensor) -> torch.Tensor:
     return (size - mean).abs() <= OUTLIER * deviation
 
 
-def feature_loss(
-    student: torch.Tensor, teacher: torch.Tensor, computed: torch.Tensor | None = None
-) -> torch.Tensor:
+def feature_loss(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     """Squared error of a hidden state [b, s, c] against the teacher's, without outliers: [b].
 
     Relative to the teacher's mean square, so that a block's weight does not depend on how large its
     hidden state is (ours). The paper's projection P is the identity: the residual width is never
     cut, so both speak the same space, and a learned P would let them drift apart.
-
-    Args:
-        computed: bool [b, s], tokens that the student's block worked on; None is all of them. What
-            a dropped token gets comes behind later blocks.
     """
     teacher = teacher.detach().float()
-    inside = inlier_tokens(teacher)
-    if computed is not None:
-        inside &= computed
-    inside = inside[..., None].float()
+    inside = inlier_tokens(teacher)[..., None].float()
     error = ((student.float() - teacher).square() * inside).sum((1, 2))
     return error / (teacher.square() * inside).sum((1, 2)).clamp(min=1e-12)
 

@@ -209,11 +209,8 @@ def _sample_flops(
     stage: Stage, shape: WanShape, video: Video, width: tuple[int, int, int], again: bool
 ) -> float:
     tokens = video.tokens(shape)
-    kept = tokens
-    if stage.tokens is not None:
-        kept = round(tokens * (stage.tokens.keep_min + stage.tokens.keep_max) / 2)
     # blocks that a router leaves out are computed for its gradient
-    blocks = shape.num_blocks * block_work(shape, kept, width=width).flops
+    blocks = shape.num_blocks * block_work(shape, tokens, width=width).flops
     # forward, twice that backward, and forward again where nothing was kept
     times = 4 if again else 3
     outside = outside_flops(shape, tokens)

@@ -13,7 +13,6 @@ from .losses import feature_loss, temporal_loss, timestep_weights, velocity_loss
 from .pair import Pair
 from .recipe import Stage
 from .shards import Batch
-from .tokens import token_step, trimmed
 
 # the teacher's steps between two of the student's in the stage "steps"
 SUBSTEPS = 5
@@ -26,23 +25,16 @@ def distil(pair: Pair, stage: Stage, batch: Batch, draws: Draws) -> dict[str, to
     """Stages I and II: the four losses (eq. 13 to 15), as one number each; "loss" is minimised.
 
     Every sample counts alike, as in the paper, or by w(t) where the stage's `weighting` says so.
-    With the stage's `tokens` the student computes only some of the tokens, as in sampling. The batch
-    then shares one sigma.
     """
     noise = draws.noise(batch.latents.shape).to(batch.latents)
-    token_run = None
-    if stage.tokens is not None:
-        token_run = token_step(draws.shared, stage.tokens)
-        u = torch.full((len(noise),), token_run.at)
-    else:
-        low, high = (unshifted(s, stage.shift) for s in (stage.sigma_min, stage.sigma_max))
-        u = low + (high - low) * draws.uniform(len(noise))
+    low, high = (unshifted(s, stage.shift) for s in (stage.sigma_min, stage.sigma_max))
+    u = low + (high - low) * draws.uniform(len(noise))
     sigma = shifted(u, stage.shift).to(noise)
     x = noisy(batch.latents, noise, sigma)
     blocks = draws.blocks(len(pair.student.blocks), stage.feature_blocks)
     with pair.teacher_taps.keeping(blocks) as wanted:
         teacher = pair.teach(x, sigma, batch)
-    with trimmed(pair.student, stage, token_run), pair.taps.keeping(blocks) as got:
+    with pair.taps.keeping(blocks) as got:
         student = pair.ask(x, sigma, batch)
     weight = timestep_weights(sigma) if stage.weighting == "log" else 1.0
     terms = {
@@ -58,10 +50,7 @@ def _features(
     pair: Pair, got: Mapping[int, torch.Tensor], wanted: Mapping[int, torch.Tensor]
 ) -> torch.Tensor:
     """Mean feature loss over the blocks; of a routed student over those that ran, per sample."""
-    computed = pair.taps.computed
-    losses = torch.stack(
-        [feature_loss(got[block], wanted[block], computed[block]) for block in sorted(got)]
-    )
+    losses = torch.stack([feature_loss(got[block], wanted[block]) for block in sorted(got)])
     if pair.routing is None:
         return losses.mean(0)
     ran = pair.taps.gate.hard[:, sorted(got)].T.to(losses)

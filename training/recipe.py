@@ -109,22 +109,6 @@ class Weights(Checked):
 
 
 @dataclass(frozen=True)
-class Tokens(Checked):
-    """Share of the tokens that stays while the student trains, drawn anew for every step."""
-
-    keep_min: float = _value(float, low=0.0, high=1.0, above=True)
-    keep_max: float = _value(float, 1.0, low=0.0, high=1.0, above=True)
-    preset: str = _choice("paper", "paper")
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.keep_min > self.keep_max:
-            raise ValueError(
-                f"keep_min: expected at most keep_max ({self.keep_max:g}), got {self.keep_min:g}"
-            )
-
-
-@dataclass(frozen=True)
 class Stage(Checked):
     """One stage.
 
@@ -147,7 +131,6 @@ class Stage(Checked):
             which takes less memory and has further to go.
         critic_lr: peak of the critic's learning rate in the stage "self_forcing".
         critic_updates: steps of the critic for each of the student, which both count as steps.
-        tokens: train with dropped tokens; None trains with all.
         ema_decay: of the averaged weights; 0 keeps no average.
     """
 
@@ -173,7 +156,6 @@ class Stage(Checked):
     critic: str = _choice("full", "full", "student")
     critic_lr: float = _value(float, 4e-7, low=0.0, high=1.0, above=True)
     critic_updates: int = _value(int, 5, low=1, high=1000)
-    tokens: Tokens | None = _table(Tokens, None)
     ema_decay: float = _value(float, 0.0, low=0.0, high=0.99999)
 
     @property
@@ -190,10 +172,10 @@ class Stage(Checked):
                 f"sigma_min: expected less than sigma_max ({self.sigma_max:g}), got "
                 f"{self.sigma_min:g}"
             )
-        if (self.sigma_min, self.sigma_max) != (0, 1) and (self.few or self.tokens is not None):
+        if (self.sigma_min, self.sigma_max) != (0, 1) and self.few:
             raise ValueError(
                 "sigma_min, sigma_max: expected 0 and 1 where whole runs are sampled (the stages "
-                "'self_forcing' and 'steps', and tokens): one expert cannot sample them alone"
+                "'self_forcing' and 'steps'): one expert cannot sample them alone"
             )
         if self.warmup >= self.steps:
             raise ValueError(f"warmup: expected fewer than steps ({self.steps}), got {self.warmup}")

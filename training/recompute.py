@@ -1,8 +1,7 @@
 """Gradient checkpointing inside of a block's other hooks.
 
-diffusers' own checkpointing computes a block again together with the hooks around it. A hook that
-chooses tokens would then choose them for a second time, of a step that is over; here only the
-block's own forward is computed again, on the tokens that it was given.
+diffusers' own checkpointing computes a block again together with the hooks around it, FSDP's and those
+that keep hidden states among them; here only the block's own forward and its gate are.
 """
 
 from __future__ import annotations

@@ -232,8 +232,6 @@ class Trainer:
             said |= {"k_min": s.k_min, "k_max": s.k_max}
         if s.few:
             said |= {"sampler_steps": s.sampler_steps, "guidance": s.guidance, "shift": s.shift}
-        if s.tokens is not None:
-            said |= {"tokens": [s.tokens.keep_min, s.tokens.keep_max, s.tokens.preset]}
         return said
 
     def close(self) -> None:
