@@ -345,7 +345,9 @@ def test_a_stage_begins_with_the_student_it_is_given(recipe, done, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        (["width.protection=x"], "TOML"),
+        (["width.protection=x"], "protection: expected a number from 1 to 10, got 'x'"),
+        (["width.protection="], "TOML"),
+        (["width.protection=[1"], "TOML"),
         (["nothing"], "KEY=VALUE"),
         (["depth.lr=1"], "got 'depth'"),
         (["data.batch.size=1"], "no table"),
@@ -368,6 +370,10 @@ def test_changes_reach_every_stage_of_their_kind():
         {"temporal": 0},
     ]
     assert given["data"] == {"folder": "toy", "batch": 3}
+    # a shell takes the quotes away
+    change(given, ["run.optimizer=adamw8bit", "data.folder=/data/t2v 480p", "run.keep_state=true"])
+    assert given["run"] == {"optimizer": "adamw8bit", "keep_state": True}
+    assert given["data"]["folder"] == "/data/t2v 480p"
 
 
 @pytest.mark.parametrize(
@@ -410,6 +416,10 @@ def test_a_gradient_that_is_not_finite_changes_nothing(folder, tmp_path, monkeyp
 def test_a_stage_that_the_recipe_has_not_is_refused(folder, tmp_path):
     with pytest.raises(ValueError, match="stages: expected some of width"):
         run(write_recipe(folder), tmp_path, kinds=["other"])
+    # beside one that it has
+    for kinds in (["width", "ruoter"], ["1", "4"]):
+        with pytest.raises(ValueError, match=f"stages: expected .*, got '{kinds[1]}'"):
+            run(write_recipe(folder), tmp_path, kinds=kinds)
 
 
 def test_a_model_of_another_task_is_refused(folder):

@@ -69,11 +69,12 @@ def train(
         for number, stage in enumerate(recipe.stages, 1)
         if not kinds or stage.kind in kinds or str(number) in kinds
     ]
-    if not chosen:
-        raise ValueError(
-            f"stages: expected some of {', '.join(stage.kind for stage in recipe.stages)}, got "
-            f"{', '.join(kinds)}"
-        )
+    there = [stage.kind for stage in recipe.stages]
+    for kind in kinds:
+        if kind not in there and kind not in map(str, range(1, len(there) + 1)):
+            raise ValueError(
+                f"stages: expected some of {', '.join(there)} or 1 to {len(there)}, got {kind!r}"
+            )
     recipe = shared_out(recipe, world)
     data, origin = open_data(recipe, world), open_origin(recipe)
     done = [out / f"{number}-{stage.kind}" for number, stage in enumerate(recipe.stages, 1)]
