@@ -62,6 +62,65 @@ def test_a_recipe_is_read_with_the_papers_values_where_it_says_nothing(written):
     assert recipe.run == Run(dtype="bf16", checkpointing=True, teacher="sharded")
 
 
+def loaded(tmp_path, kinds, task="i2v", changes=()):
+    """A recipe with bare stages of these kinds."""
+    path = tmp_path / "bare.toml"
+    stages = "".join(f"[[stage]]\nkind = '{kind}'\n" for kind in kinds)
+    path.write_text(f"name='a'\nmodel='m'\nprofile='p'\ntask='{task}'\ndata.folder='d'\n{stages}")
+    return load_recipe(path, changes)
+
+
+def test_what_a_recipe_leaves_out_is_the_papers_for_its_task_and_kind(tmp_path):
+    kinds = ("width", "router", "self_forcing", "steps")
+    for task, temporal, content in (("i2v", 4, "clip"), ("t2v", 8, "latent")):
+        width, router, forcing, steps = loaded(tmp_path, kinds, task).stages
+        assert [s.weights.temporal for s in (width, router, steps)] == [temporal] * 3
+        assert router.content == content
+        assert (forcing.lr, forcing.steps) == (2e-6, 1200)
+        assert (router.lr, router.steps, steps.steps) == (3e-5, 7000, 7000)
+    said = ["router.weights.feature=3", "router.content=latent", "self_forcing.steps=700"]
+    _, router, forcing, _ = loaded(tmp_path, kinds, changes=said).stages
+    assert (router.weights, router.content) == (Weights(3, temporal=4), "latent")
+    assert (forcing.lr, forcing.steps) == (2e-6, 700)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("width.content=none", "number 1: content: a stage 'width' does not read it, got 'none'"),
+        ("width.k_min=0.3", "k_min: a stage 'width' does not read it"),
+        ("width.critic=student", "critic: a stage 'width' does not read it"),
+        ("router.prune_ratio=0.4", "number 2: prune_ratio: a stage 'router' does not read it, got"),
+        ("router.protection=1.0", "protection: a stage 'router' does not read it"),
+        ("self_forcing.weights.teacher=1", "weights: a stage 'self_forcing' does not read it"),
+        ("self_forcing.weighting=log", "weighting: a stage 'self_forcing' does not read it"),
+        ("self_forcing.content=none", "content: a stage 'self_forcing' does not read it"),
+        ("steps.feature_blocks=3", "feature_blocks: a stage 'steps' does not read it, got 3"),
+        ("steps.weights.feature=1", "weights.feature: a stage 'steps' does not read it, got 1.0"),
+        ("steps.weights.data=0", "weights.data: a stage 'steps' does not read it, got 0.0"),
+        ("steps.weights={teacher=0,temporal=0}", "weights: expected teacher or temporal above 0"),
+        ("steps.critic_lr=1e-3", "critic_lr: a stage 'steps' does not read it"),
+        (
+            "width.rule=budget width.protection=1",
+            "protection: the rule 'budget' does not read it, got 1.0",
+        ),
+    ],
+)
+def test_what_a_stage_does_not_read_is_refused(tmp_path, change, said):
+    with pytest.raises(ValueError) as caught:
+        loaded(tmp_path, ("width", "router", "self_forcing", "steps"), "t2v", change.split())
+    assert said in str(caught.value)
+
+
+def test_only_the_first_stages_cut_and_all_of_them_alike(tmp_path):
+    with pytest.raises(ValueError, match="number 2: expected the stage 'width' before all others"):
+        loaded(tmp_path, ("router", "width"))
+    twice = loaded(tmp_path, ("width", "width", "router"))
+    other = replace(twice.stages[1], prune_ratio=0.5)
+    with pytest.raises(ValueError, match="number 2: prune_ratio: expected 0.3, as in number 1"):
+        replace(twice, stages=(twice.stages[0], other))
+
+
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
@@ -312,8 +371,9 @@ def test_a_critic_costs_what_it_trains():
     own, full = parameters(shape, slim_sizes(shape, 0.3)), parameters(shape)
     plans = {}
     for critic in ("full", "student"):
-        stages = tuple(replace(stage, critic=critic) for stage in recipe.stages)
-        plans[critic] = plan_recipe(replace(recipe, stages=stages), shape, VIDEO, 4)[2]
+        third = replace(recipe.stages[2], critic=critic)
+        changed = replace(recipe, stages=(*recipe.stages[:2], third))
+        plans[critic] = plan_recipe(changed, shape, VIDEO, 4)[2]
     for plan, trained in ((plans["full"], full), (plans["student"], own)):
         assert plan.rows["critic"] * memory.GIB * 4 == pytest.approx(16 * trained)
         assert plan.disk * memory.GIB == pytest.approx(24 * (own + trained) + 4 * own)
@@ -340,9 +400,9 @@ def test_more_costs_more():
     assert longer.total > base.total and longer.flops > base.flops
     recipe = recipe_14b(teacher="sharded")
     for change in ({"prune_ratio": 0.5}, {"feature_blocks": 1}):
-        stages = tuple(replace(stage, **change) for stage in recipe.stages)
+        stages = (replace(recipe.stages[0], **change), *recipe.stages[1:])
         assert first(replace(recipe, stages=stages)).total < base.total
-    averaged = tuple(replace(stage, ema_decay=0.9) for stage in recipe.stages)
+    averaged = (replace(recipe.stages[0], ema_decay=0.9), *recipe.stages[1:])
     assert first(replace(recipe, stages=averaged)).total > base.total
     # twice the GPUs: half the time for a batch that stays, none less for one that grows with them
     assert first(recipe, 2).hours() == pytest.approx(2 * base.hours())

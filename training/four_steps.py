@@ -1,6 +1,6 @@
 """Distils a tiny Wan for few steps into a LoRA: `python -m wantrim.training.four_steps`.
 
-Progressive distillation with guidance folded in: `few_steps` of stage III, on low-rank factors
+Progressive distillation with guidance folded in: the stage "steps", on low-rank factors
 instead of the weights. One step of the student has to end where five guided steps of the teacher
 end, so that four steps without guidance stand for twenty with it. The file goes into ComfyUI's
 stock LoRA loader at strength 1; sample with as many steps, guidance (cfg) 1 and the same shift.
@@ -67,7 +67,7 @@ class FewSteps:
             steps=self.steps,
             lr=self.lr,
             warmup=self.warmup,
-            weights=Weights(feature=0.0, teacher=1.0, data=0.0, temporal=0.0),
+            weights=Weights(teacher=1.0, temporal=0.0),
             shift=self.shift,
             guidance=self.guidance,
             sampler_steps=self.sampler_steps,

@@ -1,106 +1,31 @@
 """Recipes: what is trained, on what and how, as TOML files that are checked before anything runs.
 
-Defaults are PARE's values (arXiv 2605.27336, section 3.4) where the paper states one.
+What a file leaves out is PARE's value (arXiv 2605.27336, section 3.4) where the paper states one.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
-import sys
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, field
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
-from .changes import change
+from .changes import change, tomllib
+from .expected import Checked, choice, expected_of, refuse_unread, table, value
 
 SHIPPED = Path(__file__).parent / "recipes"
 TINY, TOY = "tiny", "toy"
 
 
 @dataclass(frozen=True)
-class Expected:
-    """What a value of a recipe can be: a choice, or a type between two ends."""
-
-    kind: type
-    low: float = -math.inf
-    high: float = math.inf
-    above: bool = False
-    choices: tuple[str, ...] = ()
-    inner: type | None = None
-    several: bool = False
-
-    def __str__(self) -> str:
-        if self.several:
-            return "a text, or a list of them"
-        if self.choices:
-            return "one of " + ", ".join(map(repr, self.choices))
-        if self.inner is not None:
-            return "a table" if self.kind is dict else "one or more tables"
-        names = {str: "a text", bool: "true or false", int: "a whole number", float: "a number"}
-        said = names[self.kind]
-        if self.above:
-            said += f" above {self.low:g}"
-        elif self.low > -math.inf:
-            said += f" of {self.low:g} or more" if self.high == math.inf else f" from {self.low:g}"
-        if self.high < math.inf:
-            said += f" to {self.high:g}" if not self.above else f" and at most {self.high:g}"
-        return said
-
-    def fits(self, value: object) -> bool:
-        if self.several and isinstance(value, tuple):
-            return bool(value) and all(isinstance(one, str) and one for one in value)
-        if self.choices:
-            return value in self.choices if isinstance(value, str) else False
-        if self.kind in (str, bool):
-            return isinstance(value, self.kind)
-        # true and false are whole numbers to Python
-        right = int | float if self.kind is float else int
-        if not isinstance(value, right) or isinstance(value, bool) or not math.isfinite(value):
-            return False
-        return self.low <= value <= self.high and not (self.above and value == self.low)
-
-
-def _value(kind: type, default: Any = MISSING, **limits) -> Any:
-    return field(default=default, metadata={"expected": Expected(kind, **limits)})
-
-
-def _choice(default: Any, *choices: str) -> Any:
-    return _value(str, default, choices=choices)
-
-
-def _table(cls: type, default: Any = MISSING, many: bool = False) -> Any:
-    return _value(list if many else dict, default, inner=cls)
-
-
-class Checked:
-    """A table of a recipe; a value that does not fit is refused, wherever it comes from."""
-
-    def __post_init__(self):
-        for key, expected in _expected(type(self)).items():
-            value = getattr(self, key)
-            if expected.inner is None and not expected.fits(value):
-                raise ValueError(f"{key}: expected {expected}, got {value!r:.80}")
-
-
-def _expected(cls: type) -> dict[str, Expected]:
-    return {item.name: item.metadata["expected"] for item in dataclasses.fields(cls)}
-
-
-@dataclass(frozen=True)
 class Weights(Checked):
     """Weights of the losses; (10, 6, 1, 8) for text- and (10, 6, 1, 4) for image-to-video."""
 
-    feature: float = _value(float, 10.0, low=0.0)
-    teacher: float = _value(float, 6.0, low=0.0)
-    data: float = _value(float, 1.0, low=0.0)
-    temporal: float = _value(float, 8.0, low=0.0)
+    feature: float = value(float, 10.0, low=0.0)
+    teacher: float = value(float, 6.0, low=0.0)
+    data: float = value(float, 1.0, low=0.0)
+    temporal: float = value(float, 8.0, low=0.0)
 
     def __post_init__(self):
         super().__post_init__()
@@ -108,9 +33,21 @@ class Weights(Checked):
             raise ValueError("feature, teacher, data, temporal: expected one above 0, got none")
 
 
+# what all stages read, those with the four losses, and each kind
+_ALL = {"kind", "steps", "lr", "warmup", "shift", "guidance", "ema_decay"}
+_LOSSES = {"weights", "feature_blocks", "sigma_min", "sigma_max", "weighting"}
+_ROUTED = {"k_min", "k_max"}
+READ = {
+    "width": _ALL | _LOSSES | {"prune_ratio", "rule", "protection"},
+    "router": _ALL | _LOSSES | _ROUTED | {"router_lr", "content"},
+    "self_forcing": _ALL | _ROUTED | {"sampler_steps", "critic", "critic_lr", "critic_updates"},
+    "steps": _ALL | _ROUTED | {"sampler_steps", "weights"},
+}
+
+
 @dataclass(frozen=True)
 class Stage(Checked):
-    """One stage.
+    """One stage. A value that its kind does not read is refused, see `READ`.
 
     Args:
         kind: "width" (I), "router" (II), "self_forcing" (III) or "steps" (ours).
@@ -125,7 +62,7 @@ class Stage(Checked):
         sigma_min, sigma_max: noise levels that are trained; an expert of Wan 2.2 knows its own only.
         weighting: of the samples in the losses of "width" and "router": alike (paper), or by
             log(1 + sigma), which leaves little of the loss to low noise (ours).
-        guidance: folded into the student in the stages "self_forcing" and "steps".
+        guidance: of test videos; folded into the student in the stages "self_forcing" and "steps".
         sampler_steps: that the student of these stages samples with, without guidance.
         critic: what the critic of the stage "self_forcing" begins as: the full model, or the student,
             which takes less memory and has further to go.
@@ -134,29 +71,29 @@ class Stage(Checked):
         ema_decay: of the averaged weights; 0 keeps no average.
     """
 
-    kind: str = _choice(MISSING, "width", "router", "self_forcing", "steps")
-    steps: int = _value(int, 7000, low=1)
-    lr: float = _value(float, 3e-5, low=0.0, high=1.0, above=True)
-    router_lr: float = _value(float, 5e-4, low=0.0, high=1.0, above=True)
-    warmup: int = _value(int, 100, low=0)
-    weights: Weights = _table(Weights, Weights())
-    prune_ratio: float = _value(float, 0.3, low=0.0, high=0.9)
-    rule: str = _choice("pare", "pare", "budget")
-    protection: float = _value(float, 1.5, low=1.0, high=10.0)
-    feature_blocks: int = _value(int, 4, low=1)
-    k_min: float = _value(float, 0.5, low=0.0, high=1.0, above=True)
-    k_max: float = _value(float, 0.875, low=0.0, high=1.0, above=True)
-    content: str = _choice("latent", "clip", "latent", "none")
-    shift: float = _value(float, 5.0, low=0.0, high=100.0, above=True)
-    sigma_min: float = _value(float, 0.0, low=0.0, high=1.0)
-    sigma_max: float = _value(float, 1.0, low=0.0, high=1.0, above=True)
-    weighting: str = _choice("none", "none", "log")
-    guidance: float = _value(float, 5.0, low=1.0, high=100.0)
-    sampler_steps: int = _value(int, 4, low=1, high=1000)
-    critic: str = _choice("full", "full", "student")
-    critic_lr: float = _value(float, 4e-7, low=0.0, high=1.0, above=True)
-    critic_updates: int = _value(int, 5, low=1, high=1000)
-    ema_decay: float = _value(float, 0.0, low=0.0, high=0.99999)
+    kind: str = choice(MISSING, "width", "router", "self_forcing", "steps")
+    steps: int = value(int, 7000, low=1)
+    lr: float = value(float, 3e-5, low=0.0, high=1.0, above=True)
+    router_lr: float = value(float, 5e-4, low=0.0, high=1.0, above=True)
+    warmup: int = value(int, 100, low=0)
+    weights: Weights = table(Weights, Weights())
+    prune_ratio: float = value(float, 0.3, low=0.0, high=0.9)
+    rule: str = choice("pare", "pare", "budget")
+    protection: float = value(float, 1.5, low=1.0, high=10.0)
+    feature_blocks: int = value(int, 4, low=1)
+    k_min: float = value(float, 0.5, low=0.0, high=1.0, above=True)
+    k_max: float = value(float, 0.875, low=0.0, high=1.0, above=True)
+    content: str = choice("latent", "clip", "latent", "none")
+    shift: float = value(float, 5.0, low=0.0, high=100.0, above=True)
+    sigma_min: float = value(float, 0.0, low=0.0, high=1.0)
+    sigma_max: float = value(float, 1.0, low=0.0, high=1.0, above=True)
+    weighting: str = choice("none", "none", "log")
+    guidance: float = value(float, 5.0, low=1.0, high=100.0)
+    sampler_steps: int = value(int, 4, low=1, high=1000)
+    critic: str = choice("full", "full", "student")
+    critic_lr: float = value(float, 4e-7, low=0.0, high=1.0, above=True)
+    critic_updates: int = value(int, 5, low=1, high=1000)
+    ema_decay: float = value(float, 0.0, low=0.0, high=0.99999)
 
     @property
     def few(self) -> bool:
@@ -179,6 +116,20 @@ class Stage(Checked):
             )
         if self.warmup >= self.steps:
             raise ValueError(f"warmup: expected fewer than steps ({self.steps}), got {self.warmup}")
+        self._refuse_unread()
+
+    def _refuse_unread(self) -> None:
+        by = f"a stage {self.kind!r}"
+        for key in expected_of(Stage):
+            if key not in READ[self.kind]:
+                refuse_unread(self, key, by)
+        if self.rule == "budget":
+            refuse_unread(self, "protection", "the rule 'budget'")
+        if self.kind == "steps":
+            for key in ("feature", "data"):
+                refuse_unread(self.weights, key, by, "weights.")
+            if not self.weights.teacher and not self.weights.temporal:
+                raise ValueError("weights: expected teacher or temporal above 0, got neither")
 
 
 @dataclass(frozen=True)
@@ -196,12 +147,12 @@ class Data(Checked):
         image_share: share of the samples that keep their image; below 1 only for task "both".
     """
 
-    folder: str | tuple[str, ...] = _value(str, several=True)
-    batch: int = _value(int, 4, low=1)
-    seed: int = _value(int, 0, low=0)
-    drop_text: float = _value(float, 0.1, low=0.0, high=1.0)
-    negative_share: float = _value(float, 0.5, low=0.0, high=1.0)
-    image_share: float = _value(float, 1.0, low=0.0, high=1.0)
+    folder: str | tuple[str, ...] = value(str, several=True)
+    batch: int = value(int, 4, low=1)
+    seed: int = value(int, 0, low=0)
+    drop_text: float = value(float, 0.1, low=0.0, high=1.0)
+    negative_share: float = value(float, 0.5, low=0.0, high=1.0)
+    image_share: float = value(float, 1.0, low=0.0, high=1.0)
 
     @property
     def toy(self) -> bool:
@@ -232,16 +183,16 @@ class Run(Checked):
         sample_every: steps between test videos; 0 makes none.
     """
 
-    dtype: str = _choice("bf16", "bf16", "fp32")
-    checkpointing: bool = _value(bool, True)
-    teacher: str = _choice("sharded", "sharded", "offloaded", "whole")
-    optimizer: str = _choice("adamw", "adamw", "adamw8bit")
-    keep_state: bool = _value(bool, False)
-    save_every: int = _value(int, 500, low=1)
-    sample_every: int = _value(int, 500, low=0)
-    log_every: int = _value(int, 10, low=1)
-    grad_clip: float = _value(float, 1.0, low=0.0, above=True)
-    weight_decay: float = _value(float, 0.0, low=0.0, high=1.0)
+    dtype: str = choice("bf16", "bf16", "fp32")
+    checkpointing: bool = value(bool, True)
+    teacher: str = choice("sharded", "sharded", "offloaded", "whole")
+    optimizer: str = choice("adamw", "adamw", "adamw8bit")
+    keep_state: bool = value(bool, False)
+    save_every: int = value(int, 500, low=1)
+    sample_every: int = value(int, 500, low=0)
+    log_every: int = value(int, 10, low=1)
+    grad_clip: float = value(float, 1.0, low=0.0, above=True)
+    weight_decay: float = value(float, 0.0, low=0.0, high=1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,13 +205,13 @@ class Recipe(Checked):
         task: "both" is one model with 36 input channels, zero for text-to-video.
     """
 
-    name: str = _value(str)
-    model: str = _value(str)
-    profile: str = _value(str, "")
-    task: str = _choice(MISSING, "t2v", "i2v", "both")
-    data: Data = _table(Data)
-    stages: tuple[Stage, ...] = _table(Stage, many=True)
-    run: Run = _table(Run, Run())
+    name: str = value(str)
+    model: str = value(str)
+    profile: str = value(str, "")
+    task: str = choice(MISSING, "t2v", "i2v", "both")
+    data: Data = table(Data)
+    stages: tuple[Stage, ...] = table(Stage, many=True)
+    run: Run = table(Run, Run())
 
     def __post_init__(self):
         super().__post_init__()
@@ -276,10 +227,22 @@ class Recipe(Checked):
             raise ValueError(
                 f"[data] image_share: expected 1 for task {self.task!r}, got {self.data.image_share:g}"
             )
+        first = self.stages[0]
         for number, stage in enumerate(self.stages, 1):
+            where = f"[[stage]] number {number}: "
+            if stage.kind == "width":
+                # the student is cut once, before any of them
+                if any(before.kind != "width" for before in self.stages[: number - 1]):
+                    raise ValueError(f"{where}expected the stage 'width' before all others")
+                for key in ("prune_ratio", "rule", "protection"):
+                    if (cut := getattr(stage, key)) != (wanted := getattr(first, key)):
+                        raise ValueError(
+                            f"{where}{key}: expected {wanted}, as in number 1, got {cut}: only one "
+                            "cut is made"
+                        )
             if stage.content == "clip" and self.task != "i2v":
                 raise ValueError(
-                    f"[[stage]] number {number}: content: 'clip' looks at the first image, "
+                    f"{where}content: 'clip' looks at the first image, "
                     f"expected task 'i2v', got {self.task!r}"
                 )
 
@@ -312,7 +275,26 @@ def load_recipe(path: Path | str, changes: Sequence[str] = ()) -> Recipe:
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path.name}: expected a recipe in TOML: {error}") from error
     change(given, changes)
+    _fill(given)
     return _build(Recipe, given, path.name, "")
+
+
+def _fill(given: dict) -> None:
+    """Put the paper's values of a kind and a task where the recipe says nothing."""
+    stages = given.get("stage")
+    for stage in stages if isinstance(stages, list) else ():
+        if not isinstance(stage, dict):
+            continue
+        kind = stage.get("kind")
+        if kind == "self_forcing":
+            stage.setdefault("steps", 1200)
+            stage.setdefault("lr", 2e-6)
+        elif given.get("task") == "i2v":
+            if kind == "router":
+                stage.setdefault("content", "clip")
+            weights = stage.setdefault("weights", {})
+            if isinstance(weights, dict):
+                weights.setdefault("temporal", 4.0)
 
 
 def _build(cls: type, given: object, file: str, place: str) -> Any:
@@ -320,7 +302,7 @@ def _build(cls: type, given: object, file: str, place: str) -> Any:
     where = f"{file}: {place}: " if place else f"{file}: "
     if not isinstance(given, dict):
         raise ValueError(f"{where}expected a table, got {given!r:.80}")
-    expected = {KEYS.get(name, name): (name, what) for name, what in _expected(cls).items()}
+    expected = {KEYS.get(name, name): (name, what) for name, what in expected_of(cls).items()}
     unknown = sorted(set(given) - set(expected))
     if unknown:
         raise ValueError(
