@@ -170,13 +170,39 @@ def test_a_damaged_shard_is_named_and_skipped(tmp_path, caplog, damage, said):
     assert data.fingerprint != before.fingerprint
     found = {n for s in range(data.steps_per_epoch) for n in numbers(data.batch(s))}
     assert found == {0, 1, 2, 3, 8, 9}
-    # the writer makes what was lost again
+    # the writer makes what was lost again, and leaves what was there
     writer = ShardWriter(tmp_path, MADE, 7, PROMPTS, 4)
+    assert path.with_name(f"{path.name}.damaged").exists() != (damage is remove)
     assert writer.done == {f"{n}.mp4" for n in found}
     for number in range(4, 8):
         writer.add(f"{number}.mp4", sample(number, number % 3 == 0))
     writer.flush()
     assert ShardDataset(tmp_path, 2).fingerprint == before.fingerprint
+
+
+@pytest.mark.parametrize("broken", ["file_sha256", "list_entries", "read_tensor"])
+def test_a_disk_that_fails_for_a_moment_costs_no_sample(tmp_path, monkeypatch, broken):
+    write(tmp_path)
+    (tmp_path / "checked.json").unlink(missing_ok=True)
+    before = {path.name for path in tmp_path.glob("shard-*")}
+
+    def fails(path, *_):
+        error = OSError(5, "Input/output error")
+        if broken == "list_entries":
+            # as it says it
+            raise ValueError("one that cannot be read") from error
+        raise error
+
+    monkeypatch.setattr(shard_files, broken, fails)
+    for opened in (
+        lambda: ShardWriter(tmp_path, MADE, 7, PROMPTS),
+        lambda: ShardDataset(tmp_path, 2),
+    ):
+        with pytest.raises(OSError, match="Input/output error.*start again"):
+            opened()
+    monkeypatch.undo()
+    assert {path.name for path in tmp_path.glob("shard-*")} == before
+    assert len(ShardWriter(tmp_path, MADE, 7, PROMPTS).done) == len(ShardDataset(tmp_path, 2)) == 10
 
 
 def test_folders_without_data_are_refused(tmp_path):

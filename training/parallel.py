@@ -20,6 +20,9 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 
+# by their names in recipes and commands
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
 
 @dataclass(frozen=True)
 class World:

@@ -14,14 +14,14 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
-from ..slim.file import list_entries, read_tensor
+from ..slim.file import Entry, list_entries, read_tensor
 
 log = logging.getLogger(__name__)
 
@@ -73,13 +73,14 @@ class Sample:
 @dataclass(frozen=True)
 class Shard:
     """A shard in the index: its file, its checksum or the beginning of it, and the names and shapes
-    of its samples."""
+    of its samples; sources say which file and caption each was made of, where that is known."""
 
     file: str
     bytes: int
     sha256: str
     names: list[str]
     shapes: list[dict[str, list[int]]]
+    sources: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,8 @@ def _check_index(index: Index) -> None:
     for shard in index.shards:
         if not (NUMBERED.fullmatch(shard.file) or NAMED.fullmatch(shard.file)):
             raise ValueError(f"expected the name of a shard, got {shard.file!r:.80}")
-        if len(shard.names) != len(shard.shapes) or not shard.names:
+        counts = {len(shard.names), len(shard.shapes), len(shard.sources or shard.names)}
+        if len(counts) > 1 or not shard.names:
             raise ValueError(f"{shard.file}: expected the shapes of its samples")
         for shapes in shard.shapes:
             right = {"latents", "text"} <= set(shapes) <= set(PARTS)
@@ -155,11 +157,9 @@ def _partial(folder: Path) -> Iterator[Path]:
 def find_shards(folder: Path, index: Index) -> tuple[Index, dict[str, str]]:
     """The index with all shards that are there, whoever wrote them; and what is wrong with which.
 
-    Args:
-        index: what the shards have to be of.
-
     Raises:
-        ValueError: a shard holds samples that something else made.
+        ValueError: a shard holds samples that something else than the index's made.
+        OSError: one cannot be read now, which is no damage.
     """
     # those of the first format say nothing of themselves
     found = [s for s in index.shards if NUMBERED.fullmatch(s.file) and (folder / s.file).is_file()]
@@ -169,7 +169,9 @@ def find_shards(folder: Path, index: Index) -> tuple[Index, dict[str, str]]:
             continue
         try:
             made, shard = _described(path)
-        except (OSError, LookupError, TypeError, ValueError, RecursionError) as error:
+        except OSError as error:
+            raise _passing(path, error) from error
+        except (LookupError, TypeError, ValueError, RecursionError) as error:
             damaged[path.name] = f"it cannot be read ({error!r:.200})"
             continue
         _same_made(folder, made, index)
@@ -178,9 +180,22 @@ def find_shards(folder: Path, index: Index) -> tuple[Index, dict[str, str]]:
     return replace(index, shards=tuple(shards)), damaged
 
 
+def _entries(path: Path) -> tuple[list[Entry], dict[str, str]]:
+    """`list_entries`, but that a disk fails is no fault of the file's."""
+    try:
+        return list_entries(path)
+    except ValueError as error:
+        raise error.__cause__ if isinstance(error.__cause__, OSError) else error from None
+
+
+def _passing(path: Path, error: OSError) -> OSError:
+    advice = "nothing was changed: look at the disk, and start again"
+    return OSError(error.errno, f"{error.strerror or error}; {advice}", str(path))
+
+
 def _described(path: Path) -> tuple[dict, Shard]:
     """What a shard says of itself: what made it, and its place in the index."""
-    entries, metadata = list_entries(path)
+    entries, metadata = _entries(path)
     said = json.loads(metadata[KEY])
     if said["format"] not in FORMATS:
         raise ValueError(f"expected {FORMAT}, got {said['format']!r:.60}")
@@ -189,7 +204,8 @@ def _described(path: Path) -> tuple[dict, Shard]:
         number, _, name = entry.name.partition(".")
         shapes[int(number)][name] = list(entry.shape)
     digest = path.stem.removeprefix("shard-")
-    shard = Shard(path.name, path.stat().st_size, digest, list(said["names"]), shapes)
+    names, sources = list(said["names"]), list(said.get("sources", ()))
+    shard = Shard(path.name, path.stat().st_size, digest, names, shapes, sources)
     _check_index(Index(said["made"], said["text_tokens"], (shard,)))
     return {**said["made"], "text_tokens": said["text_tokens"]}, shard
 
@@ -204,7 +220,10 @@ def _same_made(folder: Path, came: dict, index: Index) -> None:
 
 
 def check_shards(folder: Path, index: Index) -> dict[str, str]:
-    """What is wrong with which shard. Checksums of unchanged shards are taken once."""
+    """What is wrong with which shard. Checksums of unchanged shards are taken once.
+
+    Raises OSError for one that cannot be read now, which is no damage.
+    """
     checked = _load_checked(folder)
     open_ones = [s for s in index.shards if not _is_checked(folder, s, checked)]
     if len(open_ones) > 1:
@@ -254,7 +273,7 @@ def _damage(folder: Path, shard: Shard) -> str | None:
         digest = file_sha256(path)
         if shard.sha256 not in (digest, digest[:DIGITS]):
             return "its checksum is another than in the index"
-        entries = list_entries(path)[0]
+        entries = _entries(path)[0]
         expected = {
             f"{number}.{name}": tuple(shape)
             for number, shapes in enumerate(shard.shapes)
@@ -269,8 +288,10 @@ def _damage(folder: Path, shard: Shard) -> str | None:
                 )
             if not read_tensor(path, entry).isfinite().all():
                 return f"{entry.name} has NaN or infinite values"
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         return f"it cannot be read ({error})"
+    except OSError as error:
+        raise _passing(path, error) from error
     return None
 
 
@@ -310,6 +331,7 @@ class ShardWriter:
             save_file({k: v.detach().cpu().contiguous() for k, v in prompts.items()}, partial)
             partial.replace(self.folder / PROMPTS)
         self._waiting: dict[str, dict[str, torch.Tensor]] = {}
+        self._sources: dict[str, str] = {}
 
     def _listed(self, index: Index) -> Index:
         """The index on disk, or an empty one."""
@@ -326,8 +348,11 @@ class ShardWriter:
         index, damaged = find_shards(self.folder, index)
         damaged |= check_shards(self.folder, index)
         for name, why in damaged.items():
-            log.warning("%s: %s: its samples are made again", name, why)
-            (self.folder / name).unlink(missing_ok=True)
+            log.warning(
+                "%s: %s: it becomes %s.damaged, its samples are made again", name, why, name
+            )
+            with suppress(FileNotFoundError):
+                (self.folder / name).replace(self.folder / f"{name}.damaged")
         return replace(index, shards=tuple(s for s in index.shards if s.file not in damaged))
 
     @property
@@ -335,9 +360,10 @@ class ShardWriter:
         """Names of the samples in finished shards, as far as this writer knows them."""
         return {name for shard in self.index.shards for name in shard.names}
 
-    def add(self, name: str, sample: Sample) -> None:
+    def add(self, name: str, sample: Sample, source: str = "") -> None:
         """Raises ValueError for a sample with NaN, which is then not added."""
         self._waiting[name] = sample.tensors()
+        self._sources[name] = source
         if len(self._waiting) >= self.shard_size:
             self.write_shard()
 
@@ -348,7 +374,8 @@ class ShardWriter:
         samples = list(self._waiting.values())
         tensors = {f"{i}.{key}": v for i, parts in enumerate(samples) for key, v in parts.items()}
         made, names = self.index.made, list(self._waiting)
-        said = {"format": FORMAT, "made": made, "names": names}
+        sources = [self._sources[name] for name in names]
+        said = {"format": FORMAT, "made": made, "names": names, "sources": sources}
         said["text_tokens"] = self.index.text_tokens
         with _partial(self.folder) as partial:
             save_file(tensors, partial, {KEY: json.dumps(said)})
@@ -356,9 +383,9 @@ class ShardWriter:
             path = self.folder / f"shard-{digest}.safetensors"
             partial.replace(path)
         shapes = [{key: list(v.shape) for key, v in parts.items()} for parts in samples]
-        shard = Shard(path.name, size, digest, names, shapes)
+        shard = Shard(path.name, size, digest, names, shapes, sources)
         self.index = replace(self.index, shards=(*self.index.shards, shard))
-        self._waiting = {}
+        self._waiting, self._sources = {}, {}
 
     def flush(self) -> Index:
         """Write what waits, then the index of all shards in the folder, which is given back."""
