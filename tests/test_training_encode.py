@@ -98,7 +98,8 @@ def test_a_folder_becomes_training_data(videos, t2v, tmp_path, caplog):
     assert skipped.keys() == REASONS.keys()
     assert all(REASONS[name] in why for name, why in skipped.items())
     assert all(name in caplog.text for name in REASONS)
-    assert json.loads((out / "skipped.json").read_text()) == skipped
+    said = {f"{name}@32x16x5": why for name, why in skipped.items()}
+    assert json.loads((out / "skipped.json").read_text()) == said
     data = ShardDataset(out, 2)
     assert len(data) == 2
     batch = data.batch(0)
@@ -143,7 +144,8 @@ def test_image_to_video_has_its_condition_and_clip(videos, i2v, tmp_path):
     assert not torch.equal(batch.clip[0], batch.clip[1])
 
 
-def test_what_is_done_is_not_done_again(videos, t2v, tmp_path, monkeypatch):
+def test_what_is_done_is_not_done_again(videos, t2v, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
     out = tmp_path / "out"
     encoder = Encoder(t2v, "t2v", CPU, torch.float32)
     real, read = encode.read_video, []
@@ -160,15 +162,38 @@ def test_what_is_done_is_not_done_again(videos, t2v, tmp_path, monkeypatch):
     assert "a.mp4" in read
     assert len(ShardDataset(out, 1)) == 1
     assert not list(out.glob("*.partial"))
+    assert "silent.mp4@32x16x5" in json.loads((out / "skipped.json").read_text())
     monkeypatch.setattr(encode, "read_video", lambda p, s: read.append(p.name) or real(p, s))
     read.clear()
     encode_folder(videos, out, encoder, SIZE)
     assert "b.mkv" in read and "a.mp4" not in read
+    assert "1 of 6 videos are there already" in caplog.text
     data = ShardDataset(out, 2)
     assert len(data) == 2 and not data.skipped
     # a bucket of another size goes into the same folder
     encode_folder(videos, out, encoder, Size(16, 16, 5))
     assert len(ShardDataset(out, 2).buckets) == 2
+    # and what was skipped at either is said
+    said = json.loads((out / "skipped.json").read_text())
+    assert {"short.mp4@32x16x5", "short.mp4@16x16x5"} < set(said)
+
+
+@pytest.mark.parametrize("change", ["file", "caption"])
+def test_another_video_of_the_same_name_is_not_lost_without_a_word(videos, t2v, tmp_path, change):
+    out, other = tmp_path / "out", tmp_path / "other"
+    encoder = Encoder(t2v, "t2v", CPU, torch.float32)
+    encode_folder(videos, out, encoder, SIZE)
+    other.mkdir()
+    write_video(other / "new.mp4", 6)
+    (other / "new.txt").write_text(ASKED[0])
+    if change == "file":
+        write_video(other / "a.mp4", 7)
+    else:
+        (other / "a.mp4").write_bytes((videos / "a.mp4").read_bytes())
+    (other / "a.txt").write_text(ASKED[0] + (", corrected" if change == "caption" else ""))
+    with pytest.raises(ValueError, match="1 of its samples .a.mp4@32x16x5.*one VIDEOS"):
+        encode_folder(other, out, encoder, SIZE)
+    assert len(ShardDataset(out, 1)) == 2
 
 
 @pytest.mark.parametrize("kind", ["t2v", "i2v"])
@@ -244,7 +269,7 @@ def test_three_processes_that_are_killed_and_two_that_go_on_make_what_one_makes(
         assert process.returncode == 0, said
     assert {path: path.stat().st_mtime_ns for path in before} == before
     # the video that the second of them skipped
-    assert list(json.loads((out / "skipped.json").read_text())) == ["b.mp4"]
+    assert list(json.loads((out / "skipped.json").read_text())) == ["b.mp4@32x16x5"]
     alone = Encoder(t2v, "t2v", CPU, torch.bfloat16)
     encode_folder(folder, tmp_path / "one", alone, Size(32, 16, 5), shard_size=1)
     assert read_index(out) == read_index(tmp_path / "one")
@@ -256,6 +281,15 @@ def test_another_model_is_kept_out_of_the_folder(videos, t2v, i2v, tmp_path):
     encode_folder(videos, out, Encoder(t2v, "t2v", CPU, torch.float32), SIZE)
     with pytest.raises(ValueError, match="holds samples with task 't2v', expected 'i2v'"):
         encode_folder(videos, out, Encoder(i2v, "i2v", CPU, torch.float32), SIZE)
+
+
+def test_number_formats_are_told_from_other_models(videos, t2v, tmp_path):
+    out, bf16 = tmp_path / "out", torch.bfloat16
+    encode_folder(videos, out, Encoder(t2v, "t2v", CPU, torch.float32), SIZE)
+    with pytest.raises(ValueError, match="holds samples with vae_dtype 'fp32', expected 'bf16'"):
+        encode_folder(videos, out, Encoder(t2v, "t2v", CPU, torch.float32, bf16), SIZE)
+    with pytest.raises(ValueError, match="holds samples with dtype 'fp32', expected 'bf16'"):
+        encode_folder(videos, out, Encoder(t2v, "t2v", CPU, bf16), SIZE)
 
 
 def test_the_command(videos, t2v, tmp_path, caplog):

@@ -9,6 +9,7 @@ goes on behind the last finished shard of each.
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,7 +20,7 @@ from rich.logging import RichHandler
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .encoder import TEXT_TOKENS, Encoder
-from .parallel import World, world
+from .parallel import DTYPES, World, world
 from .shard_files import ShardWriter, write_json
 from .video_files import FRAME_RATE, Size, Video, find_videos, read_video
 
@@ -31,7 +32,6 @@ NEGATIVE = (
     "低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，"
     "毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
 )
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # videos that are read while others are encoded
 READERS = 4
 
@@ -56,7 +56,7 @@ def encode_folder(
         processes: that share the work; None is this one alone.
 
     Raises:
-        ValueError: nothing to encode, or `out` holds samples of another model.
+        ValueError: nothing to encode, or `out` holds samples of another model or other videos.
         OSError: the disk is full or cannot be written.
         KeyboardInterrupt: after the finished videos were written.
     """
@@ -72,12 +72,18 @@ def encode_folder(
     writer = ShardWriter(out, made, TEXT_TOKENS, prompts, shard_size)
     if processes and not rank:
         processes.wait()
+    _same_sources(folder, videos, size, writer)
     done = writer.done
     own = [video for video in videos[rank::count] if size.sample_name(video) not in done]
+    there = sum(size.sample_name(video) in done for video in videos)
+    if there and not rank:
+        log.info("%d of %d videos are there already", there, len(videos) + len(skipped))
     try:
-        skipped |= _encode(own, encoder, size, writer, batch, show=rank == 0)
+        _encode(own, encoder, size, writer, batch, skipped, show=rank == 0)
     except KeyboardInterrupt:
         writer.flush()
+        if not rank:
+            _note_skipped(out, skipped, size, writer.done)
         raise
     writer.write_shard()
     for other in processes.gather(skipped) if processes else ():
@@ -85,11 +91,38 @@ def encode_folder(
     if rank:
         return skipped
     index = writer.flush()
-    write_json(out / SKIPPED, skipped)
+    _note_skipped(out, skipped, size, writer.done)
     if not index.shards:
         raise ValueError(f"{folder}: none of its {len(videos) + len(skipped)} videos can be used")
     log.info("%d samples in %s, %d videos skipped", len(writer.done), out, len(skipped))
     return skipped
+
+
+def _same_sources(folder: Path, videos: Sequence[Video], size: Size, writer: ShardWriter) -> None:
+    """Refuse a folder whose videos are others than those of the same name that are encoded."""
+    shards = writer.index.shards
+    # of shards that say it
+    made = {n: s for shard in shards for n, s in zip(shard.names, shard.sources, strict=False)}
+    sources = ((size.sample_name(video), video.source) for video in videos)
+    others = [name for name, source in sources if (made.get(name) or source) != source]
+    if others:
+        raise ValueError(
+            f"{writer.folder}: {len(others)} of its samples ({', '.join(others[:3])}) are of another "
+            f"file or caption than the videos in {folder}. One OUT is for one VIDEOS: choose another "
+            "OUT; training takes several."
+        )
+
+
+def _note_skipped(out: Path, skipped: dict[str, str], size: Size, done: set[str]) -> None:
+    """Write which videos were skipped at this size, beside what other runs skipped."""
+    path = out / SKIPPED
+    try:
+        before = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        before = {}
+    now = dict(before) if isinstance(before, dict) else {}
+    now |= {f"{name}{size.suffix}": why for name, why in skipped.items()}
+    write_json(path, {name: why for name, why in now.items() if name not in done})
 
 
 def _encode(
@@ -98,10 +131,10 @@ def _encode(
     size: Size,
     writer: ShardWriter,
     batch: int,
+    skipped: dict[str, str],
     show: bool,
-) -> dict[str, str]:
-    """Encode all of these; returns those that were skipped, and why."""
-    skipped = {}
+) -> None:
+    """Encode all of these; notes in `skipped` those that were skipped, and why."""
     columns = (
         *Progress.get_default_columns()[:2],
         MofNCompleteColumn(),
@@ -127,12 +160,11 @@ def _encode(
                 samples = encoder.samples(pictures, captions)
                 for (one, _), sample in zip(waiting, samples, strict=True):
                     try:
-                        writer.add(size.sample_name(one), sample)
+                        writer.add(size.sample_name(one), sample, one.source)
                     except ValueError as error:
                         skip(one, error)
                 waiting = []
             progress.update(task, completed=number)
-    return skipped
 
 
 def _read_ahead(videos: Sequence[Video], size: Size) -> Iterator[tuple[Video, Future]]:
@@ -162,7 +194,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("folder", type=Path, help="videos, each with a caption")
-    add("out", type=Path, help="folder for the shards")
+    add("out", type=Path, help="folder for the shards of these videos, and of no others")
     add("--model", type=Path, required=True, help="local diffusers folder of a Wan")
     add("--size", type=_size, default=(832, 480), help="default 832x480")
     add("--pixel-frames", type=int, default=81, help="4n + 1, default 81")

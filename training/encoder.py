@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from diffusers import WanImageToVideoPipeline, WanPipeline
 
+from .parallel import DTYPES
 from .shard_files import Sample
 
 # what every Wan is given, padded; diffusers' image branch counts on it
@@ -63,10 +64,13 @@ class Encoder:
             raise ValueError(f"{folder}: expected image_encoder, which this model needs for i2v")
 
     def made(self) -> dict[str, str | None]:
-        """What tells these parts from others."""
+        """What tells these parts from others; their checksums are of weights in these formats."""
         clip = self.pipe.image_encoder if self.uses_clip else None
+        names = {dtype: name for name, dtype in DTYPES.items()}
         return {
             "task": self.task,
+            "dtype": names[self.dtype],
+            "vae_dtype": names[self.pipe.vae.dtype],
             "vae": _digest(self.pipe.vae),
             "text_encoder": _digest(self.pipe.text_encoder),
             "image_encoder": clip and _digest(clip),

@@ -22,10 +22,9 @@ from ..toy import CHECKPOINT
 from .draws import Draws, noisy
 from .models import full_model
 from .pair import velocity
-from .parallel import World, world
+from .parallel import DTYPES, World, world
 from .recipe import TINY, Recipe, load_recipe
 from .run import open_data
-from .trainer import DTYPES
 
 log = logging.getLogger(__name__)
 

@@ -16,12 +16,12 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainin
 
 from .log import StageLog
 from .models import Origin, open_origin
-from .parallel import World, shard
+from .parallel import DTYPES, World, shard
 from .recipe import Recipe
 from .shard_files import write_json
 from .shards import Batch, ShardDataset, even_batch
 from .toy_data import ToyDataset
-from .trainer import DTYPES, Trainer
+from .trainer import Trainer
 from .videos import draw_videos, write_videos
 
 log = logging.getLogger(__name__)

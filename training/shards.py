@@ -237,6 +237,6 @@ def _same_makers(folders: Sequence[Path], indexes: Sequence[Index]) -> int:
         if (index.made, index.text_tokens) != (first.made, first.text_tokens):
             raise ValueError(
                 f"{folder}: expected samples that the same models made as those in {folders[0]} "
-                "(task, VAE, text encoder, frame rate); encode one of them again"
+                "(task, VAE, text encoder, number formats, frame rate); encode one of them again"
             )
     return first.text_tokens

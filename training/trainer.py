@@ -19,12 +19,10 @@ from .draws import Draws
 from .gate import Routing, Taps, new_router
 from .models import Origin, open_student, write_student
 from .objectives import OBJECTIVES, Pair
-from .parallel import World, shard
+from .parallel import DTYPES, World, shard
 from .recipe import Recipe, Run, Stage
 from .recompute import recompute_blocks
 from .shards import Batch
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def learning_rate(stage: Stage, step: int) -> float:

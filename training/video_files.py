@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import math
 from collections.abc import Iterator
@@ -27,6 +28,12 @@ class Video:
     name: str
     caption: str
 
+    @property
+    def source(self) -> str:
+        """What tells it, with its caption, from another of its name."""
+        said = f"{self.path.stat().st_size} {self.caption}"
+        return hashlib.sha256(said.encode()).hexdigest()[:16]
+
 
 @dataclass(frozen=True)
 class Size:
@@ -48,8 +55,13 @@ class Size:
         if not 0 <= self.frame_rate < math.inf:
             raise ValueError(f"frame-rate: expected 0 or more, got {self.frame_rate}")
 
+    @property
+    def suffix(self) -> str:
+        """Of the names of its samples."""
+        return f"@{self.width}x{self.height}x{self.pixel_frames}"
+
     def sample_name(self, video: Video) -> str:
-        return f"{video.name}@{self.width}x{self.height}x{self.pixel_frames}"
+        return video.name + self.suffix
 
 
 def find_videos(folder: Path) -> tuple[list[Video], dict[str, str]]:
