@@ -28,7 +28,7 @@ from wantrim.training.losses import (
     timestep_weights,
     velocity_loss,
 )
-from wantrim.training.models import open_origin
+from wantrim.training.models import full_model, open_origin
 from wantrim.training.objectives import Pair, distil, few_steps
 from wantrim.training.parallel import world
 from wantrim.training.recipe import Stage, Weights, load_recipe
@@ -68,7 +68,7 @@ def pair(recipe, tmp_path):
     origin = open_origin(recipe)
     origin.cut(tmp_path / "start.safetensors", recipe.stages[0])
     student = load_slim(tmp_path / "start.safetensors").requires_grad_(True)
-    teacher = origin.teacher(torch.float32).fill("cpu")
+    teacher = full_model(origin.source, torch.float32).fill("cpu")
     negative = torch.zeros(24, TEXT_DIM)
     return Pair(student, teacher, Taps(student), Taps(teacher), None, negative)
 

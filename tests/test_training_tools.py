@@ -14,7 +14,7 @@ from wantrim.tests.tiny_pipeline import parts
 from wantrim.training import decode, encode_cost, memory, record
 from wantrim.training.decode import decode_folder
 from wantrim.training.draws import Draws
-from wantrim.training.models import open_origin
+from wantrim.training.models import full_model, open_origin
 from wantrim.training.parallel import world
 from wantrim.training.toy_data import ToyDataset
 
@@ -40,7 +40,7 @@ def test_a_profile_is_recorded_on_the_recipes_data_at_ten_noise_levels(folder, t
     assert origin.profile.calls == 20
     # the sample of one noise level by hand
     data = ToyDataset(4, 5, recipe.data.drop_text, recipe.data.image_share)
-    model = origin.teacher(torch.float32).fill("cpu")
+    model = full_model(origin.source, torch.float32).fill("cpu")
     with profile_run(model) as recorder, torch.no_grad():
         for number in (3, 13):
             batch = data.batch(number // 4)

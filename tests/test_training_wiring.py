@@ -24,7 +24,7 @@ from wantrim.training.average import Average
 from wantrim.training.draws import Draws, noisy, shifted
 from wantrim.training.gate import Routing, Taps, new_router
 from wantrim.training.losses import feature_loss, inlier_tokens
-from wantrim.training.models import open_origin, starting_width, write_student
+from wantrim.training.models import full_model, open_origin, starting_width, write_student
 from wantrim.training.objectives import Pair, distil, few_steps
 from wantrim.training.parallel import world
 from wantrim.training.recipe import Data, Stage, Weights
@@ -46,7 +46,7 @@ def pair(folder, tmp_path):
     origin = open_origin(recipe)
     origin.cut(tmp_path / "start.safetensors", recipe.stages[0])
     student = load_slim(tmp_path / "start.safetensors").requires_grad_(True)
-    teacher = origin.teacher(torch.float32).fill("cpu")
+    teacher = full_model(origin.source, torch.float32).fill("cpu")
     negative = torch.zeros(24, TEXT_DIM)
     torch.manual_seed(1)
     routing = Routing(new_router(4, "latent", 16), "latent", BlockBudget(0.5, 1.0))
@@ -249,9 +249,17 @@ def one_step(folder, out, kind, *changes):
     origin.cut(start, stage)
     data = ToyDataset(recipe.data.batch, image_share=0.0)
     with world("cpu") as processes:
-        teacher = load_teacher(origin, recipe, processes)
+        teacher = load_teacher(origin.source, recipe, processes)
         made = Trainer(
-            recipe, stage, number, processes, teacher, data.negative_text, start, out / kind, origin
+            recipe,
+            stage,
+            number,
+            processes,
+            teacher,
+            data.negative_text,
+            start,
+            out / kind,
+            origin.source,
         )
         before = copy.deepcopy(made.trained.state_dict())
         terms = made.train_step(data.batch(0))

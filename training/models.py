@@ -22,8 +22,11 @@ from ..slim.source import Source, open_source
 from ..slim.width import channels, ffn_count, pare_heads
 from ..solve.budget import solve_width
 from ..toy import CHECKPOINT, PROFILE
+from .began import contents
 from .loading import Waiting
 from .recipe import TINY, Recipe, Stage
+
+STUDENT, ROUTER = "student.safetensors", "router.safetensors"
 
 
 @dataclass(frozen=True)
@@ -33,18 +36,26 @@ class Origin:
     Args:
         source: the full model's file.
         profile: what was measured about it.
+        contents: checksums of both, by "model" and "profile".
     """
 
     source: Source
     profile: Profile
+    contents: dict[str, str]
 
-    def teacher(self, dtype: torch.dtype, learns: bool = False) -> Waiting:
-        """The full model, all in one number format, which sharding wants.
+    def made(self, stage: Stage | None) -> dict:
+        """What decides the cut of a stage; None cuts nothing."""
+        stage = stage or Stage("width", prune_ratio=0.0)
+        said = {name: getattr(stage, name) for name in ("rule", "prune_ratio", "protection")}
+        return said | self.contents
 
-        Raises:
-            ValueError: diffusers' class cannot be this model.
-        """
-        return full_model(self.source, dtype, learns)
+    def is_cut(self, path: Path, stage: Stage | None) -> bool:
+        """Whether a file is the student that `cut` would write."""
+        try:
+            there = read_header(path).made
+        except ValueError:
+            return False
+        return all(there.get(name) == value for name, value in self.made(stage).items())
 
     def cut(self, path: Path, stage: Stage | None) -> None:
         """Write the student that training begins with: PARE's width, or the budget's.
@@ -60,12 +71,7 @@ class Origin:
             path,
             starting_width(self.profile, stage, self.source.signature),
             profile=self.profile,
-            made={
-                "package": package_version(),
-                "rule": stage.rule,
-                "prune_ratio": stage.prune_ratio,
-                "protection": stage.protection,
-            },
+            made={"package": package_version(), **self.made(stage)},
         )
 
 
@@ -94,7 +100,9 @@ def open_origin(recipe: Recipe) -> Origin:
             "names, as ComfyUI's Load Diffusion Model reads it"
         )
     source = open_source(path)
-    origin = Origin(source, load_profile(Path(recipe.profile or PROFILE)))
+    profile = Path(recipe.profile or PROFILE)
+    said = {"model": contents(path), "profile": contents(profile)}
+    origin = Origin(source, load_profile(profile), said)
     check_profile(source, origin.profile)
     wanted = {"t2v": source.model.out_channels, "i2v": 2 * source.model.out_channels + 4}
     expected = wanted.get(recipe.task, wanted["i2v"])
@@ -103,7 +111,28 @@ def open_origin(recipe: Recipe) -> Origin:
             f"task: expected a model with {expected} input channels for {recipe.task!r}, got "
             f"{source.model.in_channels}"
         )
+    if not looks_through_clip(source) and any(stage.content == "clip" for stage in recipe.stages):
+        raise ValueError(
+            "content: expected 'latent' or 'none', as this model does not look at the image through "
+            "CLIP, got 'clip'"
+        )
     return origin
+
+
+def looks_through_clip(source: Source) -> bool:
+    """Whether a model is given CLIP's view of the first image."""
+    return any("img_emb." in name for name in source.entries)
+
+
+def start_files(start: Path) -> tuple[Path, Path | None]:
+    """The student to begin with, and its router where it has one.
+
+    Args:
+        start: a stage's folder, its student, or another slim file.
+    """
+    file = start / STUDENT if start.is_dir() else start
+    router = file.with_name(ROUTER)
+    return file, router if file.name == STUDENT and router.exists() else None
 
 
 def starting_width(profile: Profile, stage: Stage, signature) -> Width:
@@ -158,8 +187,8 @@ def write_student(
     if router is not None:
         own = replace(model, width=width_digest(model, header.width))
         trained_router = TrainedRouter(router, kind, own, conditions)
-        save_router(folder / "router.safetensors", trained_router)
-    save_slim(folder / "student.safetensors", student, header, dtype)
+        save_router(folder / ROUTER, trained_router)
+    save_slim(folder / STUDENT, student, header, dtype)
 
 
 def _sample(tables: list[torch.Tensor], last: torch.Tensor, dtype: torch.dtype) -> tuple:

@@ -100,6 +100,11 @@ class Stage(Checked):
         """Whether its student samples in few steps without guidance."""
         return self.kind in ("self_forcing", "steps")
 
+    @property
+    def whole(self) -> bool:
+        """Whether it trains all noise levels, and not an expert's alone."""
+        return (self.sigma_min, self.sigma_max) == (0, 1)
+
     def __post_init__(self):
         super().__post_init__()
         if self.k_min > self.k_max:
@@ -109,7 +114,7 @@ class Stage(Checked):
                 f"sigma_min: expected less than sigma_max ({self.sigma_max:g}), got "
                 f"{self.sigma_min:g}"
             )
-        if (self.sigma_min, self.sigma_max) != (0, 1) and self.few:
+        if not self.whole and self.few:
             raise ValueError(
                 "sigma_min, sigma_max: expected 0 and 1 where whole runs are sampled (the stages "
                 "'self_forcing' and 'steps'): one expert cannot sample them alone"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -14,18 +13,20 @@ from pathlib import Path
 import torch
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ..slim.file import read_header
+from ..slim.router import load_router
+from ..slim.source import Source
+from .began import check_same, contents, read_began
 from .log import StageLog
-from .models import Origin, open_origin
+from .models import STUDENT, Origin, full_model, looks_through_clip, open_origin, start_files
 from .parallel import DTYPES, World, shard
-from .recipe import Recipe
-from .shard_files import write_json
+from .recipe import Recipe, Stage
 from .shards import Batch, ShardDataset, even_batch
 from .toy_data import ToyDataset
 from .trainer import Trainer
 from .videos import draw_videos, write_videos
 
 log = logging.getLogger(__name__)
-STUDENT = "student.safetensors"
 
 
 def open_data(recipe: Recipe, world: World) -> ToyDataset | ShardDataset:
@@ -75,29 +76,45 @@ def train(
             raise ValueError(
                 f"stages: expected some of {', '.join(there)} or 1 to {len(there)}, got {kind!r}"
             )
-    recipe = shared_out(recipe, world)
+    folders = {number: out / f"{number}-{stage.kind}" for number, stage in chosen}
+    asked, recipe = recipe, shared_out(recipe, world, list(folders.values()))
     data, origin = open_data(recipe, world), open_origin(recipe)
     done = [out / f"{number}-{stage.kind}" for number, stage in enumerate(recipe.stages, 1)]
     done = [folder for folder in done[: chosen[0][0] - 1] if (folder / STUDENT).exists()]
     if start is None and done:
         start = done[-1]
-    check_fit(data, origin, world)
+    check_fit(data, origin.source, world)
     if start is None:
         start = out / "start.safetensors"
         width = next((stage for stage in recipe.stages if stage.kind == "width"), None)
         if width is None and world.first:
             log.info('the recipe has no stage "width": the student keeps all heads and channels')
-        if world.first and not start.exists():
+        if world.first and not origin.is_cut(start, width):
             origin.cut(start, width)
         world.wait()
-    teacher = load_teacher(origin, recipe, world)
+    check_start(start, recipe, chosen[0][1], origin)
+
+    def check(number: int, begins: Path) -> bool:
+        """Whether a stage is done; refuses it where it began with something else."""
+        ended = (folders[number] / STUDENT).exists()
+        now = beginning(recipe, asked, number, origin, data.fingerprint, begins)
+        check_same(folders[number], now, world, ended)
+        return ended
+
+    # what is wrong is said before a model is loaded
+    begins = start
+    for number, folder in folders.items():
+        if not check(number, begins):
+            break
+        begins = folder
+    teacher = load_teacher(origin.source, recipe, world)
     for number, stage in chosen:
-        folder = out / f"{number}-{stage.kind}"
-        check_same(folder, recipe, number, data.fingerprint, world)
-        if not (folder / STUDENT).exists():
+        folder = folders[number]
+        if not check(number, start):
             trainer = Trainer(
-                recipe, stage, number, world, teacher, data.negative_text, start, folder, origin
-            )
+                recipe, stage, number, world, teacher, data.negative_text, start, folder,
+                origin.source,
+            )  # fmt: skip
             try:
                 run_stage(trainer, data)
             finally:
@@ -111,23 +128,28 @@ def train(
     return start
 
 
-def shared_out(recipe: Recipe, world: World) -> Recipe:
-    """The recipe with a batch that the processes can share out, which is said where it changes."""
-    batch = even_batch(recipe.data.batch, world.size)
-    if batch != recipe.data.batch and world.first:
-        log.info(
-            "a batch of %d cannot be shared out over %d processes: it becomes %d",
-            recipe.data.batch,
-            world.size,
-            batch,
-        )
+def shared_out(recipe: Recipe, world: World, folders: Sequence[Path] = ()) -> Recipe:
+    """The recipe with a batch that the processes can share out, which is said where it changes.
+
+    Args:
+        folders: of the stages; the batch that the last of them began with stays where it can.
+    """
+    asked = recipe.data.batch
+    batch = even_batch(asked, world.size)
+    for folder in folders:
+        said = read_began(folder) or {}
+        own, before = said.get("data", {}).get("batch"), said.get("batch")
+        if own == asked and before and before % world.size == 0:
+            batch = before
+    if batch != asked and world.first:
+        log.info("a batch of %d becomes %d for %d processes", asked, batch, world.size)
     return replace(recipe, data=replace(recipe.data, batch=batch))
 
 
-def load_teacher(origin: Origin, recipe: Recipe, world: World) -> torch.nn.Module:
+def load_teacher(source: Source, recipe: Recipe, world: World) -> torch.nn.Module:
     """The frozen full model, where the recipe wants it to be."""
     dtype = DTYPES[recipe.run.dtype]
-    teacher = origin.teacher(dtype)
+    teacher = full_model(source, dtype)
     if recipe.run.teacher == "offloaded":
         shard(teacher.model, world.mesh, dtype, offload=True)
         return teacher.fill("cpu", tables=world.device)
@@ -136,7 +158,7 @@ def load_teacher(origin: Origin, recipe: Recipe, world: World) -> torch.nn.Modul
     return teacher.fill(world.device)
 
 
-def check_fit(data: ToyDataset | ShardDataset, origin: Origin, world: World) -> None:
+def check_fit(data: ToyDataset | ShardDataset, source: Source, world: World) -> None:
     """Refuse samples that the model cannot take.
 
     Raises:
@@ -144,13 +166,13 @@ def check_fit(data: ToyDataset | ShardDataset, origin: Origin, world: World) -> 
     """
     one = data.batch(0, world.rank, world.size)
     parts = [one.latents] + ([] if one.condition is None else [one.condition])
-    came, expected = sum(part.shape[1] for part in parts), origin.source.model.in_channels
+    came, expected = sum(part.shape[1] for part in parts), source.model.in_channels
     if came != expected:
         raise ValueError(
             f"data: expected samples of {expected} channels for this model, got {came}. Encode them "
             "for its task (--task t2v or i2v)."
         )
-    wants = any("img_emb." in name for name in origin.source.entries)
+    wants = looks_through_clip(source)
     if wants != (one.clip is not None):
         raise ValueError(
             f"data: expected samples {'with' if wants else 'without'} CLIP's view of the image for "
@@ -158,47 +180,52 @@ def check_fit(data: ToyDataset | ShardDataset, origin: Origin, world: World) -> 
         )
 
 
-def check_same(folder: Path, recipe: Recipe, number: int, data: str, world: World) -> None:
-    """Refuse to go on with a stage by another recipe or other data than it began with.
+def check_start(start: Path, recipe: Recipe, stage: Stage, origin: Origin) -> None:
+    """Refuse a student or a router that the first stage cannot begin with.
 
     Raises:
-        ValueError: names what differs.
+        ValueError: the student is none or another model's, or the router looks at something else.
     """
-    stages = [asdict(stage) for stage in recipe.stages[:number]]
-    whole, run = asdict(recipe), asdict(recipe.run)
-    now = {name: whole[name] for name in ("model", "profile", "task", "data")}
-    # the rest of it says how a step is computed, not what
-    said = ("dtype", "grad_clip", "weight_decay", "optimizer")
-    now["run"] = {name: run[name] for name in said}
-    now = json.loads(json.dumps(now | {"stages": stages, "samples": data}))
-    path = folder / "recipe.json"
-    world.wait()
-    if not path.exists():
-        if world.first:
-            write_json(path, now)
-        world.wait()
-        return
-    world.wait()
-    before, after = _flat(json.loads(path.read_text("utf-8"))), _flat(now)
-    # a table that was not there has other names than the one that is
-    for name in dict.fromkeys((*before, *after)):
-        was, became = before.get(name), after.get(name)
-        if became != was:
+    file, router = start_files(start)
+    # by its sizes: training moved its sample, and what was cut is its own
+    student, full = (
+        replace(model, sample=(), width=None)
+        for model in (read_header(file).model, origin.source.model)
+    )
+    if differs := full.differs(student):
+        raise ValueError(f"{file.name}: expected a student of this recipe's model: {differs}")
+    if router is not None and stage.kind == "router":
+        kind = load_router(router).kind
+        if kind != stage.content:
             raise ValueError(
-                f"{folder.name}: it began with {name} = {was!r}, and this is {became!r}. Choose "
-                "another --out (and --start, to begin with what is there)."
+                f"content: expected {kind!r}, as the router in {router.parent.name} has it, got "
+                f"{stage.content!r}. Begin with a student without a router, or change the recipe."
             )
 
 
-def _flat(value: object, name: str = "") -> dict[str, object]:
-    """Leaves of nested tables and lists by their dotted names."""
-    if not isinstance(value, dict | list):
-        return {name: value}
-    items = value.items() if isinstance(value, dict) else enumerate(value, 1)
-    found = {}
-    for key, inner in items:
-        found |= _flat(inner, f"{name}.{key}" if name else str(key))
-    return found
+def beginning(
+    recipe: Recipe, asked: Recipe, number: int, origin: Origin, data: str, start: Path
+) -> dict:
+    """What decides what a stage makes, by contents: where files lie does not.
+
+    Args:
+        asked: the recipe with its own batch.
+        data: fingerprint of the samples.
+    """
+    whole, run = asdict(asked), asdict(recipe.run)
+    samples = {name: value for name, value in whole["data"].items() if name != "folder"}
+    # the rest of it says how a step is computed, not what
+    said = ("dtype", "grad_clip", "weight_decay", "optimizer")
+    file, router = start_files(start)
+    return {
+        "task": recipe.task,
+        **origin.contents,
+        "data": samples | {"samples": data},
+        "batch": recipe.data.batch,
+        "run": {name: run[name] for name in said},
+        "stages": whole["stages"][:number],
+        "start": {"student": contents(file), "router": router and contents(router)},
+    }
 
 
 def run_stage(trainer: Trainer, data: ToyDataset | ShardDataset) -> None:
@@ -206,6 +233,9 @@ def run_stage(trainer: Trainer, data: ToyDataset | ShardDataset) -> None:
     stage, run, world = trainer.stage, trainer.recipe.run, trainer.world
     folder, model = trainer.folder, trainer.header.model
     writer = StageLog(folder, trainer.step) if world.first else None
+    every = run.sample_every if stage.whole else 0
+    if every != run.sample_every and world.first:
+        log.info("no test videos: an expert alone cannot sample whole runs")
     columns = (
         *Progress.get_default_columns()[:2],
         MofNCompleteColumn(),
@@ -238,7 +268,9 @@ def run_stage(trainer: Trainer, data: ToyDataset | ShardDataset) -> None:
             if last:
                 # a video that fails must not cost the stage
                 trainer.write(trainer.recipe.data.names)
-            if run.sample_every and (step % run.sample_every == 0 or last):
+                if not run.keep_state:
+                    trainer.state.remove()
+            if every and (step % every == 0 or last):
                 batch = batch.to(world.device)
                 with trainer.averaged(), trainer.cast():
                     latents = draw_videos(trainer.pair, trainer.recipe, stage, batch, model, step)
@@ -246,8 +278,6 @@ def run_stage(trainer: Trainer, data: ToyDataset | ShardDataset) -> None:
                     write_videos(folder / "videos", latents, trainer.recipe, step)
     if writer is not None:
         writer.close()
-    if not run.keep_state:
-        trainer.state.remove()
 
 
 def batches(data: ToyDataset | ShardDataset, steps: range, world: World) -> Iterator[Batch]:

@@ -13,11 +13,12 @@ from ..methods.depth import BlockBudget
 from ..methods.routers import RouterMLP
 from ..slim.file import SlimHeader
 from ..slim.router import Conditions, load_router
+from ..slim.source import Source
 from .average import Average
 from .checkpoints import State, whole_state
 from .draws import Draws
 from .gate import Routing, Taps, new_router
-from .models import Origin, open_student, write_student
+from .models import full_model, open_student, start_files, write_student
 from .objectives import OBJECTIVES, Pair
 from .parallel import DTYPES, World, shard
 from .recipe import Recipe, Run, Stage
@@ -57,7 +58,7 @@ class Trainer:
         number: of the stage within the recipe, from 1.
         start: folder or file with the student to begin with, and its router if it has one.
         folder: of the stage; its state is loaded if there is one.
-        origin: the full model, which a critic can begin as.
+        source: the full model, which a critic can begin as.
     """
 
     def __init__(
@@ -70,21 +71,21 @@ class Trainer:
         negative: torch.Tensor,
         start: Path,
         folder: Path,
-        origin: Origin,
+        source: Source,
     ):
         self.recipe, self.stage, self.number = recipe, stage, number
         self.world, self.folder = world, folder
         dtype = DTYPES[recipe.run.dtype]
-        file = start / "student.safetensors" if start.is_dir() else start
+        file, known = start_files(start)
         student, self.header = open_student(file)
         self.student = student.model
-        routing, self._mlp = self._router(start)
+        routing, self._mlp = self._router(known)
         # in this order: what goes on first is called last
         taps = Taps(self.student)
         critic = None
         if stage.kind == "self_forcing":
             full = stage.critic == "full"
-            critic = origin.teacher(torch.float32, True) if full else open_student(file)[0]
+            critic = full_model(source, torch.float32, True) if full else open_student(file)[0]
         for waiting in [student] if critic is None else [student, critic]:
             if recipe.run.checkpointing:
                 recompute_blocks(waiting.model)
@@ -123,20 +124,14 @@ class Trainer:
         self.step = self.state.load()
         self._known: dict[str, torch.Tensor] = {}
 
-    def _router(self, start: Path) -> tuple[Routing | None, RouterMLP | None]:
+    def _router(self, known: Path | None) -> tuple[Routing | None, RouterMLP | None]:
         """The router to train, and one of the same sizes without weights to write it with."""
         stage, model = self.stage, self.header.model
-        known = start / "router.safetensors"
-        if stage.kind == "width" or (stage.few and not known.exists()):
+        if stage.kind == "width" or (stage.few and known is None):
             return None, None
-        if known.exists():
+        if known is not None:
             loaded = load_router(known)
             mlp, kind = loaded.mlp.requires_grad_(True), loaded.kind
-            if stage.kind == "router" and kind != stage.content:
-                raise ValueError(
-                    f"content: expected {kind!r}, as the router in {start.name} has it, got "
-                    f"{stage.content!r}. Begin with a student without a router, or change the recipe."
-                )
         else:
             torch.manual_seed(self.recipe.data.seed)
             clip = self.student.config.image_dim or 0
