@@ -22,7 +22,7 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainin
 from .encoder import TEXT_TOKENS, Encoder
 from .parallel import DTYPES, World, world
 from .shard_files import ShardWriter, write_json
-from .video_files import FRAME_RATE, Size, Video, find_videos, read_video
+from .video_files import FRAME_RATE, Size, Video, find_videos, parse_size, read_video
 
 log = logging.getLogger(__name__)
 
@@ -180,13 +180,6 @@ def _read_ahead(videos: Sequence[Video], size: Size) -> Iterator[tuple[Video, Fu
         pool.shutdown(cancel_futures=True)
 
 
-def _size(text: str) -> tuple[int, int]:
-    width, _, height = text.partition("x")
-    if not (width.isdecimal() and height.isdecimal()):
-        raise argparse.ArgumentTypeError(f"expected WIDTHxHEIGHT, as 832x480, got {text!r}")
-    return int(width), int(height)
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -196,7 +189,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("folder", type=Path, help="videos, each with a caption")
     add("out", type=Path, help="folder for the shards of these videos, and of no others")
     add("--model", type=Path, required=True, help="local diffusers folder of a Wan")
-    add("--size", type=_size, default=(832, 480), help="default 832x480")
+    add("--size", type=parse_size, default=(832, 480), help="default 832x480")
     add("--pixel-frames", type=int, default=81, help="4n + 1, default 81")
     add("--frame-rate", type=float, default=FRAME_RATE, help="default 16; 0 takes every picture")
     add("--task", choices=("t2v", "i2v"), default="t2v")

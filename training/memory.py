@@ -7,7 +7,6 @@ bf16, a block gathered at a time), and hours from the FLOPs at a stated utilisat
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import math
 from dataclasses import dataclass, replace
@@ -28,6 +27,7 @@ from .parameters import block_parameters, outside_parameters, parameters
 from .recipe import TINY, Recipe, Stage, load_recipe
 from .shard_files import INDEX, read_index
 from .shards import even_batch
+from .video_files import Size, parse_size
 
 log = logging.getLogger(__name__)
 
@@ -163,16 +163,17 @@ def plan_stage(
     passing = PASSING * hidden * low / 2
     activations = one + passing if run.checkpointing else shape.num_blocks * one + passing
     moments, critic = MOMENTS[run.optimizer], 0
-    critic_parameters = full if stage.critic == "full" else own
+    critic_width = width if stage.critic == "student" else slim_sizes(shape, 0.0)
+    critic_parameters = parameters(shape, critic_width)
     if stage.kind == "self_forcing":
         # weights and gradients in fp32; both models' graphs wait for one backward pass
         critic = (8 + moments) * critic_parameters / gpus
-        gathered += low * teacher_block
-        whole = tokens * kept_bytes(shape, _whole(shape)) * low / 2
+        gathered += low * block_parameters(shape, critic_width)
+        its = tokens * kept_bytes(shape, critic_width) * low / 2
         inputs *= 2
-        activations = max(activations, whole + passing)
+        activations = max(activations, its + passing)
         if not run.checkpointing:
-            activations = shape.num_blocks * (one + whole) + passing
+            activations = shape.num_blocks * (one + its) + passing
     compares = stage.weights.feature and not stage.few
     looked_at = min(stage.feature_blocks, shape.num_blocks) if compares else 0
     sizes = {
@@ -199,12 +200,6 @@ def plan_stage(
     return StagePlan(stage, gpus, each * gpus, own, full, rows, flops, host, disk)
 
 
-def _whole(shape: WanShape) -> tuple[int, int, int]:
-    """Heads and FFN channels of a block that was not cut."""
-    heads = shape.dim // shape.head_dim
-    return heads, heads, shape.ffn_dim
-
-
 def _sample_flops(
     stage: Stage, shape: WanShape, video: Video, width: tuple[int, int, int], again: bool
 ) -> float:
@@ -215,14 +210,15 @@ def _sample_flops(
     times = 4 if again else 3
     outside = outside_flops(shape, tokens)
     whole = shape.num_blocks * block_work(shape, tokens).flops
+    critic = blocks if stage.critic == "student" else whole
     teacher = whole + outside
     if stage.kind != "self_forcing":
         return times * blocks + 3 * outside + TEACHER_CALLS[stage.kind] * teacher
     # a rollout ends at any of its steps; the critic learns each time, the student in its turn, for
     # which critic and guided teacher are asked
     rollout = (stage.sampler_steps + 1) / 2 * (blocks + outside)
-    turn = (times - 1) * blocks + 2 * outside + 3 * teacher
-    return rollout + times * whole + 3 * outside + turn / stage.critic_updates
+    turn = (times - 1) * blocks + 2 * outside + critic + outside + 2 * teacher
+    return rollout + times * critic + 3 * outside + turn / stage.critic_updates
 
 
 def plan_recipe(recipe: Recipe, shape: WanShape, video: Video, gpus: int) -> list[StagePlan]:
@@ -242,12 +238,6 @@ def model_shape(recipe: Recipe) -> WanShape:
         ValueError: neither is there.
     """
     path = CHECKPOINT if recipe.model == TINY else Path(recipe.model)
-    config = path / "transformer" / "config.json"
-    if config.is_file():
-        try:
-            return _shape_of(json.loads(config.read_text("utf-8")))
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{config}: expected a Wan transformer's config: {error!r}") from error
     if path.is_file():
         clip = any("img_emb." in entry.name for entry in list_entries(path)[0])
         model = open_source(path).model
@@ -265,30 +255,13 @@ def model_shape(recipe: Recipe) -> WanShape:
     return KNOWN[recipe.name]
 
 
-def _shape_of(config: dict) -> WanShape:
-    head_dim, clip = config["attention_head_dim"], config.get("image_dim")
-    return WanShape(
-        config["num_attention_heads"] * head_dim,
-        config["ffn_dim"],
-        config["num_layers"],
-        config["in_channels"],
-        config["out_channels"],
-        tuple(config["patch_size"]),
-        text_dim=config["text_dim"],
-        freq_dim=config["freq_dim"],
-        image_tokens=CLIP_TOKENS if clip else 0,
-        image_dim=clip or 0,
-        head_dim=head_dim,
-    )
-
-
-def largest_video(recipe: Recipe, size: tuple[int, int], pixel_frames: int) -> Video:
+def largest_video(recipe: Recipe, size: Size) -> Video:
     """The largest sample of the recipe's data, or one of this size when it is not there."""
     if recipe.data.toy:
         return Video(5, 12, 12, TEXT_TOKENS)
     folders = recipe.data.folders
     if not all((folder / INDEX).is_file() for folder in folders):
-        return Video((pixel_frames - 1) // 4 + 1, size[1] // 8, size[0] // 8)
+        return Video((size.pixel_frames - 1) // 4 + 1, size.height // 8, size.width // 8)
     indexes = [read_index(folder) for folder in folders]
     shards = [shard for index in indexes for shard in index.shards]
     found = [shapes["latents"][1:] for shard in shards for shapes in shard.shapes]
@@ -330,25 +303,24 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="wantrim.training.memory", description=__doc__.splitlines()[0]
     )
-    parser.add_argument("recipe", help="TOML file, or the name of one that comes with WanTrim")
-    parser.add_argument("--gpus", type=int, nargs="+", default=[4, 8], help="default 4 and 8")
-    parser.add_argument("--gpu-gb", type=float, default=80.0, help="memory of each, default 80")
-    parser.add_argument("--size", default="832x480", help="when the data is not there yet")
-    parser.add_argument("--pixel-frames", type=int, default=81)
-    parser.add_argument("--videos", type=int, default=30000, help="to encode, default 30000")
-    parser.add_argument("--tflops", type=float, default=TFLOPS, help="of a GPU; default an H100's")
-    parser.add_argument("--utilisation", type=float, default=UTILISATION, help="default 0.4")
+    add = parser.add_argument
+    add("recipe", help="TOML file, or the name of one that comes with WanTrim")
+    add("--gpus", type=int, nargs="+", default=[4, 8], help="default 4 and 8")
+    add("--gpu-gb", type=float, default=80.0, help="memory of each, default 80")
+    add("--size", type=parse_size, default=(832, 480), help="when the data is not there yet")
+    add("--pixel-frames", type=int, default=81)
+    add("--videos", type=int, default=30000, help="to encode, default 30000")
+    add("--tflops", type=float, default=TFLOPS, help="of a GPU; default an H100's")
+    add("--utilisation", type=float, default=UTILISATION, help="default 0.4")
+    add("--set", nargs="+", default=(), metavar="KEY=VALUE", help="change the recipe")
     args = parser.parse_args(arguments)
     if min(args.gpus) < 1 or args.tflops <= 0 or not 0 < args.utilisation <= 1:
         parser.error("expected GPUs and TFLOPS above 0 and a utilisation of 0 to 1")
-    width, _, height = args.size.partition("x")
-    if not (width.isdecimal() and height.isdecimal()):
-        parser.error(f"--size: expected WIDTHxHEIGHT, as 832x480, got {args.size!r}")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        recipe = load_recipe(args.recipe)
+        recipe, size = load_recipe(args.recipe, args.set), Size(*args.size, args.pixel_frames)
         shape = model_shape(recipe)
-        video = largest_video(recipe, (int(width), int(height)), args.pixel_frames)
+        video = largest_video(recipe, size)
         shape = replace(shape, text_tokens=video.text_tokens)
         plans = [plan_recipe(recipe, shape, video, gpus) for gpus in args.gpus]
     except (ValueError, OSError) as error:
@@ -357,8 +329,8 @@ def main(arguments: list[str] | None = None) -> int:
     console = Console()
     console.print(f"{recipe.name}: {video.tokens(shape):,} tokens a video")
     if not recipe.data.toy:
-        size = (int(width), int(height), args.pixel_frames)
-        console.print(describe_encoding(args.videos, size, recipe.task, args.gpus, args.tflops))
+        pixels = (*args.size, args.pixel_frames)
+        console.print(describe_encoding(args.videos, pixels, recipe.task, args.gpus, args.tflops))
     for table in describe(plans, args.gpu_gb, args.tflops, args.utilisation):
         console.print(table)
     return 0

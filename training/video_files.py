@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import hashlib
 import json
@@ -62,6 +63,14 @@ class Size:
 
     def sample_name(self, video: Video) -> str:
         return video.name + self.suffix
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Width and height of a command's WIDTHxHEIGHT."""
+    width, _, height = text.partition("x")
+    if not (width.isdecimal() and height.isdecimal()):
+        raise argparse.ArgumentTypeError(f"expected WIDTHxHEIGHT, as 832x480, got {text!r}")
+    return int(width), int(height)
 
 
 def find_videos(folder: Path) -> tuple[list[Video], dict[str, str]]:
