@@ -16,7 +16,9 @@ from wantrim.training.decode import decode_folder
 from wantrim.training.draws import Draws
 from wantrim.training.models import full_model, open_origin
 from wantrim.training.parallel import world
+from wantrim.training.shard_files import Sample, ShardWriter
 from wantrim.training.toy_data import ToyDataset
+from wantrim.training.videos import write_videos
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +33,7 @@ def recorded(recipe, out, samples):
 
 
 def test_a_profile_is_recorded_on_the_recipes_data_at_ten_noise_levels(folder, tmp_path):
-    recipe = write_recipe(folder, "data.batch=4", "data.seed=5")
+    recipe = write_recipe(folder, "data.batch=4", "data.seed=5", "data.drop_text=1.0")
     profile = recorded(recipe, tmp_path / "profile.safetensors", 20)
     assert profile.tensors["count"].tolist() == [2] * 10
     assert profile.runs[0]["grid"] == [5, 6, 6]
@@ -39,7 +41,8 @@ def test_a_profile_is_recorded_on_the_recipes_data_at_ten_noise_levels(folder, t
     origin = open_origin(write_recipe(folder, f"profile='{tmp_path}/profile.safetensors'"))
     assert origin.profile.calls == 20
     # the sample of one noise level by hand
-    data = ToyDataset(4, 5, recipe.data.drop_text, recipe.data.image_share)
+    # no text is dropped: nobody samples without one
+    data = ToyDataset(4, 5, 0.0, recipe.data.image_share)
     model = full_model(origin.source, torch.float32).fill("cpu")
     with profile_run(model) as recorder, torch.no_grad():
         for number in (3, 13):
@@ -58,6 +61,16 @@ def test_an_expert_is_recorded_at_its_own_noise_levels(folder, tmp_path):
     changes = ("width.sigma_min=0.7", "width.sigma_max=0.9")
     profile = recorded(write_recipe(folder, *changes), tmp_path / "profile.safetensors", 10)
     assert profile.tensors["count"].tolist() == [0] * 7 + [5, 5, 0]
+
+
+def test_samples_of_another_task_are_refused_in_words(folder, tmp_path):
+    prompts = {"empty": torch.zeros(1, 64), "negative": torch.ones(2, 64)}
+    writer = ShardWriter(tmp_path / "data", {}, 24, prompts)
+    writer.add("a", Sample(torch.ones(16, 1, 4, 4), torch.ones(3, 64)))
+    writer.flush()
+    recipe = write_recipe(folder, f"data.folder={tmp_path / 'data'}")
+    with pytest.raises(ValueError, match="samples of 36 channels for this model, got 16"):
+        recorded(recipe, tmp_path / "profile.safetensors", 10)
 
 
 def test_the_command_of_recording(folder, tmp_path, caplog, capsys):
@@ -119,6 +132,35 @@ def test_latents_that_are_not_there_or_no_latents_are_said(wan, tmp_path, caplog
     assert decode.main(command) == 1
     assert "expected latents of a teacher and a student" in caplog.text
     assert not list(tmp_path.glob("*.mp4*"))
+
+
+def test_latents_that_cannot_be_read_do_not_keep_others_from_being_decoded(wan, tmp_path, caplog):
+    (tmp_path / "step-1.safetensors").write_bytes(b"half")
+    save_file(
+        {n: torch.randn(16, 2, 4, 4) for n in ("teacher", "student")},
+        tmp_path / "step-2.safetensors",
+    )
+    assert decode.main([str(tmp_path), "--model", str(wan), "--device", "cpu"]) == 1
+    assert (tmp_path / "step-2.mp4").exists()
+    assert "step-1.safetensors: expected latents" in caplog.text
+    assert "1 of 2 could not be decoded" in caplog.text
+
+
+def test_test_latents_are_written_whole_or_not_at_all(folder, tmp_path, monkeypatch):
+    recipe = write_recipe(folder, "data.folder=data")
+    latents = {"teacher": torch.ones(16, 1, 4, 4), "student": torch.ones(16, 1, 4, 4)}
+
+    def full(tensors, path):
+        path.write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("wantrim.training.videos.save_file", full)
+    with pytest.raises(OSError, match="no space"):
+        write_videos(tmp_path, latents, recipe, 3)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    assert write_videos(tmp_path, latents, recipe, 3) == tmp_path / "step-3.safetensors"
+    assert [path.name for path in tmp_path.iterdir()] == ["step-3.safetensors"]
 
 
 def test_the_flops_of_encoding_are_those_that_torch_counts():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from .models import full_model
 from .pair import velocity
 from .parallel import DTYPES, World, world
 from .recipe import TINY, Recipe, load_recipe
-from .run import open_data
+from .run import check_fit, open_data
 
 log = logging.getLogger(__name__)
 
@@ -42,13 +43,16 @@ def record(recipe: Recipe, out: Path, processes: World, samples: int = SAMPLES) 
             recipe's first stage trains.
 
     Raises:
-        ValueError: the model or the data cannot be read, or gives values that are not finite; or
-            there are several processes, which would all do the same.
+        ValueError: the model or the data cannot be read, do not fit each other, or give values that
+            are not finite; or there are several processes, which would all do the same.
     """
     if processes.size > 1:
         raise ValueError(f"expected one process, got {processes.size}: start it without torchrun")
+    # PARE's calibration has every sample's own text
+    recipe = replace(recipe, data=replace(recipe.data, drop_text=0.0))
     data, dtype = open_data(recipe, processes), DTYPES[recipe.run.dtype]
     source = open_source(CHECKPOINT if recipe.model == TINY else Path(recipe.model))
+    check_fit(data, source, processes)
     model = full_model(source, dtype).fill(processes.device)
     low, high = recipe.stages[0].sigma_min, recipe.stages[0].sigma_max
     cast = torch.autocast(processes.device.type, dtype, enabled=dtype != torch.float32)

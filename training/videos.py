@@ -65,7 +65,8 @@ def write_videos(folder: Path, latents: dict[str, torch.Tensor], recipe: Recipe,
     folder.mkdir(parents=True, exist_ok=True)
     if not recipe.data.toy:
         path = folder / f"step-{step}.safetensors"
-        save_file({name: value.contiguous() for name, value in latents.items()}, path)
+        with replacing(path) as (partial,):
+            save_file({name: value.contiguous() for name, value in latents.items()}, partial)
         return path
     path = folder / f"step-{step}.mp4"
     videos = ToyVAE.load().decode(torch.stack([latents["teacher"], latents["student"]]))
