@@ -1,6 +1,7 @@
 """Low-rank changes: exact when they are new, whole in the file, and refused where they do not fit."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -140,6 +141,9 @@ def test_a_distillation_that_was_stopped_goes_on_bit_for_bit(weights, tmp_path, 
     with pytest.raises(KeyboardInterrupt):
         distil(recipe, weights, tmp_path / "cut", CPU, **options)
     monkeypatch.undo()
+    # and not with another recipe
+    with pytest.raises(ValueError, match="cut: it began with guidance = 5.0, and this is 4.0"):
+        distil(replace(recipe, guidance=4.0), weights, tmp_path / "cut", CPU, **options)
     cut = distil(recipe, weights, tmp_path / "cut", CPU, **options)
     want, got = load_file(whole), load_file(cut)
     assert all(torch.equal(want[key], got[key]) for key in want)

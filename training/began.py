@@ -77,12 +77,10 @@ def check_same(folder: Path, now: dict, world: World, done: bool = False) -> Non
                 "share out evenly. Go on with a number of them that divides it, or choose another "
                 "--out."
             )
-        advice = "(and --start, to begin with what is there)"
-        if name.startswith("start."):
-            advice = "or give the --start that it began with"
+        advice = ", or give the --start that it began with" if name.startswith("start.") else ""
         raise ValueError(
             f"{folder.name}: it began with {name} = {was!r}, and this is {became!r}. Choose another "
-            f"--out {advice}."
+            f"--out{advice}."
         )
 
 

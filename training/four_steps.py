@@ -21,6 +21,7 @@ from rich.progress import Progress, TextColumn, TimeRemainingColumn
 from ..hosts.diffusers.lora import add_low_rank, save_lora
 from ..hosts.diffusers.weights import load_original
 from ..toy.worlds import SECOND, WORLDS
+from .began import check_same, contents
 from .checkpoints import State
 from .draws import Draws
 from .log import StageLog
@@ -88,7 +89,11 @@ def distil(
     Args:
         weights: of the teacher; the student begins with them.
         every: steps between saves.
+
+    Raises:
+        ValueError: `out` was begun with another recipe or teacher, or the weights cannot be read.
     """
+    check_same(out, {**vars(recipe), "teacher": contents(weights)}, here)
     stage = recipe.stage()
     teacher, student = load_original(weights), load_original(weights)
     teacher.requires_grad_(False).to(here.device)
