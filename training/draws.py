@@ -9,6 +9,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from ..methods.schedule import sigma_at
+
 # kinds of numbers that a sample draws
 STREAMS = 3
 
@@ -51,13 +53,8 @@ class Draws:
 
 
 def shifted(u: torch.Tensor, shift: float) -> torch.Tensor:
-    """Sigmas for `u` in 0..1 under a flow shift."""
-    return shift * u / (1 + (shift - 1) * u)
-
-
-def unshifted(sigma: float, shift: float) -> float:
-    """Where in 0..1 a sigma lies: what `shifted` makes it of."""
-    return sigma / (shift - (shift - 1) * sigma)
+    """Sigmas for `u` in 0..1, 1 at pure noise, under a flow shift."""
+    return sigma_at(1 - u, shift)
 
 
 def noisy(latents: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:

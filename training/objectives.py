@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 import torch
 
 from ..hosts.diffusers.sample import sigmas_for
-from .draws import Draws, noisy, shifted, unshifted
+from ..methods.schedule import progress_at
+from .draws import Draws, noisy, shifted
 from .forcing import self_forcing
 from .losses import feature_loss, temporal_loss, timestep_weights, velocity_loss
 from .pair import Pair
@@ -27,7 +28,7 @@ def distil(pair: Pair, stage: Stage, batch: Batch, draws: Draws) -> dict[str, to
     Every sample counts alike, as in the paper, or by w(t) where the stage's `weighting` says so.
     """
     noise = draws.noise(batch.latents.shape).to(batch.latents)
-    low, high = (unshifted(s, stage.shift) for s in (stage.sigma_min, stage.sigma_max))
+    low, high = (1 - progress_at(s, stage.shift) for s in (stage.sigma_min, stage.sigma_max))
     u = low + (high - low) * draws.uniform(len(noise))
     sigma = shifted(u, stage.shift).to(noise)
     x = noisy(batch.latents, noise, sigma)
