@@ -52,18 +52,6 @@ def test_saved_and_loaded_is_the_same_function(tmp_path):
         assert json.loads(file.metadata()["config"])["transformer"]["in_dim"] == 36
 
 
-@torch.no_grad()
-def test_text_to_video_cut_is_the_same_function_with_empty_image_channels(tmp_path):
-    save_original(
-        tmp_path / "m.safetensors", new_transformer(**SMALL, in_dim=36), torch.float32, {}
-    )
-    both, cut = (load_original(tmp_path / "m.safetensors", t2v) for t2v in (False, True))
-    x, t, text = torch.randn(1, 16, 2, 4, 6), torch.tensor([300.0]), torch.randn(1, 5, 24)
-    padded = torch.cat([x, x.new_zeros(1, 20, 2, 4, 6)], 1)
-    assert cut.config.in_channels == 16
-    torch.testing.assert_close(cut(x, t, text)[0], both(padded, t, text)[0], atol=1e-6, rtol=1e-5)
-
-
 def test_the_shipped_checkpoint_is_deep_and_small():
     model = load_original(CHECKPOINT)
     assert model.config.num_layers >= 16

@@ -99,12 +99,8 @@ def save_original(
     partial.replace(path)
 
 
-def load_original(path: Path, text_to_video: bool = False) -> WanTransformer3DModel:
+def load_original(path: Path) -> WanTransformer3DModel:
     """Build diffusers' transformer in fp32 from a checkpoint that `save_original` wrote.
-
-    Args:
-        text_to_video: keep only the noise channels of the patch embedding. With the image channels
-            at zero this is the same function, and WanPipeline can make text-to-video with it.
 
     Raises:
         ValueError: not a readable safetensors file, or one without the model's config.
@@ -127,11 +123,7 @@ def load_original(path: Path, text_to_video: bool = False) -> WanTransformer3DMo
     try:
         _check_config(config)
         tensors = to_diffusers_keys(tensors)
-        in_channels = config["in_dim"]
-        if text_to_video:
-            in_channels = config["out_dim"]
-            tensors["patch_embedding.weight"] = tensors["patch_embedding.weight"][:, :in_channels]
-        model = new_transformer(**{**config, "in_dim": in_channels})
+        model = new_transformer(**config)
         model.load_state_dict(tensors)
     except (ArithmeticError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path} does not fit its own config: {str(error):.1000}") from error
