@@ -54,6 +54,11 @@ def unloaded(monkeypatch):
     monkeypatch.setattr(running, "load_teacher", stop)
 
 
+def begin(stage):
+    """What tells that a stage has begun."""
+    (stage / "state" / "step-1").mkdir(parents=True, exist_ok=True)
+
+
 # what a stage begins with
 
 
@@ -67,6 +72,7 @@ def test_a_stage_goes_on_only_with_the_student_that_it_began_with(
     with pytest.raises(Stopped):
         run(recipe, tmp_path, kinds=["router"], start=done / "1-width")
     monkeypatch.undo()
+    begin(tmp_path / "2-router")
     monkeypatch.setattr(running, "load_teacher", stop)
     with pytest.raises(ValueError, match="2-router: it began with start.student .*--start"):
         run(recipe, tmp_path, kinds=["router"])
@@ -159,6 +165,7 @@ def test_contents_are_compared_and_not_paths(folder, done, tmp_path, unloaded):
     shutil.copytree(done, out)
     shutil.rmtree(out / "2-router")
     (out / "1-width" / "student.safetensors").unlink()
+    begin(out / "1-width")
     shutil.copytree(folder, moved)
     said = ("width.steps=2", "router.steps=2")
     there = (f"profile={moved}/profile.safetensors", f"model={moved}/wan.safetensors")
@@ -184,6 +191,7 @@ def test_a_data_folder_may_move(folder, tmp_path, unloaded):
     for place in ("data", "elsewhere"):
         with pytest.raises(Stopped):
             run(write_recipe(folder, f"data.folder={tmp_path / place}"), out)
+        begin(out / "1-width")
         if place == "data":
             (tmp_path / "data").rename(tmp_path / "elsewhere")
             said = json.loads((out / "1-width" / "recipe.json").read_text())
@@ -197,6 +205,7 @@ def test_a_run_on_other_processes_goes_on_with_its_batch(
     folder, tmp_path, caplog, processes, asked, batch
 ):
     """It began with a batch of 2, which 8 processes made 8."""
+    begin(tmp_path)
     (tmp_path / "recipe.json").write_text(json.dumps({"data": {"batch": 2}, "batch": 8}))
     recipe = write_recipe(folder, f"data.batch={asked}")
     with caplog.at_level(logging.INFO):
@@ -212,6 +221,7 @@ def test_processes_that_cannot_share_the_batch_are_told(
     out = tmp_path / "out"
     shutil.copytree(done, out)
     (out / "2-router" / "student.safetensors").unlink()
+    begin(out / "2-router")
     monkeypatch.setattr(running, "check_fit", lambda *_: None)
     path = out / "2-router" / "recipe.json"
     said = json.loads(path.read_text())
@@ -225,6 +235,19 @@ def test_processes_that_cannot_share_the_batch_are_told(
         three = replace(processes, size=3)
         with pytest.raises(ValueError, match="batch of 8, which 3 processes cannot share out"):
             train(recipe, out, three, kinds=["router"])
+
+
+def test_a_first_try_that_saved_nothing_may_be_changed(folder, tmp_path, unloaded):
+    """Out of memory, say: another batch is another try, and on fewer GPUs no larger one."""
+    with pytest.raises(Stopped):
+        run(write_recipe(folder, "data.batch=8"), tmp_path)
+    with pytest.raises(Stopped):
+        run(write_recipe(folder, "data.batch=2"), tmp_path)
+    said = json.loads((tmp_path / "1-width" / "recipe.json").read_text())
+    assert (said["batch"], said["data"]["batch"]) == (2, 2)
+    begin(tmp_path / "1-width")
+    with pytest.raises(ValueError, match="1-width: it began with data.batch = 2, and this is 8"):
+        run(write_recipe(folder, "data.batch=8"), tmp_path)
 
 
 # the end of a stage

@@ -10,7 +10,7 @@ from ..slim.file import list_entries
 from .parallel import World
 from .shard_files import write_json
 
-RECIPE = "recipe.json"
+RECIPE, STUDENT, ROUTER = "recipe.json", "student.safetensors", "router.safetensors"
 # bytes of each tensor that tell a file from another
 BEGINNING = 4096
 
@@ -32,13 +32,14 @@ def contents(path: Path) -> str:
 
 
 def read_began(folder: Path) -> dict | None:
-    """What was noted in a folder, or None.
+    """What was noted in a folder, or None where nothing was saved: another recipe may begin there.
 
     Raises:
         ValueError: it cannot be read.
     """
     path = folder / RECIPE
-    if not path.exists():
+    saved = (folder / STUDENT).exists() or any((folder / "state").glob("step-*"))
+    if not path.exists() or not saved:
         return None
     try:
         found = json.loads(path.read_text("utf-8"))

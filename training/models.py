@@ -22,11 +22,9 @@ from ..slim.source import Source, open_source
 from ..slim.width import channels, ffn_count, pare_heads
 from ..solve.budget import solve_width
 from ..toy import CHECKPOINT, PROFILE
-from .began import contents
+from .began import ROUTER, STUDENT, contents
 from .loading import Waiting
 from .recipe import TINY, Recipe, Stage
-
-STUDENT, ROUTER = "student.safetensors", "router.safetensors"
 
 
 @dataclass(frozen=True)

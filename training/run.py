@@ -16,9 +16,9 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainin
 from ..slim.file import read_header
 from ..slim.router import load_router
 from ..slim.source import Source
-from .began import check_same, contents, read_began
+from .began import STUDENT, check_same, contents, read_began
 from .log import StageLog
-from .models import STUDENT, Origin, full_model, looks_through_clip, open_origin, start_files
+from .models import Origin, full_model, looks_through_clip, open_origin, start_files
 from .parallel import DTYPES, World, shard
 from .recipe import Recipe, Stage
 from .shards import Batch, ShardDataset, even_batch
