@@ -80,6 +80,8 @@ def videos(tmp_path):
     rows = [{"file": "damaged.mp4", "caption": "a cat"}, {"file": "slow.mp4", "caption": "a cat"}]
     (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
     write_video(folder / "slow.mp4", 6, rate=8)
+    (folder / "link.mp4").symlink_to(folder / "nowhere.mp4")
+    (folder / "link.txt").write_text("a cat")
     return folder
 
 
@@ -87,6 +89,7 @@ REASONS = {
     "short.mp4": "too short: 3 of 5",
     "silent.mp4": "no caption",
     "damaged.mp4": "cannot be read",
+    "link.mp4": "cannot be read",
     "slow.mp4": "8 pictures a second, expected 16",
 }
 
@@ -167,7 +170,7 @@ def test_what_is_done_is_not_done_again(videos, t2v, tmp_path, monkeypatch, capl
     read.clear()
     encode_folder(videos, out, encoder, SIZE)
     assert "b.mkv" in read and "a.mp4" not in read
-    assert "1 of 6 videos are there already" in caplog.text
+    assert "1 of 7 videos are there already" in caplog.text
     data = ShardDataset(out, 2)
     assert len(data) == 2 and not data.skipped
     # a bucket of another size goes into the same folder

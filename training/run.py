@@ -79,38 +79,27 @@ def train(
     folders = {number: out / f"{number}-{stage.kind}" for number, stage in chosen}
     asked, recipe = recipe, shared_out(recipe, world, list(folders.values()))
     data, origin = open_data(recipe, world), open_origin(recipe)
-    done = [out / f"{number}-{stage.kind}" for number, stage in enumerate(recipe.stages, 1)]
-    done = [folder for folder in done[: chosen[0][0] - 1] if (folder / STUDENT).exists()]
-    if start is None and done:
-        start = done[-1]
     check_fit(data, origin.source, world)
-    if start is None:
-        start = out / "start.safetensors"
-        width = next((stage for stage in recipe.stages if stage.kind == "width"), None)
-        if width is None and world.first:
-            log.info('the recipe has no stage "width": the student keeps all heads and channels')
-        if world.first and not origin.is_cut(start, width):
-            origin.cut(start, width)
-        world.wait()
+    start = start or find_start(recipe, chosen[0][0], out, origin, world)
     check_start(start, recipe, chosen[0][1], origin)
 
-    def check(number: int, begins: Path) -> bool:
-        """Whether a stage is done; refuses it where it began with something else."""
-        ended = (folders[number] / STUDENT).exists()
+    def is_done(number: int, begins: Path) -> bool:
+        """Refuses a stage that began with something else."""
+        done = (folders[number] / STUDENT).exists()
         now = beginning(recipe, asked, number, origin, data.fingerprint, begins)
-        check_same(folders[number], now, world, ended)
-        return ended
+        check_same(folders[number], now, world, done)
+        return done
 
     # what is wrong is said before a model is loaded
     begins = start
     for number, folder in folders.items():
-        if not check(number, begins):
+        if not is_done(number, begins):
             break
         begins = folder
     teacher = load_teacher(origin.source, recipe, world)
     for number, stage in chosen:
         folder = folders[number]
-        if not check(number, start):
+        if not is_done(number, start):
             trainer = Trainer(
                 recipe, stage, number, world, teacher, data.negative_text, start, folder,
                 origin.source,
@@ -125,6 +114,22 @@ def train(
         elif world.first:
             log.info("%s is done", folder.name)
         start = folder
+    return start
+
+
+def find_start(recipe: Recipe, first: int, out: Path, origin: Origin, world: World) -> Path:
+    """The last stage before the first of a run that is done, else the full model, cut."""
+    before = list(enumerate(recipe.stages, 1))[: first - 1]
+    for folder in reversed([out / f"{number}-{stage.kind}" for number, stage in before]):
+        if (folder / STUDENT).exists():
+            return folder
+    start = out / "start.safetensors"
+    width = next((stage for stage in recipe.stages if stage.kind == "width"), None)
+    if width is None and world.first:
+        log.info('the recipe has no stage "width": the student keeps all heads and channels')
+    if world.first and not origin.is_cut(start, width):
+        origin.cut(start, width)
+    world.wait()
     return start
 
 

@@ -32,7 +32,9 @@ class Video:
     @property
     def source(self) -> str:
         """What tells it, with its caption, from another of its name."""
-        said = f"{self.path.stat().st_size} {self.caption}"
+        # a link that leads nowhere is a video too, which cannot be read
+        size = self.path.stat().st_size if self.path.exists() else 0
+        said = f"{size} {self.caption}"
         return hashlib.sha256(said.encode()).hexdigest()[:16]
 
 
