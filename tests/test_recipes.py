@@ -121,6 +121,11 @@ def test_only_the_first_stages_cut_and_all_of_them_alike(tmp_path):
     other = replace(twice.stages[1], prune_ratio=0.5)
     with pytest.raises(ValueError, match="number 2: prune_ratio: expected 0.3, as in number 1"):
         replace(twice, stages=(twice.stages[0], other))
+    # a router goes on as what it is, too
+    with pytest.raises(ValueError, match="number 3: content: expected 'clip', as in number 2, got"):
+        routers = loaded(tmp_path, ("width", "router", "router"))
+        third = replace(routers.stages[2], content="none")
+        replace(routers, stages=(*routers.stages[:2], third))
 
 
 @pytest.mark.parametrize(

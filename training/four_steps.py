@@ -169,7 +169,8 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=FewSteps.rank)
     parser.add_argument("--lr", type=float, default=FewSteps.lr)
     parser.add_argument("--guidance", type=float, default=FewSteps.guidance, help="of the teacher")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--no-compile", action="store_true", help="slower, starts at once")
     parser.add_argument("--every", type=int, default=100, help="steps between saves")

@@ -37,10 +37,7 @@ CLIP_TOKENS = 257
 KNOWN = {
     "t2v_14b": WanShape(5120, 13824, 40),
     "i2v_14b": WanShape(5120, 13824, 40, in_channels=36, image_tokens=CLIP_TOKENS),
-    **dict.fromkeys(
-        ("t2v_a14b_high", "t2v_a14b_low"),
-        WanShape(5120, 13824, 40),
-    ),
+    **dict.fromkeys(("t2v_a14b_high", "t2v_a14b_low"), WanShape(5120, 13824, 40)),
     **dict.fromkeys(("i2v_a14b_high", "i2v_a14b_low"), WanShape(5120, 13824, 40, in_channels=36)),
     "t2v_1_3b": WanShape(1536, 8960, 30),
     "i2v_1_3b": WanShape(1536, 8960, 30, in_channels=36, image_tokens=CLIP_TOKENS),

@@ -43,6 +43,8 @@ READ = {
     "self_forcing": _ALL | _ROUTED | {"sampler_steps", "critic", "critic_lr", "critic_updates"},
     "steps": _ALL | _ROUTED | {"sampler_steps", "weights"},
 }
+# what the first stage of a kind decides for all of it: the cut, and what the router looks at
+ONCE = {"width": ("prune_ratio", "rule", "protection"), "router": ("content",)}
 
 
 @dataclass(frozen=True)
@@ -232,19 +234,18 @@ class Recipe(Checked):
             raise ValueError(
                 f"[data] image_share: expected 1 for task {self.task!r}, got {self.data.image_share:g}"
             )
-        first = self.stages[0]
+        first: dict[str, int] = {}
         for number, stage in enumerate(self.stages, 1):
             where = f"[[stage]] number {number}: "
-            if stage.kind == "width":
-                # the student is cut once, before any of them
-                if any(before.kind != "width" for before in self.stages[: number - 1]):
-                    raise ValueError(f"{where}expected the stage 'width' before all others")
-                for key in ("prune_ratio", "rule", "protection"):
-                    if (cut := getattr(stage, key)) != (wanted := getattr(first, key)):
-                        raise ValueError(
-                            f"{where}{key}: expected {wanted}, as in number 1, got {cut}: only one "
-                            "cut is made"
-                        )
+            if stage.kind == "width" and set(first) - {"width"}:
+                raise ValueError(f"{where}expected the stage 'width' before all others")
+            same = first.setdefault(stage.kind, number)
+            for key in ONCE.get(stage.kind, ()):
+                value, wanted = getattr(stage, key), getattr(self.stages[same - 1], key)
+                if value != wanted:
+                    raise ValueError(
+                        f"{where}{key}: expected {wanted!r}, as in number {same}, got {value!r}"
+                    )
             if stage.content == "clip" and self.task != "i2v":
                 raise ValueError(
                     f"{where}content: 'clip' looks at the first image, "
