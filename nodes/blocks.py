@@ -14,6 +14,7 @@ from ..hosts.comfyui.variants import SKIP_BLOCKS, check_variant
 from ..methods.depth import SHAPES, BlockBudget, BlockPlan
 from ..methods.routers import FixedRouter, Router
 from ..slim.router import TrainedRouter, load_router
+from . import inputs
 from .files import add_folder, find_file, list_files
 from .inputs import model_input, percent_inputs, planned_output, text_output
 
@@ -60,15 +61,12 @@ class WanTrimBlocks(io.ComfyNode):
                 ),
                 _share("k_min", USUAL["k_min"], "where fewest blocks run. Paper: 0.5 (20 of 40)"),
                 _share("k_max", USUAL["k_max"], "where most blocks run. Paper: 0.875 (35 of 40)"),
-                io.Combo.Input(
+                inputs.choice(
                     "curve",
-                    options=list(SHAPES),
-                    default="falling",
-                    tooltip=(
-                        "How the number of blocks moves with the noise. 'falling': most at high "
-                        "noise, fewest at the end (paper). 'rising': the other way round. 'constant': "
-                        "the mean of k_min and k_max in every step."
-                    ),
+                    SHAPES,
+                    "How the number of blocks moves with the noise. 'falling': most at high "
+                    "noise, fewest at the end (paper). 'rising': the other way round. 'constant': "
+                    "the mean of k_min and k_max in every step.",
                 ),
                 *percent_inputs("skipping"),
             ],
@@ -227,15 +225,13 @@ def _file_input():
 
 
 def _share(name: str, default: float, what: str):
-    return io.Float.Input(
+    return inputs.number(
         name,
-        default=default,
-        min=0.05,
-        max=1.0,
-        step=0.005,
+        default,
+        (0.05, 1.0, 0.005),
+        f"Share of the blocks that run {what}. 1 at both is off and bit-exact.",
+        slider=True,
         round=0.001,
-        display_mode=io.NumberDisplay.slider,
-        tooltip=f"Share of the blocks that run {what}. 1 at both is off and bit-exact.",
     )
 
 

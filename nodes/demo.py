@@ -23,6 +23,7 @@ from ..toy.world import (
     parse_prompt,
     render,
 )
+from . import inputs
 
 CATEGORY = "model/patch/wan/demo"
 PROMPT = "a red circle moving right slowly on a black background"
@@ -127,14 +128,12 @@ class WanTrimDemoImage(io.ComfyNode):
             description="Draws the first frame of a toy video, to start image-to-video from.",
             inputs=[
                 io.String.Input("prompt", default=PROMPT, multiline=True, tooltip=GRAMMAR),
-                io.Int.Input(
+                inputs.number(
                     "seed",
-                    default=0,
-                    min=0,
-                    max=2**32 - 1,
-                    # the frontend gives every "seed" a control, and randomizes it unless told
+                    0,
+                    (0, 2**32 - 1),
+                    "Chooses where the shapes stand and how large they are.",
                     control_after_generate=io.ControlAfterGenerate.fixed,
-                    tooltip="Chooses where the shapes stand and how large they are.",
                 ),
             ],
             outputs=[io.Image.Output()],

@@ -16,6 +16,7 @@ from ..profiles.profile import Profile
 from ..profiles.recorder import ProfileFile
 from ..slim.width import pare_heads
 from ..solve.budget import solve_heads
+from . import inputs
 from .inputs import check_choice, check_range, model_input, planned_output, prune_input, text_output
 from .profile import ProfileSocket
 
@@ -66,15 +67,12 @@ class WanTrimHeads(io.ComfyNode):
                     "self-attention. 0 is off and bit-exact. The paper drops 0.30 of the heads, and "
                     "then trains the model again.",
                 ),
-                io.Combo.Input(
+                inputs.choice(
                     "method",
-                    options=list(METHODS),
-                    default=DEMOTE,
-                    tooltip=(
-                        "'demote': a head keeps to its own latent frame, or to a tile of the picture "
-                        "through all frames, before it is dropped. 'paper': PARE's rule, equally many "
-                        "heads off in every block; needs a profile."
-                    ),
+                    METHODS,
+                    "'demote': a head keeps to its own latent frame, or to a tile of the picture "
+                    "through all frames, before it is dropped. 'paper': PARE's rule, equally many "
+                    "heads off in every block; needs a profile.",
                 ),
             ],
             outputs=[planned_output(), text_output("What each block's heads will do.")],

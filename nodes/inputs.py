@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -15,31 +15,40 @@ def model_input():
     return io.Model.Input("model", tooltip="A Wan 2.1 or 2.2 model, after its LoRAs.")
 
 
+def number(name: str, default: float, limits: tuple, tooltip: str, slider: bool = False, **more):
+    """A number, whole where its default is.
+
+    Args:
+        limits: least, most and, where it is said, the step.
+        more: options of ComfyUI's inputs.
+    """
+    kind = io.Int if isinstance(default, int) else io.Float
+    least, most, *step = limits
+    more |= {"step": step[0]} if step else {}
+    more |= {"display_mode": io.NumberDisplay.slider} if slider else {}
+    return kind.Input(name, default=default, min=least, max=most, tooltip=tooltip, **more)
+
+
+def choice(name: str, options: Iterable[str], tooltip: str, **more):
+    """One of some names, of which the first is the default."""
+    options = list(options)
+    return io.Combo.Input(name, options, default=options[0], tooltip=tooltip, **more)
+
+
+def switch(name: str, default: bool, tooltip: str, **more):
+    return io.Boolean.Input(name, default=default, tooltip=tooltip, **more)
+
+
 def prune_input(most: float, tooltip: str):
-    return io.Float.Input(
-        "prune_ratio",
-        default=0.30,
-        min=0.0,
-        max=most,
-        step=0.01,
-        display_mode=io.NumberDisplay.slider,
-        tooltip=tooltip,
-    )
+    return number("prune_ratio", 0.30, (0.0, most, 0.01), tooltip, slider=True)
 
 
 def percent_inputs(what: str) -> list:
     """start_percent and end_percent of `what`."""
+    said = "Progress of the whole run (both experts) at which"
     return [
-        io.Float.Input(
-            f"{name}_percent",
-            default=default,
-            min=0.0,
-            max=1.0,
-            step=0.01,
-            advanced=True,
-            tooltip=f"Progress of the whole run (both experts) at which {what} {name}s.",
-        )
-        for name, default in (("start", 0.0), ("end", 1.0))
+        number(f"{name}_percent", at, (0.0, 1.0, 0.01), f"{said} {what} {name}s.", advanced=True)
+        for name, at in (("start", 0.0), ("end", 1.0))
     ]
 
 

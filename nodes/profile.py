@@ -25,6 +25,7 @@ from ..profiles.recorder import (
     save_profile,
 )
 from ..toy import PROFILE
+from . import inputs
 from .files import SUFFIX, add_folder, cannot_write, find_file, plain_name
 from .inputs import check_choice, image_output, model_input, shown, text_output
 
@@ -55,16 +56,13 @@ class WanTrimProfile(io.ComfyNode):
             search_aliases=["PARE", "head roles", "calibrate wan", "record profile"],
             inputs=[
                 model_input(),
-                io.Combo.Input(
+                inputs.choice(
                     "calibrate",
-                    options=list(CALIBRATE),
-                    default="none",
+                    CALIBRATE,
+                    "What to record for the least-squares refit of a slim model, beside the "
+                    "profile. It needs memory: on 14B 'attention' 8.4 GB and 'all' 39 GB of RAM, "
+                    "and as much on disk.",
                     advanced=True,
-                    tooltip=(
-                        "What to record for the least-squares refit of a slim model, beside the "
-                        "profile. It needs memory: on 14B 'attention' 8.4 GB and 'all' 39 GB of RAM, "
-                        "and as much on disk."
-                    ),
                 ),
             ],
             outputs=[io.Model.Output(tooltip="The model; it records whenever it is sampled.")],
@@ -110,13 +108,11 @@ class WanTrimSaveProfile(io.ComfyNode):
                         "for each expert."
                     ),
                 ),
-                io.Boolean.Input(
+                inputs.switch(
                     "merge",
-                    default=True,
-                    tooltip=(
-                        "On: add the run to the file, if there is one of the same model. Off: "
-                        "replace the file."
-                    ),
+                    True,
+                    "On: add the run to the file, if there is one of the same model. Off: "
+                    "replace the file.",
                 ),
             ],
             outputs=_outputs(),
@@ -169,11 +165,10 @@ class WanTrimLoadProfile(io.ComfyNode):
             # so that a profile can be looked at alone
             is_output_node=True,
             inputs=[
-                io.Combo.Input(
+                inputs.choice(
                     "filename",
-                    options=[DEMO, *saved_profiles()],
-                    default=DEMO,
-                    tooltip="A file that WanTrim Save Profile or WanTrim Verdict wrote. One for each model.",
+                    [DEMO, *saved_profiles()],
+                    "A file that WanTrim Save Profile or WanTrim Verdict wrote. One for each model.",
                 )
             ],
             outputs=_outputs(),

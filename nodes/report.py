@@ -20,6 +20,7 @@ from ..hosts.comfyui.runs import ImagesOf, Ran
 from ..report.figures import measured_speed, reports_json
 from ..report.picture import as_pictures, draw_report, stacked
 from ..report.words import record_text, verdict
+from . import inputs
 from .inputs import image_output, shown, text_output
 
 log = logging.getLogger(__name__)
@@ -57,16 +58,14 @@ class WanTrimReport(io.ComfyNode):
                     optional=True,
                     tooltip="Wan2.2: the second expert's model, to report both.",
                 ),
-                io.Boolean.Input(
+                inputs.switch(
                     "measure_dense_step",
-                    default=False,
+                    False,
+                    "After the run, time one whole step of the untouched model on random input "
+                    "of the same size, to compare with. Takes two steps' time; not done where the "
+                    "run has whole steps of its own.",
                     optional=True,
                     advanced=True,
-                    tooltip=(
-                        "After the run, time one whole step of the untouched model on random input "
-                        "of the same size, to compare with. Takes two steps' time; not done where the "
-                        "run has whole steps of its own."
-                    ),
                 ),
             ],
             outputs=[

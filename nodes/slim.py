@@ -12,6 +12,7 @@ from comfy_api.latest import io
 from ..hosts.comfyui.slim import DTYPES, load_slim
 from ..slim.export import RULES, TICKS, slim_checkpoint
 from ..toy import CHECKPOINT
+from . import inputs
 from .files import SUFFIX, add_folder, cannot_write, find_file, list_files, plain_name
 from .inputs import check_choice, check_range, prune_input, text_output
 from .profile import DEMO, ProfileSocket
@@ -39,14 +40,11 @@ class WanTrimSlim(io.ComfyNode):
             search_aliases=["PARE", "prune model", "smaller wan", "export slim checkpoint"],
             is_output_node=True,
             inputs=[
-                io.Combo.Input(
+                inputs.choice(
                     "diffusion_model",
-                    options=[DEMO, *list_files("diffusion_models")],
-                    default=DEMO,
-                    tooltip=(
-                        "The full Wan checkpoint that was profiled: bf16, fp16, fp32 or plain fp8 "
-                        "safetensors. GGUF and scaled fp8 cannot be cut."
-                    ),
+                    [DEMO, *list_files("diffusion_models")],
+                    "The full Wan checkpoint that was profiled: bf16, fp16, fp32 or plain fp8 "
+                    "safetensors. GGUF and scaled fp8 cannot be cut.",
                 ),
                 ProfileSocket.Input(
                     "profile",
@@ -57,34 +55,26 @@ class WanTrimSlim(io.ComfyNode):
                     "Share of the heads and FFN channels that goes. The paper uses 0.30, with "
                     "training afterwards; without, stay below.",
                 ),
-                io.Combo.Input(
+                inputs.choice(
                     "rule",
-                    options=list(RULES),
-                    default="budget",
-                    tooltip=(
-                        "'budget': that share of the parameters goes where the profile says that it "
-                        "matters least; kept more on our toy bench. 'pare': as published, equally many in every "
-                        "block."
-                    ),
+                    RULES,
+                    "'budget': that share of the parameters goes where the profile says that it "
+                    "matters least; kept more on our toy bench. 'pare': as published, equally many in every "
+                    "block.",
                 ),
-                io.Boolean.Input(
+                inputs.switch(
                     "refit",
-                    default=True,
-                    tooltip=(
-                        "Let the projections that are left make up for what goes (least squares). "
-                        "Needs a profile that was recorded with calibration on."
-                    ),
+                    True,
+                    "Let the projections that are left make up for what goes (least squares). "
+                    "Needs a profile that was recorded with calibration on.",
                 ),
                 io.String.Input(
                     "filename",
                     default="wan_slim",
                     tooltip="Name of the new file in models/wantrim/slim.",
                 ),
-                io.Boolean.Input(
-                    "overwrite",
-                    default=False,
-                    tooltip="Replace a file of that name. Off: refuse.",
-                    advanced=True,
+                inputs.switch(
+                    "overwrite", False, "Replace a file of that name. Off: refuse.", advanced=True
                 ),
             ],
             outputs=[text_output("What was written, in words.")],
@@ -160,11 +150,10 @@ class WanTrimLoadSlim(io.ComfyNode):
                     options=list_files(FOLDER),
                     tooltip="A file in models/wantrim/slim, or the student that comes with the pack.",
                 ),
-                io.Combo.Input(
+                inputs.choice(
                     "weight_dtype",
-                    options=list(DTYPES),
-                    default="default",
-                    tooltip="Number format of the weights in memory; fp8 takes half of bf16.",
+                    DTYPES,
+                    "Number format of the weights in memory; fp8 takes half of bf16.",
                     advanced=True,
                 ),
             ],

@@ -12,6 +12,7 @@ from ..hosts.comfyui.variants import check_variant
 from ..methods.schedule import DIRECTIONS, Schedule
 from ..methods.tokens import TokenPlan, paper_plan
 from ..solve.dial import Dial
+from . import inputs
 from .inputs import check_range, model_input, percent_inputs, planned_output, prune_input
 
 CATEGORY = "model/patch/wan"
@@ -22,41 +23,31 @@ PRESETS = (AUTO, PAPER, CUSTOM)
 
 
 CUSTOM_INPUTS = [
-    io.Combo.Input(
+    inputs.choice(
         "schedule",
-        options=list(DIRECTIONS),
-        default="falling",
-        tooltip=(
-            "How the prune ratio moves over the run, 0.10 to either side of the mean. 'falling' is "
-            "the paper's: prunes most in the early, noisy steps. 'rising' spares the early steps, "
-            "which decide the motion. 'constant' does neither."
-        ),
+        DIRECTIONS,
+        "How the prune ratio moves over the run, 0.10 to either side of the mean. 'falling' is "
+        "the paper's: prunes most in the early, noisy steps. 'rising' spares the early steps, "
+        "which decide the motion. 'constant' does neither.",
     ),
-    io.Float.Input(
+    inputs.number(
         "alpha",
-        default=0.5,
-        min=0.0,
-        max=1.0,
-        step=0.05,
-        tooltip=(
-            "Smoothing over time: weight of a latent frame's own importance against the one before "
-            "it. Paper: 0.5. 1 is no smoothing."
-        ),
+        0.5,
+        (0.0, 1.0, 0.05),
+        "Smoothing over time: weight of a latent frame's own importance against the one before "
+        "it. Paper: 0.5. 1 is no smoothing.",
     ),
-    io.Int.Input(
+    inputs.number(
         "reselect_every",
-        default=10,
-        min=1,
-        max=100,
-        tooltip="Blocks between two choices of tokens. Paper: 10 (of 40 blocks).",
+        10,
+        (1, 100),
+        "Blocks between two choices of tokens. Paper: 10 (of 40 blocks).",
     ),
-    io.Boolean.Input(
+    inputs.switch(
         "anchor_given_frames",
-        default=True,
-        tooltip=(
-            "Never leave out tokens of latent frames that are given: the start image, the end image, "
-            "references. Not studied in the paper; leave on."
-        ),
+        True,
+        "Never leave out tokens of latent frames that are given: the start image, the end image, "
+        "references. Not studied in the paper; leave on.",
     ),
 ]
 

@@ -22,8 +22,9 @@ from ..profiles.profile import Profile, load_profile
 from ..report.verdict import choose, clip_of_all, draw_verdict, headline, verdict_text
 from ..solve.dial import HIGH, LOW, MAX_SPEEDUP
 from ..solve.tuned import Tuned
+from . import inputs
 from .files import SUFFIX, plain_name
-from .inputs import check_choice, check_range, model_input, text_output
+from .inputs import check_choice, check_range, image_output, model_input, text_output
 from .profile import FOLDER
 
 CATEGORY = "model/patch/wan"
@@ -51,52 +52,41 @@ class WanTrimCandidates(io.ComfyNode):
             not_idempotent=True,
             inputs=[
                 model_input(),
-                io.Float.Input(
+                inputs.number(
                     "speedup",
-                    default=1.5,
-                    min=1.05,
-                    max=MAX_SPEEDUP,
-                    step=0.05,
+                    1.5,
+                    (1.05, MAX_SPEEDUP, 0.05),
+                    "How much less the candidates should compute.",
+                    slider=True,
                     round=0.01,
-                    display_mode=io.NumberDisplay.slider,
-                    tooltip="How much less the candidates should compute.",
                 ),
-                io.Int.Input(
+                inputs.number(
                     "steps",
-                    default=20,
-                    min=2,
-                    max=MAX_STEPS,
-                    tooltip=(
-                        "Steps of the whole run, both experts together. Connect the output 'steps' "
-                        "to the sampler or scheduler, so that fewer steps can be tried too."
-                    ),
+                    20,
+                    (2, MAX_STEPS),
+                    "Steps of the whole run, both experts together. Connect the output 'steps' "
+                    "to the sampler or scheduler, so that fewer steps can be tried too.",
                 ),
-                io.Combo.Input(
+                inputs.choice(
                     "candidates",
-                    options=[ALL, FEW],
-                    default=ALL,
-                    tooltip=(
-                        "'few': whole, WanTrim, EasyCache, fewer steps. 'all': also WanTrim solved "
-                        "by the whole run, without context, for a little less and a little more, and with "
-                        "WanTrim Heads."
-                    ),
+                    [ALL, FEW],
+                    "'few': whole, WanTrim, EasyCache, fewer steps. 'all': also WanTrim solved "
+                    "by the whole run, without context, for a little less and a little more, and with "
+                    "WanTrim Heads.",
                 ),
                 io.Model.Input(
                     "model_low_noise",
                     optional=True,
                     tooltip="Wan 2.2: the low noise expert; 'model' is the high noise one.",
                 ),
-                io.Int.Input(
+                inputs.number(
                     "change_at",
-                    default=0,
-                    min=0,
-                    max=MAX_STEPS,
+                    0,
+                    (0, MAX_STEPS),
+                    "Wan 2.2: the first step of the low noise expert in the whole run. 0 is half "
+                    "way.",
                     optional=True,
                     advanced=True,
-                    tooltip=(
-                        "Wan 2.2: the first step of the low noise expert in the whole run. 0 is half "
-                        "way."
-                    ),
                 ),
             ],
             outputs=[
@@ -218,18 +208,10 @@ class WanTrimVerdict(io.ComfyNode):
             ],
             outputs=[
                 text_output("The verdict as a table."),
-                io.Image.Output(
-                    "side_by_side",
-                    display_name="side_by_side",
-                    tooltip="The clip of all candidates, each under its name.",
-                ),
-                io.Image.Output(
-                    "picture", display_name="picture", tooltip="Frames of all with their figures."
-                ),
-                io.String.Output(
-                    "json",
-                    display_name="json",
-                    tooltip="The row to share: figures only, no prompt, no path, no picture.",
+                image_output("side_by_side", "The clip of all candidates, each under its name."),
+                image_output("picture", "Frames of all with their figures."),
+                text_output(
+                    "The row to share: figures only, no prompt, no path, no picture.", "json"
                 ),
             ],
         )

@@ -13,6 +13,7 @@ from ..hosts.comfyui.variants import check_variant
 from ..profiles.recorder import ProfileFile
 from ..solve.dial import HIGH, LOW, MAX_DENSE_STEPS, MAX_SPEEDUP, Dial
 from ..solve.tuned import Tuned
+from . import inputs
 from .inputs import check_choice, check_range, model_input
 from .profile import ProfileSocket
 
@@ -31,58 +32,44 @@ def _dials(pair: bool) -> list:
     if pair:
         most = "With 2 + 2 steps 1.33 and 2 can be reached, and nothing else."
     return [
-        io.Float.Input(
+        inputs.number(
             "speedup",
-            default=DEFAULT_SPEEDUP,
-            min=1.0,
-            max=MAX_SPEEDUP,
-            step=0.05,
+            DEFAULT_SPEEDUP,
+            (1.0, MAX_SPEEDUP, 0.05),
+            f"How many times less {whose} should compute. 1 is off and bit-exact. {most} "
+            "Seconds follow on large videos, less so on small ones. The node says what was "
+            "reached.",
+            slider=True,
             round=0.01,
-            display_mode=io.NumberDisplay.slider,
-            tooltip=(
-                f"How many times less {whose} should compute. 1 is off and bit-exact. {most} "
-                "Seconds follow on large videos, less so on small ones. The node says what was "
-                "reached."
-            ),
         ),
-        io.Combo.Input(
+        inputs.choice(
             "render",
-            options=[DRAFT, FINAL],
-            default=DRAFT,
-            tooltip=(
-                "'draft': trimmed. 'final': the same seed with the untouched model, whatever other "
-                "WanTrim nodes are on it."
-            ),
+            [DRAFT, FINAL],
+            "'draft': trimmed. 'final': the same seed with the untouched model, whatever other "
+            "WanTrim nodes are on it.",
         ),
-        io.Int.Input(
+        inputs.number(
             "dense_first_steps",
-            default=1,
-            min=0,
-            max=MAX_DENSE_STEPS,
+            1,
+            (0, MAX_DENSE_STEPS),
+            f"Steps at the beginning of {first} model's sampling that compute everything. The "
+            "first one does in any case.",
             advanced=True,
-            tooltip=(
-                f"Steps at the beginning of {first} model's sampling that compute everything. The "
-                "first one does in any case."
-            ),
         ),
-        io.Int.Input(
+        inputs.number(
             "dense_last_steps",
-            default=0,
-            min=0,
-            max=MAX_DENSE_STEPS,
+            0,
+            (0, MAX_DENSE_STEPS),
+            f"Steps at the end of {last} model's sampling that compute everything.",
             advanced=True,
-            tooltip=f"Steps at the end of {last} model's sampling that compute everything.",
         ),
-        io.Combo.Input(
+        inputs.choice(
             "context",
-            options=list(PLACES),
-            default=PLACES[0],
+            PLACES,
+            "Where it remembers what a step leaves out. 'auto': on the GPU where there is room, "
+            "else in RAM. 'cpu': in RAM. 'off' needs no memory: steps are whole or repeated, as "
+            "they are without room.",
             advanced=True,
-            tooltip=(
-                "Where it remembers what a step leaves out. 'auto': on the GPU where there is room, "
-                "else in RAM. 'cpu': in RAM. 'off' needs no memory: steps are whole or repeated, as "
-                "they are without room."
-            ),
         ),
     ]
 
@@ -170,19 +157,15 @@ class WanTrimPair(io.ComfyNode):
                 ),
                 io.Model.Input("model_low_noise", tooltip="The low noise expert, after its LoRAs."),
                 *_dials(pair=True),
-                io.Float.Input(
+                inputs.number(
                     "boundary",
-                    default=0.0,
-                    min=0.0,
-                    max=0.99,
-                    step=0.005,
+                    0.0,
+                    (0.0, 0.99, 0.005),
+                    "Sigma at which the samplers change experts. 0 is automatic: where the steps "
+                    "of each sampler end and begin. Wan's own are 0.875 for text to video and "
+                    "0.9 for image to video.",
                     round=0.001,
                     advanced=True,
-                    tooltip=(
-                        "Sigma at which the samplers change experts. 0 is automatic: where the steps "
-                        "of each sampler end and begin. Wan's own are 0.875 for text to video and "
-                        "0.9 for image to video."
-                    ),
                 ),
                 _profile("profile_high_noise", "the high noise expert"),
                 _profile("profile_low_noise", "the low noise expert"),
