@@ -26,8 +26,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
 
-from ..kernels import attention, context, select
-from ..kernels.config import config_of, most_positions
+from ..kernels import attention, context
+from ..kernels.config import config_of
 from .table import RESULTS, merge_rows
 
 log = logging.getLogger(__name__)
@@ -66,12 +66,9 @@ def builds(target: str, dtype: torch.dtype = torch.bfloat16, head_dim: int = 128
     """Every kernel with its tiles for this architecture, at the sizes of Wan 14B."""
     arch = int(target[3:]) if target.startswith("sm_") else target
     config = config_of(arch, dtype)
-    # of 480p, 720p and 1080p
-    sizes = [size for size in (1560, 3600, 8160) if size <= most_positions(arch)]
-    selects = [_select(size) for size in sizes] if dtype == torch.float32 else []
-    selects += [_rows(kernel, dtype, head_dim, bits) for kernel in ROWS for bits in (8, 4)]
+    packing = [_rows(kernel, dtype, head_dim, bits) for kernel in ROWS for bits in (8, 4)]
     if config is None:
-        return selects
+        return packing
     x, words = POINTERS[dtype], str(dtype).removeprefix("torch.")
     launch = {"num_warps": config.warps, "num_stages": config.stages}
     strides = [f"stride_{t}{d}" for t in "qk" for d in "bsn"]
@@ -108,7 +105,7 @@ def builds(target: str, dtype: torch.dtype = torch.bfloat16, head_dim: int = 128
         found.append(reading(attention.mass_kernel, config.mass, places, integers, **constants))
     groups = {"group_ptr": "*i32", "out_ptr": "*fp32"}
     found.append(reading(attention.frame_mass_kernel, config.frame, groups, counts, PATTERNS=4))
-    return found + selects
+    return found + packing
 
 
 ROWS = (context.store_kernel, context.join_kernel)
@@ -128,16 +125,6 @@ def _rows(kernel, dtype: torch.dtype, head_dim: int, bits: int) -> Build:
     signature = {name: kind for name, kind in kinds.items() if name in kernel.arg_names}
     words = f"{bits} bits, {str(dtype).removeprefix('torch.')}, head_dim {head_dim}"
     return _build(kernel, words, signature, constants, {"num_warps": context.WARPS}, strides)
-
-
-def _select(positions: int) -> Build:
-    signature = {"scores_ptr": "*fp32", "index_ptr": "*i64", "inverse_ptr": "*i64"}
-    signature |= dict.fromkeys(("positions", "keep", "frames"), "i32")
-    signature |= {"alpha": "fp32", "rest": "fp32"}
-    options = {"num_warps": select.warps_of(positions), "enable_fp_fusion": False}
-    constants = {"BLOCK": triton.next_power_of_2(positions)}
-    words = f"{positions} positions"
-    return _build(select.smooth_select_kernel, words, signature, constants, options, ())
 
 
 def _build(kernel, words, signature, constants, options, strides) -> Build:

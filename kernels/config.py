@@ -38,11 +38,6 @@ def even(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def most_positions(arch: int | str) -> int:
-    """Positions of a latent frame that smooth_select takes before it spills registers."""
-    return 4096 if arch in AMD else 8192
-
-
 def config_of(arch: int | str, dtype: torch.dtype) -> Config | None:
     """The tiles for a compute capability such as 90, or for an AMD architecture's name.
 

@@ -15,7 +15,7 @@ from importlib.util import find_spec
 import torch
 
 from . import reference
-from .config import AMD, INTERPRETED, LEAST_CAPABILITY, Config, config_of, most_positions
+from .config import AMD, INTERPRETED, LEAST_CAPABILITY, Config, config_of
 
 log = logging.getLogger(__name__)
 BACKENDS = ("auto", "torch", "triton")
@@ -41,13 +41,12 @@ def _dispatched(name: str) -> Callable:
 
 
 token_mass, frame_mass = _dispatched("token_mass"), _dispatched("frame_mass")
-smooth_select = _dispatched("smooth_select")
 store_rows, join_rows = _dispatched("store_rows"), _dispatched("join_rows")
 
 
 def why_not(name: str, tensor: torch.Tensor) -> str | None:
     """Why Triton's kernel `name` cannot take this tensor, or None."""
-    # channels of a head; of scores the positions of a latent frame
+    # channels of a head
     size = tensor.shape[-1]
     if not installed():
         return "Triton is not installed"
@@ -57,16 +56,11 @@ def why_not(name: str, tensor: torch.Tensor) -> str | None:
     known = arch in AMD if isinstance(arch, str) else arch >= LEAST_CAPABILITY
     if not known:
         return f"no tiles are known for this GPU ({arch})"
-    if name == "smooth_select":
-        if tensor.dtype != torch.float32:
-            return f"scores are {tensor.dtype}, not float32"
-        if size > most_positions(arch):
-            return f"{size} positions in a latent frame are more than {most_positions(arch)}"
-    elif tensor.dtype not in DTYPES:
+    if tensor.dtype not in DTYPES:
         return f"{tensor.dtype} is none of bfloat16, float16, float32"
-    elif size > MOST_HEAD_DIM or size % 2:
+    if size > MOST_HEAD_DIM or size % 2:
         return f"heads of {size} channels are not even, or more than {MOST_HEAD_DIM}"
-    elif name in ATTENTION and config_of(arch, tensor.dtype) is None:
+    if name in ATTENTION and config_of(arch, tensor.dtype) is None:
         return f"no tiles are known for {tensor.dtype} on this GPU ({arch})"
     return _check(name, tensor, size)
 
@@ -125,11 +119,10 @@ def _architecture(device: torch.device) -> int | str | None:
 def _kernel(name: str, tensor: torch.Tensor) -> Callable:
     """Triton's function of this name, with its tiles, for tensors where this one is."""
     # Triton has no wheels for Windows and macOS, and takes a while to import
-    from . import attention, context, select
+    from . import attention, context
 
     if name not in ATTENTION:
-        run = getattr(select if name == "smooth_select" else context, name)
-        return _launched_on(tensor.device, run)
+        return _launched_on(tensor.device, getattr(context, name))
     arch = _architecture(tensor.device)
     config: Config = INTERPRETED if arch is None else config_of(arch, tensor.dtype)
     return _launched_on(tensor.device, partial(getattr(attention, name), config=config))
@@ -183,10 +176,6 @@ def _small(name: str, device: torch.device, dtype: torch.dtype, size: int) -> li
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=random).to(device, dtype)
 
-    if name == "smooth_select":
-        # few levels, so that there are ties
-        scores = draw(2, 3, min(size, 517)).mul(4).round()
-        return [((scores, max(1, scores.shape[-1] // 3), 0.5), {})]
     if name in ("store_rows", "join_rows"):
         return [_small_rows(name, draw, size, bits) for bits in (8, 4)]
     grid = (3, 7, 11)

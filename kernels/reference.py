@@ -96,32 +96,6 @@ def _attention(q: torch.Tensor, k: torch.Tensor, index: torch.Tensor):
             yield chunk, (part_q @ part_k * head_dim**-0.5).softmax(-1)
 
 
-def smooth_select(
-    scores: torch.Tensor, keep: int, alpha: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Smooth scores over latent frames and take the top `keep` of each (arXiv 2605.17837, eq. 2).
-
-    s~[n, i] = alpha * s[n, i] + (1 - alpha) * s[n-1, i] with the previous latent frame's original
-    score; the first latent frame is not smoothed. Both products and the sum are rounded, so that
-    every device chooses the same.
-
-    Args:
-        scores: fp32 [b, f, p], p positions in a latent frame.
-        keep: how many positions of each latent frame stay, 1..p.
-
-    Returns:
-        int64 [b, f, keep], ascending positions, ties to the lowest; and its inverse int64
-        [b, f, p]: where among those each position stands, -1 for one that does not stay.
-    """
-    smooth = scores.clone()
-    smooth[:, 1:] = alpha * scores[:, 1:] + (1 - alpha) * scores[:, :-1]
-    order = smooth.sort(stable=True, dim=-1, descending=True).indices
-    index = order[..., :keep].sort(-1).values
-    inverse = torch.full_like(order, -1)
-    place = torch.arange(keep, device=scores.device).expand_as(index)
-    return index, inverse.scatter_(-1, index, place)
-
-
 def frame_mass(
     q: torch.Tensor,
     k: torch.Tensor,

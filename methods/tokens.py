@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..kernels import smooth_select
 from .grid import TokenGrid, other_positions, positions
 from .schedule import Schedule, check_window
 
@@ -94,6 +93,26 @@ class Selection:
         return Selection(other_positions(dropped, length), length, per_frame)
 
 
+def smooth_select(scores: torch.Tensor, keep: int, alpha: float) -> torch.Tensor:
+    """Smooth scores over latent frames and take the top `keep` of each (eq. 2).
+
+    s~[n, i] = alpha * s[n, i] + (1 - alpha) * s[n-1, i] with the previous latent frame's original
+    score; the first latent frame is not smoothed. Both products and the sum are rounded, so that
+    every device chooses the same; ties go to the lowest positions.
+
+    Args:
+        scores: fp32 [b, f, p], p positions in a latent frame.
+
+    Returns:
+        bool [b, f, p], which positions stay.
+    """
+    smooth = scores.clone()
+    smooth[:, 1:] = alpha * scores[:, 1:] + (1 - alpha) * scores[:, :-1]
+    order = smooth.sort(stable=True, dim=-1, descending=True).indices
+    stays = torch.zeros_like(order, dtype=torch.bool)
+    return stays.scatter_(-1, order[..., :keep], True)
+
+
 def select_tokens(
     scores: torch.Tensor,
     grid: TokenGrid,
@@ -111,7 +130,7 @@ def select_tokens(
         alpha: weight of a latent frame's own score in the smoothing (eq. 2); 1 is none.
         anchored: one for each latent frame; these keep all their tokens.
     """
-    keep = smooth_select(scores.view(-1, grid.frames, grid.per_frame), budget, alpha)[1] >= 0
+    keep = smooth_select(scores.view(-1, grid.frames, grid.per_frame), budget, alpha)
     per_frame = [budget] * grid.frames
     for frame in (number for number, given in enumerate(anchored or ()) if given):
         keep[:, frame], per_frame[frame] = True, grid.per_frame

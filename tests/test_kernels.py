@@ -17,7 +17,6 @@ from wantrim.kernels.reference import (
     frame_mass,
     mean_counts,
     pack_rows,
-    smooth_select,
     token_mass,
     unpack_rows,
 )
@@ -82,34 +81,6 @@ def test_token_mass_in_bf16_follows_fp64():
     got = token_mass(low_q, low_k, (3, 4, 5), torch.arange(60))
     want = exact_mass(low_q, low_k, (3, 4, 5), torch.arange(60), 0, 0)
     torch.testing.assert_close(got.double(), want, atol=2e-6, rtol=1e-5)
-
-
-def test_smoothing_uses_the_raw_score_of_the_frame_before():
-    # alpha 0.5: frame 1 becomes (4+0)/2, (1+8)/2 -> 2.0, 4.5; frame 2 (1+4)/2, (2+1)/2 -> 2.5, 1.5
-    # a recursive average would give frame 2: (1+2)/2, (2+4.5)/2 -> 1.5, 3.25 and keep the other
-    scores = torch.tensor([[[0.0, 8.0], [4.0, 1.0], [1.0, 2.0]]])
-    assert smooth_select(scores, 1, 0.5)[0].tolist() == [[[1], [1], [0]]]
-    assert smooth_select(scores, 1, 1.0)[0].tolist() == [[[1], [0], [1]]]
-
-
-def test_ties_go_to_the_lowest_position_and_come_sorted():
-    scores = torch.tensor([[[1.0, 5.0, 1.0, 1.0, 5.0, 1.0]]])
-    index, inverse = smooth_select(scores, 4, 0.5)
-    assert index.tolist() == [[[0, 1, 2, 4]]]
-    assert inverse.tolist() == [[[0, 1, 2, -1, 3, -1]]]
-
-
-@pytest.mark.parametrize("positions", [1, 63, 100])
-def test_every_frame_keeps_the_same_number(positions):
-    torch.manual_seed(positions)
-    scores = torch.randn(2, 4, positions)
-    for keep in (1, positions // 2 or 1, positions):
-        index, inverse = smooth_select(scores, keep, 0.5)
-        assert index.shape == (2, 4, keep)
-        assert (index.diff(dim=-1) > 0).all()
-        assert torch.equal(inverse.gather(-1, index), torch.arange(keep).expand(2, 4, -1))
-        assert ((inverse >= 0).sum(-1) == keep).all()
-    assert torch.equal(index, torch.arange(positions).expand(2, 4, -1))
 
 
 def tile_of(position, grid, side):
@@ -334,13 +305,12 @@ def test_many_rows_are_never_wide_at_once(bits, monkeypatch):
     assert all(map(torch.equal, *found)) and not found[0][-1].isnan().any()
 
 
-NAMES = ("token_mass", "frame_mass", "smooth_select", "store_rows", "join_rows")
+NAMES = ("token_mass", "frame_mass", "store_rows", "join_rows")
 
 
 def call(name, backend):
-    size = 40 if name == "smooth_select" else 16
     run = functools.partial(getattr(kernels, name), backend=backend)
-    return dispatch._try(run, name, torch.zeros(1), size)
+    return dispatch._try(run, name, torch.zeros(1), 16)
 
 
 def same(one, other):
@@ -373,8 +343,8 @@ def as_if(monkeypatch):
 
 
 def wrong(*arguments, **options):
-    scores = smooth_select(*arguments, **options)
-    return scores[0].flip(-1), scores[1]
+    codes, *others = reference.store_rows(*arguments, **options)
+    return codes.flip(-1), *others
 
 
 def broken(*arguments, **options):
@@ -382,13 +352,14 @@ def broken(*arguments, **options):
 
 
 @pytest.mark.parametrize(
-    ("kernel", "why"),
+    ("kernel", "tried", "why"),
     [
-        (wrong, "its whole numbers are not those of the torch reference"),
-        (broken, "OSError: no compiler"),
+        # in 8 and in 4 bits
+        (wrong, 2, "its whole numbers are not those of the torch reference"),
+        (broken, 1, "OSError: no compiler"),
     ],
 )
-def test_a_kernel_that_disagrees_is_dropped_and_the_log_says_so(as_if, caplog, kernel, why):
+def test_a_kernel_that_disagrees_is_dropped_and_the_log_says_so(as_if, caplog, kernel, tried, why):
     calls = []
 
     def counted(*arguments, **options):
@@ -399,10 +370,10 @@ def test_a_kernel_that_disagrees_is_dropped_and_the_log_says_so(as_if, caplog, k
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
             with pytest.raises(RuntimeError, match=why):
-                call("smooth_select", "triton")
+                call("store_rows", "triton")
     # checked once, said once
-    assert len(calls) == 1 and len(caplog.records) == 1
-    assert "smooth_select" in caplog.text and why in caplog.text
+    assert len(calls) == tried and len(caplog.records) == 1
+    assert "store_rows" in caplog.text and why in caplog.text
 
 
 def test_a_kernel_that_agrees_is_used_after_one_check(as_if):
@@ -410,11 +381,12 @@ def test_a_kernel_that_agrees_is_used_after_one_check(as_if):
 
     def counted(*arguments, **options):
         calls.append(1)
-        return smooth_select(*arguments, **options)
+        return reference.store_rows(*arguments, **options)
 
     as_if(counted)
-    for count in (2, 3):
-        assert same(call("smooth_select", "triton"), call("smooth_select", "torch"))
+    # in 8 and in 4 bits, and at first to compare
+    for count in (4, 6):
+        assert same(call("store_rows", "triton"), call("store_rows", "torch"))
         assert len(calls) == count
 
 
@@ -427,8 +399,6 @@ def test_a_kernel_that_agrees_is_used_after_one_check(as_if):
         ("frame_mass", torch.bfloat16, 64, "gfx1030", "this GPU"),
         ("frame_mass", torch.float32, 64, "gfx1100", "float32 on this GPU"),
         ("frame_mass", torch.float32, 64, None, "no compiler for"),
-        ("smooth_select", torch.float32, 10_000, 90, "10000 positions"),
-        ("smooth_select", torch.bfloat16, 100, 90, "bfloat16, not float32"),
     ],
 )
 def test_auto_declines_with_a_reason(as_if, name, dtype, size, arch, why):

@@ -26,13 +26,6 @@ def test_every_kernel_compiles_clean_in_bf16(target):
         assert not aot.complaints(aot.compile_row(build, target))
 
 
-@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
-def test_choosing_compiles_clean(target):
-    for build in every_build(target):
-        if build.name == "smooth_select_kernel":
-            assert not aot.complaints(aot.compile_row(build, target))
-
-
 # one of each: what the front end sees does not depend on types and sizes
 KINDS = list({(b.name, "exclusion" in b.config): b for b in every_build("sm_90")}.values())
 

@@ -298,8 +298,6 @@ def test_a_kernel_that_is_wrong_is_not_timed(monkeypatch):
     good = torch.rand(2, 50)
     assert not differs(good, good) and not differs(good * 1.001, good)
     assert "off" in differs(good * 1.1, good) and "off" in differs(good * float("nan"), good)
-    picked = torch.arange(5)
-    assert not differs(picked.flip(0), picked) and "others" in differs(picked + 1, picked)
     monkeypatch.setattr(speed_kernels.kernels, "frame_mass", lambda *a, **o: torch.zeros(3))
     rows = [row for (row,) in speed_kernels.kernel_rows(speed.row, DRY, [(2, 8, 8)])]
     assert [made["case"] for made in rows if made["dense_ms"] == ""] == ["kernel frame_mass"]

@@ -5,7 +5,7 @@ from wantrim.kernels.reference import token_mass
 from wantrim.methods.grid import TokenGrid, gather_tokens, scatter_tokens
 from wantrim.methods.importance import attention_received, query_count, sample_queries
 from wantrim.methods.schedule import Schedule
-from wantrim.methods.tokens import Selection, TokenPlan, paper_plan, select_tokens
+from wantrim.methods.tokens import Selection, TokenPlan, paper_plan, select_tokens, smooth_select
 
 GRIDS = [TokenGrid(1, 1, 1), TokenGrid(2, 7, 9), TokenGrid(5, 6, 6), TokenGrid(3, 5, 4, start=7)]
 
@@ -98,6 +98,52 @@ def test_same_count_in_every_frame_and_nothing_outside_the_grid(grid, after):
         assert set(range(grid.start)) <= set(row.tolist())
         assert set(range(grid.start + grid.tokens, length)) <= set(row.tolist())
         assert sorted(row.tolist() + dropped.tolist()) == list(range(length))
+
+
+def places(scores, keep, alpha):
+    """Positions that stay in each latent frame."""
+    return [
+        [frame.nonzero().flatten().tolist() for frame in sample]
+        for sample in smooth_select(scores, keep, alpha)
+    ]
+
+
+def test_smoothing_uses_the_raw_score_of_the_frame_before():
+    # alpha 0.5: frame 1 becomes (4+0)/2, (1+8)/2 -> 2.0, 4.5; frame 2 (1+4)/2, (2+1)/2 -> 2.5, 1.5
+    # a recursive average would give frame 2: (1+2)/2, (2+4.5)/2 -> 1.5, 3.25 and keep the other
+    scores = torch.tensor([[[0.0, 8.0], [4.0, 1.0], [1.0, 2.0]]])
+    assert places(scores, 1, 0.5) == [[[1], [1], [0]]]
+    assert places(scores, 1, 1.0) == [[[1], [0], [1]]]
+
+
+def test_ties_go_to_the_lowest_position():
+    assert places(torch.tensor([[[1.0, 5.0, 1.0, 1.0, 5.0, 1.0]]]), 4, 0.5) == [[[0, 1, 2, 4]]]
+    # -0 is 0, and what is no number is above all, as a sort has it
+    row = torch.tensor([[[-0.0, 0.0, float("-inf"), float("nan"), float("inf"), -3.0]]])
+    assert places(row, 1, 0.5) == [[[3]]]
+    assert places(row, 3, 0.5) == [[[0, 3, 4]]]
+
+
+def test_products_and_sum_are_rounded_apart():
+    """Frames whose two products, fused, come out one bit off and turn a tie over."""
+    random = torch.Generator().manual_seed(1)
+    scores = torch.rand(1, 2, 4000, generator=random)
+    smooth = 0.3 * scores[:, 1:] + 0.7 * scores[:, :-1]
+    fused = (0.3 * scores[:, 1:].double() + 0.7 * scores[:, :-1].double()).float()
+    assert not torch.equal(smooth, fused)
+    want = smooth[0, 0].sort(descending=True, stable=True).indices[:1500].sort().values
+    assert places(scores, 1500, 0.3)[0][1] == want.tolist()
+
+
+@pytest.mark.parametrize("positions", [1, 63, 100])
+def test_every_frame_keeps_the_same_number(positions):
+    torch.manual_seed(positions)
+    scores = torch.randn(2, 4, positions)
+    for keep in (1, positions // 2 or 1, positions):
+        stays = smooth_select(scores, keep, 0.5)
+        assert stays.dtype == torch.bool and stays.shape == scores.shape
+        assert (stays.sum(-1) == keep).all()
+    assert stays.all()
 
 
 def test_the_highest_stay_smoothed_by_the_latent_frame_before():

@@ -34,7 +34,7 @@ def guard(monkeypatch):
         value = float("nan") if made.is_floating_point() else torch.iinfo(dtype).max // 3
         return guard(made.fill_(value))
 
-    for module in ("attention", "context", "select"):
+    for module in ("attention", "context"):
         target = __import__(f"wantrim.kernels.{module}", fromlist=["torch"])
         fake = type("Torch", (), {"__getattr__": lambda self, name: getattr(torch, name)})()
         fake.empty = poisoned
@@ -138,43 +138,6 @@ def test_sharp_attention_does_not_overflow(guard):
         options["start"] = start
         got = getattr(kernels, name)(*arguments, **options, backend="triton")
         close_as_fp32_is(got, name, arguments, options)
-
-
-@pytest.mark.parametrize(
-    "positions, alpha", [(1, 0.5), (2, 0.3), (63, 1.0), (64, 0.3), (1100, 0.5)]
-)
-@pytest.mark.parametrize("levels", [1, 5, 10_000])
-def test_smooth_select_is_the_references_to_the_bit(positions, levels, alpha, guard):
-    random = torch.Generator().manual_seed(positions + levels)
-    scores = torch.randn(2, 3, positions, generator=random)
-    if levels < 10_000:
-        # many ties
-        scores = (scores * levels / 4).round() / levels
-    for keep in {1, (positions + 1) // 2, positions}:
-        got = kernels.smooth_select(guard(scores), keep, alpha, backend="triton")
-        want = kernels.smooth_select(scores, keep, alpha, backend="torch")
-        assert all(map(torch.equal, got, want))
-        assert got[0].dtype == got[1].dtype == torch.int64
-
-
-def test_smooth_select_rounds_as_torch_does(guard):
-    """Frames whose two products, fused, come out one bit off and turn a tie over."""
-    random = torch.Generator().manual_seed(1)
-    scores = torch.rand(1, 2, 4000, generator=random)
-    smooth = 0.3 * scores[:, 1:] + 0.7 * scores[:, :-1]
-    fused = (0.3 * scores[:, 1:].double() + 0.7 * scores[:, :-1].double()).float()
-    assert not torch.equal(smooth, fused)
-    want = smooth[0, 0].sort(descending=True, stable=True).indices[:1500].sort().values
-    assert torch.equal(kernels.smooth_select(scores, 1500, 0.3, backend="triton")[0][0, 1], want)
-
-
-def test_smooth_select_orders_what_is_no_number_as_a_sort_does(guard):
-    nan, inf = float("nan"), float("inf")
-    row = torch.tensor([0.0, -0.0, nan, -nan, inf, -inf, 1e-45, -1e-45, 3.0, -3.0, 0.0])
-    scores = row.view(1, 1, -1)
-    for keep in range(1, row.numel() + 1):
-        got = kernels.smooth_select(guard(scores), keep, 0.5, backend="triton")
-        assert all(map(torch.equal, got, kernels.smooth_select(scores, keep, 0.5)))
 
 
 # tokens, kept ones, heads, head_dim, batch
