@@ -163,10 +163,6 @@ class HeadGroups:
         """
         if self.whole:
             return attention(q, k, v)
-        if len(self.patterns) != q.shape[2]:
-            raise ValueError(
-                f"heads: expected a plan for {q.shape[2]} heads, got {len(self.patterns)}"
-            )
         out = torch.empty_like(q)
         for name, heads in self.on(q.device).items():
             if name == OFF:

@@ -36,18 +36,6 @@ class HeadPlan:
     end: float = 1.0
 
     def __post_init__(self):
-        for kind, allowed in (("self_attention", PATTERNS), ("cross_attention", (FULL, OFF))):
-            blocks = getattr(self, kind)
-            unknown = {name for heads in blocks for name in heads} - set(allowed)
-            if unknown:
-                raise ValueError(
-                    f"{kind}: expected {', '.join(allowed)}, got {', '.join(sorted(unknown))}"
-                )
-        if len(self.self_attention) != len(self.cross_attention):
-            raise ValueError(
-                f"expected as many blocks in cross_attention as in self_attention, got "
-                f"{len(self.cross_attention)} and {len(self.self_attention)}"
-            )
         check_window(self.start, self.end)
 
     @property

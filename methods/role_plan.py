@@ -42,10 +42,6 @@ class RolePlan:
     end: float = 1.0
 
     def __post_init__(self):
-        if not 0.0 < self.keep_ratio <= 1.0:
-            raise ValueError(
-                f"keep_ratio: expected more than 0 (nothing left) to 1 (all), got {self.keep_ratio}"
-            )
         check_window(self.start, self.end)
 
     @property

@@ -29,22 +29,11 @@ class Shares:
         shares: one for each of them, 0 to 1.
         context: whether keys and values of left out tokens may be remembered; without it a step is
             whole or repeated.
-
-    Raises:
-        ValueError: not one share for each sigma, or not a share.
     """
 
     sigmas: tuple[float, ...]
     shares: tuple[float, ...]
     context: bool = True
-
-    def __post_init__(self):
-        if len(self.sigmas) != len(self.shares) or not self.shares:
-            raise ValueError(
-                f"shares: expected one for each of {len(self.sigmas)} sigmas, got {len(self.shares)}"
-            )
-        if not all(0.0 <= share <= 1.0 for share in self.shares):
-            raise ValueError(f"shares: expected 0 to 1, got {self.shares}")
 
     @property
     def neutral(self) -> bool:

@@ -175,11 +175,6 @@ class _Refits:
         if gram is None:
             self._note(f"no calibration of {cut.name}: not refitted there")
             return take(weight, 1, index)
-        if gram.shape != (weight.shape[1], weight.shape[1]):
-            raise ValueError(
-                f"calibration: {cut.name} of block {cut.block}: expected {(weight.shape[1],) * 2}, "
-                f"got {tuple(gram.shape)}. Record it again."
-            )
         try:
             return refit(weight, gram, index).to(weight.dtype)
         except torch.linalg.LinAlgError as error:

@@ -68,12 +68,6 @@ class Run:
     waits: int | None = None
     concentration: tuple[float, tuple[float, ...]] | None = None
 
-    def __post_init__(self):
-        if len(self.sigmas) < 2:
-            raise ValueError(
-                f"sigmas: expected those of one step at least, got {len(self.sigmas)} of them"
-            )
-
     @property
     def steps(self) -> int:
         return len(self.sigmas) - 1

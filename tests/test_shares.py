@@ -69,20 +69,6 @@ def test_context_is_needed_until_a_step_is_whole(shares, wanted):
     assert [Shares(SIGMAS, shares).needs_context(sigma) for sigma in SIGMAS] == wanted
 
 
-@pytest.mark.parametrize(
-    ("sigmas", "shares", "said"),
-    [
-        (SIGMAS, (1.0, 0.5), "for each of 4 sigmas, got 2"),
-        ((), (), "for each of 0 sigmas, got 0"),
-        (SIGMAS, (1.0, 0.5, 0.5, 1.01), "expected 0 to 1, got"),
-        (SIGMAS, (1.0, -0.01, 0.5, 1.0), "expected 0 to 1, got"),
-    ],
-)
-def test_what_is_no_share_is_refused(sigmas, shares, said):
-    with pytest.raises(ValueError, match=said):
-        Shares(sigmas, shares)
-
-
 def test_the_change_of_a_token_is_that_of_its_patch():
     """Latents of 2 channels, 2 frames, 4 x 6 places; tokens are 2 x 2 of them."""
     grid = TokenGrid(2, 2, 3)

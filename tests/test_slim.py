@@ -712,14 +712,6 @@ def test_a_gram_matrix_that_is_none_is_refused(checkpoint, tmp_path):
             SMALL_WIDTH,
             gram=lambda kind, block: torch.diag(torch.tensor([9.0] + [-0.1] * (size[kind] - 1))),
         )
-    size = dict.fromkeys(size, 47)
-    with pytest.raises(ValueError, match=r"expected \(.*\), got \(47, 47\). Record it again"):
-        export_slim(
-            open_source(checkpoint),
-            tmp_path / "s.safetensors",
-            SMALL_WIDTH,
-            gram=lambda kind, block: torch.eye(size[kind]),
-        )
 
 
 # from a shell
