@@ -221,13 +221,11 @@ def _heads(
     if not plan.trims_heads:
         return None, False, False
     heads = facts.heads if plan.finds_roles else plan.heads
-    within = plan.heads.trims_at(facts.progress)
     if facts.inside:
-        if within:
-            remarks.append(facts.inside)
+        remarks.append(facts.inside)
         return heads, False, False
     measured = plan.finds_roles and share == 1.0 and not facts.mixed
-    return heads, within and heads is not None, measured
+    return heads, heads is not None, measured
 
 
 def _context(plan: TrimPlan, facts: Facts, share: float) -> str:

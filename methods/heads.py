@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .schedule import check_window
-
 FULL, FRAME, OFF = "full", "frame", "off"
 # tiles per side of the picture
 TILES = {"tile2": 2, "tile3": 3, "tile4": 4}
@@ -27,16 +25,10 @@ class HeadPlan:
     Args:
         self_attention: name in `PATTERNS` per block and head.
         cross_attention: FULL or OFF per block and head; text and image part alike.
-        start, end: progress between which heads are trimmed.
     """
 
     self_attention: tuple[tuple[str, ...], ...]
     cross_attention: tuple[tuple[str, ...], ...]
-    start: float = 0.0
-    end: float = 1.0
-
-    def __post_init__(self):
-        check_window(self.start, self.end)
 
     @property
     def num_blocks(self) -> int:
@@ -45,10 +37,6 @@ class HeadPlan:
     @property
     def neutral(self) -> bool:
         return not any(self.changes(index) for index in range(self.num_blocks))
-
-    def trims_at(self, progress: float) -> bool:
-        """Whether a step at this progress is trimmed."""
-        return not self.neutral and self.start <= progress <= self.end
 
     def changes(self, block_index: int) -> bool:
         """Whether any head of this block does less than full attention."""

@@ -18,7 +18,6 @@ from .grid import TokenGrid
 from .heads import CHEAP, FULL, OFF, TILES, HeadPlan
 from .importance import query_count, sample_queries
 from .knapsack import choose
-from .schedule import check_window
 
 # share of the tokens that are queries of a measurement, and how many at least
 QUERY_RATIO, MIN_QUERIES = 1 / 256, 64
@@ -33,24 +32,14 @@ class RolePlan:
     Args:
         keep_ratio: share of self-attention's query-key pairs that stays.
         num_heads: of the model, in each block.
-        start, end: progress between which heads are trimmed.
     """
 
     keep_ratio: float
     num_heads: int
-    start: float = 0.0
-    end: float = 1.0
-
-    def __post_init__(self):
-        check_window(self.start, self.end)
 
     @property
     def neutral(self) -> bool:
         return self.keep_ratio == 1.0
-
-    def trims_at(self, progress: float) -> bool:
-        """Whether a step at this progress is trimmed."""
-        return not self.neutral and self.start <= progress <= self.end
 
     def expected(self, num_blocks: int) -> HeadPlan:
         """What a run costs before its roles are known: heads that are full or off, spread evenly."""
@@ -59,7 +48,7 @@ class RolePlan:
         names = [
             FULL if (at + 1) * whole // total > at * whole // total else OFF for at in range(total)
         ]
-        return _plan(names, self.num_heads, self.start, self.end)
+        return _plan(names, self.num_heads)
 
     def solved(
         self, shown: Mapping[int, torch.Tensor], grid: TokenGrid, num_blocks: int
@@ -91,7 +80,7 @@ class RolePlan:
                 groups, choose(groups, max(budget, least), needed), strict=True
             )
         ]
-        return _plan(chosen, self.num_heads, self.start, self.end)
+        return _plan(chosen, self.num_heads)
 
 
 def pattern_values(share: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
@@ -112,9 +101,9 @@ def by_block(names: list[str], heads: int) -> tuple[tuple[str, ...], ...]:
     return tuple(tuple(names[at : at + heads]) for at in range(0, len(names), heads))
 
 
-def _plan(names: list[str], heads: int, start: float, end: float) -> HeadPlan:
+def _plan(names: list[str], heads: int) -> HeadPlan:
     own = by_block(names, heads)
-    return HeadPlan(own, ((FULL,) * heads,) * len(own), start, end)
+    return HeadPlan(own, ((FULL,) * heads,) * len(own))
 
 
 def measure_roles(

@@ -48,7 +48,6 @@ CASES = {
         "steps": 4,
     },
     "heads": {"heads": {"cycle": ["full", "frame", "tile2", "off"]}},
-    "heads, window": {"heads": {"cycle": ["frame", "full"], "start": 0.4, "end": 0.9}, "steps": 5},
     "tokens and heads": {
         "tokens": {"keep": 0.5, "reselect_every": 3},
         "heads": {"cycle": ["full", "tile2", "frame"]},
@@ -101,8 +100,7 @@ def plan_of(case: dict):
             router = RandomRouter(given.pop("seed"))
             parts["blocks"] = BlockPlan(router, BlockBudget(**given), **window)
     if "heads" in case:
-        given = dict(case["heads"])
-        cycle = given.pop("cycle")
+        cycle = case["heads"]["cycle"]
         own = tuple(
             tuple(cycle[(block + head) % len(cycle)] for head in range(HEADS))
             for block in range(BLOCKS)
@@ -110,7 +108,7 @@ def plan_of(case: dict):
         cross = tuple(
             tuple("off" if name == "off" else "full" for name in heads[::-1]) for heads in own
         )
-        parts["heads"] = HeadPlan(own, cross, **given)
+        parts["heads"] = HeadPlan(own, cross)
     return TrimPlan(**parts)
 
 

@@ -58,12 +58,6 @@ def run(model, trim=None, batch=1, cond_or_uncond=BOTH, **options):
         return sample(model, text(batch), SIZE, **options)
 
 
-def test_heads_are_trimmed_from_the_start_to_the_end_of_their_window():
-    window = HeadPlan(((OFF, FULL),), ((FULL, FULL),), 0.25, 0.75)
-    assert [window.trims_at(at) for at in (0.2, 0.25, 0.5, 0.75, 0.8)] == [0, 1, 1, 1, 0]
-    assert not HeadPlan.full(1, 2).trims_at(0.5)
-
-
 def test_a_tiles_name_says_how_often_a_side_is_cut():
     assert {f"tile{number}": number for number in (2, 3, 4)} == TILES
 

@@ -34,9 +34,9 @@ def test_a_budget_goes_where_it_keeps_most():
     # the fourth adds least, and no pattern fits it
     four = shown([1.0, 1.0, 1.0, 0.1], frame=[0.2, 0.97, 0.2, 0.3], tile2=[0.2, 0.2, 0.9, 0.3])
     keep = (full + frame + tile) / (4 * full)
-    plan = RolePlan(keep, 4, 0.1, 0.9).solved({0: four}, GRID, 1)
+    plan = RolePlan(keep, 4).solved({0: four}, GRID, 1)
     assert plan.self_attention == ((FULL, FRAME, "tile2", OFF),)
-    assert plan.cross_attention == ((FULL,) * 4,) and (plan.start, plan.end) == (0.1, 0.9)
+    assert plan.cross_attention == ((FULL,) * 4,)
     # with a pair less there is no room for the three
     less = RolePlan(keep - 0.5 / (4 * full), 4).solved({0: four}, GRID, 1)
     assert attention_share(less, GRID, 0) < keep
@@ -171,16 +171,14 @@ def test_partial_and_repeated_steps_run_in_the_patterns_and_measure_nothing(wan)
     assert all(step.as_planned for step in record.steps) and not record.notes
 
 
-def test_outside_their_window_heads_are_measured_and_left_alone():
-    roles = RolePlan(0.6, 4, start=0.5)
+def test_where_no_block_may_be_looked_into_nothing_is_measured_and_a_remark_says_so():
+    roles = RolePlan(0.6, 4)
     plan = TrimPlan(heads=roles)
-    for progress, wanted in ((0.2, False), (0.7, True)):
-        facts = Facts(0.8, progress, GRID, 4, heads=roles.expected(4))
-        rows = compile_step(plan, facts).rows
-        assert all(row.measure for row in rows) and any(row.heads for row in rows) == wanted
-        blind = compile_step(plan, Facts(0.8, progress, GRID, 4, inside="another node"))
-        assert not any(row.measure or row.heads for row in blind.rows)
-        assert bool(blind.remarks) == wanted
+    rows = compile_step(plan, Facts(0.8, 0.2, GRID, 4, heads=roles.expected(4))).rows
+    assert all(row.measure for row in rows) and any(row.heads for row in rows)
+    blind = compile_step(plan, Facts(0.8, 0.2, GRID, 4, inside="another node"))
+    assert not any(row.measure or row.heads for row in blind.rows)
+    assert blind.remarks == ("another node",)
 
 
 def test_to_measure_costs_less_than_a_percent_of_a_step():

@@ -246,24 +246,19 @@ def test_keys_and_values_are_written_where_a_later_step_reads_them(values, wante
     assert set(contexts(values, context=False)) == {""}
 
 
-HEADS = HeadPlan(
-    (*[(FRAME, FULL)] * 2, *[(FULL, FULL)] * 4, (OFF, FULL)), ((FULL, FULL),) * 7, 0.3, 0.6
-)
+HEADS = HeadPlan((*[(FRAME, FULL)] * 2, *[(FULL, FULL)] * 4, (OFF, FULL)), ((FULL, FULL),) * 7)
 
 
-@pytest.mark.parametrize(
-    ("progress", "wanted"), [(0.29, []), (0.3, [0, 1, 6]), (0.6, [0, 1, 6]), (0.61, [])]
-)
-def test_heads_run_in_their_patterns_within_their_window(progress, wanted):
-    facts = replace(KNOWN, progress=progress)
+def test_heads_run_in_their_patterns():
+    wanted = [0, 1, 6]
     for plan in (TrimPlan(), tape(3), shares(1, 1, 0.3)):
-        program = compile_step(replace(plan, heads=HEADS), facts)
+        program = compile_step(replace(plan, heads=HEADS), KNOWN)
         assert [i for i, row in enumerate(program.rows) if row.heads] == wanted
         # the rest of the row is what it is without heads
         bare = [replace(row, heads=False) for row in program.rows]
-        assert bare == list(compile_step(plan, facts).rows)
+        assert bare == list(compile_step(plan, KNOWN).rows)
     plan, facts = without(TrimPlan(heads=HEADS), 1)
-    skipped = compile_step(plan, replace(facts, progress=progress))
+    skipped = compile_step(plan, facts)
     assert [i for i, row in enumerate(skipped.rows) if row.heads] == [i for i in wanted if i != 1]
 
 
@@ -292,9 +287,9 @@ RUNS = {
     # a repeated step tells nothing of how tokens change
     "repeated first": TrimPlan(shares=Shares(SIGMAS, (1, 0, 0.4, 0.3, 1, 0))),
     "no context": TrimPlan(shares=Shares(SIGMAS, (1, 0, 0.4, 0, 1, 0.1), context=False)),
-    "heads": TrimPlan(heads=HeadPlan(((FRAME, OFF, FULL, FULL),) * 5, ((FULL,) * 4,) * 5, 0.4)),
+    "heads": TrimPlan(heads=HeadPlan(((FRAME, OFF, FULL, FULL),) * 5, ((FULL,) * 4,) * 5)),
     "shares and heads": TrimPlan(
-        heads=HeadPlan(((FRAME, OFF, FULL, FULL),) * 5, ((FULL,) * 4,) * 5, 0.4),
+        heads=HeadPlan(((FRAME, OFF, FULL, FULL),) * 5, ((FULL,) * 4,) * 5),
         shares=Shares(SIGMAS, (1, 1, 0, 0.4, 0.5, 0.25)),
     ),
     "tape and shares": TrimPlan(

@@ -11,6 +11,7 @@ from wantrim.engine.program import NO_CONTEXT
 from wantrim.hosts.comfyui.attach import attach, attach_dial, attachment_of
 from wantrim.methods.depth import BlockPlan
 from wantrim.methods.heads import FULL, HeadPlan
+from wantrim.methods.role_plan import RolePlan
 from wantrim.methods.routers import FixedRouter
 from wantrim.nodes.heads import WanTrimHeads
 from wantrim.report.words import record_text
@@ -44,15 +45,11 @@ def with_parts(model, **parts):
     return attach(model, replace(present.plan if present else TrimPlan(), **parts))
 
 
-def some_heads(model, **window) -> HeadPlan:
+def heads(model):
     count = len(model.model.diffusion_model.blocks)
     own = ("frame",) * HALF + (FULL,) * (tiny.HEADS - HALF)
     cross = ("off",) + (FULL,) * (tiny.HEADS - 1)
-    return HeadPlan((own,) * count, (cross,) * count, **window)
-
-
-def heads(model):
-    return with_parts(model, heads=some_heads(model))
+    return with_parts(model, heads=HeadPlan((own,) * count, (cross,) * count))
 
 
 def blocks(model):
@@ -74,7 +71,8 @@ LATE = {"start": 0.9999, "end": 1.0}
 WITHOUT_EFFECT = {
     DEFAULT: lambda m: attach_dial(m, Dial(SPEEDUP, start=0.37, end=0.37), "auto"),
     "paper": lambda m: with_parts(m, tokens=tiny.token_plan(reselect_every=1)),
-    "heads": lambda m: with_parts(m, heads=some_heads(m, **LATE)),
+    # measured, and nothing is worth less
+    "heads": lambda m: with_parts(m, heads=RolePlan(1 - 1e-12, tiny.HEADS)),
     "blocks": lambda m: with_parts(m, blocks=BlockPlan(FixedRouter((SKIPPED,)), **LATE)),
 }
 WITHOUT_EFFECT["all"] = lambda m: WITHOUT_EFFECT["blocks"](
