@@ -73,7 +73,6 @@ def measured_rates(size: Size, scale: Scale = GPU) -> Rates:
         2 * tokens * dim * size.ffn_dim / product,
         4 * tokens**2 * dim / attention,
         2 * hidden.numel() * 2 / copy,
-        "measured in this run",
     )
 
 

@@ -278,10 +278,7 @@ class Call:
     def _look(self, index: int, row: Row, places: Places | None, seen: dict):
         def score(q, k, v) -> None:
             # scored at once: held through the FFN, q and k would add to the peak of memory
-            plan = self.plan.tokens
-            seen["received"] = attention_received(
-                self.grid, self._own(q), self._own(k), min_queries=plan.min_queries
-            )
+            seen["received"] = attention_received(self.grid, self._own(q), self._own(k))
 
         def keep(q, k, v) -> None:
             try:

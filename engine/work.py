@@ -8,7 +8,7 @@ from ..methods.attend import pattern_pairs
 from ..methods.cost import ROTARY_NUMBERS, WanShape, Width, Work, block_work, outside_flops
 from ..methods.grid import TokenGrid
 from ..methods.heads import FRAME, FULL, OFF, TILES
-from ..methods.importance import QUERY_RATIO, query_count
+from ..methods.importance import scoring_queries
 from ..methods.role_plan import measured_queries
 from .plan import TrimPlan
 from .program import KEPT, READ, SKIP, UPDATE, WRITE, Program, Row
@@ -50,8 +50,7 @@ def program_work(
             known[key] = _row_work(shape, row, program, patterns, sizes)
         total += known[key] * prompts
         if row.choose:
-            queries = query_count(program.grid, QUERY_RATIO, plan.tokens.min_queries)
-            total += _scores(shape, queries, program.grid, sizes)
+            total += _scores(shape, scoring_queries(program.grid), program.grid, sizes)
         if row.measure:
             total += _scores(shape, measured_queries(program.grid), program.grid, sizes)
     return total + _moving(shape, rows, program.grid) * prompts

@@ -9,18 +9,18 @@ import torch
 from ..kernels import token_mass
 from .grid import TokenGrid
 
-# share of the tokens that are queries (paper not stated)
-QUERY_RATIO = 1 / 64
+# share of the tokens that are queries, and how many at least (paper not stated)
+QUERY_RATIO, MIN_QUERIES = 1 / 64, 256
 GOLDEN = (math.sqrt(5) - 1) / 2
 
 
-def query_count(grid: TokenGrid, ratio: float, at_least: int = 256) -> int:
+def query_count(grid: TokenGrid, ratio: float, at_least: int = MIN_QUERIES) -> int:
     """Queries that `sample_queries` takes: a share of the tokens, but no noise from too few."""
     wanted = max(ratio * grid.tokens, min(at_least, grid.tokens))
     return grid.frames * min(grid.per_frame, math.ceil(wanted / grid.frames))
 
 
-def sample_queries(grid: TokenGrid, ratio: float, at_least: int = 256) -> torch.Tensor:
+def sample_queries(grid: TokenGrid, ratio: float, at_least: int = MIN_QUERIES) -> torch.Tensor:
     """Positions int64 [m] of a stratified query sample: the same count from every latent frame.
 
     Each latent frame starts at its own golden-ratio offset, so that the sample does not line up
@@ -34,21 +34,18 @@ def sample_queries(grid: TokenGrid, ratio: float, at_least: int = 256) -> torch.
     return (position.clamp(max=grid.per_frame - 1) + frame.long() * grid.per_frame).flatten()
 
 
-def attention_received(
-    grid: TokenGrid,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    query_ratio: float = QUERY_RATIO,
-    min_queries: int = 256,
-) -> torch.Tensor:
+def scoring_queries(grid: TokenGrid) -> int:
+    """Queries of `attention_received`."""
+    return query_count(grid, QUERY_RATIO, MIN_QUERIES)
+
+
+def attention_received(grid: TokenGrid, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     """Attention that each token receives in self-attention, mean over heads, fp32 [b, tokens].
 
     Args:
         q, k: [b, s, n, d] after RoPE.
-        query_ratio: share of the tokens used as queries.
-        min_queries: use more of them on a small video.
     """
-    index = sample_queries(grid, query_ratio, min_queries).to(q.device, non_blocking=True)
+    index = sample_queries(grid, QUERY_RATIO, MIN_QUERIES).to(q.device, non_blocking=True)
     # queries imprint their neighbourhood only when they are sampled, and a small grid has no room
     sampled = len(index) < grid.tokens
     exclude_radius = 2 if sampled and min(grid.height, grid.width) >= 16 else 0

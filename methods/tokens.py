@@ -28,7 +28,6 @@ class TokenPlan:
         alpha: weight of a latent frame's own score in the temporal smoothing (paper 0.5; 1 = off).
         anchor: never drop tokens of conditioned latent frames (image-to-video, references; ours).
         start, end: progress between which tokens are dropped.
-        min_queries: tokens that importance is measured by, at least (paper not stated).
     """
 
     schedule: Schedule
@@ -37,7 +36,6 @@ class TokenPlan:
     anchor: bool = True
     start: float = 0.0
     end: float = 1.0
-    min_queries: int = 256
 
     def __post_init__(self):
         if self.reselect_every < 1:

@@ -157,13 +157,11 @@ def norm_scale(shares: torch.Tensor, kept: tuple[int, ...]) -> float | None:
     return root * (len(moments) / len(kept)) ** 0.5
 
 
-def refit(
-    weight: torch.Tensor, gram: torch.Tensor, kept: torch.Tensor, ridge: float = RIDGE
-) -> torch.Tensor:
+def refit(weight: torch.Tensor, gram: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     """Columns of an output projection that do best without the others, by least squares (ours).
 
     W_k + W_d G_dk (G_kk + lambda I)^-1: what the dropped inputs d would have added, as far as the
-    kept inputs k foretell it. lambda is `ridge` times the mean of G_kk's diagonal.
+    kept inputs k foretell it. lambda is RIDGE times the mean of G_kk's diagonal.
 
     Args:
         weight: [out, in].
@@ -183,7 +181,7 @@ def refit(
     level = float(within.diagonal().mean())
     if not level > 0:
         return columns
-    within.diagonal().add_(ridge * level)
+    within.diagonal().add_(RIDGE * level)
     across = gram[kept][:, dropped].double()
     # [kept, out]: right-hand sides instead of an inverse
     wanted = across @ weight[:, dropped].double().T

@@ -63,23 +63,16 @@ def solve_heads(
     return HeadPlan(by_block(own_names, n), by_block(cross_names, n))
 
 
-def solve_width(
-    profile: Profile,
-    budget: float,
-    signature: Signature | None = None,
-    *,
-    ffn_worth: float = FFN_WORTH,
-) -> Width:
+def solve_width(profile: Profile, budget: float, signature: Signature | None = None) -> Width:
     """Heads and channels of every block, for the most importance within a budget.
 
     A head is worth what it is in `solve_heads`, a channel its share in what the channels of its
-    block add to the hidden state (`channel_sizes`), times `ffn_worth`. Every block keeps at least
+    block add to the hidden state (`channel_sizes`), times FFN_WORTH. Every block keeps at least
     one head of each attention and one group of channels.
 
     Args:
         budget: share of the parameters of heads and FFN channels that stays.
         signature: as for `pare_width`; tells channels that are alike.
-        ffn_worth: what all of a block's channels are worth against all heads of one attention.
 
     Raises:
         ValueError: not a share, too small for what every block keeps, or the profile lacks a
@@ -95,7 +88,7 @@ def solve_width(
         shares = _share(profile.importance(kind)).flatten().tolist()
         groups += [[(0, 0.0), (head, one)] for one in shares]
     steps = [*range(0, model.ffn_dim, multiple), model.ffn_dim]
-    for block in _share(scores) * ffn_worth:
+    for block in _share(scores) * FFN_WORTH:
         total = block.sort(descending=True).values.cumsum(0).tolist()
         groups.append([(0, 0.0), *((at * channel, total[at - 1]) for at in steps[1:])])
     needed = [range(at * n, (at + 1) * n) for at in range(2 * blocks)]

@@ -21,13 +21,11 @@ class Rates:
         products: FLOP/s of products with weights.
         attention: FLOP/s of the attention kernel.
         bandwidth: bytes/s of copies, reads and writes together.
-        source: where the numbers come from.
     """
 
     products: float
     attention: float
     bandwidth: float
-    source: str
 
     def seconds(self, work: Work, itemsize: int = 2) -> float:
         """Floor of the time that `work` takes, with numbers of `itemsize` bytes."""
@@ -38,43 +36,25 @@ class Rates:
         )
 
 
-_CHARTS = "attention from SageAttention's charts (head_dim 128, 32K tokens, kernel alone)"
-_DATASHEET = f"products and bandwidth from the datasheet, less a tenth; {_CHARTS}"
-_GUESS = f"products and bandwidth as published; {_CHARTS}"
-_H200 = f"products and bandwidth measured; {_CHARTS} of an H100"
-# by pattern of torch's name for the device, and attention kernel; "flash" is FlashAttention 2,
-# about what torch's scaled_dot_product_attention runs
-DEVICES: dict[str, dict[str, Rates]] = {
-    r"H200": {
-        "flash": Rates(790e12, 339e12, 4.3e12, _H200),
-        "flash3": Rates(790e12, 600e12, 4.3e12, "attention between the charts and FA3's paper"),
-        "sage": Rates(790e12, 880e12, 4.3e12, _H200),
-    },
-    # the card with HBM3; the PCIe one is slower
-    r"H100 80GB HBM3": {"flash": Rates(660e12, 339e12, 2.9e12, _GUESS)},
-    r"A100-SXM4-[48]0GB": {"flash": Rates(260e12, 210e12, 1.7e12, "all as published")},
-    r"RTX 4090": {
-        "flash": Rates(152e12, 164e12, 0.92e12, _DATASHEET),
-        "sage": Rates(152e12, 431e12, 0.92e12, _DATASHEET),
-    },
-    r"RTX 5090": {
-        "flash": Rates(195e12, 214e12, 1.6e12, _DATASHEET),
-        "sage": Rates(195e12, 554e12, 1.6e12, _DATASHEET),
-    },
+# by pattern of torch's name for the device. Attention is FlashAttention 2 by SageAttention's charts
+# (head_dim 128, 32K tokens, kernel alone), about what torch's scaled_dot_product_attention runs
+DEVICES = {
+    # products and bandwidth measured, attention of an H100
+    r"H200": Rates(790e12, 339e12, 4.3e12),
+    # as published; the card with HBM3, the PCIe one is slower
+    r"H100 80GB HBM3": Rates(660e12, 339e12, 2.9e12),
+    # all as published
+    r"A100-SXM4-[48]0GB": Rates(260e12, 210e12, 1.7e12),
+    # products and bandwidth from the datasheet, less a tenth
+    r"RTX 4090": Rates(152e12, 164e12, 0.92e12),
+    r"RTX 5090": Rates(195e12, 214e12, 1.6e12),
 }
 
 
-def device_rates(device: str, attention: str = "flash") -> Rates | None:
+def device_rates(device: str) -> Rates | None:
     """Rates of a device by torch's name for it, such as "NVIDIA GeForce RTX 4090".
 
-    Args:
-        attention: "flash", "flash3" or "sage"; not every device has all of them.
-
-    Returns:
-        None for a device or kernel whose rates are not known. A laptop's card of the same number is
-        another device.
+    None where they are not known. A laptop's card of the same number is another device.
     """
-    for pattern, kernels in DEVICES.items():
-        if re.search(rf"{pattern}$", device.strip()):
-            return kernels.get(attention)
-    return None
+    found = (rates for name, rates in DEVICES.items() if re.search(f"{name}$", device.strip()))
+    return next(found, None)

@@ -130,8 +130,9 @@ def test_images_are_keys_too():
     assert 0.5 - 1 / 32 <= share <= 0.5
 
 
-def test_every_block_keeps_some_channels():
-    width = solve_width(profile_of(blocks=3, ffn=64), 0.6, ffn_worth=1e-9)
+def test_every_block_keeps_some_channels(monkeypatch):
+    monkeypatch.setattr("wantrim.solve.budget.FFN_WORTH", 1e-9)
+    width = solve_width(profile_of(blocks=3, ffn=64), 0.6)
     assert min(width.sizes(block)[2] for block in range(3)) == 16
 
 
@@ -166,7 +167,7 @@ def test_a_width_within_its_budget():
     assert width == pare_width(profile, 0.0)
 
 
-def test_a_width_is_widest_where_it_matters():
+def test_a_width_is_widest_where_it_matters(monkeypatch):
     profile = profile_of(blocks=2, ffn=64)
     t = profile.tensors
     for name in ("self_output", "self_o_norm", "cross_output", "cross_o_norm", "channel_energy"):
@@ -174,14 +175,15 @@ def test_a_width_is_widest_where_it_matters():
     t["down_norm"].fill_(1.0)
     t["self_o_norm"][0], t["cross_o_norm"][1] = torch.tensor(STEEP), torch.tensor(STEEP)
     t["channel_energy"][0, 8:] = 1e-6
-    width = solve_width(profile, 0.575, ffn_worth=2.0)
+    monkeypatch.setattr("wantrim.solve.budget.FFN_WORTH", 2.0)
+    width = solve_width(profile, 0.575)
     assert width.sizes(0) == (1, 8, 16)
     assert width.sizes(1) == (8, 1, 64)
     assert width.self_heads[0] == width.cross_heads[1] == (3,)
     assert width.ffn_channels[0][:8] == tuple(range(8))
 
 
-def test_channels_are_weighed_against_heads():
+def test_channels_are_weighed_against_heads(monkeypatch):
     profile = profile_of(blocks=1, heads=2, ffn=64)
     for name in ("self_output", "self_o_norm", "cross_output", "cross_o_norm"):
         profile.tensors[name].fill_(1.0)
@@ -192,7 +194,8 @@ def test_channels_are_weighed_against_heads():
     # of its attention
     equal = 0.5 / head * 64 * channel
     for factor, kept in ((1.1, 64), (0.9, 16)):
-        width = solve_width(profile, 0.665, ffn_worth=factor * equal)
+        monkeypatch.setattr("wantrim.solve.budget.FFN_WORTH", factor * equal)
+        width = solve_width(profile, 0.665)
         assert width.sizes(0) == ((1, 1, 64) if kept == 64 else (2, 1, 16))
 
 
@@ -214,7 +217,7 @@ def test_what_could_not_be_recorded_is_not_taken_for_unimportant(name):
         solve_heads(profile, GRID, 0.5)
 
 
-def test_channels_that_are_alike_are_told_apart():
+def test_channels_that_are_alike_are_told_apart(monkeypatch):
     profile = profile_of(blocks=2, ffn=64, seed=1)
     asked = []
 
@@ -222,7 +225,8 @@ def test_channels_that_are_alike_are_told_apart():
         asked.append(block)
         return torch.eye(32)[torch.arange(64) // 2]
 
-    plain, aware = (solve_width(profile, 0.4, s, ffn_worth=0.25) for s in (None, signature))
+    monkeypatch.setattr("wantrim.solve.budget.FFN_WORTH", 0.25)
+    plain, aware = (solve_width(profile, 0.4, s) for s in (None, signature))
     assert asked == [0, 1]
     assert [plain.sizes(b) for b in range(2)] == [aware.sizes(b) for b in range(2)]
     for width, apart in ((plain, False), (aware, True)):

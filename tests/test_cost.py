@@ -27,6 +27,7 @@ from wantrim.hosts.diffusers.attach import attach
 from wantrim.hosts.diffusers.sample import denoise, sigmas_for
 from wantrim.hosts.diffusers.shape import wan_shape
 from wantrim.hosts.diffusers.weights import load_original, new_transformer
+from wantrim.methods import importance
 from wantrim.methods.cost import WanShape, Width, Work, block_work, outside_flops
 from wantrim.methods.depth import BlockBudget, BlockPlan
 from wantrim.methods.grid import TokenGrid
@@ -60,9 +61,14 @@ def mixed_heads(blocks=BLOCKS, heads=HEADS) -> HeadPlan:
     return HeadPlan(tuple(rows), tuple(cross))
 
 
+@pytest.fixture(autouse=True)
+def few_queries(monkeypatch):
+    """So few that they are sampled."""
+    monkeypatch.setattr(importance, "MIN_QUERIES", 9)
+
+
 def tape(every: int, **options) -> TokenPlan:
-    # so few queries that they are sampled
-    return TokenPlan(Schedule(0.6), reselect_every=every, min_queries=9, **options)
+    return TokenPlan(Schedule(0.6), reselect_every=every, **options)
 
 
 PARTS = Shares(SIGMAS, (1, 1, 0.4, 0, 0.25))

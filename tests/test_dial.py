@@ -185,8 +185,8 @@ def test_what_others_decided_stays_and_counts(plan, said):
 
 
 def test_on_a_card_whose_rates_are_known_the_cost_is_its_time():
-    slow = Rates(1e15, 1e12, 1e15, "slow attention")
-    for rates in (slow, Rates(1e12, 1e15, 1e15, "slow products")):
+    slow = Rates(1e15, 1e12, 1e15)
+    for rates in (slow, Rates(1e12, 1e15, 1e15)):
         run = run_of(10)
         solved = Dial(1.5).solve(run, cost=rates.seconds)
         seconds = [
@@ -197,7 +197,7 @@ def test_on_a_card_whose_rates_are_known_the_cost_is_its_time():
     # there a part of the tokens costs more than its share of the FLOPs: its keys are not fewer
     run = run_of(4, prompts=1)
     found = [
-        Dial(1.5).solve(run, cost=Rates(a, b, 1e15, "").seconds).plan
+        Dial(1.5).solve(run, cost=Rates(a, b, 1e15).seconds).plan
         for a, b in ((1e15, 1e12), (1e12, 1e15))
     ]
     assert speedup(run, found[0]) != pytest.approx(speedup(run, found[1]), rel=1e-3)

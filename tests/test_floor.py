@@ -46,17 +46,24 @@ PUBLISHED = [
     ("14B I2V", (832, 480), 32760, 1686.38),
     ("14B I2V", (1280, 720), 75600, 6540.50),
 ]
+# and another attention kernel's FLOP/s: FA3 between its paper and the charts, Sage by the charts
 RATES = {
-    "H200/FA2": ("NVIDIA H200", "flash"),
-    "H200/FA3": ("NVIDIA H200", "flash3"),
-    "H200/Sage2": ("NVIDIA H200", "sage"),
-    "H100/FA2": ("NVIDIA H100 80GB HBM3", "flash"),
-    "A100/FA2": ("NVIDIA A100-SXM4-80GB", "flash"),
-    "4090/FA2": ("NVIDIA GeForce RTX 4090", "flash"),
-    "4090/Sage2": ("NVIDIA GeForce RTX 4090", "sage"),
-    "5090/FA2": ("NVIDIA GeForce RTX 5090", "flash"),
-    "5090/Sage2": ("NVIDIA GeForce RTX 5090", "sage"),
+    "H200/FA2": ("NVIDIA H200", None),
+    "H200/FA3": ("NVIDIA H200", 600e12),
+    "H200/Sage2": ("NVIDIA H200", 880e12),
+    "H100/FA2": ("NVIDIA H100 80GB HBM3", None),
+    "A100/FA2": ("NVIDIA A100-SXM4-80GB", None),
+    "4090/FA2": ("NVIDIA GeForce RTX 4090", None),
+    "4090/Sage2": ("NVIDIA GeForce RTX 4090", 431e12),
+    "5090/FA2": ("NVIDIA GeForce RTX 5090", None),
+    "5090/Sage2": ("NVIDIA GeForce RTX 5090", 554e12),
 }
+
+
+def published_rates(name: str) -> Rates:
+    device, attention = RATES[name]
+    rates = device_rates(device)
+    return rates if attention is None else replace(rates, attention=attention)
 
 
 @pytest.mark.parametrize(("name", "pixels", "tokens", "tera"), PUBLISHED)
@@ -78,7 +85,7 @@ def test_real_models_cost_what_was_published(name, pixels, tokens, tera):
     ],
 )
 def test_floors_are_those_published(name, pixels, device, seconds):
-    shape, rates = WAN[name], device_rates(*RATES[device])
+    shape, rates = WAN[name], published_rates(device)
     grid = video_grid(shape, *pixels, 81)
     assert rates.seconds(one_step(shape, grid)) == pytest.approx(seconds, rel=0.005)
 
@@ -174,8 +181,8 @@ def test_flops_and_floors_agree_with_the_independent_copy(other, name, resolutio
         (TrimPlan(tape), None, {"k": kept, "every": 10, "sample": 0}),
         (TrimPlan(tape), width, {"k": kept, "every": 10, "sample": 0, "p": 0.25, "f": 0.25}),
     ]
-    for device, which in RATES.items():
-        rates = device_rates(*which)
+    for device in RATES:
+        rates = published_rates(device)
         for plan, cut_to, knobs in plans:
             floor = rates.seconds(one_step(shape, grid, plan, cut_to))
             told = other.step_time(theirs, grid.tokens, device, other.Plan(**knobs))
@@ -190,10 +197,9 @@ def test_flops_and_floors_agree_with_the_independent_copy(other, name, resolutio
             assert floor == pytest.approx(told, rel=0.002), (device, knobs)
 
 
-def test_every_rate_says_where_it_is_from():
-    for kernels in DEVICES.values():
-        for rates in kernels.values():
-            assert rates.source and rates.products > 1e14 and rates.bandwidth > 1e11
+def test_every_rate_is_that_of_a_large_card():
+    for rates in DEVICES.values():
+        assert rates.products > 1e14 and rates.attention > 1e14 and rates.bandwidth > 1e11
 
 
 @pytest.mark.parametrize(
@@ -207,17 +213,17 @@ def test_blocks_keep_their_value_everywhere_and_heads_less_where_attention_is_fa
     shape, grid = WAN["14B"], TokenGrid(21, 45, 80)
     heads = HeadPlan(((OFF,) * 10 + (FULL,) * 30,) * 40, ((FULL,) * 40,) * 40)
     gains = {}
-    for kernel in ("flash", "sage"):
-        rates = device_rates("NVIDIA H200", kernel)
+    for kernel in ("FA2", "Sage2"):
+        rates = published_rates(f"H200/{kernel}")
         whole, fewer, less = (
             rates.seconds(one_step(shape, grid, plan))
             for plan in (TrimPlan(), TrimPlan(blocks=depth()), TrimPlan(heads=heads))
         )
         gains[kernel] = (whole / fewer, whole / less)
-        if kernel == "flash":
+        if kernel == "FA2":
             assert whole == pytest.approx(16.4, rel=0.01)
-    assert gains["flash"][0] == pytest.approx(gains["sage"][0], rel=0.01)
-    assert gains["flash"][1] > gains["sage"][1] > 1.05
+    assert gains["FA2"][0] == pytest.approx(gains["Sage2"][0], rel=0.01)
+    assert gains["FA2"][1] > gains["Sage2"][1] > 1.05
 
 
 def test_no_plan_leaves_all_the_work():
@@ -253,7 +259,7 @@ def test_context_costs_little_of_a_step_on_half_of_the_tokens(pixels, device):
 
 
 def test_a_floor_is_the_sum_of_its_parts():
-    rates = Rates(10.0, 5.0, 2.0, "by hand")
+    rates = Rates(10.0, 5.0, 2.0)
     # 1 s of products, 2 s of attention, 4 numbers of 2 bytes at 2 bytes/s
     assert rates.seconds(Work(10, 10, 4)) == 1 + 2 + 4
     assert rates.seconds(Work(10, 10, 4) * 2 + Work(10), itemsize=4) == 3 + 4 + 16

@@ -2,8 +2,14 @@ import pytest
 import torch
 
 from wantrim.kernels.reference import token_mass
+from wantrim.methods import importance
 from wantrim.methods.grid import TokenGrid, gather_tokens, scatter_tokens
-from wantrim.methods.importance import attention_received, query_count, sample_queries
+from wantrim.methods.importance import (
+    attention_received,
+    query_count,
+    sample_queries,
+    scoring_queries,
+)
 from wantrim.methods.schedule import Schedule
 from wantrim.methods.tokens import Selection, TokenPlan, paper_plan, select_tokens, smooth_select
 
@@ -12,6 +18,17 @@ GRIDS = [TokenGrid(1, 1, 1), TokenGrid(2, 7, 9), TokenGrid(5, 6, 6), TokenGrid(3
 
 def scores(grid: TokenGrid, batch=2) -> torch.Tensor:
     return torch.randn(batch, grid.tokens, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def asking(monkeypatch):
+    """asking(ratio, least): this share of the tokens are queries, and so many at least."""
+
+    def put(ratio, least):
+        monkeypatch.setattr(importance, "QUERY_RATIO", ratio)
+        monkeypatch.setattr(importance, "MIN_QUERIES", least)
+
+    return put
 
 
 @pytest.mark.parametrize("grid", GRIDS)
@@ -54,35 +71,36 @@ def test_queries_begin_at_a_golden_offset_of_their_own_in_each_latent_frame():
         (TokenGrid(2, 16, 16), 1 / 64, 512, 0),
     ],
 )
-def test_a_sampled_query_does_not_vote_for_its_neighbours(grid, ratio, least, radius):
+def test_a_sampled_query_does_not_vote_for_its_neighbours(grid, ratio, least, radius, asking):
     q, k = torch.randn(2, 1, grid.tokens, 2, 6, generator=torch.Generator().manual_seed(1)).unbind()
     index = sample_queries(grid, ratio, least)
     size = (grid.frames, grid.height, grid.width)
-    got = attention_received(grid, q, k, ratio, least)
+    asking(ratio, least)
+    got = attention_received(grid, q, k)
     assert torch.equal(got, token_mass(q, k, size, index, exclude_radius=radius))
     assert not torch.equal(got, token_mass(q, k, size, index, exclude_radius=1))
 
 
-def test_a_small_video_has_enough_queries():
+def test_a_small_video_has_enough_queries(asking):
     grid = TokenGrid(4, 10, 10)
     assert query_count(grid, 1 / 64, 256) == 256 and query_count(grid, 1 / 64, 1) == 8
     assert query_count(grid, 1 / 64, 900) == 400 and query_count(grid, 0.5, 1) == 200
-    # the plan's own numbers reach it
     q = torch.randn(2, 1, 400, 1, 4, generator=torch.Generator().manual_seed(1))
-    few, many = (attention_received(grid, *q, 1 / 64, least) for least in (1, 256))
-    assert not torch.equal(few, many)
+    many = attention_received(grid, *q)
+    asking(1 / 64, 1)
+    assert not torch.equal(attention_received(grid, *q), many)
 
 
 @pytest.mark.parametrize(
     ("grid", "queries"), [(TokenGrid(1, 20, 20), 256), (TokenGrid(2, 110, 100), 344)]
 )
-def test_by_itself_one_of_64_tokens_asks_and_256_at_least(grid, queries):
+def test_by_itself_one_of_64_tokens_asks_and_256_at_least(grid, queries, asking):
     q = torch.randn(2, 1, grid.tokens, 1, 4, generator=torch.Generator().manual_seed(1))
-    assert len(sample_queries(grid, 1 / 64)) == query_count(grid, 1 / 64) == queries
+    assert len(sample_queries(grid, 1 / 64)) == scoring_queries(grid) == queries
     got = attention_received(grid, *q)
     for count in (queries - 2, queries, queries + 2):
-        asked = attention_received(grid, *q, count / grid.tokens, 1)
-        assert torch.equal(got, asked) == (count == queries)
+        asking(count / grid.tokens, 1)
+        assert torch.equal(got, attention_received(grid, *q)) == (count == queries)
 
 
 @pytest.mark.parametrize("grid", GRIDS)
@@ -219,8 +237,8 @@ def test_budget_never_empties_a_frame_is_rounded_and_respects_the_window():
 
 
 def test_tape_is_the_papers():
-    plan = paper_plan(0.7, min_queries=9)
-    assert (plan.reselect_every, plan.alpha, plan.min_queries) == (10, 0.5, 9)
+    plan = paper_plan(0.7, start=0.1)
+    assert (plan.reselect_every, plan.alpha, plan.start) == (10, 0.5, 0.1)
     assert plan.schedule == Schedule(0.7, "falling")
     assert [plan.reselects(block) for block in (0, 9, 10, 20, 25)] == [
         True,
