@@ -18,7 +18,7 @@ from .block import Attend, HostBlock, Places
 from .compiled import outside_graphs
 from .memory import Memory, Part, change_between
 from .plan import TrimPlan
-from .program import ALL, KEPT, READ, SKIP, UPDATE, WRITE, Program, Row
+from .program import ALL, KEPT, READ, SKIP, UPDATE, WRITE, Row
 from .record import Record, Step
 
 OUT_OF_MEMORY = (
@@ -31,7 +31,7 @@ OUT_OF_MEMORY = (
 _gather, _scatter = torch.compiler.disable(gather_tokens), torch.compiler.disable(scatter_tokens)
 
 
-@dataclass
+@dataclass(eq=False)
 class Shared:
     """What all model calls of a run share.
 
@@ -50,9 +50,6 @@ class Shared:
 class StepState:
     """One step: made by the first call that sees it, shared by the others."""
 
-    sigma: float
-    latent: torch.Tensor
-    program: Program
     step: Step
     part: Part
     window: Hashable
@@ -87,11 +84,8 @@ class Call:
         decider: int,
         alone: bool,
     ):
-        self.plan, self.heads, self.layouts = shared.plan, shared.heads, shared.layouts
-        self.memory, self.record = shared.memory, shared.record
-        self.state, self.part, self.program = state, state.part, state.program
+        self.shared, self.state, self.alone = shared, state, alone
         self.grid, self.chunks, self.keys, self.decider = grid, chunks, keys, decider
-        self.num_blocks, self.alone = len(state.program.rows), alone
         # the other calls of a step do the same work
         self.first = state.step.calls == 1
         self.rows = self._own_rows()
@@ -110,16 +104,16 @@ class Call:
 
     def _own_rows(self) -> tuple[Row, ...]:
         """The program's rows; all whole where a prompt of this call has nothing to repeat."""
-        program, part = self.program, self.part
+        program, part = self.state.step.program, self.state.part
         held = not program.partial or part.has_context(self.keys)
         if program.share == 1.0 or (held and part.known(self.keys)):
             return program.rows
-        self.record.note(
+        self.shared.record.note(
             "a prompt came that had nothing to repeat yet: it was computed in full beside the others"
         )
         later = any(row.context == UPDATE for row in program.rows)
         row = Row(ALL, self.grid.tokens, context=WRITE if later else "")
-        return (row,) * self.num_blocks
+        return (row,) * len(program.rows)
 
     @property
     def repeats(self) -> bool:
@@ -133,37 +127,37 @@ class Call:
 
     def repeated(self) -> torch.Tensor:
         """The velocities of a step that computes nothing [b, c, f, h, w]."""
-        sigma = self.state.sigma
+        part, sigma = self.state.part, self.state.step.sigma
         pairs = zip(self.keys, self.chunks, strict=True)
-        return torch.cat([self.part.repeat(key, sigma, latent) for key, latent in pairs])
+        return torch.cat([part.repeat(key, sigma, latent) for key, latent in pairs])
 
     @torch.no_grad()
     def output(self, velocity: torch.Tensor) -> torch.Tensor:
         """What the model gave [b, c, f, h, w], with the velocity of what was left out repeated."""
-        if not self.program.remembers:
+        if not self.state.step.program.remembers:
             return velocity
         batch = sum(map(len, self.chunks))
         if velocity.shape != (batch, *self.chunks[0].shape[1:]):
-            self.record.note(
+            self.shared.record.note(
                 "the model gave a video of another size than it was given: nothing is repeated"
             )
             return velocity
         kept = mask = None
         # tokens that TAPE drops have a velocity of their own
-        if self.program.partial and self._left_out:
+        if self.state.step.program.partial and self._left_out:
             kept = self._kept(self.current)
             mask = latent_mask(kept, self.grid, velocity.shape[2:])
         parts = velocity.chunk(len(self.keys))
         if self.first:
-            known = self.part.prompts.get(self.keys[self.decider])
+            known = self.state.part.prompts.get(self.keys[self.decider])
             change = None
             if known is not None and known.velocity is not None:
                 change = change_between(parts[self.decider], known.velocity, self.grid)
-            self.part.saw(change, kept)
-        sigma, latents = self.state.sigma, self.chunks
+            self.state.part.saw(change, kept)
+        sigma, latents = self.state.step.sigma, self.chunks
         return torch.cat(
             [
-                self.part.remember(key, one, sigma, latent, mask)
+                self.state.part.remember(key, one, sigma, latent, mask)
                 for key, one, latent in zip(self.keys, parts, latents, strict=True)
             ]
         )
@@ -183,17 +177,17 @@ class Call:
         row, hidden = self.rows[index], host.hidden
         if self._full is None:
             self._length = hidden.shape[1]
-        last = index == self.num_blocks - 1
+        last = index == len(self.rows) - 1
         if row.run == SKIP:
             self._ran(index, row)
             return self._whole(hidden) if last else hidden
         if row.run == ALL:
             return self._run_all(index, row, host)
-        if self.program.partial and self.current is None:
+        if self.state.step.program.partial and self.current is None:
             self.current = self._choose_by_change()
         whole = self.current is None or not self.current.dropped.numel() or not host.movable
         reads = row.context in (READ, UPDATE)
-        if whole or (reads and not self.part.has_context(self.keys, index)):
+        if whole or (reads and not self.state.part.has_context(self.keys, index)):
             # nothing to leave out; or a forward of another pack keeps to itself what the tokens need,
             # another node skipped the block when all others were remembered, or there was no room
             context = WRITE if row.context == UPDATE else ""
@@ -256,12 +250,12 @@ class Call:
         if row.context in (READ, UPDATE) and places is not None:
 
             def join(k, v):
-                return self.part.join(self.keys, index, k, v, places.dropped)
+                return self.state.part.join(self.keys, index, k, v, places.dropped)
 
         if not row.heads:
             return Attend(look, join, show=show)
         layout = self._layout(places, join is not None)
-        return Attend(look, join, self.heads[index], layout, show)
+        return Attend(look, join, self.shared.heads[index], layout, show)
 
     def _show(self, index: int, row: Row):
         """Takes in what a block's heads do."""
@@ -282,14 +276,16 @@ class Call:
 
         def keep(q, k, v) -> None:
             try:
-                self.part.write(self.keys, index, k, v, None if places is None else places.index)
+                self.state.part.write(
+                    self.keys, index, k, v, None if places is None else places.index
+                )
             except torch.OutOfMemoryError:
                 # a step that reads them goes on with what there is
-                self.memory.lose_context(held=self.program.partial)
-                self.record.note(OUT_OF_MEMORY)
+                self.shared.memory.lose_context(held=self.state.step.program.partial)
+                self.shared.record.note(OUT_OF_MEMORY)
 
         wanted = [score] if row.choose and index not in self.state.selections else []
-        if row.context in (WRITE, UPDATE) and not self.memory.lost:
+        if row.context in (WRITE, UPDATE) and not self.shared.memory.lost:
             wanted.append(keep)
         if not wanted:
             return None
@@ -311,7 +307,7 @@ class Call:
         """
         key = (self.grid, self._length)
         if places is None:
-            return self.layouts.setdefault(key, Layout(*key))
+            return self.shared.layouts.setdefault(key, Layout(*key))
         others = places.dropped if behind else None
         per_frame = places.selection.per_frame
         return places.layout(lambda: Layout(*key, places.index, per_frame, others))
@@ -321,13 +317,13 @@ class Call:
         """TAPE's choice, for the blocks behind this one."""
         known = self.state.selections.get(index)
         if known is None and not seen:
-            self.record.note(
+            self.shared.record.note(
                 f"block {index} ran no self-attention (another node replaced it), so tokens were "
                 "not chosen anew there"
             )
             return
         if known is None:
-            plan, program = self.plan.tokens, self.program
+            plan, program = self.shared.plan.tokens, self.state.step.program
             anchored = self.state.anchored if plan.anchor else None
             known = self.state.selections[index] = select_tokens(
                 seen["received"], self.grid, self._length, program.budget,
@@ -340,11 +336,11 @@ class Call:
         """Where leaving a token out once more would cost most."""
         known = self.state.selections.get(0)
         if known is None:
-            worth = self.part.worth(self.grid)
+            worth = self.state.part.worth(self.grid)
             if worth is None:
                 return None
             known = self.state.selections[0] = select_tokens(
-                worth, self.grid, self._length, self.program.budget
+                worth, self.grid, self._length, self.state.step.program.budget
             )
         return self._fitting(known)
 
@@ -352,7 +348,7 @@ class Call:
         """A choice made by another call of this step, in this call's layout."""
         if known.length != self._length:
             # only one of the prompts has a reference
-            return known.moved(self.state.program.grid, self.grid, self._length)
+            return known.moved(self.state.step.program.grid, self.grid, self._length)
         return known
 
     def _own(self, rows: torch.Tensor) -> torch.Tensor:

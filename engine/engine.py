@@ -13,14 +13,15 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..methods.attend import attention_share, head_groups
+from ..methods.attend import head_groups
 from ..methods.depth import choose_blocks
 from ..methods.grid import TokenGrid
 from ..methods.heads import OFF, HeadPlan
 from ..methods.routers import Content
+from ..methods.schedule import progress_at
 from ..methods.shares import Shares
 from .call import OUT_OF_MEMORY, Call, Shared, StepState
-from .memory import STRAYED, Memory
+from .memory import STRAYED
 from .plan import TrimPlan
 from .program import ALL, SKIP, Facts, Row, compile_step
 from .record import Record, Step
@@ -68,7 +69,7 @@ class Seen:
     goes_on: float | None = None
 
 
-class Engine:
+class Engine(Shared):
     """State of one sampling run. Make a new one for every run.
 
     Args:
@@ -82,10 +83,10 @@ class Engine:
     """
 
     def __init__(self, plan: TrimPlan, record: Record, told: Callable[[Step], None] | None = None):
-        self.record, self._told = record, told
+        super().__init__(plan, record)
+        self._told = told
         self.now: StepState | None = None
         self.steer: Callable[[float, Hashable, Seen], None] | None = None
-        self._shared = Shared(plan, record)
         self._began = 0.0
         # what heads do, by block, and the plan that follows from it
         self._shown: dict[int, torch.Tensor] = {}
@@ -99,37 +100,49 @@ class Engine:
     def take(self, plan: TrimPlan) -> None:
         """Go by this plan; later only when it cannot be made before the first model call."""
         self.plan = plan
-        self._shared.plan = plan
-        self._shared.heads, self._heads = None, None
+        self.heads = self._heads = None
         if plan.trims_heads and not plan.finds_roles:
-            self._shared.heads = head_groups(plan.heads)
+            self.heads = head_groups(plan.heads)
         self.record.plan, self.record.planned = plan, plan.describe()
 
     def share(self, shares: Shares) -> None:
         """Go on by other shares."""
-        self.plan = self._shared.plan = self.record.plan = replace(self.plan, shares=shares)
+        self.plan = self.record.plan = replace(self.plan, shares=shares)
 
-    @property
-    def memory(self) -> Memory:
-        return self._shared.memory
-
-    def look(
+    def begin(
         self,
+        *,
         levels: torch.Tensor,
         latent: torch.Tensor,
         cond_or_uncond: Sequence[int],
+        grid: TokenGrid,
+        num_blocks: int,
+        unit: float = 1.0,
+        shift: float = 1.0,
         anchored: torch.Tensor | None = None,
         window: Hashable = None,
         prompts: Sequence[Hashable] = (),
-        unit: float = 1.0,
         clip: torch.Tensor | None = None,
-    ) -> Seen:
-        """Read what `begin` decides by; the clock of a step is honest because of this wait.
+        inside: str | None = None,
+        alone: bool = True,
+        by_frame: bool = False,
+    ) -> Call:
+        """Start a model call.
+
+        Calls with the same sigma and latent belong to one step, however the host splits them.
 
         Args:
             levels: sigmas times `unit`, of any shape.
-            latent, cond_or_uncond, window, prompts, clip: as for `begin`.
+            latent: the model's input, chunks of the same samples in the order of `cond_or_uncond`.
+            cond_or_uncond: COND or UNCOND per chunk of the batch.
+            shift: the model's flow shift.
             anchored: bool [f], latent frames that are given.
+            window: which part of the video this is, when the host samples it in parts.
+            prompts: names of the chunks' prompts, when the host has some.
+            clip: class embedding of a given image [b, c], chunks like those of `latent`.
+            inside: why no block may be looked into, or None.
+            alone: nobody else touches the hidden state between the blocks.
+            by_frame: the host modulates each latent frame apart.
         """
         if len(latent) % len(cond_or_uncond):
             raise ValueError(
@@ -137,20 +150,78 @@ class Engine:
                 f"{len(cond_or_uncond)} for a batch of {len(latent)}"
             )
         chunks, decider = latent.chunk(len(cond_or_uncond)), _decider(cond_or_uncond)
+        names = list(prompts) if len(prompts) == len(chunks) else [None] * len(chunks)
+        # a prompt can have an area of its own, whose unconditional prompt shares its name
+        where = (window, names[decider])
+        seen = self._look(levels, unit, chunks, decider, where, anchored, clip)
+        sigma, last = seen.largest, self.now
+        if not (seen.again and last.step.sigma == sigma and last.window == window):
+            now = time.perf_counter()
+            self._close_step(now)
+            self._began = now
+            if self.steer is not None:
+                self.steer(sigma, where, seen)
+            part = self.memory.part(where, last and last.step.sigma, sigma)
+            if self.memory.lost:
+                self.record.note(OUT_OF_MEMORY)
+            if not part.fits(chunks[decider]):
+                part.clear()
+            part.noisy |= seen.strayed > STRAYED
+            keys = [(*pair, 1) for pair in zip(names, cond_or_uncond, strict=True)]
+            self._find_roles(grid, num_blocks)
+            progress = progress_at(sigma, shift)
+            facts = Facts(
+                sigma, progress, grid, num_blocks, seen.anchored, inside, seen.mixed,
+                known=part.known(keys), seen=part.seen,
+                begun=any(one.sigma != sigma and not one.answered for one in self.record.steps),
+                context=not self.memory.lost,
+                skipped=self._skipped(sigma, progress, num_blocks, seen.logits),
+                heads=self._heads,
+                by_frame=by_frame,
+            )  # fmt: skip
+            program = compile_step(self.plan, facts)
+            if program.partial and not part.has_context(keys):
+                program = compile_step(self.plan, replace(facts, remembered=False))
+            step = Step(sigma, progress, program)
+            self.record.steps.append(step)
+            for remark in program.remarks:
+                self.record.note(remark)
+            later = self.plan.shares is not None and self.plan.shares.needs_context(sigma)
+            # neither this step nor a later one reads keys and values that are there
+            if self.memory.lost or not (later or any(row.context for row in program.rows)):
+                part.forget_context()
+            part.begin(sigma, chunks[decider].detach().clone())
+            if program.repeats:
+                part.skipped()
+            if COND not in cond_or_uncond and not (program.whole or program.repeats):
+                self.record.note(
+                    "the unconditional prompt came first in a step and decided which tokens stay"
+                )
+            self.now = StepState(step, part, window, seen.anchored)
+        state = self.now
+        state.step.calls += 1
+        keys = []
+        for pair in zip(names, cond_or_uncond, strict=True):
+            state.passes[pair] += 1
+            keys.append((*pair, state.passes[pair]))
+        return Call(self, state, grid, chunks, keys, decider, alone)
+
+    def _look(self, levels, unit: float, chunks, decider: int, where, anchored, clip) -> Seen:
+        """Read what a call decides by; the clock of a step is honest because of this wait."""
         own, last = chunks[decider], self.now
         asked = [levels.max()]
         asked += [(chunks[0] == chunk).all() for chunk in chunks[1:]]
-        before = None if last is None else last.latent
+        before = None if last is None else last.part.latent
         alike = before is not None and (before.shape, before.device) == (own.shape, own.device)
         asked.append((before == own).all() if alike else levels.new_zeros(()))
-        part = self.memory.parts.get((window, _names(prompts, chunks)[decider]))
+        part = self.memory.parts.get(where)
         strayed = held = goes_on = None
         if part is not None and part.fits(own) and self.plan.trims_shares:
             strayed, goes_on = part.look(levels.max().float() / unit, own)
             held = part.held()
         asked.append(levels.new_zeros(()) if strayed is None else strayed)
         asked.append(levels.new_zeros(()) if goes_on is None else goes_on.mean())
-        told = [torch.stack([value.to(latent.device).float() for value in asked])]
+        told = [torch.stack([value.to(own.device).float() for value in asked])]
         ask = self.plan.blocks.router.ask if self.plan.trims_blocks else None
         if ask is not None:
             level = levels.max().float().reshape(1) / unit
@@ -168,7 +239,6 @@ class Engine:
         largest, *rest = told[:known].tolist()
         end = len(rest) - frames
         given = tuple(value > 0 for value in rest[end:])
-        logits = tuple(rest[count + 3 : end]) or None
         # where noise is added every velocity is another path's
         tells = goes_on is not None and not (part.noisy or rest[count + 1] > STRAYED)
         return Seen(
@@ -177,103 +247,10 @@ class Engine:
             bool(rest[count]),
             rest[count + 1],
             given if any(given) else None,
-            logits,
+            tuple(rest[count + 3 : end]) or None,
             tuple(told[known : known + more].tolist()) or None,
             rest[count + 2] if tells else None,
         )
-
-    def begin(
-        self,
-        *,
-        latent: torch.Tensor,
-        sigma: float,
-        progress: float,
-        cond_or_uncond: Sequence[int],
-        grid: TokenGrid,
-        num_blocks: int,
-        window: Hashable = None,
-        prompts: Sequence[Hashable] = (),
-        clip: torch.Tensor | None = None,
-        inside: str | None = None,
-        alone: bool = True,
-        by_frame: bool = False,
-        seen: Seen | None = None,
-    ) -> Call:
-        """Start a model call.
-
-        Calls with the same sigma and latent belong to one step, however the host splits them.
-
-        Args:
-            latent: the model's input, chunks of the same samples in the order of `cond_or_uncond`.
-            cond_or_uncond: COND or UNCOND per chunk of the batch.
-            window: which part of the video this is, when the host samples it in parts.
-            prompts: names of the chunks' prompts, when the host has some.
-            clip: class embedding of a given image [b, c], chunks like those of `latent`.
-            inside: why no block may be looked into, or None.
-            alone: nobody else touches the hidden state between the blocks.
-            by_frame: the host modulates each latent frame apart.
-            seen: what `look` saw of this call; None to look now, with no latent frame given.
-        """
-        if seen is None:
-            level = torch.tensor(sigma)
-            seen = self.look(level, latent, cond_or_uncond, None, window, prompts, clip=clip)
-        chunks, decider = latent.chunk(len(cond_or_uncond)), _decider(cond_or_uncond)
-        names = _names(prompts, chunks)
-        own, last = chunks[decider], self.now
-        if not (seen.again and last.sigma == sigma and last.window == window):
-            now = time.perf_counter()
-            self._close_step(now)
-            self._began = now
-            # a prompt can have an area of its own, whose unconditional prompt shares its name
-            where = (window, names[decider])
-            if self.steer is not None:
-                self.steer(sigma, where, seen)
-            part = self.memory.part(where, last and last.sigma, sigma)
-            if self.memory.lost:
-                self.record.note(OUT_OF_MEMORY)
-            if not part.fits(own):
-                part.clear()
-            part.noisy |= seen.strayed > STRAYED
-            keys = [(*pair, 1) for pair in zip(names, cond_or_uncond, strict=True)]
-            self._find_roles(grid, num_blocks)
-            facts = Facts(
-                sigma, progress, grid, num_blocks, seen.anchored, inside, seen.mixed,
-                known=part.known(keys), seen=part.seen,
-                begun=any(one.sigma != sigma and not one.answered for one in self.record.steps),
-                context=not self.memory.lost,
-                skipped=self._skipped(sigma, progress, num_blocks, seen.logits),
-                heads=self._heads,
-                by_frame=by_frame,
-            )  # fmt: skip
-            program = compile_step(self.plan, facts)
-            if program.partial and not part.has_context(keys):
-                program = compile_step(self.plan, replace(facts, remembered=False))
-            step = Step(sigma, progress, program)
-            self.record.steps.append(step)
-            for remark in program.remarks:
-                self.record.note(remark)
-            if self._shared.heads and self.record.attention_share is None:
-                share = attention_share(self.plan.heads, grid, text_tokens=0)
-                self.record.attention_share = share
-            later = self.plan.shares is not None and self.plan.shares.needs_context(sigma)
-            # neither this step nor a later one reads keys and values that are there
-            if self.memory.lost or not (later or any(row.context for row in program.rows)):
-                part.forget_context()
-            part.begin(sigma, own.detach().clone())
-            if program.repeats:
-                part.skipped()
-            if COND not in cond_or_uncond and not (program.whole or program.repeats):
-                self.record.note(
-                    "the unconditional prompt came first in a step and decided which tokens stay"
-                )
-            self.now = StepState(sigma, part.point[1], program, step, part, window, seen.anchored)
-        state = self.now
-        state.step.calls += 1
-        keys = []
-        for pair in zip(names, cond_or_uncond, strict=True):
-            state.passes[pair] += 1
-            keys.append((*pair, state.passes[pair]))
-        return Call(self._shared, state, grid, chunks, keys, decider, alone)
 
     def _take_shown(self, shown: dict[int, torch.Tensor], told: torch.Tensor) -> None:
         """Take in what a step measured, as it was read [numbers]; it is used from the next one on."""
@@ -294,8 +271,7 @@ class Engine:
             return
         self._measured = False
         self._heads = self.plan.heads.solved(self._shown, grid, num_blocks)
-        self._shared.heads = head_groups(self._heads)
-        self.record.attention_share = attention_share(self._heads, grid, text_tokens=0)
+        self.heads = head_groups(self._heads)
 
     def _skipped(
         self, sigma, progress, num_blocks: int, logits: tuple[float, ...] | None
@@ -319,7 +295,7 @@ class Engine:
         for step in self.record.steps:
             step.settle()
         self.memory.clear()
-        self._shared.layouts.clear()
+        self.layouts.clear()
         # whoever steers holds the engine
         self.steer = None
         self.record.seconds = now - self._started
@@ -376,13 +352,13 @@ class Engine:
         if state is None:
             return
         state.step.seconds = now - self._began
-        rows, planned = [], state.program.rows
+        rows, planned = [], state.step.program.rows
         self._asked |= bool(state.rows)
         # a cache does not answer before anything ran
         passed_by = state.step.watched and state.reached and not self._asked
         if state.rows or (whole and passed_by):
             # of blocks that never asked it cannot be said that they saved anything
-            other = Row(ALL, state.program.grid.tokens) if whole else Row(SKIP)
+            other = Row(ALL, state.step.grid.tokens) if whole else Row(SKIP)
             rows = [state.rows.get(index, other) for index in range(len(planned))]
         ignored = whole and bool(rows) and len(state.rows) < len(planned)
         state.step.close(rows, state.choices, state.reached, ignored)
@@ -394,7 +370,3 @@ def _decider(cond_or_uncond: Sequence[int]) -> int:
     """Which chunk of a batch decides: the conditional prompt that also comes first, call by call."""
     cond = [i for i, role in enumerate(cond_or_uncond) if role == COND]
     return cond[0] if cond else len(cond_or_uncond) - 1
-
-
-def _names(prompts: Sequence[Hashable], chunks: Sequence) -> list[Hashable]:
-    return list(prompts) if len(prompts) == len(chunks) else [None] * len(chunks)

@@ -31,7 +31,7 @@ class Part:
         lane: of all parts of a run; None makes one.
 
     Attributes:
-        sigma: of the last step that used it.
+        sigma, latent: of the last step that used it.
         seen: steps that computed something.
         change: squared change of each token's velocity when last seen [b, tokens], or None.
         age: steps in a row that each token was left out [b, tokens], or None.
@@ -44,13 +44,13 @@ class Part:
         self.room, self.lane = room, lane or Lane()
         self.prompts: dict[Hashable, Prompt] = {}
         self.sigma: float | None = None
+        self.latent: torch.Tensor | None = None
         self.seen = 0
         self.change: torch.Tensor | None = None
         self.age: torch.Tensor | None = None
         self.all_seen = False
         self.noisy = False
         self.persistence: torch.Tensor | None = None
-        self._point: tuple[float, torch.Tensor] | None = None
         # prompts of the last step
         self._last: list[Hashable] = []
         # of what each prompt gave, how much the sampler went along
@@ -60,8 +60,8 @@ class Part:
 
     def fits(self, latent: torch.Tensor) -> bool:
         """Whether what is remembered is of a latent like this one [b, c, f, h, w]."""
-        last = self._point
-        return last is None or (last[1].shape == latent.shape and last[1].device == latent.device)
+        last = self.latent
+        return last is None or (last.shape == latent.shape and last.device == latent.device)
 
     def look(
         self, sigma: torch.Tensor, latent: torch.Tensor
@@ -79,11 +79,11 @@ class Part:
             where the step computed something that tells. Nothing counts before `begin`.
         """
         self._found = {}, None
-        if self._point is None or not self._last or not self.known(self._last):
+        if self.latent is None or not self._last or not self.known(self._last):
             return None, None
         last = [self.prompts[key] for key in self._last]
-        first, *others = (one.at(self._point[0], self.persistence).float() for one in last)
-        path = (latent.float() - self._point[1].float()) / (sigma - self._point[0])
+        first, *others = (one.at(self.sigma, self.persistence).float() for one in last)
+        path = (latent.float() - self.latent.float()) / (sigma - self.sigma)
         ways = [other - first for other in others]
         ways += [one.turn for one in last if one.turn is not None]
         parts, rest = explain(path - first, ways)
@@ -116,12 +116,7 @@ class Part:
         self._found = {}, None
         if self.sigma != sigma:
             self._last = []
-        self.sigma, self._point = sigma, (sigma, latent)
-
-    @property
-    def point(self) -> tuple[float, torch.Tensor] | None:
-        """Sigma and latent of the last step."""
-        return self._point
+        self.sigma, self.latent = sigma, latent
 
     def known(self, keys) -> bool:
         """Whether every prompt has a velocity to repeat."""
@@ -251,7 +246,7 @@ class Part:
         """Let go of everything."""
         self.forget_context()
         self.prompts.clear()
-        self.change = self.age = self.persistence = self._point = None
+        self.change = self.age = self.persistence = self.latent = None
         self.all_seen = False
         self._last, self._mix, self._found, self.seen = [], {}, ({}, None), 0
 

@@ -144,8 +144,6 @@ class Record:
         missed: those are not the same.
         both: `asked` is of two experts, of which this run is one.
         seconds: of the whole run, also when nothing was trimmed.
-        attention_share: of the self-attention's query-key pairs, what the heads' patterns leave;
-            None without a plan.
         context: where keys and values of left out tokens were remembered, in words.
         shape: of the model, for the cost model; None when the host cannot tell it.
         width: of a slim model, whose `shape` is the full one's.
@@ -164,7 +162,6 @@ class Record:
     both: bool = False
     finished: bool = False
     seconds: float = 0.0
-    attention_share: float | None = None
     context: str | None = None
     shape: WanShape | None = None
     width: Width | None = None

@@ -11,6 +11,7 @@ from ..engine.plan import TrimPlan
 from ..engine.program import ALL, SKIP, Row
 from ..engine.record import Record, Step
 from ..engine.work import program_work
+from ..methods.attend import attention_share
 from ..methods.cost import Work
 from ..methods.heads import FULL, PATTERNS
 from ..solve.floor import device_rates
@@ -46,6 +47,12 @@ def _works(record: Record, step: Step) -> tuple[Work, Work] | None:
     if step.answered:
         return Work(), dense
     return program_work(record.shape, step.program, record.plan, rows=step.rows, **options), dense
+
+
+def attention_left(record: Record) -> float | None:
+    """Of self-attention's query-key pairs, what the heads' last patterns leave; None without."""
+    found = [step.program for step in record.steps if step.program.heads is not None]
+    return attention_share(found[-1].heads, found[-1].grid, text_tokens=0) if found else None
 
 
 def mean_work(record: Record) -> float | None:
@@ -178,7 +185,7 @@ def report_json(record: Record) -> dict:
         "plan": record.planned,
         "finished": record.finished,
         "seconds": record.seconds,
-        "attention_share": record.attention_share,
+        "attention_share": attention_left(record),
         "context": record.context,
         "token_work": record.kept_share if record.steps else None,
         "flops_share": mean_work(record),

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 
 from ..engine.record import Record, Step, join_records
-from .figures import measured_speed, speed_lines, step_work
+from .figures import attention_left, measured_speed, speed_lines, step_work
 from .line import outcome
 
 NOTHING = "nothing: everything ran as planned"
@@ -54,9 +54,9 @@ def record_text(record: Record) -> str:
     if not record.steps:
         return "\n".join([*lines, f"{record.model}: {record.planned}.", "", *remarks])
     lines.append(steps_line(record))
-    if record.attention_share is not None:
-        left = f"{record.attention_share:.1%}"
-        lines.append(f"Self-attention work left by the heads' patterns: {left}.")
+    left = attention_left(record)
+    if left is not None:
+        lines.append(f"Self-attention work left by the heads' patterns: {left:.1%}.")
     run = [step.blocks_run for step in record.steps if not step.repeated]
     num_blocks = record.steps[0].num_blocks
     if run and min(run) < num_blocks:

@@ -314,8 +314,8 @@ def test_prompts_of_different_areas_in_one_call_are_all_computed(wan):
                 x = noise(2, 16, *SIZE) * sigma
                 t, text = torch.full((2,), 1000 * sigma), words(2)
                 out = wan(x, t, text, return_dict=False)[0]
-                if not attachment.engine.now.program.repeats:
-                    attachment.model, off = wan, attachment.engine.now.program
+                if not attachment.engine.now.step.program.repeats:
+                    attachment.model, off = wan, attachment.engine.now.step.program
                     assert off.whole
             record = attachment.finish()
         assert MIXED in record.notes and not any("cache" in note for note in record.notes)
@@ -346,7 +346,7 @@ def model_call(engine, sigma, value, window=None, way=0.0) -> torch.Tensor:
     """Velocity of a model that says `value` everywhere, on a way along `way`."""
     latent = noise(1, 16, *SIZE, seed=hash(window) % 99) + sigma * way
     call = engine.begin(
-        latent=latent, sigma=sigma, progress=1 - sigma, cond_or_uncond=(COND,), grid=GRID,
+        latent=latent, levels=torch.tensor(sigma), cond_or_uncond=(COND,), grid=GRID,
         num_blocks=2, window=window,
     )  # fmt: skip
     if call.repeats:
@@ -363,7 +363,7 @@ def test_kept_tokens_stay_short_until_the_last_block():
     for sigma in (1.0, 0.9):
         model_call(engine, sigma, sigma)
     call = engine.begin(
-        latent=noise(1, 16, *SIZE), sigma=0.8, progress=0.2, cond_or_uncond=(COND,), grid=GRID,
+        latent=noise(1, 16, *SIZE), levels=torch.tensor(0.8), cond_or_uncond=(COND,), grid=GRID,
         num_blocks=2,
     )  # fmt: skip
     hidden, lengths = torch.zeros(1, GRID.tokens, 4), []
@@ -382,7 +382,7 @@ def test_a_choice_is_shared_with_a_prompt_that_has_tokens_in_front():
         for role, grid in ((COND, GRID), (UNCOND, TokenGrid(3, 4, 3, start=2))):
             latent = noise(1, 16, *SIZE)
             call = engine.begin(
-                latent=latent, sigma=sigma, progress=1 - sigma, cond_or_uncond=(role,), grid=grid,
+                latent=latent, levels=torch.tensor(sigma), cond_or_uncond=(role,), grid=grid,
                 num_blocks=2,
             )  # fmt: skip
             hidden = torch.zeros(1, grid.start + grid.tokens, 4)
@@ -444,10 +444,10 @@ def test_a_window_of_another_size_begins_anew():
     model_call(engine, 1.0, 1.0)
     small = torch.zeros(1, 16, 2, 8, 6)
     call = engine.begin(
-        latent=small, sigma=0.9, progress=0.1, cond_or_uncond=(COND,), grid=TokenGrid(2, 4, 3),
+        latent=small, levels=torch.tensor(0.9), cond_or_uncond=(COND,), grid=TokenGrid(2, 4, 3),
         num_blocks=2,
     )  # fmt: skip
-    assert not call.repeats and engine.now.program.whole and engine.now.part.seen == 0
+    assert not call.repeats and engine.now.step.program.whole and engine.now.part.seen == 0
     # what is no velocity of this latent is handed on, and nothing is learned of it
     for other in (small[:, :, :1], torch.cat([small, small], 2)):
         assert call.output(other) is other and not engine.now.part.prompts
@@ -459,9 +459,9 @@ def test_a_window_of_another_size_begins_anew():
 
 def test_steps_that_another_cache_answers_did_no_work():
     engine = Engine(PLANS["tape"], Record())
-    for number, sigma in enumerate(SIGMAS):
+    for sigma in SIGMAS:
         engine.begin(
-            latent=torch.full((1, 16, *SIZE), sigma), sigma=sigma, progress=number / 6,
+            latent=torch.full((1, 16, *SIZE), sigma), levels=torch.tensor(sigma),
             cond_or_uncond=(COND,), grid=GRID, num_blocks=2,
         )  # fmt: skip
     record = engine.finish(True)
@@ -475,7 +475,7 @@ def test_where_noise_is_added_the_video_is_repeated_not_the_velocity():
 
     def call(latent, sigma):
         return engine.begin(
-            latent=latent, sigma=sigma, progress=1 - sigma, cond_or_uncond=(COND,), grid=GRID,
+            latent=latent, levels=torch.tensor(sigma), cond_or_uncond=(COND,), grid=GRID,
             num_blocks=2,
         )  # fmt: skip
 

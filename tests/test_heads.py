@@ -14,6 +14,7 @@ from wantrim.methods.heads import FULL, OFF, TILES, HeadPlan
 from wantrim.methods.schedule import Schedule
 from wantrim.methods.shares import Shares
 from wantrim.methods.tokens import TokenPlan
+from wantrim.report.figures import attention_left
 from wantrim.report.words import record_text
 from wantrim.toy import CHECKPOINT
 
@@ -241,7 +242,7 @@ def test_the_report_says_what_the_heads_did():
         sample(trim.model, text(), SIZE, steps=2, guidance=4.0)
         report = trim.finish()
     # a third of block 0, nothing of block 1, all of block 2
-    assert report.attention_share == pytest.approx((1 / 3 + 0 + 1) / 3)
+    assert attention_left(report) == pytest.approx((1 / 3 + 0 + 1) / 3)
     assert "heads 6 full, 6 frame, 6 off" in report.planned
     assert "work left by the heads' patterns: 44.4%" in record_text(report)
 

@@ -13,6 +13,7 @@ from wantrim.methods.grid import TokenGrid
 from wantrim.methods.heads import CHEAP, FRAME, FULL, OFF, HeadPlan
 from wantrim.methods.role_plan import RolePlan, measure_roles, measured_queries, pattern_values
 from wantrim.methods.shares import Shares
+from wantrim.report.figures import attention_left
 from wantrim.solve.dial import Dial, Run
 from wantrim.tests.small_wan import SIZE, noise, random_wan, words
 
@@ -99,7 +100,7 @@ def test_the_first_step_is_exact_and_the_others_run_in_what_was_measured(wan):
     assert plans[0] is None and isinstance(plans[-1], HeadPlan)
     assert [step.whole for step in record.steps] == [True, False, False, False]
     assert all(step.as_planned for step in record.steps) and not record.notes
-    assert record.attention_share <= keep
+    assert attention_left(record) <= keep
     # with these very patterns from the second step on
     grid = record.steps[0].grid
     for step, plan in zip(record.steps[1:], plans[1:], strict=True):

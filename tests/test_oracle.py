@@ -80,7 +80,7 @@ def both(model, plan, grid, size, text, alone=True, batch=1, sigmas=SIGMAS):
         for sigma, after in zip(sigmas, (*sigmas[1:], 0.0), strict=True):
             timestep = torch.full((2 * batch,), 1000 * sigma)
             got = model(x.repeat(2, 1, 1, 1, 1), timestep, text, return_dict=False)[0]
-            program = attachment.engine.now.program
+            program = attachment.engine.now.step.program
             want = oracle.step(program, x.repeat(2, 1, 1, 1, 1), timestep, text)
             pairs.append((got, want))
             x = x.clone()

@@ -71,7 +71,7 @@ def test_remembered_keys_cost_attention_and_no_projections():
 def test_heads_count_only_where_their_patterns_ran():
     self_heads = ((FULL,) * 4, (FRAME, OFF, FULL, FULL), (OFF,) * 4, (FULL,) * 4)
     plan = HeadPlan(self_heads, ((FULL,) * 4,) * 4)
-    report = run(step(WHOLE, patterned=[1]), plan=TrimPlan(heads=plan), attention_share=0.5)
+    report = run(step(WHOLE, patterned=[1]), plan=TrimPlan(heads=plan))
     report.steps[0].program = Program(rows(WHOLE, [1, 2]), GRID, 12, heads=plan)
     # block 1: two full heads of 24 x 24 pairs and one of 2 x 12 x 12; block 2 was replaced
     pairs = 2 * 24 * 24 + 2 * 12 * 12
@@ -85,7 +85,7 @@ def test_heads_count_only_where_their_patterns_ran():
 def test_a_report_of_heads_alone_does_not_say_that_all_work_was_done():
     plan = HeadPlan(((FRAME,) * 4,) * 4, ((FULL,) * 4,) * 4)
     made = step(WHOLE, patterned=range(4), heads=plan)
-    report = run(made, plan=TrimPlan(heads=plan), attention_share=0.5)
+    report = run(made, plan=TrimPlan(heads=plan))
     text = record_text(report)
     assert "Token work done" not in text
     work = step_work(report, report.steps[0])

@@ -24,7 +24,6 @@ from ...engine.compiled import paused, resumed
 from ...engine.engine import COND, Engine, check_latent
 from ...engine.plan import TrimPlan
 from ...engine.record import Record
-from ...methods.schedule import progress_at
 from ...slim.router import TrainedRouter
 from ...solve.dial import Dial
 from .attachment import KEY, Attachment, attachment_of, replaced_by
@@ -287,7 +286,7 @@ def _diffusion_model(executor, *args, **kwargs):
 
 def _begin(dm, run: SamplingRun, given: ModelCall) -> Call | None:
     """The engine's call for a call of the model; None where the model runs without us."""
-    engine, record, x = run.engine, run.engine.record, given.x
+    record, x = run.engine.record, given.x
     in_the_way = given.unreadable or run.dense
     if in_the_way is not None:
         record.note(in_the_way)
@@ -308,20 +307,17 @@ def _begin(dm, run: SamplingRun, given: ModelCall) -> Call | None:
     if run.latent is not None and run.latent.shape == noise.shape:
         # the change of the velocity drowns in the rounding of a half-precision latent
         noise = run.latent
-    roles, window, prompts = given.roles, given.window, given.prompts
-    clip = None if given.clip_fea is None else given.clip_fea[:, 0]
-    seen = engine.look(given.levels, noise, roles, anchored, window, prompts, clip=clip)
-    return engine.begin(
-        seen=seen,
+    return run.engine.begin(
+        levels=given.levels,
         latent=noise,
-        sigma=seen.largest,
-        progress=progress_at(seen.largest, run.shift),
-        cond_or_uncond=roles,
+        cond_or_uncond=given.roles,
         grid=grid,
         num_blocks=len(dm.blocks),
-        window=window,
-        prompts=prompts,
-        clip=clip,
+        shift=run.shift,
+        anchored=anchored,
+        window=given.window,
+        prompts=given.prompts,
+        clip=None if given.clip_fea is None else given.clip_fea[:, 0],
         inside=inside,
         alone=not sees_between_blocks(dm, given.options),
         by_frame=given.by_frame,

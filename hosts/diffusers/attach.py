@@ -17,7 +17,6 @@ from ...engine.plan import TrimPlan
 from ...engine.record import Record
 from ...methods.grid import TokenGrid
 from ...methods.heads import HeadPlan
-from ...methods.schedule import progress_at
 from .blocks import Block
 from .shape import wan_shape
 
@@ -130,18 +129,17 @@ class _ModelHook(ModelHook):
         # without the image channels: a router looks at the noisy latent alone
         latent = hidden_states[:, : module.config.out_channels]
         anchored = _anchored(module, hidden_states, timestep, grid)
-        # of CLIP's tokens the first is the class
-        clip = None if images is None else images[:, 0]
-        seen = a.engine.look(timestep, latent, a.cond_or_uncond, anchored, unit=1000, clip=clip)
         call = a.engine.begin(
-            seen=seen,
+            levels=timestep,
+            unit=1000,
             latent=latent,
-            sigma=seen.largest,
-            progress=progress_at(seen.largest, a.shift),
             cond_or_uncond=a.cond_or_uncond,
             grid=grid,
             num_blocks=len(module.blocks),
-            clip=clip,
+            shift=a.shift,
+            anchored=anchored,
+            # of CLIP's tokens the first is the class
+            clip=None if images is None else images[:, 0],
             alone=not any(map(_shared, module.blocks)),
         )
         if call.repeats:

@@ -14,7 +14,7 @@ from wantrim.nodes.profile import DEMO, WanTrimLoadProfile, WanTrimProfile
 from wantrim.nodes.tokens import WanTrimTokens
 from wantrim.nodes.wantrim import WanTrim
 from wantrim.profiles.recorder import ProfileFile
-from wantrim.report.figures import expected_speedup
+from wantrim.report.figures import attention_left, expected_speedup
 from wantrim.slim.cut import whole_width
 from wantrim.slim.export import export_slim
 from wantrim.slim.source import open_source
@@ -77,7 +77,7 @@ def test_without_a_profile_the_first_step_measures_and_the_others_are_trimmed(mo
     assert torch.isfinite(out).all() and not torch.allclose(out, dense, atol=1e-2)
     report = attachment_of(patched).record
     assert [step.whole for step in report.steps] == [True, False] and not report.notes
-    assert 0.5 < report.attention_share <= 0.6
+    assert 0.5 < attention_left(report) <= 0.6
     names = {n for block in report.steps[1].program.heads.self_attention for n in block}
     assert {FULL, OFF} < names
     # beside a dial's repeated and partial steps, in any order
@@ -85,7 +85,7 @@ def test_without_a_profile_the_first_step_measures_and_the_others_are_trimmed(mo
     other = heads(WanTrim.execute(model, 1.6, "draft", 0, 0).result[0], None, 0.4)[0]
     assert torch.equal(*(long(m) for m in (one, other)))
     report = attachment_of(one).record
-    assert not report.notes and report.attention_share <= 0.6
+    assert not report.notes and attention_left(report) <= 0.6
     assert 0.97 < expected_speedup(report) / 1.6 < 1.03
     assert torch.equal(sample(heads(model, None, 0.0)[0]), dense)
 

@@ -25,6 +25,7 @@ from wantrim.nodes.wantrim import WanTrim, WanTrimPair
 from wantrim.profiles.fingerprint import Fingerprint
 from wantrim.profiles.profile import Profile, load_profile
 from wantrim.profiles.recorder import ProfileFile
+from wantrim.report.figures import attention_left
 from wantrim.solve import variants
 from wantrim.solve.tuned import Travel, Tuned
 from wantrim.tests.comfyui import tiny
@@ -380,7 +381,7 @@ def test_the_tuned_dial_reproduces_the_chosen_row(done, profiles):
 def test_heads_beside_the_dial_are_a_candidate_that_can_be_kept(done, profiles):
     models, _, trial, videos = done
     heads = attachment_of(models[NAMES.index("heads")])
-    assert heads.record.attention_share == pytest.approx(0.75, abs=0.03)
+    assert attention_left(heads.record) == pytest.approx(0.75, abs=0.03)
     verdict(trial, winning(videos, "heads"), "mine")
     kept = load(profiles / "mine.safetensors")
 

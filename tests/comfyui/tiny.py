@@ -332,7 +332,7 @@ def watch(model) -> list[Call]:
                 list(options["cond_or_uncond"]),
                 x.shape[2],
                 number,
-                decision.program.budget,
+                decision.step.program.budget,
                 kept,
                 length,
             )
