@@ -23,8 +23,8 @@ from ..hosts.diffusers.sample import sample
 from ..hosts.diffusers.weights import load_original
 from ..kernels import frame_mass
 from ..methods.grid import TokenGrid
+from ..methods.heads import SPATIAL, TEMPORAL, role
 from ..methods.importance import sample_queries
-from ..methods.roles import SPATIAL, TEMPORAL, role
 from ..report.video_metrics import psnr
 from ..toy.metrics import adherence
 from ..toy.worlds import FIRST, WORLDS, World

@@ -16,6 +16,15 @@ TILES = {"tile2": 2, "tile3": 3, "tile4": 4}
 # the cheap ones, in the order in which a profile lists the mass that they keep
 CHEAP = (FRAME, *TILES)
 PATTERNS = (FULL, *CHEAP, OFF)
+# intra-slice ratio above / below which a head is spatial / temporal; mixed between them
+SPATIAL, TEMPORAL = 0.7, 0.3
+
+
+def role(ratio: float) -> str:
+    """Name of a head's role for its intra-slice ratio (PARE, eq. 4): spatial, temporal or mixed."""
+    if ratio > SPATIAL:
+        return "spatial"
+    return "temporal" if ratio < TEMPORAL else "mixed"
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import logging
 
 from comfy_api.latest import io
 
-from ..hosts.comfyui.attach import attach_dial, attach_dials
+from ..hosts.comfyui.attach import attach_dials
 from ..hosts.comfyui.dial import PLACES
 from ..hosts.comfyui.profiling import check_profile
 from ..hosts.comfyui.variants import check_variant
@@ -133,7 +133,7 @@ class WanTrim(io.ComfyNode):
         steps = {"dense_first_steps": dense_first_steps, "dense_last_steps": dense_last_steps}
         tuned = _tuned(NAME, "profile", model, profile)
         dial = _dial(NAME, render, context, speedup=speedup, tuned=tuned, **steps)
-        return io.NodeOutput(attach_dial(model, dial, context))
+        return io.NodeOutput(*attach_dials([model], [dial], context))
 
 
 class WanTrimPair(io.ComfyNode):

@@ -8,8 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..methods.heads import CHEAP, FRAME, TILES
-from ..methods.roles import role
+from ..methods.heads import CHEAP, FRAME, TILES, role
 from ..report.picture import (
     FAINT,
     HEAT_LOW,

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ..methods.cost import Width
-from ..methods.roles import TEMPORAL
+from ..methods.heads import TEMPORAL
 from ..profiles.profile import PER_BIN, Profile
 
 # PARE's smallest number of heads, of how many

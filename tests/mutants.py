@@ -51,7 +51,6 @@ TESTS = {
     "methods/heads.py": "tests/test_attend.py tests/test_heads.py",
     "slim/width.py": "tests/test_width.py",
     "engine/program.py": "tests/test_program.py tests/test_online_roles.py",
-    "engine/prompt.py": ENGINE,
     "engine/memory.py": ENGINE,
     "engine/call.py": ENGINE,
     "engine/record.py": "tests/test_record.py",

@@ -5,8 +5,7 @@ import torch
 
 from wantrim.engine.context import Room
 from wantrim.engine.memory import Part
-from wantrim.methods.carry import MOST, carried, persistence
-from wantrim.methods.path import explain
+from wantrim.methods.carry import MOST, carried, explain, persistence
 
 
 def test_the_persistence_is_the_least_squares_fit_of_each_sample():

@@ -10,9 +10,9 @@ import torch
 import wantrim.engine.memory as memory
 from wantrim.engine.call import OUT_OF_MEMORY
 from wantrim.engine.engine import COND, UNCOND, Engine
+from wantrim.engine.memory import Prompt
 from wantrim.engine.plan import TrimPlan
 from wantrim.engine.program import KEPT, MIXED, NOT_REMEMBERED, SKIP
-from wantrim.engine.prompt import Prompt
 from wantrim.engine.record import Record
 from wantrim.hosts.diffusers.attach import attach
 from wantrim.hosts.diffusers.weights import load_original

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from wantrim.kernels import frame_mass
-from wantrim.methods.roles import role
+from wantrim.methods.heads import role
 
 
 @pytest.mark.parametrize(

@@ -81,17 +81,17 @@ def attach_part(model, **parts):
     return attach(model, replace(present.plan, **parts), present.dial, present.place, video)
 
 
-def attach_dial(model, dial: Dial, place: str, video: list[Ran] | None = None):
-    """A clone of a MODEL with a dial; the parts that other nodes put on it stay."""
-    present = attachment_of(model)
-    return attach(model, TrimPlan() if present is None else present.plan, dial, place, video)
-
-
 def attach_dials(models: Sequence, dials: Sequence[Dial], place: str) -> list:
-    """Clones of both experts of a video, or of one model; each knows what the other one did."""
-    video = [] if len(models) > 1 else None
-    both = zip(models, dials, strict=True)
-    return [attach_dial(model, dial, place, video) for model, dial in both]
+    """Clones of both experts of a video, or of one model, with a dial each.
+
+    Each knows what the other one did; the parts that other nodes put on them stay.
+    """
+    video, made = [] if len(models) > 1 else None, []
+    for model, dial in zip(models, dials, strict=True):
+        present = attachment_of(model)
+        plan = TrimPlan() if present is None else present.plan
+        made.append(attach(model, plan, dial, place, video))
+    return made
 
 
 def detach(model):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from comfy.model_patcher import ModelPatcher
-from wantrim.engine import prompt
+from wantrim.engine import memory
 from wantrim.tests.comfyui import tiny
 from wantrim.tests.comfyui.put import asked, demo_model, demo_sample, dialled
 
@@ -19,7 +19,7 @@ def sampled(*values, **options) -> torch.Tensor:
 
 def stay(monkeypatch) -> None:
     """Repeated velocities are as they were."""
-    monkeypatch.setattr(prompt, "carried", lambda persistence, ahead: 0.0 * ahead)
+    monkeypatch.setattr(memory, "carried", lambda persistence, ahead: 0.0 * ahead)
 
 
 @pytest.mark.parametrize("cfg", [1.0, 4.0])

@@ -8,7 +8,7 @@ import torch
 
 from wantrim.engine.plan import TrimPlan
 from wantrim.engine.program import NO_CONTEXT
-from wantrim.hosts.comfyui.attach import attach, attach_dial, attachment_of
+from wantrim.hosts.comfyui.attach import attach, attach_dials, attachment_of
 from wantrim.methods.depth import BlockPlan
 from wantrim.methods.heads import FULL, HeadPlan
 from wantrim.methods.role_plan import RolePlan
@@ -69,7 +69,7 @@ LEFT = PUT_ON | {WHOLE: lambda model: dialled(model, speedup=SPEEDUP, context="o
 # the same through the session, and nothing is trimmed
 LATE = {"start": 0.9999, "end": 1.0}
 WITHOUT_EFFECT = {
-    DEFAULT: lambda m: attach_dial(m, Dial(SPEEDUP, start=0.37, end=0.37), "auto"),
+    DEFAULT: lambda m: attach_dials([m], [Dial(SPEEDUP, start=0.37, end=0.37)], "auto")[0],
     "paper": lambda m: with_parts(m, tokens=tiny.token_plan(reselect_every=1)),
     # measured, and nothing is worth less
     "heads": lambda m: with_parts(m, heads=RolePlan(1 - 1e-12, tiny.HEADS)),
