@@ -8,9 +8,8 @@ import torch
 
 from comfy_api.latest import io
 
-from ..report.compare import compare, draw_difference, side_by_side
+from ..report.compare import compare, draw_difference, side_by_side, why_not
 from ..report.picture import as_pictures
-from ..report.video_metrics import SSIM_WINDOW
 from .inputs import image_output, shown, text_output
 
 NAME = "WanTrim Compare"
@@ -56,38 +55,18 @@ class WanTrimCompare(io.ComfyNode):
                 raise ValueError(
                     f"{NAME}: '{name}' got no pictures. Connect the VAE Decode of a finished video."
                 )
+            reason = why_not(video, None if name == "dense" else given["dense"])
+            if reason is not None:
+                raise ValueError(
+                    f"{NAME}: '{name}' {reason}. Decode both from samplers with the same latent and "
+                    "seed; where values are no numbers its sampling diverged: lower what trims it"
+                )
         dense, trimmed = given.values()
-        _check(dense, trimmed)
         found = compare(dense, trimmed)
         text = found.verdict()
         picture, told = shown(cls, draw_difference(dense, trimmed, found), text)
         figures = json.dumps(found.json(), indent=1)
         return io.NodeOutput(text, side_by_side(dense, trimmed), picture, figures, ui=told)
-
-
-def _check(dense: torch.Tensor, trimmed: torch.Tensor) -> None:
-    if dense.shape != trimmed.shape:
-        raise ValueError(
-            f"{NAME}: 'dense' is {_size(dense)} and 'trimmed' is {_size(trimmed)}; expected two "
-            "videos of the same size and length. Decode both from samplers with the same latent "
-            "and seed."
-        )
-    if min(dense.shape[1:3]) < SSIM_WINDOW:
-        raise ValueError(
-            f"{NAME}: 'dense' and 'trimmed' are {_size(dense)}; expected pictures of at least "
-            f"{SSIM_WINDOW}x{SSIM_WINDOW}"
-        )
-    for name, video in (("dense", dense), ("trimmed", trimmed)):
-        if not video.isfinite().all():
-            raise ValueError(
-                f"{NAME}: '{name}' holds values that are no numbers: its sampling diverged. Look "
-                "at that video, and lower what trims it"
-            )
-
-
-def _size(video: torch.Tensor) -> str:
-    frames, height, width = video.shape[:3]
-    return f"{frames} {'frame' if frames == 1 else 'frames'} of {width}x{height}"
 
 
 NODES = [WanTrimCompare]

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 
 import folder_paths
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 from comfy_execution.graph import ExecutionBlocker
 
 from ..hosts.comfyui.candidates import ALL, ALONE, FEW, make_trial
@@ -260,13 +259,12 @@ class WanTrimVerdict(io.ComfyNode):
         text = verdict_text(rows, choice, held.wanted, notes, warmed)
         text = f"{text}\n{kept}" if kept else text
         # what is damaged is not drawn
-        shown = [None if video is None or video.ndim != 4 else video for video in videos]
-        drawn = draw_verdict(rows, shown, choice, headline(rows, choice, held.wanted))
-        picture = torch.from_numpy(np.asarray(drawn, np.float32) / 255)[None]
+        sound = [None if video is None or video.ndim != 4 else video for video in videos]
+        drawn = draw_verdict(rows, sound, choice, headline(rows, choice, held.wanted))
+        picture, told = inputs.shown(cls, drawn, text)
         figures = json.dumps(shared_row(held, rows, choice, videos), indent=1)
         held.let_go()
-        preview = {**ui.PreviewImage(picture, cls=cls).as_dict(), "text": (text,)}
-        return io.NodeOutput(text, clip_of_all(rows, shown), picture, figures, ui=preview)
+        return io.NodeOutput(text, clip_of_all(rows, sound), picture, figures, ui=told)
 
 
 def _videos(trial: Trial, images: list) -> list[torch.Tensor | None]:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from .picture import FAINT, INK, MARGIN, WIDTH, canvas, font_of, small, text_row
-from .video_metrics import calm_places, flicker, motion, motion_ratio, psnr, ssim
+from .video_metrics import SSIM_WINDOW, calm_places, flicker, motion, motion_ratio, psnr, ssim
 
 # pixel columns between the two videos
 GAP = 4
@@ -91,6 +91,26 @@ class Comparison:
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
+
+
+def why_not(video: torch.Tensor, whole: torch.Tensor | None = None) -> str | None:
+    """What keeps a video [pixel_frames, h, w, 3] from being compared, behind its name, or None.
+
+    Args:
+        whole: that it is to be beside; None for the whole one itself.
+    """
+    if not video.isfinite().all():
+        return "holds values that are no numbers"
+    if min(video.shape[1:3]) < SSIM_WINDOW:
+        return f"is smaller than {SSIM_WINDOW}x{SSIM_WINDOW}"
+    if whole is not None and video.shape != whole.shape:
+        return f"is {_size(video)}, the whole one {_size(whole)}"
+    return None
+
+
+def _size(video: torch.Tensor) -> str:
+    frames, height, width = video.shape[:3]
+    return f"{frames} {'frame' if frames == 1 else 'frames'} of {width}x{height}"
 
 
 def compare(dense: torch.Tensor, trimmed: torch.Tensor) -> Comparison:

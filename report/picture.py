@@ -113,7 +113,7 @@ def stacked(rows: Sequence[Image.Image]) -> Image.Image:
 
 def small(frame: np.ndarray, width: int, height: int) -> Image.Image:
     """A frame [h, w, 3] in 0..1 of another size."""
-    pixels = (255 * frame.clip(0, 1)).astype(np.uint8)
+    pixels = (255 * np.nan_to_num(frame).clip(0, 1)).astype(np.uint8)
     return Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR)
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from ..solve.variants import OWN, PLAN
 from .compare import MOTION, Comparison
-from .picture import BACKGROUND, FAINT, INK, KEPT, MARGIN, WIDTH, canvas, font_of, text_row
+from .picture import BACKGROUND, FAINT, INK, KEPT, MARGIN, WIDTH, canvas, font_of, small, text_row
 
 FORMAT = "wantrim_trial/1"
 # PSNR in dB within which two candidates are as good as each other
@@ -234,7 +234,7 @@ def draw_verdict(
         for column, frame in enumerate(spread):
             # videos of other lengths show their own frames
             own = video[min(int(frame), len(video) - 1)]
-            image.paste(_picture(own, cell, height), (MARGIN + column * (cell + 4), top + 29))
+            image.paste(small(own.numpy(), cell, height), (MARGIN + column * (cell + 4), top + 29))
     return image
 
 
@@ -247,12 +247,6 @@ def _figures(row: Row) -> str:
         said += [f"motion {row.found.motion_ratio:.2f} x"]
     said += [] if row.failed is None else [row.failed]
     return ", ".join(said)
-
-
-def _picture(frame: torch.Tensor, width: int, height: int) -> Image.Image:
-    pixels = frame[..., :3].cpu().float().nan_to_num(0.0).clamp(0, 1)
-    picture = Image.fromarray((255 * pixels).numpy().astype(np.uint8))
-    return picture.resize((width, height), Image.Resampling.BILINEAR)
 
 
 def clip_of_all(rows: Sequence[Row], videos: Sequence[torch.Tensor | None]) -> torch.Tensor:
@@ -275,7 +269,7 @@ def clip_of_all(rows: Sequence[Row], videos: Sequence[torch.Tensor | None]) -> t
         for place, (_, video) in enumerate(pairs):
             left, top = place % columns * width, place // columns * (height + LABEL)
             frame = video[min(index, len(video) - 1)]
-            page.paste(_picture(frame, width, height), (left, top + LABEL))
+            page.paste(small(frame.numpy(), width, height), (left, top + LABEL))
         out[index] = torch.from_numpy(np.asarray(page, np.float32) / 255)
     _write_names(out, [row.label for row, _ in pairs], columns, width, height)
     return out

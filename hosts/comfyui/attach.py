@@ -30,7 +30,7 @@ from .attachment import KEY, Attachment, attachment_of, replaced_by
 from .blocks import replace_blocks
 from .compiled import bare, compiled_of
 from .dial import Wish
-from .given import ModelCall, as_dict, attached, conds_of, levels_of
+from .given import ModelCall, as_dict, attached, conds_of, levels_of, own_options
 from .live import Live, running_node
 from .run import SESSION_KEY, SamplingRun, compare_run, mark_network
 from .runs import Ran, Where, keep_run, runs_before
@@ -107,69 +107,70 @@ def detach(model):
 def _outer_sample(executor, *args, **kwargs):
     guider = executor.class_obj
     original = guider.model_options
-    options = comfy.model_patcher.create_model_options_clone(original)
-    attachment: Attachment | None = attached(options, KEY, "nothing is trimmed")
+    attachment: Attachment | None = attached(original, KEY, "nothing is trimmed")
     if attachment is None:
         return executor(*args, **kwargs)
     record = Record(type(guider.model_patcher.model.diffusion_model).__name__)
-    sampling = guider.model_patcher.get_model_object("model_sampling")
-    shift = getattr(sampling, "shift", None)
     # noise, latent, sampler, sigmas
     sigmas = levels_of(args[3] if len(args) > 3 else kwargs.get("sigmas"))
-    live = Live(record, attachment.nodes, sigmas)
-    neutral = attachment.neutral
-    run = SamplingRun(
-        Engine(TrimPlan() if neutral else attachment.plan, record, live.step),
-        shift or 1.0,
-        original,
-        Ran(record, Where.now(), expert=getattr(attachment.dial, "expert", None)),
-    )
-    record.planned = attachment.describe()
-    header = slim_header(guider.model_patcher)
-    record.width = None if header is None else header.width
-    if shift is None:
-        record.note("this model's sampling has no flow shift: the schedule follows sigma itself")
-    if not neutral and attachment.dial is not None and not attachment.dial.off:
-        run.wish = Wish.of(
-            attachment.dial, attachment.plan, attachment.place, attachment.rooms, guider, run.shift
-        )
-    options["transformer_options"][SESSION_KEY] = run
-    if not neutral:
-        # last, so that what other packs do per batch of prompts is done once
-        for kind, wrapper in (
-            (WrappersMP.CALC_COND_BATCH, _calc_cond_batch),
-            (WrappersMP.APPLY_MODEL, _apply_model),
-            (WrappersMP.DIFFUSION_MODEL, mark_network),
-        ):
-            add_wrapper_with_key(kind, SESSION_KEY, wrapper, options, is_model_options=True)
-        if set(conds_of(guider)) - {"positive", "negative"}:
-            record.note(
-                "this guider orders its prompts in its own way; the first of them decided which "
-                "tokens stay"
-            )
-        run.patched = why_not_patched(guider.model_patcher)
-        for remark in attachment.replaced:
-            record.note(remark)
-    keep_run(attachment.runs, run.ran)
-    if attachment.video is not attachment.runs:
-        keep_run(attachment.video, run.ran)
-    if run.wish is not None:
-        earlier = runs_before(attachment.video, run.ran.where)
-        run.wish.earlier = [ran.came for ran in earlier if ran.came is not None]
-    guider.model_options = options
-    completed = False
+    live, completed = Live(record, attachment.nodes, sigmas), False
+    plan = TrimPlan() if attachment.neutral else attachment.plan
+    ran = Ran(record, Where.now(), expert=getattr(attachment.dial, "expert", None))
+    run = SamplingRun(Engine(plan, record, live.step), _shift(guider, record), original, ran)
     try:
-        result = executor(*args, **kwargs)
+        with own_options(guider) as options:
+            _prepare(run, attachment, guider, options)
+            result = executor(*args, **kwargs)
         completed = True
         return result
     finally:
-        guider.model_options = original
         run.engine.finish(completed)
         if run.course is not None:
-            run.ran.solved, run.ran.came = run.course.solved, run.course.ran
-        if completed and not neutral and run.dense is None:
+            ran.solved, ran.came = run.course.solved, run.course.ran
+        if completed and not attachment.neutral and run.dense is None:
             compare_run(run, len(sigmas))
         live.end()
+
+
+def _shift(guider, record: Record) -> float:
+    shift = getattr(guider.model_patcher.get_model_object("model_sampling"), "shift", None)
+    if shift is None:
+        record.note("this model's sampling has no flow shift: the schedule follows sigma itself")
+    return shift or 1.0
+
+
+def _prepare(run: SamplingRun, attachment: Attachment, guider, options: dict) -> None:
+    """Put a run into its own copy of a guider's options, with what is known of it before it begins."""
+    record, ran, dial = run.engine.record, run.ran, attachment.dial
+    record.planned = attachment.describe()
+    header = slim_header(guider.model_patcher)
+    record.width = None if header is None else header.width
+    options["transformer_options"][SESSION_KEY] = run
+    keep_run(attachment.runs, ran)
+    if attachment.video is not attachment.runs:
+        keep_run(attachment.video, ran)
+    if attachment.neutral:
+        return
+    if dial is not None and not dial.off:
+        place, rooms = attachment.place, attachment.rooms
+        run.wish = Wish.of(dial, attachment.plan, place, rooms, guider, run.shift)
+        earlier = runs_before(attachment.video, ran.where)
+        run.wish.earlier = [one.came for one in earlier if one.came is not None]
+    # last, so that what other packs do per batch of prompts is done once
+    for kind, wrapper in (
+        (WrappersMP.CALC_COND_BATCH, _calc_cond_batch),
+        (WrappersMP.APPLY_MODEL, _apply_model),
+        (WrappersMP.DIFFUSION_MODEL, mark_network),
+    ):
+        add_wrapper_with_key(kind, SESSION_KEY, wrapper, options, is_model_options=True)
+    if set(conds_of(guider)) - {"positive", "negative"}:
+        record.note(
+            "this guider orders its prompts in its own way; the first of them decided which "
+            "tokens stay"
+        )
+    run.patched = why_not_patched(guider.model_patcher)
+    for remark in attachment.replaced:
+        record.note(remark)
 
 
 class _UncondFirst(Exception):

@@ -7,9 +7,13 @@ another kind: each reading has a fallback.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+
+import comfy.model_patcher
 
 from ...engine.engine import COND
 
@@ -35,6 +39,17 @@ def attached(model_options, key: str, lost: str):
     if found is None:
         log.warning("WanTrim: another node put options of its own in the place of ours: %s", lost)
     return found
+
+
+@contextmanager
+def own_options(guider) -> Iterator[dict]:
+    """Within the context a guider goes by a copy of its options, which is yielded."""
+    original = guider.model_options
+    guider.model_options = comfy.model_patcher.create_model_options_clone(original)
+    try:
+        yield guider.model_options
+    finally:
+        guider.model_options = original
 
 
 def as_dict(value) -> dict:

@@ -11,10 +11,9 @@ import comfy.model_management
 
 from ...profiles.artifact import package_version
 from ...profiles.profile import Profile
-from ...report.compare import compare
+from ...report.compare import compare, why_not
 from ...report.figures import step_work
 from ...report.verdict import FORMAT, Choice, Row, row_json
-from ...report.video_metrics import SSIM_WINDOW
 from ...solve.tuned import Tuned
 from ...solve.variants import HEADS, PLAN
 from .trial import CACHE, STEPS, WHOLE, Candidate, Trial
@@ -61,30 +60,13 @@ def rows_of(trial: Trial, videos: Sequence[torch.Tensor | None], prompt: str | N
     whole = videos[0]
     for row, video in zip(rows, videos, strict=True):
         if row.failed is None:
-            row.failed = _unusable(video, whole if row is not rows[0] else None)
+            reason = None if video is None else why_not(video, None if row is rows[0] else whole)
+            row.failed = "no video came" if video is None else reason and f"the video {reason}"
     if rows[0].failed is None:
         for row, video in zip(rows[1:], videos[1:], strict=True):
             if row.failed is None:
                 row.found = compare(whole, video)
     return rows
-
-
-def _unusable(video: torch.Tensor | None, whole: torch.Tensor | None) -> str | None:
-    """Why a video cannot be judged, or None."""
-    if video is None:
-        return "no video came"
-    if not video.isfinite().all():
-        return "the video holds values that are no numbers"
-    if min(video.shape[1:3]) < SSIM_WINDOW:
-        return f"the video is smaller than {SSIM_WINDOW}x{SSIM_WINDOW}"
-    if whole is not None and video.shape != whole.shape:
-        return f"the video is {_size(video)}, the whole one {_size(whole)}"
-    return None
-
-
-def _size(video: torch.Tensor) -> str:
-    frames, height, width = video.shape[:3]
-    return f"{frames} frames of {width}x{height}"
 
 
 def _row(trial: Trial, candidate: Candidate, prompt: str | None) -> Row:

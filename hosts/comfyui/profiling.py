@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-import comfy.model_patcher
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 
 from ...engine.compiled import paused
@@ -25,7 +24,7 @@ from ...profiles.recorder import Projections, Recorder
 from ...profiles.recording import BlockWatch, CallRecord
 from .attach import attachment_of
 from .blocks import OVERRIDE, AttentionTap, with_replacements
-from .given import Kept, ModelCall, as_dict, attached, options_of
+from .given import Kept, ModelCall, as_dict, attached, options_in, options_of, own_options
 from .slim import slim_header
 from .variants import RUN_KEY, token_grid
 
@@ -151,9 +150,9 @@ class _Run(Kept):
 
 def _outer_sample(executor, *args, **kwargs):
     guider = executor.class_obj
-    original = guider.model_options
-    options = comfy.model_patcher.create_model_options_clone(original)
-    attachment: ProfileAttachment | None = attached(options, KEY, "nothing is recorded")
+    attachment: ProfileAttachment | None = attached(
+        guider.model_options, KEY, "nothing is recorded"
+    )
     if attachment is None:
         return executor(*args, **kwargs)
     # a run that was not saved lets go of what it held before the next one holds as much
@@ -167,26 +166,24 @@ def _outer_sample(executor, *args, **kwargs):
     if plan is not None and not plan.neutral:
         about["plan"] = plan.describe()
     run = _Run(attachment.calibrate, about)
-    if "multigpu_clones" in original:
+    if "multigpu_clones" in guider.model_options:
         run.off = "several GPUs share a step, and each sees a part of it"
-    wrappers = options["transformer_options"].get("wrappers", {})
+    wrappers = options_in(guider.model_options).get("wrappers", {})
     if COMPILE_KEY in wrappers.get(WrappersMP.APPLY_MODEL, {}):
         run.notes.append("torch.compile: the recorded run was not compiled")
-    options["transformer_options"][RUN_KEY] = run
-    # last, so that what other packs do to a call happens inside the blocks that are watched
-    add_wrapper_with_key(
-        WrappersMP.DIFFUSION_MODEL, KEY, _diffusion_model, options, is_model_options=True
-    )
-    guider.model_options = options
     try:
         # a compiled model would repeat an earlier run, in which nobody watched
-        with paused():
+        with own_options(guider) as options, paused():
+            options["transformer_options"][RUN_KEY] = run
+            # last, so that what other packs do to a call happens inside the blocks that are watched
+            add_wrapper_with_key(
+                WrappersMP.DIFFUSION_MODEL, KEY, _diffusion_model, options, is_model_options=True
+            )
             result = executor(*args, **kwargs)
         attachment.recorder = run.recorder
         attachment.reason = run.off or "the last run never called the model"
         return result
     finally:
-        guider.model_options = original
         if run.recorder is not None:
             log.info("WanTrim Profile: %d calls recorded", run.recorder.calls)
 

@@ -15,11 +15,10 @@ from dataclasses import replace
 import torch
 
 import comfy.model_management
-import comfy.model_patcher
 from comfy.patcher_extension import WrappersMP
 
 from ...solve.tuned import Travel
-from .given import attached, levels_of, options_in
+from .given import attached, levels_of, options_in, own_options
 from .live import running_prompt
 from .runs import sampler_name, sampling_key
 from .shape import device_name
@@ -69,8 +68,9 @@ def _outermost(model, kind: str, wrapper) -> None:
 
 def _outer_sample(executor, *args, **kwargs):
     guider = executor.class_obj
-    original = guider.model_options
-    place: Place | None = attached(original, KEY, "a candidate of a trial is not known as such")
+    place: Place | None = attached(
+        guider.model_options, KEY, "a candidate of a trial is not known as such"
+    )
     if place is None:
         return executor(*args, **kwargs)
     given = {**dict(zip(ARGUMENTS, args, strict=False)), **kwargs}
@@ -96,13 +96,11 @@ def _outer_sample(executor, *args, **kwargs):
         tuple(levels_of(given.get("sigmas"))),
         device_name(guider.model_patcher.load_device),
     )
-    options = comfy.model_patcher.create_model_options_clone(original)
     try:
-        place.prepare(
-            options["transformer_options"], guider.model_patcher.get_model_object("model_sampling")
-        )
-        guider.model_options = options
-        result = executor(*args, **kwargs)
+        with own_options(guider) as options:
+            sampling = guider.model_patcher.get_model_object("model_sampling")
+            place.prepare(options["transformer_options"], sampling)
+            result = executor(*args, **kwargs)
     except BaseException as error:
         # the host's interrupt is no Exception
         candidate.outcomes.pop(part, None)
@@ -111,8 +109,6 @@ def _outer_sample(executor, *args, **kwargs):
         candidate.failed = OUT_OF_MEMORY
         candidate.outcomes[part] = replace(outcome, seconds=None, way=[])
         log.warning("WanTrim Candidates: %s: %s", candidate.label, OUT_OF_MEMORY)
-    finally:
-        guider.model_options = original
     if candidate.failed is not None:
         # out here nothing holds the tensors of what failed; the host does the same
         comfy.model_management.unload_all_models()

@@ -99,9 +99,17 @@ def test_a_single_picture_and_one_with_a_mask():
 @pytest.mark.parametrize(
     ("dense", "trimmed", "said"),
     [
-        ((9, 32, 48, 3), (5, 32, 48, 3), "'dense' is 9 frames of 48x32 and 'trimmed' is 5 frames"),
-        ((9, 32, 48, 3), (9, 48, 32, 3), "of 48x32 and 'trimmed' is 9 frames of 32x48"),
-        ((1, 6, 8, 3), (1, 6, 8, 3), "expected pictures of at least 7x7"),
+        (
+            (9, 32, 48, 3),
+            (5, 32, 48, 3),
+            "'trimmed' is 5 frames of 48x32, the whole one 9 frames of 48x32. ",
+        ),
+        (
+            (9, 32, 48, 3),
+            (9, 48, 32, 3),
+            "'trimmed' is 9 frames of 32x48, the whole one 9 frames of 48x32. ",
+        ),
+        ((1, 6, 8, 3), (1, 6, 8, 3), "'dense' is smaller than 7x7. "),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(dense, trimmed, said):
