@@ -13,11 +13,10 @@ from ..methods.cost import Width
 from ..profiles.artifact import package_version
 from ..profiles.calibration import load_calibration
 from ..profiles.profile import Profile
-from ..solve.budget import solve_width
 from .cut import SHARES, Cut, check_width, find_cut, norm_scale, refit, take
 from .file import PREFIX, Entry, Progress, SlimHeader, write_tensors
 from .source import Source, open_source
-from .width import check_ratio, pare_width
+from .width import check_ratio, pare_width, solve_width
 
 log = logging.getLogger(__name__)
 

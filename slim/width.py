@@ -1,6 +1,7 @@
-"""A width: which heads and FFN channels a slim model keeps, by PARE's rules.
+"""A width: which heads and FFN channels a slim model keeps, by PARE's rules or by one budget (ours).
 
-PARE: arXiv 2605.27336, section 3.2, eq. 3 to 7.
+PARE (arXiv 2605.27336, section 3.2, eq. 3 to 7) keeps equally many in every block. A budget for the
+whole model is spent where the profile says that it buys most.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import torch
 
 from ..methods.cost import Width
 from ..methods.heads import TEMPORAL
+from ..methods.knapsack import BudgetTooSmall, Option, choose
+from ..profiles.fingerprint import Fingerprint
 from ..profiles.profile import PER_BIN, Profile
 
 # PARE's smallest number of heads, of how many
@@ -20,6 +23,9 @@ MINIMUM, PAPER_HEADS = 8, 40
 MULTIPLE, SMALL_MULTIPLE, SMALL = 128, 16, 1024
 # cosine from which two channels are alike, and how it is relaxed; not stated in the paper
 TAU, RELAX = 0.9, 0.02
+# of a block's FFN against one of its attentions: least squares gives back most of what dropped
+# channels added, and little of what dropped heads did (benchmarks/results/old/width.csv)
+FFN_WORTH = 0.5
 # channels compared at once: 2 x 1024 signatures of a 14B in fp32 are 84 MB
 CHUNK = 1024
 
@@ -221,3 +227,79 @@ def channels(
         ffn_channels(scores[block], signature and signature(block), keep)
         for block, keep in enumerate(counts)
     )
+
+
+def solve_width(profile: Profile, budget: float, signature: Signature | None = None) -> Width:
+    """Heads and channels of every block, for the most importance within a budget.
+
+    A head is worth its share in its block's importance (eq. 3), a channel its share in what the
+    channels of its block add to the hidden state (`channel_sizes`), times FFN_WORTH. Every block
+    keeps at least one head of each attention and one group of channels.
+
+    Args:
+        budget: share of the parameters of heads and FFN channels that stays.
+        signature: as for `pare_width`; tells channels that are alike.
+
+    Raises:
+        ValueError: not a share, too small for what every block keeps, or the profile lacks a
+            measurement.
+    """
+    check_recorded(profile, "cross_output", "channel_energy")
+    model = profile.model
+    blocks, n, multiple = model.num_blocks, model.num_heads, ffn_multiple(model.ffn_dim)
+    head, channel = unit_parameters(model)
+    scores = channel_sizes(profile)
+    groups: list[list[Option]] = []
+    for kind in ("self", "cross"):
+        shares = share_in_block(profile.importance(kind)).flatten().tolist()
+        groups += [[(0, 0.0), (head, one)] for one in shares]
+    steps = [*range(0, model.ffn_dim, multiple), model.ffn_dim]
+    for block in share_in_block(scores) * FFN_WORTH:
+        total = block.sort(descending=True).values.cumsum(0).tolist()
+        groups.append([(0, 0.0), *((at * channel, total[at - 1]) for at in steps[1:])])
+    needed = [range(at * n, (at + 1) * n) for at in range(2 * blocks)]
+    needed += [[2 * blocks * n + block] for block in range(blocks)]
+    chosen = spend(groups, budget, needed)
+    taken = [chosen[at * n : (at + 1) * n] for at in range(2 * blocks)]
+    heads = [tuple(h for h, option in enumerate(options) if option) for options in taken]
+    counts = [steps[option] for option in chosen[2 * blocks * n :]]
+    return Width(tuple(heads[:blocks]), tuple(heads[blocks:]), channels(scores, counts, signature))
+
+
+def unit_parameters(model: Fingerprint) -> tuple[int, int]:
+    """Numbers that a head of either attention and an FFN channel of a block store."""
+    # rows of q, k and v with their biases, their part of two norms, columns of o
+    return model.head_dim * (4 * model.dim + 5), 2 * model.dim + 1
+
+
+def share_in_block(contribution: torch.Tensor) -> torch.Tensor:
+    """Each one's part in the sum of its block [l, n]."""
+    # never quite nothing: a budget of all keeps all
+    least = 1e-6 * contribution.amax(1, keepdim=True)
+    least = least.clamp(min=torch.finfo(torch.float32).tiny)
+    contribution = torch.maximum(contribution, least).double()
+    return contribution / contribution.sum(1, keepdim=True)
+
+
+def spend(groups: list[list[Option]], budget: float, needed: Sequence[Sequence[int]]) -> list[int]:
+    """Option of each group for the most value, at this share of what the dearest of all cost.
+
+    Args:
+        needed: groups of which at least one is not its first option.
+
+    Raises:
+        ValueError: not a share, or too small for what is needed.
+    """
+    if not 0.0 < budget <= 1.0:
+        raise ValueError(
+            f"budget: expected more than 0 (nothing left) to 1 (all of it), got {budget}"
+        )
+    whole = sum(max(cost for cost, _ in options) for options in groups)
+    try:
+        return choose(groups, math.floor(budget * whole + 1e-6), needed)
+    except BudgetTooSmall as error:
+        least = math.ceil(100 * error.least / whole) / 100
+        raise ValueError(
+            f"budget: expected at least {least} here, so that every block keeps something; got "
+            f"{budget}"
+        ) from error

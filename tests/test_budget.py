@@ -9,8 +9,8 @@ from wantrim.methods.grid import TokenGrid
 from wantrim.methods.heads import CHEAP, FULL, OFF, HeadPlan
 from wantrim.profiles.fingerprint import Fingerprint
 from wantrim.profiles.profile import Profile
-from wantrim.slim.width import pare_width
-from wantrim.solve.budget import solve_heads, solve_width, unit_parameters
+from wantrim.slim.width import pare_width, solve_width, unit_parameters
+from wantrim.solve.budget import solve_heads
 from wantrim.tests.test_width import profile_of, set_heads
 
 GRID = TokenGrid(5, 6, 6)
@@ -131,7 +131,7 @@ def test_images_are_keys_too():
 
 
 def test_every_block_keeps_some_channels(monkeypatch):
-    monkeypatch.setattr("wantrim.solve.budget.FFN_WORTH", 1e-9)
+    monkeypatch.setattr("wantrim.slim.width.FFN_WORTH", 1e-9)
     width = solve_width(profile_of(blocks=3, ffn=64), 0.6)
     assert min(width.sizes(block)[2] for block in range(3)) == 16
 
@@ -175,7 +175,7 @@ def test_a_width_is_widest_where_it_matters(monkeypatch):
     t["down_norm"].fill_(1.0)
     t["self_o_norm"][0], t["cross_o_norm"][1] = torch.tensor(STEEP), torch.tensor(STEEP)
     t["channel_energy"][0, 8:] = 1e-6
-    monkeypatch.setattr("wantrim.solve.budget.FFN_WORTH", 2.0)
+    monkeypatch.setattr("wantrim.slim.width.FFN_WORTH", 2.0)
     width = solve_width(profile, 0.575)
     assert width.sizes(0) == (1, 8, 16)
     assert width.sizes(1) == (8, 1, 64)
@@ -194,7 +194,7 @@ def test_channels_are_weighed_against_heads(monkeypatch):
     # of its attention
     equal = 0.5 / head * 64 * channel
     for factor, kept in ((1.1, 64), (0.9, 16)):
-        monkeypatch.setattr("wantrim.solve.budget.FFN_WORTH", factor * equal)
+        monkeypatch.setattr("wantrim.slim.width.FFN_WORTH", factor * equal)
         width = solve_width(profile, 0.665)
         assert width.sizes(0) == ((1, 1, 64) if kept == 64 else (2, 1, 16))
 
@@ -225,7 +225,7 @@ def test_channels_that_are_alike_are_told_apart(monkeypatch):
         asked.append(block)
         return torch.eye(32)[torch.arange(64) // 2]
 
-    monkeypatch.setattr("wantrim.solve.budget.FFN_WORTH", 0.25)
+    monkeypatch.setattr("wantrim.slim.width.FFN_WORTH", 0.25)
     plain, aware = (solve_width(profile, 0.4, s) for s in (None, signature))
     assert asked == [0, 1]
     assert [plain.sizes(b) for b in range(2)] == [aware.sizes(b) for b in range(2)]

@@ -34,8 +34,8 @@ from wantrim.methods.shares import Shares, latent_mask, token_change
 from wantrim.methods.tokens import TokenPlan, paper_plan, select_tokens, smooth_select
 from wantrim.profiles.fingerprint import Fingerprint
 from wantrim.profiles.profile import Profile
-from wantrim.slim.width import ffn_count, ffn_multiple, kept_count, pare_width
-from wantrim.solve.budget import solve_heads, solve_width
+from wantrim.slim.width import ffn_count, ffn_multiple, kept_count, pare_width, solve_width
+from wantrim.solve.budget import solve_heads
 from wantrim.solve.dial import HIGH, LOW, TOLERANCE, Dial, Run
 from wantrim.tests.hypotheses import few
 from wantrim.tests.test_budget import width_share

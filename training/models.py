@@ -19,8 +19,7 @@ from ..slim.export import check_profile, export_slim
 from ..slim.file import SlimHeader, read_header
 from ..slim.router import Conditions, TrainedRouter, save_router
 from ..slim.source import Source, open_source
-from ..slim.width import channels, ffn_count, pare_heads
-from ..solve.budget import solve_width
+from ..slim.width import channels, ffn_count, pare_heads, solve_width
 from ..toy import CHECKPOINT, PROFILE
 from .began import ROUTER, STUDENT, contents
 from .loading import Waiting
