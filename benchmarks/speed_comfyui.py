@@ -86,7 +86,7 @@ def main() -> None:
     args = parser.parse_args()
     # ComfyUI reads the command line, and looks for a device, when it is imported
     sys.argv[1:] = ["--cpu"] if args.cpu else []
-    from ..hosts.comfyui.timing import compiled_model, random_model, seconds_per_step
+    from .comfyui_timing import compiled_model, random_model, seconds_per_step
 
     dim, heads, ffn_dim, blocks, *latent = args.size
     size = Size("", dim, heads, ffn_dim, blocks, tuple(latent))

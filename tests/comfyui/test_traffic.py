@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
+from wantrim.benchmarks.comfyui_timing import random_model, seconds_per_step
 from wantrim.benchmarks.speed_plans import PAPER, PARTIAL, SIGMAS, WHOLE, Size, plans
 from wantrim.benchmarks.traffic import Traffic, in_states, watch_blocks
 from wantrim.engine import context, memory
 from wantrim.engine.plan import TrimPlan
 from wantrim.hosts.comfyui import attach as module
-from wantrim.hosts.comfyui.timing import random_model, seconds_per_step
 from wantrim.methods.tokens import paper_plan
 
 # as wide beside its heads' rotary tables as a small Wan is, and as many blocks

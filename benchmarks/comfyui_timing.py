@@ -1,4 +1,4 @@
-"""Times ComfyUI's own sampling of a Wan of random weights, for the speed bench. Does not ship."""
+"""Times ComfyUI's own sampling of a Wan of random weights; runs in ComfyUI's interpreter alone."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from comfy.ldm.wan.model import WanModel
 from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 from comfy_extras.nodes_torch_compile import TorchCompileModel
 
-from ...engine.plan import TrimPlan
-from ...methods.cost import WanShape
-from .attach import attach
+from ..engine.plan import TrimPlan
+from ..hosts.comfyui.attach import attach
+from ..methods.cost import WanShape
 
 
 def random_model(shape: WanShape, dtype: torch.dtype):
