@@ -123,6 +123,7 @@ def _rows(kernel, dtype: torch.dtype, head_dim: int, bits: int) -> Build:
         "TILE": context.ROWS,
     }  # fmt: skip
     signature = {name: kind for name, kind in kinds.items() if name in kernel.arg_names}
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     words = f"{bits} bits, {str(dtype).removeprefix('torch.')}, head_dim {head_dim}"
     return _build(kernel, words, signature, constants, {"num_warps": context.WARPS}, strides)
 

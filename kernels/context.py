@@ -95,8 +95,7 @@ def join_kernel(
     k_out_ptr, v_out_ptr,
     kept, left, heads, held,
     stride_kb, stride_ks, stride_kn, stride_vb, stride_vs, stride_vn,
-    INDEXED: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BITS: tl.constexpr,
-    TILE: tl.constexpr,
+    D: tl.constexpr, D_PAD: tl.constexpr, BITS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """A tile of one sample's rows: the kept tokens' keys and values, then the remembered ones."""
     batch = tl.program_id(1).to(tl.int64)
@@ -104,9 +103,7 @@ def join_kernel(
     token, head = (row // heads).to(tl.int64), row % heads
     own = token < kept
     other = (token >= kept) & (token < kept + left)
-    place = token - kept
-    if INDEXED:
-        place = tl.load(index_ptr + batch * left + place, mask=other, other=0)
+    place = tl.load(index_ptr + batch * left + token - kept, mask=other, other=0)
     packed = (batch * held + place) * heads + head
     target = ((batch * (kept + left) + token) * heads + head) * D
     source = batch * stride_kb + token * stride_ks + head * stride_kn
@@ -137,9 +134,11 @@ def store_rows(
             for _ in "kv"
             for size, dtype in (((dim * bits // 8,), torch.uint8), ((), torch.float16))
         )
+    # without positions their pointer is never read
     store_kernel[(triton.cdiv(tokens * heads, ROWS), batch)](
-        k, v, *held, _positions(index, k), tokens, heads, held[0].shape[1],
-        *k.stride()[:3], *v.stride()[:3], **_constants(index, dim, bits), num_warps=WARPS,
+        k, v, *held, k if index is None else index.contiguous(), tokens, heads, held[0].shape[1],
+        *k.stride()[:3], *v.stride()[:3], INDEXED=index is not None, **_constants(dim, bits),
+        num_warps=WARPS,
     )  # fmt: skip
     return held
 
@@ -148,30 +147,19 @@ def join_rows(
     k: torch.Tensor,
     v: torch.Tensor,
     held: Packed,
-    index: torch.Tensor | None,
+    index: torch.Tensor,
     bits: int,
     out: tuple[torch.Tensor, torch.Tensor],
 ) -> None:
     """`reference.join_rows` in one launch."""
     k, v = even(k), even(v)
     batch, kept, heads, dim = k.shape
-    left = held[0].shape[1] if index is None else index.shape[1]
+    left = index.shape[1]
     join_kernel[(triton.cdiv((kept + left) * heads, ROWS), batch)](
-        k, v, *held, _positions(index, k), *out, kept, left, heads, held[0].shape[1],
-        *k.stride()[:3], *v.stride()[:3], **_constants(index, dim, bits), num_warps=WARPS,
+        k, v, *held, index.contiguous(), *out, kept, left, heads, held[0].shape[1],
+        *k.stride()[:3], *v.stride()[:3], **_constants(dim, bits), num_warps=WARPS,
     )  # fmt: skip
 
 
-def _positions(index: torch.Tensor | None, instead: torch.Tensor) -> torch.Tensor:
-    # a pointer that is never read
-    return instead if index is None else index.contiguous()
-
-
-def _constants(index: torch.Tensor | None, dim: int, bits: int) -> dict[str, object]:
-    return {
-        "INDEXED": index is not None,
-        "D": dim,
-        "D_PAD": triton.next_power_of_2(dim),
-        "BITS": bits,
-        "TILE": ROWS,
-    }
+def _constants(dim: int, bits: int) -> dict[str, int]:
+    return {"D": dim, "D_PAD": triton.next_power_of_2(dim), "BITS": bits, "TILE": ROWS}

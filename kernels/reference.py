@@ -217,23 +217,21 @@ def join_rows(
     k: torch.Tensor,
     v: torch.Tensor,
     held: Packed,
-    index: torch.Tensor | None,
+    index: torch.Tensor,
     bits: int,
     out: tuple[torch.Tensor, torch.Tensor],
 ) -> None:
     """Keys and values [b, s, n, d], and behind them remembered ones, into `out` [b, s + m, n, d].
 
     Args:
-        index: int64 [b, m], positions in `held`; None is all in order.
+        index: int64 [b, m], positions in `held`.
         out: contiguous, in the dtype of k and v.
     """
-    own, remembered = k.shape[1], out[0].shape[1] - k.shape[1]
+    own = k.shape[1]
     sample = torch.arange(len(k), device=k.device)[:, None]
     for into, mine, codes, scale in ((out[0], k, *held[:2]), (out[1], v, *held[2:])):
         into[:, :own] = mine
-        for at in range(0, remembered, AT_ONCE):
-            part = slice(at, min(at + AT_ONCE, remembered))
-            where = (slice(None), part) if index is None else (sample, index[:, part])
-            into[:, own + part.start : own + part.stop] = unpack_rows(
-                codes[where], scale[where], bits
-            )
+        for at in range(0, index.shape[1], AT_ONCE):
+            where = (sample, index[:, at : at + AT_ONCE])
+            some = unpack_rows(codes[where], scale[where], bits)
+            into[:, own + at : own + at + some.shape[1]] = some

@@ -172,22 +172,17 @@ def test_remembered_rows_are_the_references_to_the_bit(size, dtype, bits, stride
     kernels.store_rows(new_k, new_v, bits, got, index, backend="triton")
     kernels.store_rows(new_k, new_v, bits, want, index, backend="torch")
     assert all(map(torch.equal, got, want))
-    for at in (left, None):
-        behind = tokens if at is None else tokens - kept
-        outs = [
-            [
-                guard(torch.full((batch, kept + behind, heads, dim), float("nan")).to(dtype))
-                for _ in "kv"
-            ]
-            for _ in range(2)
-        ]
-        kernels.join_rows(new_k, new_v, got, at, bits, tuple(outs[0]), backend="triton")
-        kernels.join_rows(new_k, new_v, want, at, bits, tuple(outs[1]), backend="torch")
-        # the interpreter cuts off where a GPU rounds to bf16
-        step = 2**-7 if dtype == torch.bfloat16 else 0.0
-        for one, other in zip(*outs, strict=True):
-            torch.testing.assert_close(one, other, rtol=step, atol=0.0)
-            assert torch.equal(one[:, :kept], other[:, :kept])
+    outs = [
+        [guard(torch.full((batch, tokens, heads, dim), float("nan")).to(dtype)) for _ in "kv"]
+        for _ in range(2)
+    ]
+    kernels.join_rows(new_k, new_v, got, left, bits, tuple(outs[0]), backend="triton")
+    kernels.join_rows(new_k, new_v, want, left, bits, tuple(outs[1]), backend="torch")
+    # the interpreter cuts off where a GPU rounds to bf16
+    step = 2**-7 if dtype == torch.bfloat16 else 0.0
+    for one, other in zip(*outs, strict=True):
+        torch.testing.assert_close(one, other, rtol=step, atol=0.0)
+        assert torch.equal(one[:, :kept], other[:, :kept])
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -199,7 +194,9 @@ def test_remembered_rows_that_are_no_numbers_or_huge(bits, guard):
     for backend in ("triton", "torch"):
         held = kernels.store_rows(guard(k), guard(-k), bits, backend=backend)
         out = [guard(torch.zeros(1, 2, 8, 4)) for _ in "kv"]
-        kernels.join_rows(k, k, held, None, bits, tuple(out), backend=backend)
+        kernels.join_rows(
+            k, k, held, torch.zeros(1, 1, dtype=torch.int64), bits, tuple(out), backend=backend
+        )
         outs.append([t.nan_to_num(7.0, 8.0, 9.0) for t in out])
     assert all(map(torch.equal, *outs))
 
