@@ -30,11 +30,7 @@ COND, UNCOND = 0, 1
 
 
 def check_latent(latent: torch.Tensor) -> None:
-    """Refuse an empty latent [b, c, f, h, w].
-
-    Raises:
-        ValueError: says what came and where to look.
-    """
+    """Refuse an empty latent [b, c, f, h, w]."""
     if latent.numel() == 0:
         raise ValueError(
             f"WanTrim got an empty latent of shape {list(latent.shape)}; expected at least one "

@@ -35,11 +35,7 @@ class Router:
     ask: Callable[[torch.Tensor, Content], torch.Tensor] | None = None
 
     def check(self, num_blocks: int) -> None:
-        """Refuse a model of another number of blocks than this was made for.
-
-        Raises:
-            ValueError: says what was expected.
-        """
+        """Refuse a model of another number of blocks than this was made for."""
 
     def count(self, num_blocks: int, budget: int) -> int:
         """Blocks that run where the budget asks for `budget`."""

@@ -35,11 +35,7 @@ def sigma_at(progress: float, shift: float = 1.0) -> float:
 
 
 def check_window(start: float, end: float) -> None:
-    """Refuse what is no part of a run.
-
-    Raises:
-        ValueError: says what was expected.
-    """
+    """Refuse what is no part of a run."""
     if not 0.0 <= start <= end <= 1.0:
         raise ValueError(f"start and end: expected 0 <= start <= end <= 1, got {start} and {end}")
 

@@ -112,11 +112,7 @@ class WanTrimBlocks(io.ComfyNode):
 
 
 def parse_blocks(text: str, num_blocks: int) -> tuple[int, ...]:
-    """Blocks of a list such as "12, 15-18", ascending.
-
-    Raises:
-        ValueError: it is no such list, or names a block that is not there or has to run.
-    """
+    """Blocks of a list such as "12, 15-18", ascending."""
     expected = f"expected blocks from 1 to {num_blocks - 2} such as '12, 15-18', got"
     found: set[int] = set()
     for part in filter(None, re.split(r"[\s,;]+", re.sub(r"\s*-\s*", "-", text.strip()))):

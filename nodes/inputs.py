@@ -71,11 +71,7 @@ def shown(cls, drawn: Image.Image, text: str) -> tuple[torch.Tensor, dict]:
 
 
 def check_range(node: str, name: str, value: float, most: float, least: float = 0) -> None:
-    """Refuse a value outside of its range; a linked one passes by what ComfyUI checks.
-
-    Raises:
-        ValueError: says what was expected.
-    """
+    """Refuse a value outside of its range; a linked one passes by what ComfyUI checks."""
     if not least <= value <= most:
         raise ValueError(f"{node}: {name}: expected {least:g} to {most:g}, got {value}")
 

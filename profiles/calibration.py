@@ -58,11 +58,7 @@ class Calibration:
         self._add(f"{kind}.{block}", (x.T @ x).cpu(), len(x))
 
     def absorb(self, saved: SavedCalibration) -> None:
-        """Add what a file holds, one tensor at a time.
-
-        Raises:
-            ValueError: it is of another model, or damaged.
-        """
+        """Add what a file holds, one tensor at a time."""
         reason = self.model.differs(saved.model)
         if reason is not None:
             raise ValueError(

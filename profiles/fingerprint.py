@@ -53,11 +53,7 @@ class Fingerprint:
 
     @classmethod
     def from_json(cls, data: object) -> Fingerprint:
-        """Read what `to_json` wrote.
-
-        Raises:
-            ValueError: it is something else.
-        """
+        """Read what `to_json` wrote."""
         sizes = ("dim", "ffn_dim", "num_blocks", "num_heads", "in_channels", "out_channels")
         if not isinstance(data, dict) or not all(type(data.get(n)) is int for n in sizes):
             raise ValueError(f"model: expected the sizes {', '.join(sizes)}, got {data!r:.200}")

@@ -123,11 +123,7 @@ class Profile:
         return output * self.tensors[f"{kind}_o_norm"]
 
     def merged(self, other: Profile) -> Profile:
-        """Both together.
-
-        Raises:
-            ValueError: they are of different models.
-        """
+        """Both together."""
         reason = self.model.differs(other.model)
         if reason is not None:
             raise ValueError(f"profile: cannot merge profiles of two models: {reason}")

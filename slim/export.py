@@ -247,11 +247,7 @@ def slim_checkpoint(
 
 
 def check_profile(source: Source, profile: Profile) -> None:
-    """Refuse a profile of another model.
-
-    Raises:
-        ValueError: says in what they differ.
-    """
+    """Refuse a profile of another model."""
     reason = profile.model.differs(source.model)
     if reason is not None:
         raise ValueError(

@@ -136,11 +136,7 @@ def transformer_config(config: str | None) -> dict:
 
 
 def list_entries(path: Path) -> tuple[list[Entry], dict[str, str]]:
-    """Tensors and metadata of a safetensors file; reads no tensor.
-
-    Raises:
-        ValueError: it cannot be read.
-    """
+    """Tensors and metadata of a safetensors file; reads no tensor."""
     if not path.is_file():
         raise ValueError(f"{path.name}: there is no such file. Choose another one.")
     try:
@@ -172,9 +168,6 @@ def read_tensor(path: Path, entry: Entry, rows: range | None = None) -> torch.Te
 
     Args:
         rows: of its first axis, without gaps; None reads all of it.
-
-    Raises:
-        ValueError: the file was changed meanwhile.
     """
     shape, offset = entry.shape, entry.offset
     if rows is not None:

@@ -43,11 +43,7 @@ class Conditions:
 
     @classmethod
     def from_json(cls, data: object) -> Conditions:
-        """Read what `to_json` wrote.
-
-        Raises:
-            ValueError: it is something else.
-        """
+        """Read what `to_json` wrote."""
         try:
             made = cls(**data)
             numbers = [float(n) for n in (made.k_min, made.k_max, made.shift)]

@@ -71,11 +71,7 @@ class Source:
 
 
 def open_source(path: Path) -> Source:
-    """Look at a full checkpoint without reading its weights.
-
-    Raises:
-        ValueError: it is not one that can be cut; says what came and what to do.
-    """
+    """Look at a full checkpoint without reading its weights."""
     _refuse_by_name(path)
     listed, metadata = list_entries(path)
     if is_slim(metadata):

@@ -37,11 +37,7 @@ Signature = Callable[[int], torch.Tensor]
 
 
 def check_ratio(prune_ratio: float) -> None:
-    """Refuse a share that is not one.
-
-    Raises:
-        ValueError: says what was expected.
-    """
+    """Refuse a share that is not one."""
     if not 0.0 <= prune_ratio < 1.0:
         raise ValueError(f"prune_ratio: expected 0 to less than 1, got {prune_ratio}")
 
@@ -51,9 +47,6 @@ def check_recorded(profile: Profile, *needed: str) -> None:
 
     Args:
         needed: of "cross_output" and "channel_energy", which a recording may lack.
-
-    Raises:
-        ValueError: says what to do.
     """
     if not profile.calls:
         raise ValueError(
@@ -73,11 +66,7 @@ def check_recorded(profile: Profile, *needed: str) -> None:
 
 
 def kept_count(num_heads: int, prune_ratio: float) -> int:
-    """K = max(8, ceil(H(1-p))); the 8 is of 40 heads, so a model with fewer heads keeps its share.
-
-    Raises:
-        ValueError: prune_ratio is not a share.
-    """
+    """K = max(8, ceil(H(1-p))); the 8 is of 40 heads, so a model with fewer heads keeps its share."""
     check_ratio(prune_ratio)
     least = min(MINIMUM, math.ceil(MINIMUM * num_heads / PAPER_HEADS))
     return max(least, _ceil(num_heads * (1 - prune_ratio)))
@@ -89,11 +78,7 @@ def ffn_multiple(ffn_dim: int) -> int:
 
 
 def ffn_count(ffn_dim: int, prune_ratio: float) -> int:
-    """FFN channels that stay: rounded up to a multiple, never more than there are.
-
-    Raises:
-        ValueError: prune_ratio is not a share.
-    """
+    """FFN channels that stay: rounded up to a multiple, never more than there are."""
     check_ratio(prune_ratio)
     multiple = ffn_multiple(ffn_dim)
     return min(ffn_dim, multiple * _ceil(ffn_dim * (1 - prune_ratio) / multiple))
@@ -128,9 +113,6 @@ def pare_heads(
 
     Args:
         kind, protection: see `head_scores`.
-
-    Raises:
-        ValueError: prune_ratio is not a share, or the profile lacks a measurement.
     """
     check_recorded(profile, *(["cross_output"] if kind == "cross" else []))
     count = kept_count(profile.model.num_heads, prune_ratio)
@@ -191,11 +173,7 @@ def _unlike(
 
 
 def channel_sizes(profile: Profile) -> torch.Tensor:
-    """What each FFN channel adds to the hidden state while the model samples, rms [l, c] (ours).
-
-    Raises:
-        ValueError: the profile lacks its measurement.
-    """
+    """What each FFN channel adds to the hidden state while the model samples, rms [l, c] (ours)."""
     check_recorded(profile, "channel_energy")
     return profile.mean("channel_energy").sqrt() * profile.tensors["down_norm"]
 
@@ -286,9 +264,6 @@ def spend(groups: list[list[Option]], budget: float, needed: Sequence[Sequence[i
 
     Args:
         needed: groups of which at least one is not its first option.
-
-    Raises:
-        ValueError: not a share, or too small for what is needed.
     """
     if not 0.0 < budget <= 1.0:
         raise ValueError(

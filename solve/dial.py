@@ -138,9 +138,6 @@ class Dial:
         start, end: progress between which steps are trimmed.
         travel: of this model's own whole run, in place of that of the curves that ship.
         tuned: outcomes of trials on this model; the one of a run like this is gone by.
-
-    Raises:
-        ValueError: says what was expected.
     """
 
     speedup: float = 1.5

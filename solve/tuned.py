@@ -124,11 +124,7 @@ class Tuned:
 
     @classmethod
     def from_json(cls, data: object) -> Tuned:
-        """Read what `to_json` wrote.
-
-        Raises:
-            ValueError: it is something else.
-        """
+        """Read what `to_json` wrote."""
         if not isinstance(data, dict) or not isinstance(data.get("travel"), dict):
             raise ValueError(f"expected the outcome of a trial, got {data!r:.80}")
         sigmas = _numbers(data, "sigmas", MOST_SIGMA, at_least=2)

@@ -93,11 +93,7 @@ def fingerprint_of(model) -> Fingerprint:
 
 
 def check_profile(model, profile: Profile, node: str) -> None:
-    """Refuse a profile of another model than this MODEL.
-
-    Raises:
-        ValueError: says what came, what was expected and what to do.
-    """
+    """Refuse a profile of another model than this MODEL."""
     reason = fingerprint_of(model).differs(profile.model)
     if reason is not None:
         raise ValueError(

@@ -33,9 +33,6 @@ def load_slim(path: str, weight_dtype: str = "default", disable_dynamic: bool = 
 
     Args:
         weight_dtype: name in `DTYPES`.
-
-    Raises:
-        ValueError: the file is not a slim checkpoint, or damaged.
     """
     header = read_header(Path(path))
     loaded = comfy.utils.load_torch_file(path)
@@ -83,11 +80,7 @@ def slim_header(model) -> SlimHeader | None:
 
 
 def refuse_slim(model, node: str) -> None:
-    """Refuse a slim MODEL at a node that needs every head.
-
-    Raises:
-        ValueError: says what to do.
-    """
+    """Refuse a slim MODEL at a node that needs every head."""
     if slim_header(model) is not None:
         raise ValueError(
             f"{node}: the input 'model' expects a full Wan model, but got a slim one, whose heads "

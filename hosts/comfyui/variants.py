@@ -46,9 +46,6 @@ def check_variant(model, node: str, aim: str = "leave out tokens of", given: str
     Args:
         given: name of the input that it came by.
         aim: as it reads in front of the model's name; `SKIP_BLOCKS` has answers of its own.
-
-    Raises:
-        UnsupportedModel: says what came, what was expected and what to do.
     """
     inner = getattr(getattr(model, "model", None), "diffusion_model", None)
     name = "nothing" if inner is None else type(inner).__name__

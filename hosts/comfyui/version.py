@@ -17,9 +17,6 @@ def check_comfyui(version: str | None = None) -> None:
 
     Args:
         version: of this ComfyUI; None asks it. One that says no number is taken to be new.
-
-    Raises:
-        TooOld: says which version it is and which is needed.
     """
     if version is None:
         version = comfyui_version()
