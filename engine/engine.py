@@ -21,7 +21,7 @@ from ..methods.routers import Content
 from ..methods.schedule import progress_at
 from ..methods.shares import Shares
 from .call import OUT_OF_MEMORY, Call, Shared, StepState
-from .memory import STRAYED
+from .memory import SAME_SIGMA, STRAYED
 from .plan import TrimPlan
 from .program import ALL, SKIP, Facts, Row, compile_step
 from .record import Record, Step
@@ -151,6 +151,8 @@ class Engine(Shared):
         where = (window, names[decider])
         seen = self._look(levels, unit, chunks, decider, where, anchored, clip)
         sigma, last = seen.largest, self.now
+        if last is not None and abs(last.step.sigma - sigma) < SAME_SIGMA:
+            sigma = last.step.sigma
         if not (seen.again and last.step.sigma == sigma and last.window == window):
             now = time.perf_counter()
             self._close_step(now)
@@ -365,4 +367,4 @@ class Engine(Shared):
 def _decider(cond_or_uncond: Sequence[int]) -> int:
     """Which chunk of a batch decides: the conditional prompt that also comes first, call by call."""
     cond = [i for i, role in enumerate(cond_or_uncond) if role == COND]
-    return cond[0] if cond else len(cond_or_uncond) - 1
+    return cond[0] if cond else 0

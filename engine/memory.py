@@ -21,6 +21,8 @@ from .context import Context, ContextInRam, Lane, Room
 # share of a path's square that guidance and multi-step samplers do not explain: above it there was
 # noise added
 STRAYED = 0.5
+# sigmas that differ by less are one, rounded twice
+SAME_SIGMA = 1e-5
 
 
 @dataclass
@@ -123,8 +125,10 @@ class Part:
         self._last: list[Hashable] = []
         # of what each prompt gave, how much the sampler went along
         self._mix: dict[Hashable, torch.Tensor] = {}
-        # that, and the persistence, as a call found them: they count when it begins a step
-        self._found: tuple[dict[Hashable, torch.Tensor], torch.Tensor | None] = ({}, None)
+        # squared way of the latent in the last step
+        self._moved: torch.Tensor | None = None
+        # these, and the persistence, as a call found them: they count when it begins a step
+        self._found: tuple[dict, torch.Tensor | None, torch.Tensor | None] = ({}, None, None)
 
     def fits(self, latent: torch.Tensor) -> bool:
         """Whether what is remembered is of a latent like this one [b, c, f, h, w]."""
@@ -142,46 +146,53 @@ class Part:
         prompts do not share, and that goes on less.
 
         Returns:
-            Share of the squared path that no mix explains, not a number while sigma is that of the
-            last step: to compare it here would wait for the device. And the persistence of changes,
+            Share of the squared path that no mix explains; while sigma is that of the last step, how
+            much the latent moved, of how much it did in that one. And the persistence of changes,
             where the step computed something that tells. Nothing counts before `begin`.
         """
-        self._found = {}, None
+        self._found = {}, None, self._moved
         if self.latent is None or not self._last or not self.known(self._last):
             return None, None
         last = [self.prompts[key] for key in self._last]
         first, *others = (one.at(self.sigma, self.persistence).float() for one in last)
-        path = (latent.float() - self.latent.float()) / (sigma - self.sigma)
+        moved = latent.float() - self.latent.float()
+        again = (sigma - self.sigma).abs() < SAME_SIGMA
+        # what the sampler holds still says nothing of where it goes
+        went = moved != 0
+        path = moved / torch.where(again, torch.nan, sigma - self.sigma)
         ways = [other - first for other in others]
         ways += [one.turn for one in last if one.turn is not None]
-        parts, rest = explain(path - first, ways)
-        mix = self._mixed(parts[: len(others)], path)
+        parts, rest = explain((path - first) * went, [way * went for way in ways])
+        mix = self._mixed(parts[: len(others)], path, went.any())
         told = None
         if all(one.foretold is not None for one in last):
             pairs = list(zip(last, mix.values(), strict=True))
             foretold = sum(one.foretold * by for one, by in pairs)
             told = persistence(foretold, sum(one.turn * by for one, by in pairs))
-        self._found = mix, told
-        return rest.square().sum() / path.square().sum().clamp(min=1e-12), told
+        size = moved.square().sum()
+        strayed = rest.square().sum() / path.square().sum().clamp(min=1e-12)
+        before = size.new_full((), torch.nan) if self._moved is None else self._moved
+        self._found = mix, told, torch.where(again, before, size)
+        return torch.where(again, size / before.clamp(min=1e-12), strayed), told
 
-    def _mixed(self, parts: list[torch.Tensor], path) -> dict[Hashable, torch.Tensor]:
+    def _mixed(self, parts: list[torch.Tensor], path, went) -> dict[Hashable, torch.Tensor]:
         """How much of each prompt of the last step there is in a path, from those of all but the first."""
         if not parts:
             return {self._last[0]: path.new_ones(())}
         # two calls at one sigma, as heun makes them, tell nothing of it
-        known = torch.stack(parts).isfinite().all()
+        known = torch.stack(parts).isfinite().all() & went
         mix = zip(self._last, (1.0 - sum(parts), *parts), strict=True)
         return {key: torch.where(known, by, self._mix.get(key, by)) for key, by in mix}
 
     def begin(self, sigma: float, latent: torch.Tensor) -> None:
         """A step begins, or goes on, at this sigma with this latent [b, c, f, h, w]."""
-        mix, told = self._found
+        mix, told, self._moved = self._found
         self._mix |= mix
         if told is not None:
             self.persistence = told
             for key in self._last:
                 self.prompts[key].foretold = None
-        self._found = {}, None
+        self._found = {}, None, self._moved
         if self.sigma != sigma:
             self._last = []
         self.sigma, self.latent = sigma, latent
@@ -314,9 +325,9 @@ class Part:
         """Let go of everything."""
         self.forget_context()
         self.prompts.clear()
-        self.change = self.age = self.persistence = self.latent = None
+        self.change = self.age = self.persistence = self.latent = self._moved = None
         self.all_seen = False
-        self._last, self._mix, self._found, self.seen = [], {}, ({}, None), 0
+        self._last, self._mix, self._found, self.seen = [], {}, ({}, None, None), 0
 
 
 class Memory:

@@ -32,11 +32,19 @@ from .compiled import bare, compiled_of
 from .dial import Wish
 from .given import ModelCall, as_dict, attached, conds_of, levels_of, own_options
 from .live import Live, running_node
-from .run import SESSION_KEY, SamplingRun, compare_run, mark_network
+from .run import SESSION_KEY, SamplingRun, hook_strengths, mark_network
 from .runs import Ran, Where, keep_run, runs_before
 from .shape import clip_tokens, device_name, full_shape, wan_shape
 from .slim import slim_header
-from .variants import anchored_frames, sees_between_blocks, token_grid, why_not_now, why_not_patched
+from .variants import (
+    NO_VELOCITY,
+    anchored_frames,
+    gives_velocity,
+    sees_between_blocks,
+    token_grid,
+    why_not_now,
+    why_not_patched,
+)
 
 log = logging.getLogger(__name__)
 
@@ -124,11 +132,7 @@ def _outer_sample(executor, *args, **kwargs):
         completed = True
         return result
     finally:
-        run.engine.finish(completed)
-        if run.course is not None:
-            ran.solved, ran.came = run.course.solved, run.course.ran
-        if completed and not attachment.neutral and run.dense is None:
-            compare_run(run, len(sigmas))
+        run.close(completed, len(sigmas))
         live.end()
 
 
@@ -151,6 +155,9 @@ def _prepare(run: SamplingRun, attachment: Attachment, guider, options: dict) ->
         keep_run(attachment.video, ran)
     if attachment.neutral:
         return
+    run.wanted = True
+    if not gives_velocity(guider.model_patcher):
+        run.dense = f"{NO_VELOCITY}: nothing was left out"
     if dial is not None and not dial.off:
         place, rooms = attachment.place, attachment.rooms
         run.wish = Wish.of(dial, attachment.plan, place, rooms, guider, run.shift)
@@ -229,9 +236,10 @@ def _apply_model(
         if COND not in (options.get("cond_or_uncond") or [COND]):
             raise _UncondFirst
         run.awaits_cond = False
-    if run is None:
+    # several GPUs call it at once, and how torch compiles is one for all of their threads
+    if run is None or run.dense:
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
-    run.latent = x
+    run.latent, run.strengths = x, hook_strengths(executor.class_obj)
     try:
         dm, record = executor.class_obj.diffusion_model, run.engine.record
         run.compiled = compiled_of(dm, x, run.model_options, record)
@@ -293,6 +301,12 @@ def _begin(dm, run: SamplingRun, given: ModelCall) -> Call | None:
         record.note(in_the_way)
         return None
     check_latent(x)
+    run.network = run.network or dm
+    if dm is not run.network:
+        record.note(
+            "this guider samples one of the prompts with another model: all of it was computed there"
+        )
+        return None
     grid = token_grid(dm, x, given.time_dim_concat, given.extra)
     anchored = anchored_frames(dm, x, given.timestep, grid, given.extra)
     inside = run.patched or why_not_now(given.options)
@@ -317,7 +331,8 @@ def _begin(dm, run: SamplingRun, given: ModelCall) -> Call | None:
         shift=run.shift,
         anchored=anchored,
         window=given.window,
-        prompts=given.prompts,
+        # other weights answer otherwise, and are another prompt's
+        prompts=[(name, run.strengths) if run.strengths else name for name in given.prompts],
         clip=None if given.clip_fea is None else given.clip_fea[:, 0],
         inside=inside,
         alone=not sees_between_blocks(dm, given.options),

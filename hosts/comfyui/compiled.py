@@ -33,7 +33,8 @@ NOT_ONE_GRAPH = (
     "torch.compile: blocks that leave something out or are looked into were not compiled, because "
     "PyTorch could not make one graph of them ({}). Compile the whole model instead of its blocks"
 )
-# by what it is for: a graph outlives the run that it was made in
+# by what it is for, the last used behind: a graph outlives the run that it was made in
+MOST_APART = 4
 _APART: dict[tuple, Apart] = {}
 
 
@@ -93,7 +94,10 @@ def compiled_of(
         record.note(RECORDS)
     else:
         key = (type(dm.blocks[0]), latent.shape[1:], *map(repr, given.items()))
-        apart = _APART.get(key) or _APART.setdefault(key, Apart(**given))
+        apart = _APART.pop(key, None) or Apart(**given)
+        _APART[key] = apart
+        while len(_APART) > MOST_APART:
+            del _APART[next(iter(_APART))]
     return Compiled(dm if whole else None, apart, record)
 
 

@@ -66,7 +66,8 @@ def time_dense_step(model, calls: list[dict]) -> float:
     Args:
         calls: of the step, as `call_sizes` gives them.
     """
-    comfy.model_management.load_models_gpu([model])
+    most = max(model.model.memory_required(list(call["x"].shape)) for call in calls)
+    comfy.model_management.load_models_gpu([model], memory_required=most)
     override = model.model_options["transformer_options"].get(OVERRIDE)
     options = {} if override is None else {OVERRIDE: override}
     _step(model, calls, options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -34,8 +35,21 @@ SPARE = 0.7
 BATCHED = 1.5
 
 
+def free_memory(patcher, device: torch.device) -> float:
+    """Bytes that can be had: of the model's own device as the host asks, which gives back weights."""
+    ask = getattr(patcher, "get_free_memory", None)
+    if callable(ask) and device == getattr(patcher, "load_device", None):
+        return ask(device)
+    return comfy.model_management.get_free_memory(device)
+
+
 def find_room(
-    place: str, device: torch.device, needed: Callable[[int], int], blocks: int, own: float = 0.0
+    place: str,
+    device: torch.device,
+    needed: Callable[[int], int],
+    blocks: int,
+    own: float = 0.0,
+    patcher=None,
 ) -> Room | None:
     """Where the keys and values of so many blocks fit; None is nowhere.
 
@@ -43,10 +57,14 @@ def find_room(
         place: name in `PLACES`.
         needed: bytes by bits of a number.
         own: bytes that a forward of the model takes on the device.
+        patcher: the model.
     """
 
+    # a room is kept on the model that it is of
+    model = (lambda: None) if patcher is None else weakref.ref(patcher)
+
     def fits(where: torch.device, count: float, own: float = 0.0) -> bool:
-        free = comfy.model_management.get_free_memory(where)
+        free = free_memory(model(), where)
         return count <= min(SPARE * free, free - own)
 
     ram = torch.device("cpu")
@@ -76,6 +94,7 @@ class Wish:
         width: of a slim model.
         earlier: what was sampled of the same video before, in order.
         needs: bytes of a forward by the latent's shape, or None where the host cannot tell.
+        patcher: the model.
         rooms: where keys and values were kept in earlier runs, by what they take: a run that comes
             again goes the same way, whatever else is in memory, while it can.
     """
@@ -88,6 +107,7 @@ class Wish:
     width: Width | None = None
     earlier: Sequence[Run] = ()
     needs: Callable[[Sequence[int]], float] | None = None
+    patcher: object = None
     rooms: dict[int, Room] = field(default_factory=dict)
 
     @classmethod
@@ -103,8 +123,9 @@ class Wish:
             prompts = 1
         header = slim_header(guider.model_patcher)
         width = None if header is None else header.width
-        needs = getattr(guider.model_patcher.model, "memory_required", None)
-        return cls(dial, plan, place, shift, max(1, prompts), width, needs=needs, rooms=rooms)
+        patcher = guider.model_patcher
+        needs = getattr(patcher.model, "memory_required", None)
+        return cls(dial, plan, place, shift, max(1, prompts), width, needs, patcher, rooms=rooms)
 
     def solve(
         self,
@@ -148,7 +169,7 @@ class Wish:
         room = self.rooms.get(needed(8))
         if room is None or not room.more():
             own = self.needs([rows, *given.x.shape[1:]]) if callable(self.needs) else 0.0
-            room = find_room(self.place, device, needed, shape.num_blocks, own)
+            room = find_room(self.place, device, needed, shape.num_blocks, own, self.patcher)
         if room is not None:
             self.rooms[needed(8)] = room
         run = Run(

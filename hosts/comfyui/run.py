@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 
 from ...engine.call import Call
@@ -15,6 +17,7 @@ from .dial import Wish
 from .given import Kept, as_dict
 from .runs import Ran
 
+log = logging.getLogger(__name__)
 SESSION_KEY = "wantrim_session"
 # the host's patches that see the hidden state between two blocks
 BETWEEN = "double_block"
@@ -30,6 +33,8 @@ class SamplingRun(Kept):
     def __init__(self, engine: Engine, shift: float, model_options: dict, ran: Ran):
         self.engine, self.shift, self.model_options = engine, shift, model_options
         self.ran = ran
+        # whether anything is to be left out
+        self.wanted = False
         # why this run computes everything
         self.dense: str | None = None
         # why this run looks into no block
@@ -39,6 +44,10 @@ class SamplingRun(Kept):
         self.awaits_cond = False
         # of the call that runs, before the host rounds it to the model's dtype
         self.latent: torch.Tensor | None = None
+        # and of the LoRAs that the host switches on and off while it samples
+        self.strengths: tuple[float, ...] = ()
+        # that the run is of; a guider may have another one for one of its prompts
+        self.network: torch.nn.Module | None = None
         # of the call that runs: what a compile node made of the model
         self.compiled: Compiled | None = None
         # and the network's own forward was entered
@@ -58,6 +67,29 @@ class SamplingRun(Kept):
             self.ran.calls.append(call_sizes(arguments))
         except Unmeasurable as error:
             self.ran.unmeasurable = str(error)
+
+    def close(self, completed: bool, levels: int) -> None:
+        """The run is over: let go of what it held, and say what became of it.
+
+        Args:
+            levels: sigmas that the sampler was given.
+        """
+        try:
+            self.engine.finish(completed)
+            if self.course is not None:
+                self.ran.solved, self.ran.came = self.course.solved, self.course.ran
+            if completed and self.wanted and self.dense is None:
+                compare_run(self, levels)
+        except Exception:
+            # a finished video is worth more than its report
+            log.exception("WanTrim: what this run did could not be told")
+            self.engine.memory.clear()
+
+
+def hook_strengths(model) -> tuple[float, ...]:
+    """Of the LoRAs that the host switches on and off while it samples, as they are in this call."""
+    hooks = getattr(getattr(model, "current_patcher", None), "current_hooks", None)
+    return tuple(getattr(hook, "strength", 1.0) for hook in getattr(hooks, "hooks", ()))
 
 
 def compare_run(run: SamplingRun, levels: int) -> None:

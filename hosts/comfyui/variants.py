@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+import comfy.model_sampling
+
 from ...methods.grid import TokenGrid
 from .given import as_dict
 
@@ -21,6 +23,7 @@ SUPPORTED: dict[str, str | None] = {
     "WanDancerModel": "its music injector between the blocks is not tested with left out tokens yet",
     "CausalWanModel": "it runs with a key/value cache and honours no block hooks",
 }
+NO_VELOCITY = "it predicts something else than the velocity of a flow, as FlowRVS does"
 SKIP_BLOCKS = "skip blocks of"
 # blocks may be skipped in more classes: nothing there looks into one
 SKIPPABLE: dict[str, str | None] = SUPPORTED | dict.fromkeys(
@@ -54,6 +57,10 @@ def check_variant(model, node: str, aim: str = "leave out tokens of", given: str
             f"{node}: the input '{given}' expects a Wan video model, but got {name}. Connect a Load "
             "Diffusion Model node with a Wan checkpoint, or remove this node."
         )
+    if aim != SKIP_BLOCKS and not gives_velocity(model):
+        raise UnsupportedModel(
+            f"{node}: cannot {aim} {name}: {NO_VELOCITY}. Bypass this node for this model."
+        )
     table = SKIPPABLE if aim == SKIP_BLOCKS else SUPPORTED
     reason = table.get(name, "this Wan variant is not known to WanTrim")
     if reason is not None:
@@ -62,6 +69,13 @@ def check_variant(model, node: str, aim: str = "leave out tokens of", given: str
             f"{node}: cannot {aim} {name}: {reason}. Bypass this node for this model. "
             f"Supported: {supported}."
         )
+
+
+def gives_velocity(model) -> bool:
+    """Whether what a MODEL predicts is a velocity, as the repeated ones are taken to be."""
+    sampling = model.get_model_object("model_sampling")
+    own = getattr(type(sampling), "calculate_denoised", None)
+    return own is comfy.model_sampling.CONST.calculate_denoised
 
 
 def is_class(network, *names: str) -> bool:

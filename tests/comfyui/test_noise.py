@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import comfy.samplers
 from wantrim.engine import engine
 from wantrim.hosts.comfyui.attach import SESSION_KEY
 from wantrim.nodes import demo
@@ -12,6 +13,28 @@ from wantrim.tests.comfyui.passes import observed
 NOISY = ["euler_ancestral", "lcm", "dpmpp_2m_sde", "er_sde"]
 STRAIGHT = ["euler", "heun", "dpmpp_2m", "res_multistep", "ddim"]
 VALUES = (1, 1, 0, 1, 0, 0, 1, 0)
+
+
+# one asks a model of its own kind, one knows its own steps by another rule than the sigmas
+ALL = [name for name in comfy.samplers.SAMPLER_NAMES if name not in ("ar_video", "ipndm_v")]
+
+
+@pytest.mark.parametrize("sampler", ALL)
+@pytest.mark.parametrize("values", [(1, 1, 0, 1, 0, 0, 1, 0), (1, 0, 1, 0)], ids=len)
+def test_where_the_video_is_known_repeating_it_is_exact(values, sampler, monkeypatch):
+    """A model that points at one video from everywhere; the last step hides nothing."""
+    model, count = tiny.base_model(), len(values)
+    aim = torch.randn(tiny.empty_latent().shape, generator=torch.Generator().manual_seed(3))
+
+    def forward(x, t, context, **kwargs):
+        return (x - aim) / (t.view(-1, 1, 1, 1, 1) / 1000)
+
+    monkeypatch.setattr(model.model.diffusion_model, "forward_orig", forward)
+    options = {"cfg": 1.0, "last_step": count - 1, "force_full_denoise": False}
+    patched = tiny.shared(model, *values)
+    whole, out = (tiny.sample(m, steps=count, sampler=sampler, **options) for m in (model, patched))
+    assert 0.0 in tiny.shares(patched)
+    assert (out - whole).abs().max() < 2e-3 * whole.abs().max()
 
 
 def watched(sampler, values=VALUES, given=None, model=None):
@@ -95,4 +118,18 @@ def test_guidance_and_several_prompts_are_no_noise():
     given.positive = [*given.positive, *tiny.text(8), *tiny.text(9)]
     _, passes, noisy = watched("euler", given=given)
     assert [len(seen.roles) for seen in passes] == [4] * len(VALUES)
+    assert all(found == [False] for found in noisy)
+
+
+def test_a_step_that_the_sampler_holds_still_is_no_noise():
+    """As CFG-Zero* does with its first one."""
+    model = tiny.base_model()
+    first = []
+
+    def still(given):
+        first.append(1)
+        return given["cond"] * (len(first) > 1)
+
+    model.set_model_sampler_cfg_function(still)
+    _, _, noisy = watched("euler", model=model)
     assert all(found == [False] for found in noisy)
