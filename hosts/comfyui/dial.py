@@ -125,7 +125,8 @@ class Wish:
         width = None if header is None else header.width
         patcher = guider.model_patcher
         needs = getattr(patcher.model, "memory_required", None)
-        return cls(dial, plan, place, shift, max(1, prompts), width, needs, patcher, rooms=rooms)
+        known = {"needs": needs, "patcher": patcher, "rooms": rooms}
+        return cls(dial, plan, place, shift, max(1, prompts), width, **known)
 
     def solve(
         self,

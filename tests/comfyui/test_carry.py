@@ -23,7 +23,9 @@ def stay(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("cfg", [1.0, 4.0])
-@pytest.mark.parametrize("sampler", ["euler", "uni_pc", "dpmpp_2m", "res_multistep", "heun", "exp_heun_2_x0"])
+@pytest.mark.parametrize(
+    "sampler", ["euler", "uni_pc", "dpmpp_2m", "res_multistep", "heun", "exp_heun_2_x0"]
+)
 def test_the_video_is_nearer_to_the_whole_one(sampler, cfg, monkeypatch):
     options = {"sampler": sampler, "cfg": cfg}
     whole, going = demo_sample(demo_model(), STEPS, **options), sampled(*VALUES, **options)

@@ -49,6 +49,45 @@ def test_on_several_gpus_no_prompt_waits_for_the_other():
     assert torch.equal(out, tiny.sample(neighbours.two_gpus(tiny.base_model()), steps=2))
 
 
+def test_threads_that_overlap_leave_torch_compile_as_it_was():
+    """It is one switch for all threads: A in, B in, A out, B out would leave it off for good."""
+    inside, after = [threading.Event(), threading.Event()], threading.Event()
+
+    def role_of(args, kwargs) -> int:
+        [role] = kwargs.get("transformer_options", args[-1])["cond_or_uncond"]
+        return role
+
+    def enter(executor, *args, **kwargs):
+        if role_of(args, kwargs) == 1:
+            inside[0].wait(20)
+        try:
+            return executor(*args, **kwargs)
+        finally:
+            if role_of(args, kwargs) == 0:
+                after.set()
+
+    def stay(executor, *args, **kwargs):
+        role = role_of(args, kwargs)
+        inside[role].set()
+        (inside[1] if role == 0 else after).wait(20)
+        return executor(*args, **kwargs)
+
+    model = tiny.base_model().clone()
+    # in front of ours
+    model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "enter", enter)
+    model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "stay", stay)
+    model = neighbours.two_gpus(tiny.trimmed(model))
+    pool = MultiGPUThreadPool(neighbours.DEVICES)
+    model.model_options["multigpu_thread_pool"] = pool
+    try:
+        tiny.sample(model, steps=1)
+    finally:
+        pool.shutdown()
+    stance = torch._dynamo.eval_frame._stance.stance
+    torch.compiler.set_stance("default")
+    assert stance == "default"
+
+
 def test_the_model_of_another_gpu_has_the_same_plan(tmp_path):
     """What ComfyUI makes of a MODEL for each further device, here the CPU again."""
     weights, metadata = tiny.state_dict("t2v")

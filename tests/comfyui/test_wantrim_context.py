@@ -81,6 +81,14 @@ def test_the_record_says_where_the_context_lives(monkeypatch):
             )
 
 
+def test_weights_that_the_host_gives_back_are_room(monkeypatch):
+    """As it counts them when it decides what it batches: a second run finds its own weights there."""
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *_, **__: 0)
+    monkeypatch.setattr(ModelPatcher, "get_free_memory", lambda self, device: 1e12)
+    patched = partly(tiny.base_model(), context="auto")
+    assert tiny.report_of(patched).context is not None
+
+
 @pytest.mark.parametrize(
     ("place", "device", "free", "found"),
     [
@@ -134,10 +142,10 @@ def test_room_is_found_for_every_prompt_of_every_video(batch, monkeypatch):
     """However the host splits them: short of memory it runs each prompt by itself."""
     asked_for, own = [], []
 
-    def noted(place, device, needed, blocks, taken):
+    def noted(place, device, needed, blocks, taken, patcher):
         asked_for.append(needed(8))
         own.append(taken)
-        return find_room(place, device, needed, blocks, taken)
+        return find_room(place, device, needed, blocks, taken, patcher)
 
     find_room = dial.find_room
     monkeypatch.setattr(dial, "find_room", noted)
