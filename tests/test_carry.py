@@ -69,7 +69,7 @@ def sampled(velocity, sigmas, computed, guidance=3.0, dtype=torch.float32):
     part, x, found = Part(Room()), torch.zeros(SIZE), []
     for number, sigma in enumerate(sigmas):
         if number:
-            part.look(sigma, x)
+            part.look(torch.tensor(sigma, dtype=torch.float64), x)
         part.begin(sigma, x)
         rows = []
         for key, said in zip("ab", velocity(sigma), strict=True):

@@ -82,18 +82,18 @@ def test_blocks_run_on_kept_tokens():
 
 @torch.no_grad()
 def test_a_repeated_step_comes_in_the_form_that_was_asked_for():
-    model, x = wan(), torch.randn(1, 16, *SIZE)
+    model, x, y = wan(), torch.randn(1, 16, *SIZE), torch.randn(1, 16, *SIZE)
     plan = TrimPlan(shares=Shares((0.9, 0.5), (1, 0)))
     t = torch.tensor([900.0]), torch.tensor([500.0])
     for options, first in (({}, "sample"), ({"return_dict": False}, 0)):
         with attach(model, plan):
             one = model(x, t[0], text(), **options)
-            other = model(hidden_states=x, timestep=t[1], encoder_hidden_states=text(), **options)
+            other = model(hidden_states=y, timestep=t[1], encoder_hidden_states=text(), **options)
         assert type(one) is type(other) and len(one) == len(other) == 1
         found = [getattr(out, first) if options == {} else out[first] for out in (one, other)]
         assert found[0].shape == x.shape and found[0].dtype == found[1].dtype
         # there was noise in between, so that the video is repeated and not the velocity
-        torch.testing.assert_close(x - 0.5 * found[1], x - 0.9 * found[0])
+        torch.testing.assert_close(y - 0.5 * found[1], x - 0.9 * found[0])
 
 
 def test_attach_twice_is_attach_once_and_detach_leaves_nothing():

@@ -287,7 +287,7 @@ def test_of_several_positive_prompts_the_first_decides(wan):
     assert torch.equal(chosen((UNCOND, COND, COND), texts), alone[1])
     assert torch.equal(chosen((COND, UNCOND, UNCOND), texts), alone[0])
     # no positive one at all
-    assert torch.equal(chosen((UNCOND, UNCOND), texts[:2]), alone[1])
+    assert torch.equal(chosen((UNCOND, UNCOND), texts[:2]), alone[0])
 
 
 @torch.no_grad()

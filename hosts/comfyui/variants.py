@@ -23,7 +23,7 @@ SUPPORTED: dict[str, str | None] = {
     "WanDancerModel": "its music injector between the blocks is not tested with left out tokens yet",
     "CausalWanModel": "it runs with a key/value cache and honours no block hooks",
 }
-NO_VELOCITY = "it predicts something else than the velocity of a flow, as FlowRVS does"
+NO_VELOCITY = "what it predicts is not the way from noise to a video, as with FlowRVS"
 SKIP_BLOCKS = "skip blocks of"
 # blocks may be skipped in more classes: nothing there looks into one
 SKIPPABLE: dict[str, str | None] = SUPPORTED | dict.fromkeys(
