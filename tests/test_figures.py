@@ -103,7 +103,7 @@ FIGURES = [
         "benchmarks/README.md",
         "chose the bench's best of seven candidates in {:.0f} of {:.0f} prompts",
         [
-            ("verdicts", {"candidate": "verdict", "first": "0"}, column, 1)
+            ("verdicts", {"candidate": "verdict", "first": "32"}, column, 1)
             for column in ("agrees", "chosen")
         ],
     ),
