@@ -192,22 +192,15 @@ def store_rows(
     Returns:
         `held`.
     """
-    batch, tokens, heads, dim = k.shape
-    if held is None:
-        held = tuple(
-            made
-            for x in (k, v)
-            for made in (
-                x.new_empty(batch, tokens, heads, dim * bits // 8, dtype=torch.uint8),
-                x.new_empty(batch, tokens, heads, dtype=torch.float16),
-            )
-        )
+    batch, tokens = k.shape[:2]
     sample = torch.arange(batch, device=k.device)[:, None]
     # in fp32 all of them would be several times what they are
     for at in range(0, tokens, AT_ONCE):
         part = slice(at, at + AT_ONCE)
-        where = (slice(None), part) if index is None else (sample, index[:, part])
         packed = (*pack_rows(k[:, part], bits), *pack_rows(v[:, part], bits))
+        if held is None:
+            held = tuple(new.new_empty(batch, tokens, *new.shape[2:]) for new in packed)
+        where = (slice(None), part) if index is None else (sample, index[:, part])
         for into, new in zip(held, packed, strict=True):
             into[where] = new
     return held
