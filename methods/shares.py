@@ -80,9 +80,13 @@ def token_change(difference: torch.Tensor, grid: TokenGrid) -> torch.Tensor:
     behind the video (references) never change.
     """
     square = difference.float().square().mean(1)
-    patch = (-(-square.shape[2] // grid.height), -(-square.shape[3] // grid.width))
-    # a token of Wan's is of one latent frame, and Macs pool in two dimensions alone
-    tokens = torch.nn.functional.avg_pool2d(square, patch, ceil_mode=True).flatten(1)
+    counts = (min(square.shape[1], grid.frames), grid.height, grid.width)
+    patch = [-(-size // count) for size, count in zip(square.shape[1:], counts, strict=True)]
+    pool = torch.nn.functional.avg_pool3d
+    if patch[0] == 1:
+        # as a token of Wan's is of one latent frame, and Macs pool in two dimensions alone
+        pool, patch = torch.nn.functional.avg_pool2d, patch[1:]
+    tokens = pool(square, patch, ceil_mode=True).flatten(1)
     return torch.nn.functional.pad(tokens, (0, grid.tokens - tokens.shape[1]))
 
 
