@@ -149,6 +149,7 @@ class Record:
         width: of a slim model, whose `shape` is the full one's.
         device: torch's name for it; empty for one without.
         dense_seconds: of a whole step of the first step's size, when one was timed apart.
+        parts: the runs that this one is joined of; none for a run alone.
     """
 
     model: str = ""
@@ -167,6 +168,11 @@ class Record:
     width: Width | None = None
     device: str = ""
     dense_seconds: float | None = None
+    parts: tuple[Record, ...] = ()
+
+    def of(self, step: Step) -> Record:
+        """The run that a step is of."""
+        return next((part for part in self.parts if step in part.steps), self)
 
     def note(self, text: str) -> None:
         """Say once what did not happen and why."""
@@ -207,4 +213,5 @@ def join_records(records: Sequence[Record]) -> Record:
         seconds=sum(record.seconds for record in records),
         missed=any(record.missed for record in records),
         context=next((record.context for record in records if record.context), None),
+        parts=tuple(part for record in records for part in record.parts or (record,)),
     )

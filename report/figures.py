@@ -31,7 +31,7 @@ def step_work(record: Record, step: Step) -> float | None:
 
 def step_floor(record: Record, step: Step) -> float | None:
     """As `step_work`, in the least time that the device takes where its rates are known."""
-    works, rates = _works(record, step), device_rates(record.device)
+    works, rates = _works(record, step), device_rates(record.of(step).device)
     if works is None or rates is None:
         return step_work(record, step)
     return rates.seconds(works[0]) / rates.seconds(works[1])
@@ -39,6 +39,7 @@ def step_floor(record: Record, step: Step) -> float | None:
 
 def _works(record: Record, step: Step) -> tuple[Work, Work] | None:
     """Work of a step, and of an untouched model's."""
+    record = record.of(step)
     if record.shape is None or record.plan is None:
         return None
     whole = [Row(ALL, step.grid.tokens)] * step.num_blocks

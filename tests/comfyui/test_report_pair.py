@@ -1,0 +1,40 @@
+"""WanTrim Report on both experts of Wan 2.2: what is said of the two runs together."""
+
+import json
+import time
+
+import pytest
+import torch
+
+from comfy.patcher_extension import WrappersMP
+from wantrim.nodes.report import WanTrimReport
+from wantrim.tests.comfyui import put, tiny
+
+VIDEO = torch.rand(9, 64, 80, 3)
+
+
+def sampled(high, low, steps=8, ends=None) -> None:
+    half = tiny.ksampler_advanced(high, tiny.empty_latent(), 0, steps // 2, steps=steps)
+    tiny.ksampler_advanced(low, half, steps // 2, ends or steps, steps=steps)
+
+
+def report(high, low=None) -> tuple[str, dict]:
+    text, _, figures = WanTrimReport.execute(high, VIDEO, low).result
+    return text, json.loads(figures)
+
+
+def pair(**inputs):
+    return put.paired(tiny.base_model(), put.low_expert(), **inputs)
+
+
+@pytest.mark.parametrize("on", ["high", "low"])
+def test_steps_are_priced_by_their_own_plan(on):
+    high, low = pair()
+    if on == "high":
+        high = tiny.at_node(high, "paper")
+    else:
+        low = tiny.at_node(low, "paper")
+    sampled(high, low)
+    _, figures = report(high, low)
+    works = [step["flops_share"] for one in figures["reports"] for step in one["steps"]]
+    assert f"did {len(works) / sum(works):.2f}x" in figures["verdict"]
