@@ -72,6 +72,7 @@ class Speed:
             when the others only repeat.
         counted: steps of one size that ran.
         run: seconds of those steps, had all been whole, over what they took.
+        warming_up: the only whole steps are the first ones of their runs, which warm up as well.
     """
 
     whole_steps: tuple[int, ...]
@@ -79,15 +80,11 @@ class Speed:
     trimmed: float | None
     counted: int
     run: float
+    warming_up: bool
 
     @property
     def measured(self) -> float | None:
         return None if self.trimmed is None else self.whole / self.trimmed
-
-    @property
-    def warming_up(self) -> bool:
-        """Whether the only whole step is the first, which warms up as well."""
-        return self.whole_steps == (1,)
 
 
 def measured_speed(record: Record) -> Speed | None:
@@ -102,8 +99,9 @@ def measured_speed(record: Record) -> Speed | None:
     # without a clock that moved there is nothing to compare
     if not all(s.seconds > 0 for s in alike):
         return None
-    # the first step warms up: of several whole steps it is not the measure
-    later = [s for s in whole if s is not record.steps[0]] or whole
+    # a first step warms up: of several whole steps it is not the measure
+    later = [s for s in whole if s not in record.first_steps]
+    warming_up, later = not later, later or whole
     apart = record.dense_seconds is not None and alike[0] is record.steps[0]
     if not (apart or whole):
         return None
@@ -120,6 +118,7 @@ def measured_speed(record: Record) -> Speed | None:
         statistics.median(s.seconds for s in partial) if partial else None,
         len(counted),
         len(counted) * reference / sum(took),
+        warming_up and not apart,
     )
 
 
@@ -148,9 +147,12 @@ def speed_lines(record: Record) -> list[str]:
             f"Seconds: a whole step {speed.whole:.2f} s ({_which(speed)}), {trimmed}{alike}."
         )
         if speed.warming_up:
+            first = "step was the first one, which warms up"
+            if len(speed.whole_steps) > 1:
+                first = "steps were the first ones of their runs, which warm up"
             lines.append(
-                "The whole step was the first one, which warms up as well: the seconds of a whole "
-                "one may be too many, so no gain is claimed."
+                f"The whole {first} as well: the seconds of a whole one may be too many, so no gain "
+                "is claimed."
             )
     if record.shape is not None:
         lines.append(f"Work: by {_by(record)} of the steps as they ran.")

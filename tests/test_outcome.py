@@ -6,7 +6,7 @@ import pytest
 
 from wantrim.engine.plan import TrimPlan
 from wantrim.engine.program import ALL, KEPT, READ, SKIP, Program, Row
-from wantrim.engine.record import Record, Step
+from wantrim.engine.record import Record, Step, join_records
 from wantrim.methods.cost import WanShape, block_work, outside_flops
 from wantrim.methods.grid import TokenGrid
 from wantrim.methods.heads import FRAME, FULL, OFF, HeadPlan
@@ -124,6 +124,15 @@ def test_a_first_step_as_reference_is_said():
     assert report_json(report)["reference"]["warming_up"] is True
 
 
+def test_the_first_steps_of_all_runs_of_a_video_warm_up():
+    runs = [run(step(WHOLE, 9.0), step(HALF)), run(step(WHOLE, 5.0), step(HALF))]
+    joined = join_records(runs)
+    assert measured_speed(joined).warming_up and outcome(joined).faster is None
+    assert "The whole steps were the first ones of their runs" in record_text(joined)
+    runs[1].steps.append(step(WHOLE, 2.0))
+    assert measured_speed(join_records(runs)).whole_steps == (5,)
+
+
 @pytest.mark.parametrize(
     ("steps", "why"),
     [
@@ -237,7 +246,7 @@ def test_the_verdict_says_what_was_asked_and_what_was_done():
 
 def test_one_line_says_the_steps_the_work_and_what_was_measured():
     whole, part = step(WHOLE, 2.0), step([3] * 4, 1.0)
-    report = dialled(whole, whole, whole, part, part, repeated(0.1))
+    report = dialled(*(step(WHOLE, 2.0) for _ in range(3)), part, part, repeated(0.1))
     less = expected_speedup(report)
     line = f"3 of 6 steps whole, 2 at an eighth, 1 repeated: {less:.2g}x less work"
     assert outcome(report).line() == f"{line}, 1.5x faster here"

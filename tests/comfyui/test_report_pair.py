@@ -38,3 +38,26 @@ def test_steps_are_priced_by_their_own_plan(on):
     _, figures = report(high, low)
     works = [step["flops_share"] for one in figures["reports"] for step in one["steps"]]
     assert f"did {len(works) / sum(works):.2f}x" in figures["verdict"]
+
+
+def slow_at_first(model):
+    """As weights that come over the bus with the first call."""
+    calls = []
+
+    def wait(executor, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 1:
+            time.sleep(0.5)
+        return executor(*args, **kwargs)
+
+    model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "slow", wait)
+    return model
+
+
+def test_first_steps_of_both_are_no_measure():
+    high, low = map(slow_at_first, pair(speedup=2.0))
+    sampled(high, low, steps=4)
+    text, figures = report(high, low)
+    claimed = [one["reference"] is not None and not one["reference"]["warming_up"]
+               for one in figures["reports"]]  # fmt: skip
+    assert not any(claimed) and "instead of" not in figures["verdict"]
