@@ -208,9 +208,17 @@ def join_records(records: Sequence[Record]) -> Record:
         return first
     notes = dict.fromkeys(note for record in records for note in record.notes)
     planned = dict.fromkeys(record.planned for record in records)
-    seen = next((record for record in records if record.steps), first)
+    ran = [record for record in records if record.steps] or [first]
+
+    def alike(name: str):
+        """What all of them say, or None."""
+        said = {getattr(record, name) for record in ran}
+        return said.pop() if len(said) == 1 else None
+
     return replace(
-        seen,
+        ran[0],
+        asked=alike("asked"),
+        expected=alike("expected"),
         steps=[step for record in records for step in record.steps],
         notes=list(notes),
         planned="; then ".join(planned),

@@ -14,7 +14,7 @@ NOTHING = "nothing: everything ran as planned"
 
 def verdict(records: Sequence[Record]) -> str:
     """What was asked, what was done and the seconds of a step, of runs that made one video."""
-    both = len(records) > 1
+    both = len(records) > 1 and all(record.steps for record in records)
     record = join_records([record for record in records if record.steps] or records)
     if not record.steps:
         if record.seconds:

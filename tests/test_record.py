@@ -131,10 +131,14 @@ def test_runs_that_made_one_video_are_one():
         "high", steps[:2], ["x", "y"], planned="b", seconds=2.0, finished=True, missed=True,
         shape=WanShape(8, 16, 1), asked=1.5,
     )  # fmt: skip
-    low = Record("low", steps[2:], ["y", "z"], planned="a", seconds=4.0, context="in RAM")
+    low = Record(
+        "low", steps[2:], ["y", "z"], planned="a", seconds=4.0, context="in RAM", asked=1.5
+    )
     joined = join_records([empty, high, low])
     # what is of one run alone is of the first that did something
     assert (joined.model, joined.shape, joined.asked) == ("high", high.shape, 1.5)
+    # a wish is all theirs or nobody's
+    assert join_records([high, Record("low", steps[2:], asked=3.0)]).asked is None
     assert joined.steps == steps and joined.notes == ["x", "y", "z"]
     assert joined.planned == "a; then b" and joined.seconds == 7.0
     assert not joined.finished and joined.missed and joined.context == "in RAM"

@@ -61,3 +61,18 @@ def test_first_steps_of_both_are_no_measure():
     claimed = [one["reference"] is not None and not one["reference"]["warming_up"]
                for one in figures["reports"]]  # fmt: skip
     assert not any(claimed) and "instead of" not in figures["verdict"]
+
+
+def test_a_wish_is_said_of_what_it_was_a_wish_for():
+    high, low = pair(speedup=2.0)
+    tiny.ksampler_advanced(high, tiny.empty_latent(), 0, 2)
+    assert report(high, low)[1]["verdict"].startswith(
+        "Asked 2x of both experts, this one did 2.00x"
+    )
+    high, low = put.dialled(tiny.base_model()), put.dialled(put.low_expert(), speedup=3.0)
+    sampled(high, low, steps=12)
+    text, figures = report(high, low)
+    assert "Asked 1.5x" in text and "Asked 3x" in text
+    assert "sked" not in figures["verdict"] and "x less work" in figures["verdict"]
+    sampled(high, low := put.dialled(put.low_expert()), steps=12)
+    assert report(high, low)[1]["verdict"].startswith("Asked 1.5x, did 1.")
