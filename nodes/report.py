@@ -87,12 +87,12 @@ class WanTrimReport(io.ComfyNode):
         for label, patched in (("model", model), ("model_low_noise", model_low_noise)):
             if patched is None and (pair or label != "model"):
                 continue
-            report = _report(label, patched, made_by, measure_dense_step)
-            reports.append(
-                replace(report, model=f"{report.model}, {EXPERTS[label]} expert")
-                if pair
-                else report
-            )
+            found = _report(label, patched, made_by, measure_dense_step)
+            # what is said here is not the run's
+            report = replace(found, notes=[*found.notes])
+            if pair:
+                report.model += f", {EXPERTS[label]} expert"
+            reports.append(report)
         if pair and attachment_of(model) is attachment_of(model_low_noise) is not None:
             del reports[1:]
             reports[0].note(

@@ -76,3 +76,10 @@ def test_a_wish_is_said_of_what_it_was_a_wish_for():
     assert "sked" not in figures["verdict"] and "x less work" in figures["verdict"]
     sampled(high, low := put.dialled(put.low_expert()), steps=12)
     assert report(high, low)[1]["verdict"].startswith("Asked 1.5x, did 1.")
+
+
+def test_a_remark_on_one_report_is_not_the_runs():
+    model = put.dialled(tiny.base_model())
+    tiny.ksampler(model, steps=8)
+    assert "are the same model" in report(model, model)[0]
+    assert "are the same model" not in report(model)[0] and not put.notes(model)
