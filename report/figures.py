@@ -16,7 +16,7 @@ from ..methods.cost import Work
 from ..methods.heads import FULL, PATTERNS
 from ..solve.floor import device_rates
 
-FORMAT = 2
+FORMAT = 3
 
 
 def step_work(record: Record, step: Step) -> float | None:
@@ -196,7 +196,9 @@ def report_json(record: Record) -> dict:
         "no_reference": why_no_speed(record) if record.steps and speed is None else None,
         "measured": speed
         and {"trimmed_step_seconds": speed.trimmed, "step": speed.measured, "run": speed.run},
-        "expected": {"by": _by(record), "run": expected_speedup(record)},
+        "asked": record.asked,
+        "expected": record.expected,
+        "done": {"by": _by(record), "run": expected_speedup(record)},
         "steps": [_step_json(record, step) for step in record.steps],
         "did_not_happen": list(record.notes),
     }

@@ -218,7 +218,7 @@ def test_on_a_card_whose_rates_are_known_the_expected_is_its_time():
     assert by_time == pytest.approx(rates.seconds(works[1]) / rates.seconds(works[0]))
     assert by_time != pytest.approx(by_flops, rel=0.003)
     assert "Work: by the rates of NVIDIA GeForce RTX 4090 of" in record_text(report)
-    assert report_json(report)["expected"]["by"] == "the rates of NVIDIA GeForce RTX 4090"
+    assert report_json(report)["done"]["by"] == "the rates of NVIDIA GeForce RTX 4090"
     # work done is still counted in FLOPs
     assert step_work(report, report.steps[0]) == pytest.approx(1 / by_flops)
 
@@ -230,6 +230,8 @@ def dialled(*steps: Step, **fields) -> Record:
 def test_the_verdict_says_what_was_asked_and_what_was_done():
     report = dialled(step(WHOLE, 2.0), step(WHOLE, 2.0), step(HALF, 1.0))
     did = expected_speedup(report)
+    data = report_json(report)
+    assert (data["asked"], data["expected"], data["done"]["run"]) == (1.5, 1.5, did)
     assert verdict([report]) == (
         f"Asked 1.5x, did {did:.2f}x; a step took 1.67 s instead of 2.00 s."
     )

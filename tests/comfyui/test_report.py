@@ -73,7 +73,7 @@ def test_what_was_planned_is_what_was_done(plan, kind):
         assert set(one["reference"]["steps"]) <= set(whole)
         partial = [s for s in one["steps"] if 0 < s["flops_share"] < 1]
         assert (one["measured"]["step"] is None) != bool(partial)
-        assert one["measured"]["run"] > 0 and one["expected"]["run"] > 1
+        assert one["measured"]["run"] > 0 and one["done"]["run"] > 1
 
 
 def test_heads_that_another_node_replaced_are_not_counted_as_done():
@@ -105,7 +105,7 @@ def test_json_of_both_experts_and_of_a_model_without_a_plan():
     for model in (high, low):
         tiny.sample(model, tiny.case("i2v"), steps=2)
     text, picture, figures = report(high, low)
-    assert figures["format"] == 2
+    assert figures["format"] == 3
     names = [one["model"] for one in figures["reports"]]
     assert names == ["WanModel, high noise expert", "WanModel, low noise expert"]
     assert picture.ndim == 4 and text.count("What did not happen") == 2
