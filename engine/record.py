@@ -10,6 +10,7 @@ import torch
 
 from ..methods.cost import WanShape, Width
 from ..methods.grid import TokenGrid
+from ..methods.shares import place_of
 from ..methods.tokens import Selection
 from .plan import TrimPlan
 from .program import SKIP, Program, Row
@@ -149,6 +150,7 @@ class Record:
         width: of a slim model, whose `shape` is the full one's.
         device: torch's name for it; empty for one without.
         dense_seconds: of a whole step of the first step's size, when one was timed apart.
+        announced: sigmas of the sampler's steps; empty where it did not say.
         parts: the runs that this one is joined of; none for a run alone.
     """
 
@@ -168,7 +170,17 @@ class Record:
     width: Width | None = None
     device: str = ""
     dense_seconds: float | None = None
+    announced: tuple[float, ...] = ()
     parts: tuple[Record, ...] = ()
+
+    @property
+    def by_calls(self) -> bool:
+        """Whether `steps` are model calls, of which a step of the sampler makes several."""
+        return any(
+            len(run.steps) > len({place_of(run.announced, step.sigma) for step in run.steps})
+            for run in self.parts or (self,)
+            if run.announced
+        )
 
     @property
     def first_steps(self) -> list[Step]:

@@ -136,20 +136,21 @@ def why_no_speed(record: Record) -> str:
 def speed_lines(record: Record) -> list[str]:
     """What the seconds and the work of the verdict are by, in an artist's words."""
     speed, lines = measured_speed(record), []
+    unit = "model call" if record.by_calls else "step"
     if speed is None:
         lines.append(f"No seconds are compared: {why_no_speed(record)}.")
     else:
         trimmed = "the others repeated"
         if speed.trimmed is not None:
             trimmed = f"a trimmed one {speed.trimmed:.2f} s, {speed.measured:.2f}x faster"
-        alike = "" if speed.counted == len(record.steps) else f", of {speed.counted} steps alike"
+        alike = "" if speed.counted == len(record.steps) else f", of {speed.counted} {unit}s alike"
         lines.append(
-            f"Seconds: a whole step {speed.whole:.2f} s ({_which(speed)}), {trimmed}{alike}."
+            f"Seconds: a whole {unit} {speed.whole:.2f} s ({_which(speed, unit)}), {trimmed}{alike}."
         )
         if speed.warming_up:
-            first = "step was the first one, which warms up"
+            first = f"{unit} was the first one, which warms up"
             if len(speed.whole_steps) > 1:
-                first = "steps were the first ones of their runs, which warm up"
+                first = f"{unit}s were the first ones of their runs, which warm up"
             lines.append(
                 f"The whole {first} as well: the seconds of a whole one may be too many, so no gain "
                 "is claimed."
@@ -159,12 +160,12 @@ def speed_lines(record: Record) -> list[str]:
     return lines
 
 
-def _which(speed: Speed) -> str:
+def _which(speed: Speed, unit: str = "step") -> str:
     """The steps that are the reference, in words."""
     if not speed.whole_steps:
         return "timed apart, without the sampler's own work"
     numbers = ", ".join(map(str, speed.whole_steps))
-    return f"{'step' if len(speed.whole_steps) == 1 else 'steps'} {numbers} of this run"
+    return f"{unit if len(speed.whole_steps) == 1 else f'{unit}s'} {numbers} of this run"
 
 
 def reports_json(reports: Sequence[Record]) -> dict:

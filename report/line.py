@@ -32,6 +32,7 @@ class Outcome:
         faster: times faster, measured here; None where there is nothing to compare.
         asked: times less work that were asked for and could not be reached.
         starved: nothing behind the first step is computed.
+        calls: these are model calls, of which a step makes several.
     """
 
     steps: int
@@ -46,6 +47,7 @@ class Outcome:
     faster: float | None = None
     asked: float | None = None
     starved: bool = False
+    calls: bool = False
 
     def line(self) -> str:
         """In English, without a full stop."""
@@ -61,7 +63,7 @@ class Outcome:
             (self.answered, "answered by another node"),
         )
         said = [f"{count} {what}" for count, what in kinds if count]
-        noun = "step" if self.steps == 1 else "steps"
+        noun = ("model call" if self.calls else "step") + "s" * (self.steps != 1)
         count, what = said[0].split(" ", 1)
         begin = f"all {count}" if count == str(self.steps) and self.steps > 1 else count
         of = "" if count == str(self.steps) else f" of {self.steps}"
@@ -99,7 +101,8 @@ def outcome(record: Record) -> Outcome:
     shares = [step.kept_share for step in record.steps]
     # what another node answered is no gain of ours
     own = replace(record, steps=[step for step in record.steps if not step.answered])
-    return _outcome(record, kinds, shares, expected_speedup(own), faster)
+    came = _outcome(record, kinds, shares, expected_speedup(own), faster)
+    return replace(came, calls=record.by_calls)
 
 
 def planned(record: Record, sigmas: Sequence[float]) -> Outcome | None:

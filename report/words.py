@@ -32,7 +32,7 @@ def verdict(records: Sequence[Record]) -> str:
     if came.faster is not None:
         speed = measured_speed(record)
         seconds, instead = speed.whole / speed.run, f" instead of {speed.whole:.2f} s"
-    said.append(f"a step took {seconds:.2f} s{instead}")
+    said.append(f"a {'model call' if came.calls else 'step'} took {seconds:.2f} s{instead}")
     line = "; ".join(said)
     ended = "" if record.finished else "The run did not finish (cancelled or failed). "
     return f"{ended}{line[0].upper()}{line[1:]}."
@@ -63,10 +63,11 @@ def record_text(record: Record) -> str:
         # the real mean: how many steps lie at high noise is the sampler's and the shift's doing
         mean, each = statistics.fmean(run), " ".join(map(str, run))
         lines.append(f"Blocks run: {mean:.1f} of {num_blocks} (per step: {each}).")
+    unit = "call" if record.by_calls else "step"
     # before the rest: a long run would push them out of sight
     lines += ["", *remarks, "", f"Plan: {record.planned}."]
     lines += [] if record.context is None else [f"Context: {record.context}."]
-    lines += [*speed_lines(record), "", "step  sigma   work  seconds  computed"]
+    lines += [*speed_lines(record), "", f"{unit}  sigma   work  seconds  computed"]
     for number, step in enumerate(record.steps, 1):
         work = step_work(record, step)
         done = "-" if work is None else f"{work:.0%}"

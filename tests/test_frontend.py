@@ -169,6 +169,11 @@ def test_the_line_is_said_in_the_pages_language(page):
         "第 5 步，共 20 步 · 20 步中 12 步完整、6 步算 7 分之 1到5 分之 1、2 步重复："
         "工作量为原来的 66%，这里的速度为 1.4 倍"
     )
+    assert line("zh", calls=True).endswith(
+        "20 次模型调用中 12 次完整、6 次算 7 分之 1到5 分之 1、2 次重复："
+        "工作量为原来的 66%，这里的速度为 1.4 倍"
+    )
+    assert "20 回のモデル呼び出しのうち 12 は完全" in line("ja", calls=True)
     told = line("ja", part=0, least=None, most=None, repeated=8, faster=None, asked=4, starved=True)
     assert told.endswith(
         "20 ステップのうち 12 は完全、8 は繰り返し：計算量は元の 66%、指定は 4 倍、動画には少なすぎます"

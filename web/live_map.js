@@ -23,12 +23,13 @@ const WORDS = {
     legend: "每个块（向下）在每一步（向右）计算了什么",
     line: (o) => {
       const part = (of) => `${of[1]} 分之 ${of[0]}`
+      const one = o.calls ? "次" : "步"
       const steps = counts(o, {
-        whole: "步完整",
-        part: `步算 ${range(o, part, "到")}`,
-        patterned: "步的头按模式",
-        repeated: "步重复",
-        answered: "步由其他节点给出",
+        whole: `${one}完整`,
+        part: `${one}算 ${range(o, part, "到")}`,
+        patterned: `${one}的头按模式`,
+        repeated: `${one}重复`,
+        answered: `${one}由其他节点给出`,
       })
       const gains = [
         o.less > 1.05 && `工作量为原来的 ${Math.round(100 / o.less)}%`,
@@ -36,7 +37,7 @@ const WORDS = {
         o.starved && "不足以成为视频",
         o.faster && `这里的速度为 ${Number(o.faster.toPrecision(2))} 倍`,
       ]
-      return `${o.steps} 步中 ${steps.join("、")}` + tail(gains, "：", "，")
+      return `${o.steps} ${o.calls ? "次模型调用" : "步"}中 ${steps.join("、")}` + tail(gains, "：", "，")
     },
   },
   ja: {
@@ -60,7 +61,7 @@ const WORDS = {
         o.starved && "動画には少なすぎます",
         o.faster && `ここでの速さは ${Number(o.faster.toPrecision(2))} 倍`,
       ]
-      return `${o.steps} ステップのうち ${steps.join("、")}` + tail(gains, "：", "、")
+      return `${o.steps} ${o.calls ? "回のモデル呼び出し" : "ステップ"}のうち ${steps.join("、")}` + tail(gains, "：", "、")
     },
   },
 }

@@ -121,6 +121,7 @@ def _outer_sample(executor, *args, **kwargs):
     record = Record(type(guider.model_patcher.model.diffusion_model).__name__)
     # noise, latent, sampler, sigmas
     sigmas = levels_of(args[3] if len(args) > 3 else kwargs.get("sigmas"))
+    record.announced = tuple(sigmas[:-1])
     live, completed = Live(record, attachment.nodes, sigmas), False
     plan = TrimPlan() if attachment.neutral else attachment.plan
     ran = Ran(record, Where.now(), expert=getattr(attachment.dial, "expert", None))

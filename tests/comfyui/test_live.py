@@ -12,6 +12,7 @@ import torch
 
 from comfy.model_management import InterruptProcessingException
 from comfy_execution.utils import CurrentNodeContext
+from comfy_extras.nodes_context_windows import WanContextWindowsManualNode
 from wantrim.engine.plan import TrimPlan
 from wantrim.hosts.comfyui.attach import attach, attachment_of
 from wantrim.hosts.comfyui.live import EVENT
@@ -20,7 +21,8 @@ from wantrim.nodes.heads import WanTrimHeads
 from wantrim.nodes.tokens import WanTrimTokens
 from wantrim.report.figures import step_work
 from wantrim.report.line import outcome
-from wantrim.tests.comfyui import server, tiny
+from wantrim.report.words import record_text
+from wantrim.tests.comfyui import put, server, tiny
 from wantrim.tests.comfyui.test_heads import heads
 
 SOON = 120
@@ -164,6 +166,28 @@ def test_a_sampler_of_two_calls_a_step_counts_by_the_schedule(page):
     tiny.sample(patched(), steps=3, sampler="heun")
     told = [data["step"] for data, _ in page.sent if "step" in data]
     assert told == sorted(told) and told[0] == 1 and told[-1] == 3 and len(told) == 5
+
+
+@pytest.mark.parametrize("way", ["heun", "windows"])
+def test_model_calls_are_not_called_steps(page, way):
+    with at("3"):
+        model = put.dialled(tiny.base_model())
+    given = tiny.case(frames=9 if way == "windows" else 3)
+    if way == "windows":
+        windows = {
+            "context_length": 17,
+            "context_overlap": 4,
+            "context_schedule": "standard_static",
+        }
+        windows |= {"context_stride": 1, "closed_loop": False, "fuse_method": "pyramid"}
+        model = WanContextWindowsManualNode.execute(model, **windows, freenoise=False).result[0]
+    tiny.ksampler(model, given, steps=12, sampler="heun" if way == "heun" else "euler")
+    *_, last, end = [data for data, _ in page.sent]
+    assert " of 12 steps " in last["line"]
+    count = {"heun": 23, "windows": 24}[way]
+    assert f" of {count} model calls " in end["line"] and end["outcome"]["calls"]
+    said = record_text(tiny.report_of(model))
+    assert "a model call took" in said and "a step took" not in said and "call  sigma" in said
 
 
 def test_a_real_server_tells_it_over_its_socket(comfyui, root, tmp_path):
