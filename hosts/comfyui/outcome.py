@@ -85,20 +85,23 @@ def _row(trial: Trial, candidate: Candidate, prompt: str | None) -> Row:
     if candidate.failed is None:
         row.work = _work(trial, candidate)
     if candidate.name == CACHE:
-        row.label += _cache_words(candidate)
+        row.label += _cache_words(trial, candidate)
     if candidate.name == STEPS and row.work is not None:
         _check_steps(trial, candidate, row)
     return row
 
 
 def _work(trial: Trial, candidate: Candidate) -> float | None:
-    """Of the whole run's, by the cost model; of a step cache and of fewer steps by steps."""
+    """Of the whole run's, by the cost model; of fewer steps by steps, of a step cache by calls."""
     whole = trial.whole.steps_done
     if not whole:
         return None
     if candidate.name in (WHOLE, STEPS, CACHE):
-        left_out = sum(outcome.left_out for outcome in candidate.outcomes.values())
-        return (candidate.steps_done - left_out) / whole
+        done = [
+            one.steps * (1 - one.left_out / max(trial.calls(part), 1))
+            for part, one in candidate.outcomes.items()
+        ]
+        return sum(done) / whole
     records = [attachment.record for attachment in candidate.attachments().values()]
     if len(records) < len(trial.parts) or None in records:
         return None
@@ -110,11 +113,13 @@ def _work(trial: Trial, candidate: Candidate) -> float | None:
     return sum(works) / calls * candidate.steps_done / whole
 
 
-def _cache_words(candidate: Candidate) -> str:
+def _cache_words(trial: Trial, candidate: Candidate) -> str:
     said = []
-    for outcome in candidate.outcomes.values():
+    for part, outcome in candidate.outcomes.items():
+        calls = trial.calls(part)
+        many = f"{outcome.steps}" if calls in (0, outcome.steps) else f"{calls} model calls"
         at = "" if outcome.threshold is None else f" at {outcome.threshold:.3g}"
-        said.append(f"{at} ({outcome.left_out} of {outcome.steps} left out)")
+        said.append(f"{at} ({outcome.left_out} of {many} left out)")
     return " and".join(said)
 
 

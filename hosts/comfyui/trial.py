@@ -37,7 +37,7 @@ class Outcome:
         sigmas: of the sampler, the last included.
         seconds: of the sampler alone; None until it is done.
         warmed: seconds of the first step beyond a usual one.
-        left_out: steps that EasyCache left out.
+        left_out: model calls that EasyCache left out.
         threshold: that EasyCache had.
         travel: of the velocity, of a whole run.
     """
@@ -141,6 +141,11 @@ class Trial:
             return ways[-1]
         return ways[0] if len(ways) == 1 else ways[0].joined(ways[1])
 
+    def calls(self, part: str) -> int:
+        """Model calls that the whole run's sampler made for a part: some make several a step."""
+        whole = self.whole.outcomes.get(part)
+        return 0 if whole is None else len(whole.probe.steps) or whole.steps
+
     def why_not(self, candidate: Candidate, part: str) -> str | None:
         """Why a candidate is not worth its time, as far as the plan's run tells; or None."""
         ran = next(one for one in self.candidates if one.name == PLAN).attachments().get(part)
@@ -198,7 +203,7 @@ class Place(Kept):
                 f"the whole run was not seen: EasyCache ran at {holder.reuse_threshold:g}"
             )
         else:
-            wanted = round(whole.steps * (1 - 1 / self.trial.wanted))
+            wanted = round(self.trial.calls(self.part) * (1 - 1 / self.trial.wanted))
             between = [
                 float(sampling.percent_to_sigma(percent))
                 for percent in (holder.start_percent, holder.end_percent)
