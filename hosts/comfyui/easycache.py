@@ -55,7 +55,10 @@ class Probe:
         rows = len(latent) // len(prompts)
         own = slice(prompts.index(self.first) * rows, (prompts.index(self.first) + 1) * rows)
         small = (one[own, ..., ::SUBSAMPLE, ::SUBSAMPLE].float().cpu() for one in (latent, output))
-        self.steps.append((sigma, *small, float(output.abs().mean())))
+        seen = (sigma, *small, float(output.abs().mean()))
+        # of context windows of several sizes those of the first one's
+        if not self.steps or seen[1].shape == self.steps[0][1].shape:
+            self.steps.append(seen)
 
     def threshold(self, left_out: int, start: float, end: float) -> float:
         """The threshold at which the number of left out steps is nearest to `left_out`.

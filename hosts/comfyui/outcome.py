@@ -84,7 +84,7 @@ def _row(trial: Trial, candidate: Candidate, prompt: str | None) -> Row:
         row.remarks += [] if attachment.record is None else attachment.record.notes
     if candidate.failed is None:
         row.work = _work(trial, candidate)
-    if candidate.name == CACHE:
+    if candidate.name == CACHE and candidate.failed is None:
         row.label += _cache_words(trial, candidate)
     if candidate.name == STEPS and row.work is not None:
         _check_steps(trial, candidate, row)

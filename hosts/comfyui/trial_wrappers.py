@@ -22,7 +22,7 @@ from .given import attached, levels_of, options_in, own_options
 from .live import running_prompt
 from .runs import sampler_name, sampling_key
 from .shape import device_name
-from .trial import KEY, WHOLE, Candidate, Outcome, Place, Trial
+from .trial import CACHE, KEY, WHOLE, Candidate, Outcome, Place, Trial
 
 log = logging.getLogger(__name__)
 
@@ -104,11 +104,13 @@ def _outer_sample(executor, *args, **kwargs):
     except BaseException as error:
         # the host's interrupt is no Exception
         candidate.outcomes.pop(part, None)
-        if not is_oom(error):
+        candidate.failed = _why_failed(candidate, error)
+        if candidate.failed is None:
             raise
-        candidate.failed = OUT_OF_MEMORY
         candidate.outcomes[part] = replace(outcome, seconds=None, way=[])
-        log.warning("WanTrim Candidates: %s: %s", candidate.label, OUT_OF_MEMORY)
+        if candidate.failed != OUT_OF_MEMORY:
+            candidate.outcomes[part].notes.append(str(error))
+        log.warning("WanTrim Candidates: %s: %s", candidate.label, candidate.failed)
     if candidate.failed is not None:
         # out here nothing holds the tensors of what failed; the host does the same
         comfy.model_management.unload_all_models()
@@ -118,6 +120,17 @@ def _outer_sample(executor, *args, **kwargs):
     outcome.result, outcome.key = result.detach().cpu().clone(), key
     outcome.model = weakref.ref(guider.model_patcher)
     return result
+
+
+def _why_failed(candidate: Candidate, error: BaseException) -> str | None:
+    """Why a candidate ends without the others; None where what went wrong is not its own."""
+    if is_oom(error):
+        return OUT_OF_MEMORY
+    # the whole run went through here before: it is the node that cannot
+    if candidate.name == CACHE and isinstance(error, Exception):
+        # the error's own words may hold a path, and this is shared
+        return f"EasyCache cannot run here ({type(error).__name__})"
+    return None
 
 
 def is_oom(error: BaseException) -> bool:

@@ -3,10 +3,13 @@
 import pytest
 
 from comfy.patcher_extension import WrappersMP
+from comfy_extras.nodes_context_windows import WanContextWindowsManualNode
+from wantrim.tests.comfyui import tiny
 from wantrim.tests.comfyui.test_trial import (
     by_name,
     candidates,
     decoded,
+    picture_of,
     verdict,
 )
 
@@ -29,3 +32,34 @@ def test_work_of_easycache_is_of_model_calls(sampler):
     assert row["work"] == pytest.approx(1 / 1.5, abs=0.12)
     said = f"({each - len(calls)} of {each}{'' if each == 12 else ' model calls'} left out)"
     assert said in row["label"]
+
+
+def windowed(model):
+    """With context windows of several sizes."""
+    return WanContextWindowsManualNode.execute(
+        model, context_length=17, context_overlap=4, context_schedule="standard_static",
+        context_stride=1, closed_loop=False, fuse_method="pyramid", freenoise=False,
+    ).result[0]  # fmt: skip
+
+
+def test_an_easycache_that_cannot_run_is_a_row_and_the_others_go_on():
+    models, steps, trial = candidates("few", steps=12, speedup=1.5)
+    given = tiny.case(frames=9)
+    videos = [
+        picture_of(tiny.ksampler(windowed(model), given, steps=count))
+        for model, count in zip(models, steps, strict=True)
+    ]
+    text, row, _ = verdict(trial, videos)
+    failed = {name: one["failed"] for name, one in by_name(row).items()}
+    assert failed.pop("easycache") == "EasyCache cannot run here (RuntimeError)"
+    assert "EasyCache: The size of tensor a" in text
+    assert set(failed.values()) == {None} and row["best"] in ("plan", "steps")
+    # what another candidate stumbles over is not kept quiet
+    with pytest.raises(RuntimeError, match="broken"):
+        broken = models[1].clone()
+        broken.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "broken", fails)
+        tiny.ksampler(broken, given, steps=12, seed=9)
+
+
+def fails(executor, *args, **kwargs):
+    raise RuntimeError("broken")
