@@ -7,7 +7,7 @@ from ...solve.dial import HIGH, LOW, Dial
 from ...solve.variants import PLAN, Variant, variants
 from .attach import attach_dials, attach_part, detach
 from .attachment import attachment_of
-from .easycache import easycache_node, with_easycache
+from .easycache import easycache_node, with_easycache, without_caches
 from .live import running_node
 from .profiling import fingerprint_of
 from .slim import slim_header
@@ -35,6 +35,13 @@ def make_trial(
         trial.fingerprints[part] = fingerprint_of(model)
         trial.classes[part] = type(model.model.diffusion_model).__name__
     change_at = change_at or max(1, steps // 2)
+    plain = {part: without_caches(model) for part, model in models.items()}
+    if any(plain[part] is not model for part, model in models.items()):
+        trial.notes.append(
+            "EasyCache or LazyCache on this model was taken off for the trial: take it off the model "
+            "that goes into WanTrim Candidates"
+        )
+    models = plain
     bare = {part: detach(model) for part, model in models.items()}
 
     def add(name: str, label: str, made: dict, *, speedup=None, count=steps, at=change_at) -> None:

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from .given import options_of
+
 # thresholds that are tried, and the node's own default
 LEAST, MOST, TRIED, DEFAULT = 1e-3, 3.0, 240, 0.2
 SUBSAMPLE = 8
@@ -29,6 +31,18 @@ def with_easycache(model):
     """A clone of a MODEL with EasyCache at its defaults."""
     given = {"reuse_threshold": DEFAULT, "start_percent": 0.15, "end_percent": 0.95}
     return easycache_node().execute(model, **given, verbose=False).result[0]
+
+
+def without_caches(model):
+    """A clone of a MODEL without the step caches that ship with ComfyUI; itself where it has none."""
+    if "easycache" not in options_of(model):
+        return model
+    clean = model.clone()
+    clean.model_options["transformer_options"].pop("easycache")
+    for kind in list(clean.wrappers):
+        for key in ("easycache", "lazycache"):
+            clean.remove_wrappers_with_key(kind, key)
+    return clean
 
 
 @dataclass

@@ -1,15 +1,18 @@
 """What a trial says of candidates where samplers, caches or other nodes go ways of their own."""
 
 import pytest
+import torch
 
 from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_context_windows import WanContextWindowsManualNode
+from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
 from wantrim.tests.comfyui import tiny
 from wantrim.tests.comfyui.test_trial import (
     by_name,
     candidates,
     decoded,
     picture_of,
+    sampled,
     verdict,
 )
 
@@ -63,3 +66,16 @@ def test_an_easycache_that_cannot_run_is_a_row_and_the_others_go_on():
 
 def fails(executor, *args, **kwargs):
     raise RuntimeError("broken")
+
+
+@pytest.mark.parametrize("cache", [EasyCacheNode, LazyCacheNode])
+def test_a_step_cache_on_the_model_is_taken_off_for_the_trial(cache):
+    cached = cache.execute(tiny.base_model(), 0.3, 0.15, 0.95, False).result[0]
+    models, steps, trial = candidates("few", cached, steps=12, speedup=1.5)
+    videos = decoded(models, steps)
+    assert torch.equal(videos[0], sampled(tiny.base_model(), 12))
+    plain, same, _ = candidates("few", steps=12, speedup=1.5)
+    assert torch.equal(videos[1], sampled(plain[1], same[1]))
+    assert "was taken off for the trial" in verdict(trial, videos)[0]
+    # and stays where it was put
+    assert "easycache" in cached.model_options["transformer_options"]
