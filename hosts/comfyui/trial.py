@@ -33,7 +33,7 @@ class Outcome:
     """One sampling of one model of a candidate.
 
     Args:
-        prompt: id of the queue entry that sampled it.
+        prompt, node: ids of the queue entry and of the node that sampled it.
         sigmas: of the sampler, the last included.
         seconds: of the sampler alone; None until it is done.
         warmed: seconds of the first step beyond a usual one.
@@ -43,6 +43,7 @@ class Outcome:
     """
 
     prompt: str | None
+    node: str | None = None
     sampler: str = ""
     guidance: float | None = None
     sigmas: tuple[float, ...] = ()
@@ -65,6 +66,10 @@ class Outcome:
     @property
     def steps(self) -> int:
         return max(0, len(self.sigmas) - 1)
+
+    def is_of_another_node(self, later: Outcome) -> bool:
+        """Whether another node sampled it before for the same queue entry."""
+        return self.prompt == later.prompt and self.node != later.node
 
     def is_of(self, model, key: str) -> bool:
         known = None if self.model is None else self.model()

@@ -19,7 +19,7 @@ from comfy.patcher_extension import WrappersMP
 
 from ...solve.tuned import Travel
 from .given import attached, levels_of, options_in, own_options
-from .live import running_prompt
+from .live import running_node, running_prompt
 from .runs import sampler_name, sampling_key
 from .shape import device_name
 from .trial import CACHE, KEY, WHOLE, Candidate, Outcome, Place, Trial
@@ -91,11 +91,16 @@ def _outer_sample(executor, *args, **kwargs):
     place.trial.tell(candidate, part)
     outcome = candidate.outcomes[part] = Outcome(
         running_prompt(),
+        running_node(),
         sampler_name(given.get("sampler")),
         _number(getattr(guider, "cfg", None)),
         tuple(levels_of(given.get("sigmas"))),
         device_name(guider.model_patcher.load_device),
     )
+    again = known is not None and known.is_of_another_node(outcome)
+    # the others go the same way
+    if again and candidate.name == WHOLE:
+        outcome.notes.append("all were sampled by two samplers; the figures are of the last")
     try:
         with own_options(guider) as options:
             sampling = guider.model_patcher.get_model_object("model_sampling")

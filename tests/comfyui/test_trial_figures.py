@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from comfy.patcher_extension import WrappersMP
+from comfy_execution.utils import CurrentNodeContext
 from comfy_extras.nodes_context_windows import WanContextWindowsManualNode
 from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
 from wantrim.tests.comfyui import tiny
@@ -79,3 +80,13 @@ def test_a_step_cache_on_the_model_is_taken_off_for_the_trial(cache):
     assert "was taken off for the trial" in verdict(trial, videos)[0]
     # and stays where it was put
     assert "easycache" in cached.model_options["transformer_options"]
+
+
+def test_two_samplers_behind_one_trial_are_said():
+    models, steps, trial = candidates("few", steps=12, speedup=1.5)
+    for prompt, nodes in (("first", "3"), ("second", "34")):
+        for node in nodes:
+            with CurrentNodeContext(prompt, node, 0):
+                videos = decoded(models, steps, seed=ord(node))
+        said = verdict(trial, videos)[0].count("two samplers; the figures are of the last")
+        assert said == (prompt == "second")
