@@ -45,6 +45,14 @@ def plain_name(node: str, given: object, example: str) -> str:
     return name
 
 
+def valid_name(node: str, given: object, example: str) -> bool | str:
+    """For a node's `validate_inputs`: True, or why a name is refused; None comes over a link."""
+    try:
+        return given is None or bool(plain_name(node, given, example))
+    except ValueError as error:
+        return str(error)
+
+
 def list_files(folder: str) -> list[str]:
     """What can be chosen of one of the host's folders: its files, and the demo's."""
     names = [name for name in folder_paths.get_filename_list(folder) if name.endswith(SUFFIX)]

@@ -26,7 +26,7 @@ from ..profiles.recorder import (
 )
 from ..toy import PROFILE
 from . import inputs
-from .files import SUFFIX, add_folder, cannot_write, find_file, plain_name
+from .files import SUFFIX, add_folder, cannot_write, find_file, plain_name, valid_name
 from .inputs import check_choice, image_output, model_input, shown, text_output
 
 CATEGORY = "model/patch/wan"
@@ -117,6 +117,10 @@ class WanTrimSaveProfile(io.ComfyNode):
             ],
             outputs=_outputs(),
         )
+
+    @classmethod
+    def validate_inputs(cls, filename: str | None = None) -> bool | str:
+        return valid_name(SAVE, filename, "wan_14b_t2v")
 
     @classmethod
     def execute(cls, model, images: torch.Tensor, filename: str, merge: bool) -> io.NodeOutput:

@@ -13,7 +13,7 @@ from ..hosts.comfyui.slim import DTYPES, load_slim
 from ..slim.export import RULES, TICKS, slim_checkpoint
 from ..toy import CHECKPOINT
 from . import inputs
-from .files import SUFFIX, add_folder, cannot_write, find_file, list_files, plain_name
+from .files import SUFFIX, add_folder, cannot_write, find_file, list_files, plain_name, valid_name
 from .inputs import check_choice, check_range, prune_input, text_output
 from .profile import DEMO, ProfileSocket
 
@@ -79,6 +79,10 @@ class WanTrimSlim(io.ComfyNode):
             ],
             outputs=[text_output("What was written, in words.")],
         )
+
+    @classmethod
+    def validate_inputs(cls, filename: str | None = None) -> bool | str:
+        return valid_name(TRIM, filename, "wan_slim")
 
     @classmethod
     def execute(

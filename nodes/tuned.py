@@ -22,7 +22,7 @@ from ..report.verdict import choose, clip_of_all, draw_verdict, headline, verdic
 from ..solve.dial import HIGH, LOW, MAX_SPEEDUP
 from ..solve.tuned import Tuned
 from . import inputs
-from .files import SUFFIX, plain_name
+from .files import SUFFIX, plain_name, valid_name
 from .inputs import check_choice, check_range, image_output, model_input, text_output
 from .profile import FOLDER
 
@@ -219,11 +219,9 @@ class WanTrimVerdict(io.ComfyNode):
     def validate_inputs(cls, filename: list | str | None = None) -> bool | str:
         # a node that takes lists is asked with lists; None comes over a link
         for name in filename if isinstance(filename, list) else [filename]:
-            if isinstance(name, str) and name.strip():
-                try:
-                    plain_name(VERDICT, name, "my_wan")
-                except ValueError as error:
-                    return str(error)
+            named = isinstance(name, str) and name.strip()
+            if named and (said := valid_name(VERDICT, name, "my_wan")) is not True:
+                return said
         return True
 
     @classmethod

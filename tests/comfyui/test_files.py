@@ -12,7 +12,7 @@ import folder_paths
 from wantrim.hosts.comfyui.slim import load_slim
 from wantrim.methods.cost import Width
 from wantrim.methods.routers import RouterMLP
-from wantrim.nodes import blocks, profile, slim
+from wantrim.nodes import blocks, profile, slim, tuned
 from wantrim.nodes.files import plain_name
 from wantrim.profiles.profile import load_profile
 from wantrim.profiles.recorder import ProfileFile
@@ -146,6 +146,12 @@ def test_names_that_cannot_be_files_everywhere_are_never_written(folders):
             with pytest.raises(ValueError, match="filename: expected a plain name") as error:
                 save(name)
             assert str(error.value).startswith(f"{node}: ") and len(str(error.value)) < 400
+        # and before the queue begins
+        if isinstance(name, str) and name.strip():
+            for node in (slim.WanTrimSlim, profile.WanTrimSaveProfile, tuned.WanTrimVerdict):
+                assert "expected a plain name" in node.validate_inputs(filename=name)
+    for node in (slim.WanTrimSlim, profile.WanTrimSaveProfile):
+        assert node.validate_inputs(filename="my_wan") is node.validate_inputs() is True
     assert everything(folders.parent) == before
 
 
