@@ -22,7 +22,7 @@ from ..report.verdict import choose, clip_of_all, draw_verdict, headline, verdic
 from ..solve.dial import HIGH, LOW, MAX_SPEEDUP
 from ..solve.tuned import Tuned
 from . import inputs
-from .files import SUFFIX, plain_name, valid_name
+from .files import SUFFIX, cannot_write, plain_name, valid_name
 from .inputs import check_choice, check_range, image_output, model_input, text_output
 from .profile import FOLDER
 
@@ -289,7 +289,7 @@ def _keep(trial: Trial, found: dict[str, Tuned] | str, filename: str) -> str:
     if isinstance(found, str):
         return f"Nothing was kept: {found}."
     name = plain_name(VERDICT, filename, "my_wan")
-    folder, kept = Path(folder_paths.get_folder_paths(FOLDER)[0]), []
+    folder, ready = Path(folder_paths.get_folder_paths(FOLDER)[0]), {}
     for part, tuned in found.items():
         path = folder / f"{name if len(found) == 1 else f'{name}_{part}_noise'}{SUFFIX}"
         try:
@@ -300,9 +300,18 @@ def _keep(trial: Trial, found: dict[str, Tuned] | str, filename: str) -> str:
                 if reason is not None:
                     return f"Nothing was kept: {path.name} is of another model: {reason}."
                 profile = present
-            with_tuned(profile, tuned).save(path)
+            ready[path] = with_tuned(profile, tuned)
         except (ValueError, OSError, SafetensorError) as error:
             return f"Nothing was kept: {path.name} cannot be added to ({error})."
+    kept: list[str] = []
+    # all of them could be read: a pair is kept whole or not at all
+    for path, profile in ready.items():
+        try:
+            profile.save(path)
+        except (OSError, SafetensorError) as error:
+            before = f"kept in {kept[0]}, but " if kept else "nothing was kept: "
+            said = f"{before}{cannot_write(path, error)}"
+            return said[0].upper() + said[1:]
         kept.append(path.name)
     return (
         f"Kept in {' and '.join(kept)}: load it with WanTrim Load Profile and connect it to WanTrim, "

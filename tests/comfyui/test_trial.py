@@ -507,6 +507,11 @@ def test_both_experts_make_one_trial_and_two_profiles(experts, profiles):
     assert row["run"]["steps"] == 6 and len(row["models"]) == 2
     assert "pair_high_noise.safetensors and pair_low_noise.safetensors" in text
     kept = [load(profiles / f"pair_{part}_noise.safetensors") for part in ("high", "low")]
+    # where one of them is damaged neither is written
+    (profiles / "other_low_noise.safetensors").write_bytes(b"junk")
+    text, *_ = verdict(trial, winning(videos, "plan", ["whole", "plan"]), "other")
+    assert "Nothing was kept: other_low_noise.safetensors" in text
+    assert not (profiles / "other_high_noise.safetensors").exists()
     tuned = WanTrimPair.execute(high, low, SPEEDUP, "draft", 1, 0, 0, "auto", *kept).result
     latent = tiny.ksampler_advanced(tuned[0], tiny.empty_latent(), 0, 2, steps=6)
     latent = tiny.ksampler_advanced(tuned[1], latent, 2, 6, steps=6)
