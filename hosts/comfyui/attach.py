@@ -154,6 +154,9 @@ def _prepare(run: SamplingRun, attachment: Attachment, guider, options: dict) ->
     keep_run(attachment.runs, ran)
     if attachment.video is not attachment.runs:
         keep_run(attachment.video, ran)
+    if dial is None or not dial.final:
+        for remark in attachment.replaced:
+            record.note(remark)
     if attachment.neutral:
         return
     run.wanted = True
@@ -177,8 +180,6 @@ def _prepare(run: SamplingRun, attachment: Attachment, guider, options: dict) ->
             "tokens stay"
         )
     run.patched = why_not_patched(guider.model_patcher)
-    for remark in attachment.replaced:
-        record.note(remark)
 
 
 class _UncondFirst(Exception):

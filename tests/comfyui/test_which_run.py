@@ -13,6 +13,7 @@ from wantrim.hosts.comfyui.attach import attachment_of
 from wantrim.hosts.comfyui.runs import ImagesOf, Ran, Where, before_node, keep_run, runs_before
 from wantrim.nodes.compare import WanTrimCompare
 from wantrim.nodes.report import WanTrimReport
+from wantrim.nodes.wantrim import FINAL
 from wantrim.report.picture import overlay, videos_in
 from wantrim.tests.comfyui import put, tiny
 from wantrim.tests.comfyui.server import running
@@ -299,6 +300,12 @@ def test_two_nodes_that_want_the_same_are_said():
     model = put.dialled(put.dialled(tiny.base_model(), speedup=2.5), speedup=1.5)
     tiny.sample(model, steps=4)
     assert any("the last one counts (1.50x), and not 2.50x" in note for note in put.notes(model))
+    off = put.dialled(model, speedup=1.0)
+    tiny.sample(off, steps=2)
+    assert any("the last one counts (1.00x), and not 1.50x" in note for note in put.notes(off))
+    final = put.dialled(model, render=FINAL)
+    tiny.sample(final, steps=2)
+    assert not put.notes(final)
     tokens = tiny.trimmed(tiny.trimmed(tiny.base_model(), 0.5), 0.7)
     tiny.sample(tokens, steps=2)
     assert not put.notes(tokens) or "two" in put.notes(tokens)[0]
