@@ -358,8 +358,8 @@ class Engine(Shared):
             # of blocks that never asked it cannot be said that they saved anything
             other = Row(ALL, state.step.grid.tokens) if whole else Row(SKIP)
             rows = [state.rows.get(index, other) for index in range(len(planned))]
-        ignored = whole and bool(rows) and len(state.rows) < len(planned)
-        state.step.close(rows, state.choices, state.reached, ignored)
+        missing = len(state.rows) < len(planned)
+        state.step.close(rows, state.choices, state.reached, missing, whole)
         if self._told is not None:
             self._told(state.step)
 

@@ -25,6 +25,7 @@ class Step:
         rows: what each block did; known when the step is over.
         answered: another node answered the step, and no block ran.
         ignored: blocks ran that never asked what they should do.
+        cut: the run was cancelled or failed before it was over.
         coverage: share of the blocks that computed each token [b, f, h, w], of each sample of the batch
             or of all alike (b = 1); known when the run is over.
     """
@@ -37,6 +38,7 @@ class Step:
     rows: list[Row] = field(default_factory=list)
     answered: bool = False
     ignored: bool = False
+    cut: bool = False
     coverage: torch.Tensor | None = None
     # dropped positions of each choice, and how many blocks went by it
     _dropped: list[tuple[torch.Tensor, int]] = field(default_factory=list, repr=False)
@@ -64,20 +66,25 @@ class Step:
         rows: list[Row],
         choices: list[Selection | None],
         reached: bool | None = None,
-        ignored: bool = False,
+        missing: bool = False,
+        whole: bool = True,
     ) -> None:
         """Take in what each block of the step's first call did, and the choice that it went by.
 
         Args:
             reached: whether that call came to the model; None is not known.
-            ignored: blocks ran that never asked what they should do.
+            missing: there are blocks that never asked what they should do.
+            whole: the run was not cancelled meanwhile.
         """
         planned = self.program.rows
+        self.ignored = whole and missing and bool(rows)
         if reached is False:
             rows = []
         elif not self.watched:
             rows = list(planned)
-        self.answered, self.ignored = not rows, ignored
+        over = not missing if self.watched else self.program.repeats or reached
+        self.cut = not (whole or over)
+        self.answered = whole and not rows
         self.rows = rows or [Row(SKIP)] * len(planned)
         counted: dict[int, list] = {}
         for selection in choices:
@@ -172,6 +179,10 @@ class Record:
     dense_seconds: float | None = None
     announced: tuple[float, ...] = ()
     parts: tuple[Record, ...] = ()
+
+    def without_cut(self) -> Record:
+        """The run without a step that it did not finish."""
+        return replace(self, steps=[step for step in self.steps if not step.cut])
 
     @property
     def by_calls(self) -> bool:

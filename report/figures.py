@@ -89,6 +89,7 @@ class Speed:
 
 def measured_speed(record: Record) -> Speed | None:
     """Compared are steps of one grid and as many model calls; None without both kinds of step."""
+    record = record.without_cut()
     trimmed = [step for step in record.steps if not step.whole and not step.answered]
     if not trimmed:
         return None
@@ -124,7 +125,7 @@ def measured_speed(record: Record) -> Speed | None:
 
 def why_no_speed(record: Record) -> str:
     """Why `measured_speed` is None, and what to do."""
-    if all(step.whole for step in record.steps):
+    if all(step.whole or step.cut for step in record.steps):
         return "nothing was left out in any step, so there is nothing to compare"
     return (
         "no step of this run that can be compared was whole, so there is no measured reference and "
@@ -215,6 +216,7 @@ def _step_json(record: Record, step: Step) -> dict:
         "share": step.program.share,
         "repeated": step.repeated,
         "answered": step.answered,
+        "cut": step.cut,
         "planned": planned,
         "executed": done,
         "token_work": step.kept_share,

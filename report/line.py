@@ -91,7 +91,8 @@ def fraction(share: float) -> tuple[int, int]:
 
 
 def outcome(record: Record) -> Outcome:
-    """Of the steps that ran, of which there is one at least."""
+    """Of the steps that ran to their end, of which there is one at least."""
+    record = record.without_cut()
     kinds = [_kind(step) for step in record.steps]
     speed, faster = measured_speed(record), None
     # a reference that warmed up is no measure

@@ -16,6 +16,10 @@ def verdict(records: Sequence[Record]) -> str:
     """What was asked, what was done and the seconds of a step, of runs that made one video."""
     both = len(records) > 1 and all(record.steps for record in records)
     record = join_records([record for record in records if record.steps] or records)
+    ended = "" if record.finished else "The run did not finish (cancelled or failed). "
+    cut, record = record.steps, record.without_cut()
+    if cut and not record.steps:
+        return f"{ended}It did not come to the end of its first step."
     if not record.steps:
         if record.seconds:
             return f"Nothing was left out: the model ran untouched, {record.seconds:.1f} s in all."
@@ -34,14 +38,15 @@ def verdict(records: Sequence[Record]) -> str:
         seconds, instead = speed.whole / speed.run, f" instead of {speed.whole:.2f} s"
     said.append(f"a {'model call' if came.calls else 'step'} took {seconds:.2f} s{instead}")
     line = "; ".join(said)
-    ended = "" if record.finished else "The run did not finish (cancelled or failed). "
     return f"{ended}{line[0].upper()}{line[1:]}."
 
 
 def steps_line(record: Record) -> str:
     """What the steps were, and the seconds of the run."""
     took = f"; {record.seconds:.1f} s in all" if record.seconds else ""
-    return f"{record.model}: {outcome(record).line()}{took}."
+    done = record.without_cut()
+    line = outcome(done).line() if done.steps else "no step was finished"
+    return f"{record.model}: {line}{took}."
 
 
 def record_text(record: Record) -> str:
@@ -78,6 +83,8 @@ def record_text(record: Record) -> str:
 
 def computed(step: Step) -> str:
     """What a step computed, in a word or two."""
+    if step.cut:
+        return "not finished"
     if step.answered:
         return "answered by another node"
     if step.repeated:

@@ -45,7 +45,7 @@ def test_the_rows_of_a_step_in_figures():
 
 def test_a_step_that_did_something_else_is_not_as_planned():
     one = step(WHOLE, PART, PART)
-    one.close([WHOLE, WHOLE, PART], [None] * 3, reached=True, ignored=True)
+    one.close([WHOLE, WHOLE, PART], [None] * 3, reached=True, missing=True)
     assert not one.as_planned and one.ignored and not one.answered
     assert one.kept_share == pytest.approx(16 / 18)
 

@@ -90,7 +90,7 @@ class Live:
         """The run is over."""
         record = self.record
         try:
-            came = outcome(record) if record.steps else None
+            came = outcome(record) if record.without_cut().steps else None
             if came is not None:
                 log.info("WanTrim: %s; remarks: %d", came.line(), len(record.notes))
             said = {} if came is None else _said(came)

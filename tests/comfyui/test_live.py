@@ -18,6 +18,7 @@ from wantrim.hosts.comfyui.attach import attach, attachment_of
 from wantrim.hosts.comfyui.live import EVENT
 from wantrim.nodes.blocks import WanTrimBlocks
 from wantrim.nodes.heads import WanTrimHeads
+from wantrim.nodes.report import WanTrimReport
 from wantrim.nodes.tokens import WanTrimTokens
 from wantrim.report.figures import step_work
 from wantrim.report.line import outcome
@@ -160,6 +161,36 @@ def test_a_cancelled_run_says_so(page):
     with pytest.raises(InterruptProcessingException):
         tiny.sample(patched(), steps=4, callback=cancel)
     assert page.sent[-1][0]["done"] and not page.sent[-1][0]["finished"]
+
+
+@pytest.mark.parametrize("blocks", [0, 3])
+def test_a_step_that_was_cancelled_is_no_other_nodes_answer(page, blocks):
+    model, calls = patched(), []
+
+    def cancel(func, *args, **kwargs):
+        calls.append(1)
+        # a self- and a cross-attention in each block, both prompts in one call
+        if len(calls) == 1 + 2 * tiny.LAYERS * 2 + 2 * blocks:
+            raise InterruptProcessingException
+        return func(*args, **kwargs)
+
+    model.model_options["transformer_options"]["optimized_attention_override"] = cancel
+    with pytest.raises(InterruptProcessingException):
+        tiny.sample(model, steps=8)
+    end = page.sent[-1][0]
+    assert end["line"].startswith("all 2 steps at ") and not end["finished"]
+    text = record_text(tiny.report_of(model))
+    assert "another node" not in text and "not finished" in text.splitlines()[-1]
+    # in the first step there is nothing to say of
+    calls[:] = [0] * 2 * tiny.LAYERS * 2
+    with pytest.raises(InterruptProcessingException):
+        tiny.sample(model, steps=8)
+    assert "line" not in page.sent[-1][0]
+    text = record_text(tiny.report_of(model))
+    assert text.startswith(
+        "The run did not finish (cancelled or failed). It did not come to the end"
+    )
+    WanTrimReport.execute(model, torch.rand(9, 64, 80, 3))
 
 
 def test_a_sampler_of_two_calls_a_step_counts_by_the_schedule(page):
