@@ -134,7 +134,8 @@ def _outer_sample(executor, *args, **kwargs):
         return result
     finally:
         run.close(completed, len(sigmas))
-        live.end()
+        earlier = runs_before(attachment.video, ran.where)
+        live.end([one.record for one in earlier if one is not ran])
 
 
 def _shift(guider, record: Record) -> float:

@@ -56,6 +56,9 @@ def make_trial(
         on = [model if one.heads is None else _by_roles(model, one) for model in models.values()]
         dials = [Dial(one.speedup, dense_first_steps=1, expert=expert) for expert in experts]
         made = attach_dials(on, dials, "auto" if one.context else "off")
+        for attachment in map(attachment_of, made):
+            # a node cannot show all of them, and the last one is not the trial
+            attachment.nodes = ()
         add(one.name, one.label, dict(zip(models, made, strict=True)), speedup=one.speedup)
     if easycache_node() is None:
         trial.notes.append("this ComfyUI has no EasyCache that can be imported: it is left out")

@@ -8,11 +8,12 @@ from __future__ import annotations
 import logging
 import sys
 import uuid
+from collections.abc import Sequence
 from dataclasses import asdict
 
 from comfy_execution.utils import get_executing_context
 
-from ...engine.record import Record, Step
+from ...engine.record import Record, Step, join_records
 from ...methods.shares import place_of
 from ...report.figures import step_work
 from ...report.line import Outcome, outcome, planned
@@ -86,15 +87,28 @@ class Live:
             **_said(planned(self.record, self._starts) or outcome(self.record)),
         )
 
-    def end(self) -> None:
-        """The run is over."""
+    def end(self, earlier: Sequence[Record] = ()) -> None:
+        """The run is over.
+
+        Args:
+            earlier: the runs that made the same video before it.
+        """
         record = self.record
         try:
-            came = outcome(record) if record.without_cut().steps else None
-            if came is not None:
-                log.info("WanTrim: %s; remarks: %d", came.line(), len(record.notes))
-            said = {} if came is None else _said(came)
-            self._send(done=True, finished=record.finished, remarks=len(record.notes), **said)
+            if record.without_cut().steps:
+                line = outcome(record).line()
+                log.info("WanTrim: %s; remarks: %d", line, len(record.notes))
+            # the map shows them beside each other
+            record = join_records([*earlier, record])
+            said = _said(outcome(record)) if record.without_cut().steps else {}
+            untouched = record.finished and not record.steps
+            self._send(
+                done=True,
+                finished=record.finished,
+                remarks=len(record.notes),
+                untouched=untouched,
+                **said,
+            )
         except Exception:
             log.warning("WanTrim: the page could not be told of the end", exc_info=True)
 

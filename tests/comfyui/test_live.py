@@ -14,12 +14,14 @@ from comfy.model_management import InterruptProcessingException
 from comfy_execution.utils import CurrentNodeContext
 from comfy_extras.nodes_context_windows import WanContextWindowsManualNode
 from wantrim.engine.plan import TrimPlan
+from wantrim.engine.record import join_records
 from wantrim.hosts.comfyui.attach import attach, attachment_of
 from wantrim.hosts.comfyui.live import EVENT
 from wantrim.nodes.blocks import WanTrimBlocks
 from wantrim.nodes.heads import WanTrimHeads
 from wantrim.nodes.report import WanTrimReport
 from wantrim.nodes.tokens import WanTrimTokens
+from wantrim.nodes.tuned import WanTrimCandidates
 from wantrim.report.figures import step_work
 from wantrim.report.line import outcome
 from wantrim.report.words import record_text
@@ -161,6 +163,43 @@ def test_a_cancelled_run_says_so(page):
     with pytest.raises(InterruptProcessingException):
         tiny.sample(patched(), steps=4, callback=cancel)
     assert page.sent[-1][0]["done"] and not page.sent[-1][0]["finished"]
+
+
+def test_a_pairs_node_ends_with_what_both_experts_did(page):
+    with at("3"):
+        high, low = put.paired(tiny.base_model(), put.low_expert(), speedup=1.3)
+    latent = tiny.empty_latent()
+    for node, model, first, last in (("5", high, 0, 2), ("6", low, 2, 4)):
+        with at(node):
+            latent = tiny.ksampler_advanced(model, latent, first, last)
+    ends = [data for data, _ in page.sent if data.get("done")]
+    assert [end["outcome"]["steps"] for end in ends] == [2, 4]
+    both = join_records([tiny.report_of(model) for model in (high, low)])
+    assert ends[-1]["line"] == outcome(both).line() and ends[-1]["remarks"] == len(both.notes)
+    # one alone is all that there is
+    with CurrentNodeContext("prompt 2", "6"):
+        tiny.ksampler_advanced(low, latent, 2, 4)
+    assert page.sent[-1][0]["outcome"]["steps"] == 2
+
+
+def test_candidates_of_a_trial_are_shown_on_no_node(page):
+    with at("3"):
+        model = tiny.at_node(tiny.base_model())
+        model = WanTrimCandidates.execute(model, 1.5, 8, "few").result[0][1]
+    with at("5"):
+        tiny.ksampler(model, steps=8)
+    assert not page.sent and len(tiny.report_of(model).steps) == 8
+
+
+@pytest.mark.parametrize("options", [{"render": "final"}, {"speedup": 1.0}])
+def test_a_run_that_nothing_was_left_out_of_says_so(page, options):
+    with at("3"):
+        model = put.dialled(tiny.base_model(), **options)
+    tiny.sample(model)
+    ((end, _),) = page.sent
+    assert end["done"] and end["finished"] and end["untouched"] and "line" not in end
+    tiny.sample(patched())
+    assert page.sent[-1][0]["untouched"] is False
 
 
 @pytest.mark.parametrize("blocks", [0, 3])
