@@ -192,6 +192,24 @@ def test_the_end_of_a_run_is_said(page):
     assert page.run(LINE, node) == f"stopped in step 1 of 4 · {SAID}"
 
 
+def test_a_run_without_a_step_has_a_line_and_no_map(page):
+    drawn = """(id) => {
+        const {canvas, inner} = app.rootGraph.getNodeById(id).wantrimLive.parts
+        return [canvas.checkVisibility(), inner.offsetHeight]
+    }"""
+    node = add(page)
+    end(page, node, untouched=True)
+    page.page.wait_for_timeout(300)
+    assert page.run(LINE, node) == "untouched: nothing was left out"
+    seen, tall = page.run(drawn, node)
+    assert not seen and 0 < tall < 40
+    end(page, node, run="two", finished=False, untouched=False)
+    assert page.run(LINE, node) == "stopped before its first step"
+    step(page, node, 1, run="three")
+    page.page.wait_for_timeout(300)
+    assert page.run(LINE, node) == f"step 1 of 4 · {SAID}" and page.run(SEEN) == [True]
+
+
 @pytest.mark.parametrize("width", [220, 300, 460])
 def test_nothing_of_the_line_is_cut(page, width):
     node = add(page)

@@ -10,14 +10,16 @@ const AHEAD = "rgba(128, 134, 148, 0.18)"
 const WORDS = {
   en: {
     step: (at, of) => `step ${at} of ${of}`,
-    stopped: (at, of) => `stopped in step ${at} of ${of}`,
+    stopped: (at, of) => (at ? `stopped in step ${at} of ${of}` : "stopped before its first step"),
+    untouched: "untouched: nothing was left out",
     remarks: (count) => `${count} ${count === 1 ? "remark" : "remarks"} in WanTrim Report`,
     key: ["all", "a part", "nothing", "heads in patterns"],
     legend: "What each block (down) computed in each step (across)",
   },
   zh: {
     step: (at, of) => `第 ${at} 步，共 ${of} 步`,
-    stopped: (at, of) => `停在第 ${at} 步，共 ${of} 步`,
+    stopped: (at, of) => (at ? `停在第 ${at} 步，共 ${of} 步` : "在第一步之前停止"),
+    untouched: "未改动：什么都没有省去",
     remarks: (count) => `${count} 条说明，见 WanTrim 报告`,
     key: ["全部", "一部分", "无", "头按模式"],
     legend: "每个块（向下）在每一步（向右）计算了什么",
@@ -42,7 +44,8 @@ const WORDS = {
   },
   ja: {
     step: (at, of) => `ステップ ${at}/${of}`,
-    stopped: (at, of) => `ステップ ${at}/${of} で停止`,
+    stopped: (at, of) => (at ? `ステップ ${at}/${of} で停止` : "最初のステップの前に停止"),
+    untouched: "変更なし：何も省かれていません",
     remarks: (count) => `注記 ${count} 件は WanTrim レポートに`,
     key: ["すべて", "一部", "なし", "ヘッドはパターンで"],
     legend: "各ブロック（下へ）が各ステップ（右へ）で計算したもの",
@@ -112,6 +115,7 @@ export class RunMap {
       this.done = true
       this.finished = event.finished
       this.remarks = event.remarks
+      this.untouched = event.untouched
       return
     }
     this.at = event.step
@@ -136,6 +140,7 @@ export class RunMap {
     const parts = []
     if (!this.done) parts.push(say.step(this.at, this.steps))
     else if (!this.finished) parts.push(say.stopped(this.at, this.steps))
+    if (this.done && this.untouched) parts.push(say.untouched)
     if (this.line) parts.push(say.line ? say.line(this.outcome) : this.line)
     if (this.done && this.remarks) parts.push(say.remarks(this.remarks))
     return parts.join(" · ")
@@ -167,6 +172,7 @@ export class RunMap {
 
   // one bar for every step, for a node that is folded up
   strip(context, left, top, width, height) {
+    if (!this.columns.length) return
     const slot = width / Math.max(this.width, 1)
     context.fillStyle = AHEAD
     context.fillRect(left, top, width, height)

@@ -70,6 +70,9 @@ function paint(node) {
   const { root, inner, canvas, key, line } = parts
   const text = say()
   line.textContent = map.text(text)
+  // of a run without a step there is no map
+  canvas.style.display = map.columns.length ? "block" : "none"
+  key.style.display = map.columns.length ? "flex" : "none"
   key.replaceChildren(...map.key.map(([place, colour]) => swatch(colour, text.key[place])))
   root.setAttribute("aria-label", `WanTrim: ${line.textContent}. ${text.legend}.`)
   // of the page's pixels: zooming in must not blur it
@@ -108,7 +111,6 @@ function equip(node) {
   })
   // the option is for the prompt, the field for the workflow
   live.widget.serialize = false
-  fit(node, MAP_HEIGHT + 34)
   live.resized = new ResizeObserver(() => node.wantrimLive === live && paint(node))
   live.resized.observe(parts.canvas)
   live.resized.observe(parts.inner)
@@ -148,7 +150,11 @@ function clear(node) {
 }
 
 function show(node, map) {
-  if (!node.wantrimLive) equip(node)
+  if (!node.wantrimLive) {
+    equip(node)
+    // what a map takes at the least, before the page has laid it out
+    if (map.columns.length) fit(node, MAP_HEIGHT + 34)
+  }
   node.wantrimLive.map = map
   paint(node)
   node.setDirtyCanvas?.(true, true)
