@@ -395,6 +395,30 @@ def test_a_node_in_a_subgraph_shows_its_map_on_both(page):
     assert not any(page.run(SEEN)) and page.run(LINE, outer) is None
 
 
+def test_a_map_stays_with_its_workflow(page):
+    workflow = "() => app.rootGraph.id"
+    node = add(page)
+    own = page.run(workflow)
+    step(page, node, 1, workflow=own)
+    saved = page.run("() => JSON.parse(JSON.stringify(app.rootGraph.serialize()))")
+    # as an undo does it
+    page.run("async (saved) => { await app.loadGraphData(saved) }", saved)
+    page.page.wait_for_timeout(300)
+    assert page.run(LINE, node) == f"step 1 of 4 · {SAID}" and page.run(SEEN) == [True]
+    # a node of the same id on another one
+    page.run(EMPTY)
+    assert add(page, "WanTrimHeads") == node and page.run(workflow) != own
+    step(page, node, 2, workflow=own)
+    assert page.run(LINE, node) is None
+    step(page, node, 3)
+    assert page.run(LINE, node).startswith("step 3 of 4")
+    page.run("async (saved) => { await app.loadGraphData(saved) }", saved)
+    page.page.wait_for_timeout(300)
+    assert page.run(LINE, node) == f"step 2 of 4 · {SAID}"
+    columns = "(id) => app.rootGraph.getNodeById(id).wantrimLive.map.columns.length"
+    assert page.run(columns, node) == 2
+
+
 def test_what_is_not_on_the_page_is_left_alone(page):
     node, stranger = add(page), add(page, "TakesModel")
     before = page.run(SERIALISED)

@@ -90,8 +90,10 @@ export function words(locale) {
 
 // the runs of one prompt at one node, in the order in which they came
 export class RunMap {
-  constructor(prompt) {
+  constructor(prompt, id, workflow) {
     this.prompt = prompt
+    this.id = id
+    this.workflow = workflow
     this.columns = []
     this.run = null
   }

@@ -15,12 +15,14 @@ const GAP = 4
 // modes of a node that does not run: never, and bypassed
 const OFF = [2, 4]
 
-// node id as ComfyUI runs it ("3", or "7:3" inside of subgraph node 7) -> its map
+// workflow and node id as ComfyUI runs it ("3", or "7:3" inside of subgraph node 7) -> its map
 const maps = new Map()
 
 // the node of an id behind the subgraph nodes around it; empty when another workflow is open
-function path(id) {
+function path({ id, workflow }) {
   let graph = app.rootGraph ?? app.graph
+  // a prompt that no page made, or an older page, has none
+  if (workflow && graph?.id && workflow !== graph.id) return []
   const found = []
   for (const part of String(id).split(":")) {
     const node = graph?.getNodeById(part)
@@ -162,20 +164,23 @@ function show(node, map) {
 
 function take(event) {
   for (const id of event.nodes) {
-    let map = maps.get(id)
+    const key = `${event.workflow} ${id}`
+    let map = maps.get(key)
     // several runs of one prompt stand side by side, a new prompt begins anew
-    if (map?.prompt !== event.prompt) maps.set(id, (map = new RunMap(event.prompt)))
+    if (map?.prompt !== event.prompt) {
+      maps.set(key, (map = new RunMap(event.prompt, id, event.workflow)))
+    }
     map.add(event)
-    for (const node of path(id)) show(node, map)
+    for (const node of path(map)) show(node, map)
   }
 }
 
 // what a node that does not run shows is of an earlier run
 function forget() {
-  for (const id of maps.keys()) {
-    const nodes = path(id)
+  for (const [key, map] of maps) {
+    const nodes = path(map)
     if (nodes.some((node) => OFF.includes(node.mode))) {
-      maps.delete(id)
+      maps.delete(key)
       nodes.forEach(clear)
     }
   }
@@ -203,6 +208,12 @@ function underFolded(context, node) {
 
 app.registerExtension({
   name: "WanTrim.Live",
+  // undo, and a change of workflow, make all nodes anew
+  afterConfigureGraph() {
+    for (const map of maps.values()) {
+      if (map.workflow) for (const node of path(map)) show(node, map)
+    }
+  },
   setup() {
     api.addEventListener(EVENT, ({ detail }) => take(detail))
     const { onDrawForeground } = app.canvas

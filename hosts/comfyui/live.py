@@ -17,6 +17,7 @@ from ...engine.record import Record, Step, join_records
 from ...methods.shares import place_of
 from ...report.figures import step_work
 from ...report.line import Outcome, outcome, planned
+from .runs import running_workflow
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +64,7 @@ class Live:
             "nodes": list(nodes),
             "run": uuid.uuid4().hex,
             "prompt": running_prompt(),
+            "workflow": running_workflow(running_prompt()),
             "steps": len(self._starts),
         }
 

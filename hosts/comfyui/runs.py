@@ -180,6 +180,20 @@ def _is_link(value) -> bool:
 
 def _running_prompt(number: str) -> dict | None:
     """The prompt that ComfyUI's server runs, in API form, if there is a server."""
+    item = _running_item(number)
+    return item[2] if item and isinstance(item[2], dict) else None
+
+
+def running_workflow(number: str | None) -> str | None:
+    """Id of the page's workflow that a prompt was made of, or None."""
+    known = (_running_item(number) or ())[3:4]
+    for name in ("extra_pnginfo", "workflow", "id"):
+        known = [one[name] for one in known if isinstance(one, dict) and name in one]
+    return known[0] if known and isinstance(known[0], str) else None
+
+
+def _running_item(number: str | None) -> tuple | None:
+    """A prompt as it stands in the queue of ComfyUI's server, if it runs there."""
     # importing its module would start half of one
     module = sys.modules.get("server")
     server = getattr(getattr(module, "PromptServer", None), "instance", None)
@@ -187,9 +201,9 @@ def _running_prompt(number: str) -> dict | None:
     if queue is None:
         return None
     running = getattr(queue, "currently_running", None) or {}
-    # (priority, id, prompt, ...)
+    # (priority, id, prompt, extra data, ...)
     items = [item for item in running.values() if len(item) > 2 and item[1] == number]
-    return items[0][2] if items and isinstance(items[0][2], dict) else None
+    return items[0] if items else None
 
 
 def sampler_name(sampler) -> str:

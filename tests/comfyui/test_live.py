@@ -309,7 +309,8 @@ def test_a_real_server_tells_it_over_its_socket(comfyui, root, tmp_path):
             aiohttp.ClientSession(f"http://127.0.0.1:{running.port}") as session,
             session.ws_connect("/ws?clientId=me") as socket,
         ):
-            queued = {"prompt": prompt, "client_id": "me"}
+            page = {"extra_pnginfo": {"workflow": {"id": "of the page"}}}
+            queued = {"prompt": prompt, "client_id": "me", "extra_data": page}
             answer = await session.post("/prompt", json=queued)
             assert answer.status == 200, await answer.text()
             until = time.monotonic() + SOON
@@ -327,7 +328,7 @@ def test_a_real_server_tells_it_over_its_socket(comfyui, root, tmp_path):
 
     with server.running(comfyui, root, tmp_path / "base") as running:
         told = asyncio.run(listen(running))
-    assert len(told) == 10
+    assert len(told) == 10 and {event["workflow"] for event in told} == {"of the page"}
     for node in ("2", "12"):
         mine = [event for event in told if event["nodes"] == [node]]
         assert [event.get("step") for event in mine] == [1, 2, 3, 4, None]
