@@ -297,6 +297,27 @@ def test_a_new_prompt_begins_anew_and_runs_of_one_prompt_stand_side_by_side(page
     assert page.run(widgets, node).count("wantrim_live") == 1
 
 
+def test_a_size_that_is_changed_beside_the_map_stays(page):
+    node = add(page)
+    page.page.wait_for_timeout(600)
+    sizes = [page.run(SIZE, node)]
+    for number, line in ((1, SAID), (2, f"{SAID} {SAID}"), (3, "short")):
+        step(page, node, number, line=line)
+        page.page.wait_for_timeout(300)
+        # not by a pixel: it would be a step to undo
+        assert page.run(SERIALISED)[0]["size"] == sizes[0]
+    higher = "(id) => { const n = app.rootGraph.getNodeById(id); n.setSize([n.size[0], n.size[1] + 90]) }"
+    page.run(higher, node)
+    page.page.wait_for_timeout(300)
+    wide, tall = page.run(SERIALISED)[0]["size"]
+    assert [wide, tall - 90] == pytest.approx(sizes[0], abs=1)
+    page.run(
+        "(id) => { app.rootGraph.getNodeById(id).mode = 4; app.canvas.draw(true, true) }", node
+    )
+    page.page.wait_for_timeout(300)
+    assert page.run(SIZE, node) == pytest.approx([wide, tall], abs=1)
+
+
 @pytest.mark.parametrize("preset", ["auto", "custom"])
 def test_nothing_of_it_goes_into_the_workflow(page, preset):
     node = add(page, prune_ratio=0.4, preset=preset)

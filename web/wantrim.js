@@ -95,13 +95,13 @@ function fit(node, tall) {
   live.tall = tall
   const before = node.size[1]
   node.setSize([node.size[0], Math.max(before, node.computeSize()[1])])
-  live.grown += node.size[1] - before
+  if (node.size[1] > before) live.size = node.size[1]
 }
 
 // gives a node its map; nothing of it goes into the workflow
 function equip(node) {
   const parts = element()
-  const live = (node.wantrimLive = { parts, before: node.size[1], grown: 0, tall: 0 })
+  const live = (node.wantrimLive = { parts, before: node.size[1], size: 0, tall: 0 })
   const height = () => live.tall + MARGINS
   live.widget = node.addDOMWidget(WIDGET, WIDGET, parts.root, {
     serialize: false,
@@ -136,8 +136,11 @@ function hook(node) {
 
 // the height of a node without its map
 function without(live, height) {
-  const added = LiteGraph.vueNodesMode ? live.parts.root.offsetHeight + GAP : live.grown
-  return live.grown ? Math.max(live.before, height - added) : height
+  if (!live.size) return height
+  const laid = LiteGraph.vueNodesMode ? live.before + live.parts.inner.offsetHeight + GAP : 0
+  const by = height - Math.max(live.size, laid)
+  // what is more is the user's, but for what a browser rounds
+  return live.before + (by > 1 ? by : 0)
 }
 
 function clear(node) {
