@@ -137,7 +137,11 @@ def headline(rows: Sequence[Row], choice: Choice, wanted: float) -> str:
     if choice.best is None:
         return f"No best one: {choice.reason}."
     top = rows[choice.best]
-    said = f"Best at {wanted:g}x: {top.label}"
+    work = next((row.work for row in rows if row.name == PLAN and row.work), 1 / wanted)
+    at = f"at {wanted:g}x"
+    if abs(work - 1 / wanted) > SAME_WORK:
+        at = f"near {wanted:g}x ({1 / work:.2g}x was possible)"
+    said = f"Best {at}: {top.label}"
     if choice.next is not None:
         other = rows[choice.next]
         ahead = _ahead(top, other)

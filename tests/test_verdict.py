@@ -51,6 +51,12 @@ def test_best_is_the_nearest_of_those_that_save_enough():
     assert best(rows(plan={"work": None})) == "easycache"
 
 
+def test_a_wish_that_could_not_be_met_is_said():
+    given = rows(plan={"work": 0.5}, whole={"seconds": None})
+    said = headline(given, choose(given, 2.4, 4), 2.4)
+    assert said.startswith("Best near 2.4x (2x was possible): WanTrim 1.5x")
+
+
 def test_between_equals_the_plan_by_the_own_run_is_taken():
     def own(psnr: float, work: float = 0.68) -> list[Row]:
         return [*rows(), Row("own", "by the whole run", 21.0, work=work, found=found(psnr))]
