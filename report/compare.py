@@ -60,7 +60,10 @@ class Comparison:
         if self.psnr_db == math.inf:
             return "The two videos are equal in every pixel."
         closeness = next(words for least, words in CLOSENESS if self.psnr_db >= least)
-        said = f"{closeness} (PSNR {self.psnr_db:.1f} dB, SSIM {self.ssim:.3f}): "
+        said = f"{closeness} (PSNR {self.psnr_db:.1f} dB, SSIM {self.ssim:.3f})"
+        if len(self.frame_psnr_db) == 1:
+            # one picture does not move
+            return f"{said}."
         ratio, remarks = self.motion_ratio, []
         if ratio == math.inf:
             remarks.append("it moves where the whole one stands still")
@@ -73,7 +76,8 @@ class Comparison:
         worst = self.frame_psnr_db[self.worst]
         if worst < self.psnr_db - 6:
             remarks.append(f"frame {self.worst + 1} is far worse than the rest ({worst:.1f} dB)")
-        return said + ("; ".join(remarks) or "motion and flicker are the whole one's") + "."
+        told = "; ".join(remarks) or "motion and flicker are the whole one's"
+        return f"{said}: {told}."
 
     def json(self) -> dict:
         """The numbers; null stands for infinite, which JSON has not."""
