@@ -17,6 +17,8 @@ from ..methods.heads import FULL, PATTERNS
 from ..solve.floor import device_rates
 
 FORMAT = 3
+# relative difference of work and of seconds that is said
+SAME = 0.05
 
 
 def step_work(record: Record, step: Step) -> float | None:
@@ -134,6 +136,13 @@ def why_no_speed(record: Record) -> str:
     )
 
 
+def how_fast(times: float, form: str = ".2g") -> str:
+    """A speed-up in words, which may be none."""
+    if times > 1 + SAME:
+        return f"{times:{form}}x faster"
+    return "not faster" if times > 1 - SAME else f"{1 / times:{form}}x slower"
+
+
 def speed_lines(record: Record) -> list[str]:
     """What the seconds and the work of the verdict are by, in an artist's words."""
     speed, lines = measured_speed(record), []
@@ -143,7 +152,7 @@ def speed_lines(record: Record) -> list[str]:
     else:
         trimmed = "the others repeated"
         if speed.trimmed is not None:
-            trimmed = f"a trimmed one {speed.trimmed:.2f} s, {speed.measured:.2f}x faster"
+            trimmed = f"a trimmed one {speed.trimmed:.2f} s, {how_fast(speed.measured, '.2f')}"
         alike = "" if speed.counted == len(record.steps) else f", of {speed.counted} {unit}s alike"
         lines.append(
             f"Seconds: a whole {unit} {speed.whole:.2f} s ({_which(speed, unit)}), {trimmed}{alike}."

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ..engine.record import Record, Step
-from .figures import expected_speedup, measured_speed
+from .figures import SAME, expected_speedup, how_fast, measured_speed
 
 # fractions that have a name
 NAMES = {
@@ -16,8 +16,6 @@ NAMES = {
     (3, 5): "three fifths", (2, 3): "two thirds", (3, 4): "three quarters", (4, 5): "four fifths",
     (9, 10): "nine tenths",
 }  # fmt: skip
-# relative difference of work and of seconds that is said
-SAME = 0.05
 
 
 @dataclass(frozen=True)
@@ -79,9 +77,7 @@ class Outcome:
         if self.starved:
             gains.append("too little for a video")
         if self.faster is not None:
-            slower = "not faster" if self.faster > 1 - SAME else f"{1 / self.faster:.2g}x slower"
-            faster = f"{self.faster:.2g}x faster" if self.faster > 1 + SAME else slower
-            gains.append(f"{faster} here")
+            gains.append(f"{how_fast(self.faster)} here")
         return f": {', '.join(gains)}" if gains else ""
 
 

@@ -113,7 +113,9 @@ def _beside(rows: Sequence[Row], best: int, after: int | None, able: Sequence[in
         )
     elif ahead < SAME_DB:
         said.append("half a dB is no difference: take the one that you like")
-    if not MOTION[0] <= top.found.motion_ratio <= MOTION[1]:
+    if top.found.motion_ratio == math.inf:
+        said.append("it moves where the whole one stands still: watch it")
+    elif not MOTION[0] <= top.found.motion_ratio <= MOTION[1]:
         said.append(f"it has {top.found.motion_ratio:.2f} x the motion of the whole one: watch it")
     timed = [place for place in able if rows[place].seconds]
     if timed and top.seconds:
@@ -248,7 +250,10 @@ def _figures(row: Row) -> str:
     if row.found is not None:
         equal = row.found.psnr_db == math.inf
         said += ["equal" if equal else f"{row.found.psnr_db:.1f} dB"]
-        said += [f"motion {row.found.motion_ratio:.2f} x"]
+        still = row.found.motion_ratio == math.inf
+        said += [
+            "moves, the whole one does not" if still else f"motion {row.found.motion_ratio:.2f} x"
+        ]
     said += [] if row.failed is None else [row.failed]
     return ", ".join(said)
 

@@ -269,6 +269,8 @@ def test_one_line_says_the_steps_the_work_and_what_was_measured():
     assert [outcome(one).line().split(", ")[-1] for one in slow] == [
         "2x slower here", "not faster here",
     ]  # fmt: skip
+    for one, said in zip(slow, ("4.00x slower.", "not faster."), strict=True):
+        assert said in record_text(one)
 
 
 def test_a_run_that_computes_its_first_step_alone_is_no_video():

@@ -15,6 +15,10 @@ def found(psnr: float, motion: float = 1.0) -> Comparison:
     return Comparison(psnr, 0.9, 0.02 * motion, 0.02, 0.003, 0.003, (psnr,))
 
 
+# the whole one stands still
+STILL = Comparison(31.0, 0.9, 0.02, 0.0, 0.003, 0.003, (31.0,))
+
+
 def rows(**changed) -> list[Row]:
     known = {
         "whole": Row("whole", "whole", 30.0, work=1.0),
@@ -80,6 +84,7 @@ def test_between_equals_the_plan_by_the_own_run_is_taken():
     [
         ({"easycache": {"found": found(30.8)}}, "Half a dB is no difference"),
         ({"plan": {"found": found(31.0, 0.6)}}, "It has 0.60 x the motion"),
+        ({"plan": {"found": STILL}}, "It moves where the whole one stands still"),
         ({"easycache": {"seconds": 15.0}}, "EasyCache was faster here (15.0 s for 21.0 s)"),
         (
             {"whole": {"failed": "no video came"}},
