@@ -103,7 +103,8 @@ class WanTrimReport(io.ComfyNode):
         texts = [record_text(report) for report in reports]
         text = "\n\n".join(texts if len(reports) == 1 else [title, *texts])
         pictures = as_pictures(images)
-        video = None if pictures is None else pictures.nan_to_num().clamp(0, 1).numpy()
+        # not a copy: what is shown of it is cleaned where it is drawn
+        video = None if pictures is None else pictures.numpy()
         pages = [
             _page(report, video, title if at == 0 else "") for at, report in enumerate(reports)
         ]

@@ -41,6 +41,11 @@ def as_pictures(images) -> torch.Tensor | None:
     )
 
 
+def cleaned(frames: np.ndarray) -> np.ndarray:
+    """Frames with what is no number, or outside of 0..1, as the nearest that can be drawn."""
+    return np.nan_to_num(frames).clip(0, 1)
+
+
 def overlay(video: np.ndarray, coverage: np.ndarray, shown: Sequence[int]) -> np.ndarray:
     """Frames `shown` of a video [frames, h, w, 3] in 0..1 with a tint over what was left out.
 
@@ -63,7 +68,7 @@ def overlay(video: np.ndarray, coverage: np.ndarray, shown: Sequence[int]) -> np
         image = Image.fromarray((255 * light).astype(np.uint8))
         shade[place] = np.asarray(image.resize((width, height), Image.Resampling.NEAREST)) / 255
     veil = 0.6 * (1 - shade[..., None])
-    return video[list(shown)] * (1 - veil) + LEFT_OUT * veil
+    return cleaned(video[list(shown)]) * (1 - veil) + LEFT_OUT * veil
 
 
 def videos_in(frames: int, coverage: np.ndarray) -> int | None:
@@ -113,7 +118,7 @@ def stacked(rows: Sequence[Image.Image]) -> Image.Image:
 
 def small(frame: np.ndarray, width: int, height: int) -> Image.Image:
     """A frame [h, w, 3] in 0..1 of another size."""
-    pixels = (255 * np.nan_to_num(frame).clip(0, 1)).astype(np.uint8)
+    pixels = (255 * cleaned(frame)).astype(np.uint8)
     return Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR)
 
 

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,6 +16,7 @@ from wantrim.hosts.comfyui.dense_step import Unmeasurable, call_sizes
 from wantrim.methods.depth import BlockBudget, BlockPlan
 from wantrim.methods.heads import PATTERNS
 from wantrim.methods.routers import FixedRouter
+from wantrim.nodes import report as report_node
 from wantrim.nodes.report import WanTrimReport
 from wantrim.tests.comfyui import put, tiny
 from wantrim.tests.comfyui.neighbours import attention_patched, easycache, enhanced
@@ -362,3 +364,19 @@ def test_a_cancelled_step_is_no_deviation():
     (one,) = figures["reports"]
     assert not one["finished"] and not one["did_not_happen"] and "did not finish" in text
     assert [step["executed"]["blocks"] for step in one["steps"]] == [tiny.LAYERS, 2]
+
+
+def test_a_long_video_is_not_copied_to_show_six_frames(monkeypatch):
+    seen = []
+    draw = report_node.draw_report
+    monkeypatch.setattr(
+        report_node, "draw_report", lambda *given: seen.append(given[1]) or draw(*given)
+    )
+    model = PLANS["shares"](tiny.base_model())
+    tiny.sample(model, steps=5)
+    video = torch.full((9, 64, 80, 3), float("nan"))
+    video[1:] = 3.0
+    picture = WanTrimReport.execute(model, video).result[1]
+    assert np.shares_memory(seen[0], video.numpy()) and picture.isfinite().all()
+    clean = WanTrimReport.execute(model, video.nan_to_num().clamp(0, 1)).result[1]
+    assert torch.equal(picture, clean)
