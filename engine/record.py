@@ -108,11 +108,6 @@ class Step:
         self.coverage = coverage.view(samples, grid.frames, grid.height, grid.width)
 
     @property
-    def keep_ratio(self) -> float:
-        """Share of a latent frame's tokens that was to be computed."""
-        return 0.0 if self.program.repeats else self.program.budget / self.grid.per_frame
-
-    @property
     def tokens_per_block(self) -> list[int]:
         """Tokens of the grid that each block computed."""
         return [row.tokens for row in self.rows]

@@ -21,6 +21,8 @@ def verdict(records: Sequence[Record]) -> str:
     if cut and not record.steps:
         return f"{ended}It did not come to the end of its first step."
     if not record.steps:
+        if ended:
+            return ended.strip()
         if record.seconds:
             return f"Nothing was left out: the model ran untouched, {record.seconds:.1f} s in all."
         return "No run to report on: why is said below."
@@ -51,8 +53,6 @@ def steps_line(record: Record) -> str:
 
 def record_text(record: Record) -> str:
     """The whole report of a run."""
-    if not record.steps and not record.finished:
-        return "WanTrim: no sampling run seen yet."
     remarks = ["What did not happen, and why:"]
     remarks += [f"- {note}" for note in record.notes] or [f"- {NOTHING}."]
     lines = [verdict([record])]

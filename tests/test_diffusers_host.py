@@ -281,7 +281,7 @@ def test_inside_wan_pipeline_every_step_is_one_decision():
     assert torch.equal(video(), dense)
     # conditional and unconditional come in two calls
     assert [step.calls for step in report.steps] == [2] * 5
-    kept = [step.keep_ratio for step in report.steps]
+    kept = [step.program.budget / step.grid.per_frame for step in report.steps]
     assert kept == sorted(kept)
     assert kept[0] == pytest.approx(0.5)
 

@@ -33,7 +33,7 @@ def keeping(*rows) -> Selection:
 
 def test_the_rows_of_a_step_in_figures():
     one = ran(WHOLE, replace(PART, heads=True), NONE, PART)
-    assert one.num_blocks == 4 and one.grid == GRID and one.keep_ratio == pytest.approx(2 / 3)
+    assert one.num_blocks == 4 and one.grid == GRID
     assert one.tokens_per_block == [6, 4, 0, 4] and one.kept_share == pytest.approx(14 / 24)
     assert one.patterned == [1] and one.blocks_run == 3
     assert one.as_planned and one.watched and not one.whole and not one.repeated
@@ -56,7 +56,7 @@ def test_a_repeated_step_is_told_from_one_that_another_node_answered():
     assert not again.watched
     again.close([], [])
     assert again.repeated and again.as_planned and not again.answered
-    assert (again.keep_ratio, again.kept_share, again.blocks_run) == (0.0, 0.0, 0)
+    assert (again.kept_share, again.blocks_run) == (0.0, 0)
     again.close([], [], reached=False)
     assert again.answered and not again.repeated
     other = step(WHOLE, PART)

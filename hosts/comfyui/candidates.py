@@ -44,8 +44,8 @@ def make_trial(
     models = plain
     bare = {part: detach(model) for part, model in models.items()}
 
-    def add(name: str, label: str, made: dict, *, speedup=None, count=steps, at=change_at) -> None:
-        enter(trial, Candidate(name, label, count, at, speedup), made)
+    def add(name: str, label: str, made: dict, *, count=steps, at=change_at) -> None:
+        enter(trial, Candidate(name, label, count, at), made)
 
     experts = [part if part in (HIGH, LOW) else None for part in models]
     decided = any(map(_decides_heads, models.values()))
@@ -59,7 +59,7 @@ def make_trial(
         for attachment in map(attachment_of, made):
             # a node cannot show all of them, and the last one is not the trial
             attachment.nodes = ()
-        add(one.name, one.label, dict(zip(models, made, strict=True)), speedup=one.speedup)
+        add(one.name, one.label, dict(zip(models, made, strict=True)))
     if easycache_node() is None:
         trial.notes.append("this ComfyUI has no EasyCache that can be imported: it is left out")
     else:

@@ -83,7 +83,6 @@ class Candidate:
     Args:
         name: short and fixed, for the JSON row; `label` is for people.
         steps: of the whole run, for the sampler; `change_at` is the first one of a second expert.
-        speedup: that it was solved for; None is no plan of ours.
         models: by part of the trial.
     """
 
@@ -91,7 +90,6 @@ class Candidate:
     label: str
     steps: int
     change_at: int
-    speedup: float | None = None
     models: dict[str, object] = field(default_factory=dict)
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     failed: str | None = None

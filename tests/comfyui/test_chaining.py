@@ -296,7 +296,9 @@ def test_compiled_model_does_not_freeze_the_choice_of_a_step(compiled, order):
     out = tiny.sample(model, steps=5)
     assert torch.equal(out, tiny.sample(tiny.trimmed(tiny.base_model()), steps=5))
     steps = tiny.report_of(model).steps
-    assert [s.keep_ratio for s in steps] == pytest.approx([0.6, 0.65, 0.7, 0.75, 0.8])
+    assert [s.program.budget / tiny.PER_FRAME for s in steps] == pytest.approx(
+        [0.6, 0.65, 0.7, 0.75, 0.8]
+    )
     assert [s.tokens_per_block[1] for s in steps] == [36, 39, 42, 45, 48]
     assert not tiny.report_of(model).notes
     again = tiny.sample(model, tiny.case(frames=2), steps=2)

@@ -149,9 +149,9 @@ def test_samplers_that_call_more_than_once_get_one_decision_per_evaluation(sampl
 def test_heun_keeps_at_a_sigma_what_euler_keeps_there():
     _, _, euler = watched(tiny.case(), steps=6)
     _, _, heun = watched(tiny.case(), steps=6, sampler="heun")
-    ratios = {step.sigma: step.keep_ratio for step in euler.steps}
+    ratios = {step.sigma: step.program.budget for step in euler.steps}
     assert len(set(ratios.values())) > 2
-    assert {step.sigma: step.keep_ratio for step in heun.steps} == ratios
+    assert {step.sigma: step.program.budget for step in heun.steps} == ratios
 
 
 def test_two_experts_keep_at_a_sigma_what_one_run_keeps_there():
@@ -164,10 +164,10 @@ def test_two_experts_keep_at_a_sigma_what_one_run_keeps_there():
     zero = torch.zeros_like(half)
     out = tiny.sample(low, given, steps=4, start_step=2, last_step=100, noise=zero)
     pair = tiny.report_of(high).steps + tiny.report_of(low).steps
-    assert [(s.sigma, s.keep_ratio) for s in pair] == [
-        (s.sigma, s.keep_ratio) for s in report.steps
+    assert [(s.sigma, s.program.budget) for s in pair] == [
+        (s.sigma, s.program.budget) for s in report.steps
     ]
-    assert len({s.keep_ratio for s in pair}) > 2
+    assert len({s.program.budget for s in pair}) > 2
     assert torch.allclose(out, whole, atol=1e-3)
 
 
@@ -201,9 +201,9 @@ def test_tokens_kept_per_step(direction, expected):
     patched = tiny.trimmed(tiny.base_model(), direction=direction)
     tiny.sample(patched, steps=5)
     steps = tiny.report_of(patched).steps
-    assert [step.keep_ratio for step in steps] == pytest.approx(expected)
+    assert [step.program.budget / tiny.PER_FRAME for step in steps] == pytest.approx(expected)
     for step in steps:
-        few = 3 * round(step.keep_ratio * tiny.PER_FRAME)
+        few = 3 * step.program.budget
         assert step.tokens_per_block == [60, few, few, 60, few, few]
 
 
@@ -259,6 +259,6 @@ def test_skipped_calls_do_not_shift_the_schedule():
     given = tiny.case()
     _, _, whole = watched(given, steps=6)
     _, _, tail = watched(given, steps=6, start_step=3)
-    assert [(s.sigma, s.keep_ratio) for s in whole.steps[3:]] == [
-        (s.sigma, s.keep_ratio) for s in tail.steps
+    assert [(s.sigma, s.program.budget) for s in whole.steps[3:]] == [
+        (s.sigma, s.program.budget) for s in tail.steps
     ]

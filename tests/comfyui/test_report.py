@@ -366,6 +366,19 @@ def test_a_cancelled_step_is_no_deviation():
     assert [step["executed"]["blocks"] for step in one["steps"]] == [tiny.LAYERS, 2]
 
 
+@pytest.mark.parametrize("options", [{}, {"speedup": 1.0}])
+def test_a_run_that_failed_before_its_first_step_says_so(options):
+    def fails(executor, *args, **kwargs):
+        raise RuntimeError("broken")
+
+    model = put.dialled(tiny.base_model(), **options)
+    model.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, "fails", fails)
+    with pytest.raises(RuntimeError, match="broken"):
+        tiny.sample(model)
+    said = report(model)[0].splitlines()[0]
+    assert said == "The run did not finish (cancelled or failed)."
+
+
 def test_a_long_video_is_not_copied_to_show_six_frames(monkeypatch):
     seen = []
     draw = report_node.draw_report
