@@ -143,7 +143,9 @@ class Course:
             return None
         count = self._at + 1
         sigmas, calls = self._run.sigmas[: count + 1], tuple(self._calls()[:count])
-        return replace(self._run, sigmas=sigmas, calls=calls, done=self._done(count))
+        ran = replace(self._run, sigmas=sigmas, calls=calls, done=self._done(count))
+        plan = replace(self._plan, shares=Shares(sigmas[:-1], ran.done))
+        return replace(ran, spent=sum(calls) / ran.speedup(plan, self._cost))
 
     @property
     def ended(self) -> Solved | None:
@@ -203,5 +205,6 @@ def run_before(run: Run, earlier: Sequence[Run]) -> Run | None:
         sigmas=(*(at for one in parts for at in one.sigmas[:-1]), parts[-1].sigmas[-1]),
         calls=tuple(count for one in parts for count in one.calls),
         done=tuple(share for one in parts for share in one.done),
+        spent=None if None in (spent := [one.spent for one in parts]) else sum(spent),
         before=None,
     )

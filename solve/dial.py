@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from operator import attrgetter
+from operator import attrgetter, mul
 
 from ..engine.plan import TrimPlan
 from ..engine.program import Program, expected_programs
@@ -47,6 +47,7 @@ class Run:
         done: shares of the first steps, where these ran already.
         held: whether the context of the last whole one of those is there.
         before: what was sampled of the same video before, by this model or the pair's other one.
+        spent: whole untouched calls that all of it came to by its own plan; None is not known.
         waits: a step that is to be whole; None is none.
         concentration: a sigma, and what each of TRIED of the tokens held of the change there; None
             is not seen yet.
@@ -65,6 +66,7 @@ class Run:
     done: tuple[float, ...] = ()
     held: bool = True
     before: Run | None = None
+    spent: float | None = None
     waits: int | None = None
     concentration: tuple[float, tuple[float, ...]] | None = None
 
@@ -264,7 +266,7 @@ class Dial:
         dense = sum(task.calls) * _price(run, TrimPlan(), cost)(1.0)
         # in whole calls of the plan that others made
         whole = price(1.0)
-        budget = dense / self.speedup / whole - _measuring(task, run, plan, cost) / whole
+        budget = dense / self.speedup / whole - _beside(task, run, plan, cost) / whole
         if budget >= sum(task.calls):
             return tuple(1.0 if share is None else share for share in task.done)
         curves = self.curves(run)
@@ -348,15 +350,22 @@ def _price(run: Run, plan: TrimPlan, cost: Cost) -> Callable[[float], float]:
     return price
 
 
-def _measuring(task: Task, run: Run, plan: TrimPlan, cost: Cost) -> float:
-    """What first steps cost more than other whole ones: heads are measured there, and run in full."""
+def _beside(task: Task, run: Run, plan: TrimPlan, cost: Cost) -> float:
+    """What is spent beyond what the shares cost by this plan: what came before went by its own, and
+    in first steps heads are measured, and run in full.
+    """
+    price, fresh, known = _price(run, plan, cost), task.fresh, 0.0
+    if run.before is not None and run.before.spent is not None:
+        fresh = {step for step in fresh if step >= run.before.steps}
+        known = run.before.spent * _price(run, TrimPlan(), cost)(1.0)
+        known -= sum(map(mul, map(price, run.before.done), run.before.calls))
     if not plan.finds_roles:
-        return 0.0
+        return known
     program = expected_programs(
         plan, run.sigmas[:1], run.shift, run.grid, run.shape.num_blocks, run.anchored
     )[0]
     first = cost(program_work(run.shape, program, plan, run.prompts, width=run.width))
-    return (first - _price(run, plan, cost)(1.0)) * sum(task.calls[step] for step in task.fresh)
+    return known + (first - price(1.0)) * sum(task.calls[step] for step in fresh)
 
 
 def task_speedup(
@@ -365,7 +374,7 @@ def task_speedup(
     """What shares of all steps of a task come to, both experts together."""
     price, dense = _price(run, plan, cost), _price(run, TrimPlan(), cost)(1.0)
     spent = sum(price(share) * count for share, count in zip(shares, task.calls, strict=True))
-    return sum(task.calls) * dense / (spent + _measuring(task, run, plan, cost))
+    return sum(task.calls) * dense / (spent + _beside(task, run, plan, cost))
 
 
 def other_slice(run: Run, expert: str, boundary: float = 0.0) -> Run | None:

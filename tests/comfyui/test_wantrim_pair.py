@@ -91,6 +91,21 @@ def test_a_boundary_by_hand_moves_the_budget():
     assert found[1] != found[0]
 
 
+@pytest.mark.parametrize("on", ["high", "low"])
+def test_tokens_of_one_expert_are_not_taken_to_be_the_others(on):
+    high, low = paired(tiny.base_model(), low_expert(), speedup=1.5)
+    if on == "high":
+        high = tiny.at_node(high)
+    else:
+        low = tiny.at_node(low)
+    run_pair(high, low)
+    came = together(high, low)
+    # what the second one says of both is what they did; a first one's tokens leave room for it
+    said = solved(low).together
+    assert came == pytest.approx(said, rel=0.02)
+    assert came == pytest.approx(1.5, rel=0.03) or (on == "low" and unmet(low))
+
+
 def test_expert_nodes_are_taken_on_a_pair_too():
     high, low = paired(tiny.base_model(), low_expert())
     refined = tiny.at_node(low, prune_ratio=0.1)
