@@ -276,7 +276,7 @@ def _field(said: str, cells: np.ndarray, height: int, named) -> Image.Image:
 
 def _notes(record: Record) -> Image.Image:
     lines, font = [], font_of(17)
-    for note in record.notes or [NOTHING]:
+    for note in record.notes or ([NOTHING] if record.finished else []):
         first, *others = _lines(f"- {note}", font)
         lines += [first, *(f"  {line}" for line in others)]
     image, draw = canvas(34 + 22 * len(lines))

@@ -54,7 +54,8 @@ def steps_line(record: Record) -> str:
 def record_text(record: Record) -> str:
     """The whole report of a run."""
     remarks = ["What did not happen, and why:"]
-    remarks += [f"- {note}" for note in record.notes] or [f"- {NOTHING}."]
+    nothing = NOTHING if record.finished else "nothing, as far as the run came"
+    remarks += [f"- {note}" for note in record.notes] or [f"- {nothing}."]
     lines = [verdict([record])]
     if not record.steps:
         return "\n".join([*lines, f"{record.model}: {record.planned}.", "", *remarks])
