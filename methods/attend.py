@@ -140,9 +140,10 @@ class HeadGroups:
         """Heads of every pattern."""
         if device not in self._index:
             self._index[device] = {
+                # made on the CPU: nothing waits for the device
                 name: torch.tensor(
-                    [h for h, pattern in enumerate(self.patterns) if pattern == name], device=device
-                )
+                    [h for h, pattern in enumerate(self.patterns) if pattern == name]
+                ).to(device, non_blocking=True)
                 for name in sorted(set(self.patterns))
             }
         return self._index[device]
