@@ -57,10 +57,6 @@ def check_variant(model, node: str, aim: str = "leave out tokens of", given: str
             f"{node}: the input '{given}' expects a Wan video model, but got {name}. Connect a Load "
             "Diffusion Model node with a Wan checkpoint, or remove this node."
         )
-    if aim != SKIP_BLOCKS and not gives_velocity(model):
-        raise UnsupportedModel(
-            f"{node}: cannot {aim} {name}: {NO_VELOCITY}. Bypass this node for this model."
-        )
     table = SKIPPABLE if aim == SKIP_BLOCKS else SUPPORTED
     reason = table.get(name, "this Wan variant is not known to WanTrim")
     if reason is not None:
@@ -68,6 +64,10 @@ def check_variant(model, node: str, aim: str = "leave out tokens of", given: str
         raise UnsupportedModel(
             f"{node}: cannot {aim} {name}: {reason}. Bypass this node for this model. "
             f"Supported: {supported}."
+        )
+    if aim != SKIP_BLOCKS and not gives_velocity(model):
+        raise UnsupportedModel(
+            f"{node}: cannot {aim} {name}: {NO_VELOCITY}. Bypass this node for this model."
         )
 
 

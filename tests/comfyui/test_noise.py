@@ -123,7 +123,7 @@ def test_guidance_and_several_prompts_are_no_noise():
 
 def test_a_step_that_the_sampler_holds_still_is_no_noise():
     """As CFG-Zero* does with its first one."""
-    model = tiny.base_model()
+    model = tiny.base_model().clone()
     first = []
 
     def still(given):
