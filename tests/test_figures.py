@@ -93,6 +93,15 @@ FIGURES = [
     ),
     (
         "benchmarks/README.md",
+        "(*skip*) {:.1f} dB for {:.1f}, where text to video has {:.1f} for {:.1f}",
+        [
+            ("quality", HALF | {"method": name, "target": "0.67", "task": task}, "psnr_db", 1)
+            for task in ("i2v", "t2v")
+            for name in ("skip", "default")
+        ],
+    ),
+    (
+        "benchmarks/README.md",
         "{:.1f} dB at {:.2f} of the FLOPs in text to video in 20 steps",
         [
             ("quality", HALF | {"method": "heads", "target": "0.67"}, column, 1)
