@@ -21,7 +21,7 @@ from ..methods.routers import Content
 from ..methods.schedule import progress_at
 from ..methods.shares import Shares
 from .call import OUT_OF_MEMORY, Call, Shared, StepState
-from .memory import SAME_SIGMA, STRAYED
+from .memory import ROUNDING, STRAYED
 from .plan import TrimPlan
 from .program import ALL, SKIP, Facts, Row, compile_step
 from .record import Record, Step
@@ -151,7 +151,7 @@ class Engine(Shared):
         where = (window, names[decider])
         seen = self._look(levels, unit, chunks, decider, where, anchored, clip)
         sigma, last = seen.largest, self.now
-        if last is not None and abs(last.step.sigma - sigma) < SAME_SIGMA:
+        if last is not None and abs(last.step.sigma - sigma) < ROUNDING:
             sigma = last.step.sigma
         if not (seen.again and last.step.sigma == sigma and last.window == window):
             now = time.perf_counter()

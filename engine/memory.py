@@ -22,7 +22,7 @@ from .context import Context, ContextInRam, Lane, Room
 # noise added
 STRAYED = 0.5
 # sigmas that differ by less are one, rounded twice
-SAME_SIGMA = 1e-5
+ROUNDING = 1e-5
 
 
 @dataclass
@@ -156,7 +156,7 @@ class Part:
         last = [self.prompts[key] for key in self._last]
         first, *others = (one.at(self.sigma, self.persistence).float() for one in last)
         moved = latent.float() - self.latent.float()
-        again = (sigma - self.sigma).abs() < SAME_SIGMA
+        again = (sigma - self.sigma).abs() < ROUNDING
         # what the sampler holds still says nothing of where it goes
         went = moved != 0
         path = moved / torch.where(again, torch.nan, sigma - self.sigma)

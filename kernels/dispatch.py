@@ -133,7 +133,6 @@ def _launched_on(device: torch.device, run: Callable) -> Callable:
     if device.type != "cuda":
         return run
 
-    @wraps(run, updated=())
     def there(*args, **options):
         with torch.cuda.device(device):
             return run(*args, **options)

@@ -64,7 +64,7 @@ def _trial(kept: dict) -> str:
     """What a trial found; the dial is who reads and judges it."""
     sigmas, speedup = kept.get("sigmas"), kept.get("speedup")
     steps = f" in {len(sigmas) - 1} steps" if isinstance(sigmas, list) else ""
-    wish = f" at {speedup:g}x" if isinstance(speedup, int | float) else ""
+    wish = f" at {str(speedup):.8}x" if isinstance(speedup, int | float) else ""
     return f"A trial{wish}{steps} chose: {str(kept.get('chosen')):.200}."
 
 

@@ -14,7 +14,7 @@ from ..profiles.artifact import package_version
 from ..profiles.calibration import load_calibration
 from ..profiles.profile import Profile
 from .cut import SHARES, Cut, check_width, find_cut, norm_scale, refit, take
-from .file import PREFIX, Entry, Progress, SlimHeader, write_tensors
+from .file import DTYPES, PREFIX, Entry, Progress, SlimHeader, write_tensors
 from .source import Source, open_source
 from .width import check_ratio, pare_width, solve_width
 
@@ -158,21 +158,26 @@ class _Refits:
 
     def __init__(self, source: Source, width: Width, gram: Grams | None, notes: list[str]):
         self.source, self.width, self.gram, self.notes = source, width, gram, notes
-        self.wanted = gram is not None
+        cuts = [(find_cut(key), DTYPES[entry.dtype]) for key, entry in source.entries.items()]
+        sizes = {dtype.itemsize for cut, dtype in cuts if cut is not None and cut.axis == 1}
+        self.wanted = gram is not None and max(sizes, default=1) > 1
+        if gram is not None and 1 in sizes:
+            notes.append(
+                "output projections in fp8 were not refitted: fp8 is too coarse to store the result; "
+                "cut the bf16 or fp16 file to get it"
+            )
 
     def columns(self, cut: Cut, weight: torch.Tensor) -> torch.Tensor:
         index = cut.index(self.width, self.source.model.head_dim)
         if len(index) == weight.shape[1]:
             return weight
         if weight.dtype.itemsize == 1:
-            self._note(
-                "output projections in fp8 were not refitted: fp8 is too coarse to store the result; "
-                "cut the bf16 or fp16 file to get it"
-            )
             return take(weight, 1, index)
         gram = self.gram(cut.part.removesuffix("_attn"), cut.block)
         if gram is None:
-            self._note(f"no calibration of {cut.name}: not refitted there")
+            note = f"no calibration of {cut.name}: not refitted there"
+            if note not in self.notes:
+                self.notes.append(note)
             return take(weight, 1, index)
         try:
             return refit(weight, gram, index).to(weight.dtype)
@@ -181,10 +186,6 @@ class _Refits:
                 f"calibration: {cut.name} of block {cut.block} is not a sum of x x^T ({error}). "
                 "Record it again."
             ) from error
-
-    def _note(self, said: str) -> None:
-        if said not in self.notes:
-            self.notes.append(said)
 
 
 def slim_checkpoint(

@@ -6,7 +6,9 @@ from wantrim.hosts.diffusers.profiling import profile_run
 from wantrim.hosts.diffusers.sample import sample
 from wantrim.hosts.diffusers.weights import new_transformer, save_original
 from wantrim.toy.text import TEXT_DIM
+from wantrim.training.parallel import world
 from wantrim.training.recipe import load_recipe
+from wantrim.training.run import train
 
 RECIPE = """
 name = "small"
@@ -98,3 +100,9 @@ def write_recipe(folder, *changes, checkpointing="false", teacher="whole"):
     path = folder / "small.toml"
     path.write_text(RECIPE.format(folder=folder, checkpointing=checkpointing, teacher=teacher))
     return load_recipe(path, changes)
+
+
+def train_here(recipe, out, **options):
+    """A recipe's run on this CPU; its last folder."""
+    with world("cpu") as processes:
+        return train(recipe, out, processes, **options)

@@ -39,6 +39,7 @@ def write_profile(path: Path) -> None:
         made.tensors[name] = torch.rand_like(value)
     made.tensors["count"] = torch.ones(10)
     made.runs = [{"grid": [3, 4, 5], "context_tokens": 7, "sigmas": [1.0, 0.5], "calls": 2}]
+    made.tuned = [{"sigmas": [1.0, 0.5, 0.0], "speedup": 1.5, "chosen": "WanTrim 1.5x"}]
     made.save(path)
 
 
@@ -229,7 +230,7 @@ def test_what_is_no_safetensors_is_refused(kind, what, tmp_path):
 
 # what a hostile JSON value may be
 ODD = [
-    None, True, -1, 0, 3, 10**6, 10**9, 10**30, 1e308, -0.5, float("nan"), float("inf"), "", "x",
+    None, True, -1, 0, 3, 10**6, 10**9, 10**30, 10**400, 1e308, -0.5, float("nan"), float("inf"), "", "x",
     "\ud800", "a" * 5000, [], [[]], [None], [1, 2], ["x"], {}, {"a": 1}, {"id": []}, [{"id": []}],
     [{"grid": "x"}], [{"grid": [1]}], [{"grid": [[]] * 3, "sigmas": 1, "context_tokens": "x"}],
     [{"sigmas": ["x"]}], [{"sigmas": [None, []]}], [{"calls": {}}],

@@ -460,6 +460,9 @@ def test_number_formats_and_checkpoint_prefixes(recorded, tmp_path, dtype):
         made[prefix + key].index_select(0, index).view(torch.uint8),
     )
     assert ("fp8 is too coarse" in summary.text()) == (dtype.itemsize == 1)
+    # what is not done is not claimed
+    claimed = "output projections refitted by least squares" in summary.header.made["corrections"]
+    assert claimed == (dtype.itemsize > 1)
     assert not any("first_stage" in name for name in slim)
 
 

@@ -16,7 +16,7 @@ from wantrim.methods.depth import BlockBudget, BlockPlan
 from wantrim.methods.routers import FixedRouter
 from wantrim.slim.file import read_header
 from wantrim.slim.router import load_router
-from wantrim.tests.small_wan import RECIPE, make_origin, write_recipe
+from wantrim.tests.small_wan import RECIPE, make_origin, train_here, write_recipe
 from wantrim.toy.text import TEXT_DIM
 from wantrim.training.changes import change
 from wantrim.training.draws import Draws
@@ -30,9 +30,7 @@ from wantrim.training.losses import (
 )
 from wantrim.training.models import full_model, open_origin
 from wantrim.training.objectives import Pair, distil, few_steps
-from wantrim.training.parallel import world
 from wantrim.training.recipe import Stage, Weights, load_recipe
-from wantrim.training.run import train
 from wantrim.training.toy_data import ToyDataset
 from wantrim.training.trainer import learning_rate
 
@@ -47,11 +45,6 @@ def recipe(folder):
     return write_recipe(folder)
 
 
-def run(recipe, out, **options):
-    with world("cpu") as processes:
-        return train(recipe, out, processes, **options)
-
-
 def log_of(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
@@ -59,7 +52,7 @@ def log_of(folder):
 @pytest.fixture(scope="module")
 def done(recipe, tmp_path_factory):
     """A whole run; its last folder."""
-    return run(recipe, tmp_path_factory.mktemp("run"))
+    return train_here(recipe, tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture
@@ -276,7 +269,7 @@ def test_every_stage_leaves_a_student_that_diffusers_loads(done):
 
 def test_training_lowers_the_loss_against_the_teacher(folder, tmp_path):
     recipe = write_recipe(folder, "width.steps=30", "width.ema_decay=0")
-    rows = log_of(run(recipe, tmp_path, kinds=["width"]))
+    rows = log_of(train_here(recipe, tmp_path, kinds=["width"]))
     first, last = ([row[name] for name in ("feature", "teacher")] for row in (rows[0], rows[-1]))
     assert sum(row["teacher"] for row in rows[-5:]) < 0.8 * sum(row["teacher"] for row in rows[:5])
     assert len(rows) == 30 and first != last
@@ -301,10 +294,10 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(
     for _ in range(2):
         monkeypatch.setattr(ToyDataset, "batch", dies)
         with pytest.raises(Killed):
-            run(recipe, tmp_path, kinds=["width", "router"])
+            train_here(recipe, tmp_path, kinds=["width", "router"])
         monkeypatch.setattr(ToyDataset, "batch", whole)
-        run(recipe, tmp_path, kinds=["width"])
-    last = run(recipe, tmp_path, kinds=["width", "router"])
+        train_here(recipe, tmp_path, kinds=["width"])
+    last = train_here(recipe, tmp_path, kinds=["width", "router"])
     there = done.parent / "2-router"
     for name in ("student", "router"):
         # computing blocks again gives the same numbers
@@ -317,8 +310,10 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(
 
 
 def test_the_average_is_what_is_written(folder, recipe, tmp_path):
-    averaged = run(recipe, tmp_path / "with", kinds=["width"])
-    plain = run(write_recipe(folder, "width.ema_decay=0"), tmp_path / "without", kinds=["width"])
+    averaged = train_here(recipe, tmp_path / "with", kinds=["width"])
+    plain = train_here(
+        write_recipe(folder, "width.ema_decay=0"), tmp_path / "without", kinds=["width"]
+    )
     one, other = (load_slim(path / "student.safetensors") for path in (averaged, plain))
     apart = [
         float((mine - theirs).abs().max())
@@ -329,12 +324,12 @@ def test_the_average_is_what_is_written(folder, recipe, tmp_path):
 
 def test_a_stage_that_is_done_is_not_done_again(recipe, done):
     before = (done / "student.safetensors").stat().st_mtime_ns
-    assert run(recipe, done.parent) == done
+    assert train_here(recipe, done.parent) == done
     assert (done / "student.safetensors").stat().st_mtime_ns == before
 
 
 def test_a_stage_begins_with_the_student_it_is_given(recipe, done, tmp_path):
-    last = run(recipe, tmp_path, start=done.parent / "1-width", kinds=["router"])
+    last = train_here(recipe, tmp_path, start=done.parent / "1-width", kinds=["router"])
     there = done.parent / "2-router"
     assert last.name == "2-router"
     assert (last / "student.safetensors").read_bytes() == (
@@ -386,7 +381,7 @@ def test_changes_reach_every_stage_of_their_kind():
 )
 def test_a_run_does_not_go_on_with_another_recipe(folder, done, change_, said):
     with pytest.raises(ValueError, match=said):
-        run(write_recipe(folder, change_), done.parent)
+        train_here(write_recipe(folder, change_), done.parent)
 
 
 def test_a_step_that_cannot_be_read_is_named(folder, tmp_path):
@@ -394,7 +389,7 @@ def test_a_step_that_cannot_be_read_is_named(folder, tmp_path):
     (state / "step-2").mkdir(parents=True)
     (state / "step-x").mkdir()
     with pytest.raises(ValueError, match="step-2: the saved step cannot be read"):
-        run(write_recipe(folder), tmp_path, kinds=["width"])
+        train_here(write_recipe(folder), tmp_path, kinds=["width"])
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing(folder, tmp_path, monkeypatch):
@@ -408,18 +403,18 @@ def test_a_gradient_that_is_not_finite_changes_nothing(folder, tmp_path, monkeyp
 
     monkeypatch.setattr(ToyDataset, "batch", poisoned)
     with pytest.raises(ValueError, match="step 4: the gradient is nan"):
-        run(write_recipe(folder), tmp_path, kinds=["width"])
+        train_here(write_recipe(folder), tmp_path, kinds=["width"])
     assert [path.name for path in (tmp_path / "1-width" / "state").iterdir()] == ["step-2"]
     assert not (tmp_path / "1-width" / "student.safetensors").exists()
 
 
 def test_a_stage_that_the_recipe_has_not_is_refused(folder, tmp_path):
     with pytest.raises(ValueError, match="stages: expected some of width"):
-        run(write_recipe(folder), tmp_path, kinds=["other"])
+        train_here(write_recipe(folder), tmp_path, kinds=["other"])
     # beside one that it has
     for kinds in (["width", "ruoter"], ["1", "4"]):
         with pytest.raises(ValueError, match=f"stages: expected .*, got '{kinds[1]}'"):
-            run(write_recipe(folder), tmp_path, kinds=kinds)
+            train_here(write_recipe(folder), tmp_path, kinds=kinds)
 
 
 def test_a_model_of_another_task_is_refused(folder):

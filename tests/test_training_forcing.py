@@ -9,15 +9,13 @@ from torch import nn
 from wantrim.hosts.diffusers.sample import sample, sigmas_for
 from wantrim.hosts.diffusers.slim import load_slim
 from wantrim.slim.file import read_header
-from wantrim.tests.small_wan import make_origin, write_recipe
+from wantrim.tests.small_wan import make_origin, train_here, write_recipe
 from wantrim.toy.text import TEXT_DIM
 from wantrim.training.draws import Draws
 from wantrim.training.forcing import distribution_loss, rollout, self_forcing
 from wantrim.training.gate import Taps
 from wantrim.training.objectives import Pair
-from wantrim.training.parallel import world
 from wantrim.training.recipe import Stage
-from wantrim.training.run import train
 from wantrim.training.shards import Batch
 from wantrim.training.toy_data import ToyDataset
 
@@ -161,11 +159,6 @@ def folder(tmp_path_factory):
     return make_origin(tmp_path_factory.mktemp("origin"))
 
 
-def run(recipe, out, **options):
-    with world("cpu") as processes:
-        return train(recipe, out, processes, **options)
-
-
 def rows(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
@@ -175,7 +168,7 @@ def test_a_student_of_stage_iii_is_written_and_goes_on_bit_for_bit(
     folder, tmp_path, monkeypatch, checkpointing
 ):
     recipe = write_recipe(folder, *CHANGES, "run.save_every=2", checkpointing=checkpointing)
-    last = run(recipe, tmp_path / "whole", kinds=["router", "self_forcing"])
+    last = train_here(recipe, tmp_path / "whole", kinds=["router", "self_forcing"])
     assert last.name == "3-self_forcing"
     said = rows(last)
     # the student's turns; between them its last loss is repeated
@@ -201,9 +194,9 @@ def test_a_student_of_stage_iii_is_written_and_goes_on_bit_for_bit(
     start = {"start": tmp_path / "whole" / "2-router", "kinds": ["self_forcing"]}
     monkeypatch.setattr(ToyDataset, "batch", dies)
     with pytest.raises(Killed):
-        run(recipe, tmp_path / "again", **start)
+        train_here(recipe, tmp_path / "again", **start)
     monkeypatch.setattr(ToyDataset, "batch", whole)
-    again = run(recipe, tmp_path / "again", **start)
+    again = train_here(recipe, tmp_path / "again", **start)
     for name in ("student", "router"):
         mine, theirs = ((f / f"{name}.safetensors").read_bytes() for f in (again, last))
         assert mine == theirs

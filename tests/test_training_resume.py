@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from wantrim.slim.file import read_header
-from wantrim.tests.small_wan import make_origin, write_recipe
+from wantrim.tests.small_wan import make_origin, train_here, write_recipe
 from wantrim.training import __main__ as command
 from wantrim.training import run as running
 from wantrim.training.models import open_origin
@@ -36,16 +36,11 @@ def folder(tmp_path_factory):
     return make_origin(tmp_path_factory.mktemp("origin"))
 
 
-def run(recipe, out, **options):
-    with world("cpu") as processes:
-        return train(recipe, out, processes, **options)
-
-
 @pytest.fixture(scope="module")
 def done(folder, tmp_path_factory):
     """Stages I and II, done."""
     recipe = write_recipe(folder, "width.steps=2", "router.steps=2")
-    return run(recipe, tmp_path_factory.mktemp("run"), kinds=["width", "router"]).parent
+    return train_here(recipe, tmp_path_factory.mktemp("run"), kinds=["width", "router"]).parent
 
 
 @pytest.fixture
@@ -70,45 +65,45 @@ def test_a_stage_goes_on_only_with_the_student_that_it_began_with(
     dies = lambda self, step, *place: stop() if step else whole(self, step, *place)  # noqa: E731
     monkeypatch.setattr(ToyDataset, "batch", dies)
     with pytest.raises(Stopped):
-        run(recipe, tmp_path, kinds=["router"], start=done / "1-width")
+        train_here(recipe, tmp_path, kinds=["router"], start=done / "1-width")
     monkeypatch.undo()
     begin(tmp_path / "2-router")
     monkeypatch.setattr(running, "load_teacher", stop)
     with pytest.raises(ValueError, match="2-router: it began with start.student .*--start"):
-        run(recipe, tmp_path, kinds=["router"])
+        train_here(recipe, tmp_path, kinds=["router"])
     # the same student with a router beside it is another beginning too
     both = tmp_path / "both"
     shutil.copytree(done / "1-width", both)
     shutil.copy(done / "2-router" / "router.safetensors", both)
     with pytest.raises(ValueError, match="2-router: it began with start.router = None"):
-        run(recipe, tmp_path, kinds=["router"], start=both)
+        train_here(recipe, tmp_path, kinds=["router"], start=both)
     # wherever it lies
     (both / "router.safetensors").unlink()
     with pytest.raises(Stopped):
-        run(recipe, tmp_path, kinds=["router"], start=both / "student.safetensors")
+        train_here(recipe, tmp_path, kinds=["router"], start=both / "student.safetensors")
 
 
 def test_a_students_file_brings_the_router_beside_it(folder, done, tmp_path):
     recipe = write_recipe(folder, "steps.steps=2")
     for number, start in enumerate((done / "2-router" / "student.safetensors", done / "2-router")):
-        last = run(recipe, tmp_path / str(number), kinds=["steps"], start=start)
+        last = train_here(recipe, tmp_path / str(number), kinds=["steps"], start=start)
         assert (last / "router.safetensors").exists()
 
 
 def test_a_wrong_start_is_said_before_the_teacher_is_loaded(folder, tmp_path, unloaded):
     recipe = write_recipe(folder)
     with pytest.raises(ValueError, match=r"wan.safetensors: expected a slim checkpoint"):
-        run(recipe, tmp_path, start=folder / "wan.safetensors")
+        train_here(recipe, tmp_path, start=folder / "wan.safetensors")
     other = tmp_path / "other"
     other.mkdir()
     with pytest.raises(ValueError, match="student.safetensors: there is no such file"):
-        run(recipe, tmp_path, start=other)
+        train_here(recipe, tmp_path, start=other)
     with pytest.raises(Stopped):
-        run(recipe, tmp_path / "cut")
+        train_here(recipe, tmp_path / "cut")
     start = tmp_path / "cut" / "start.safetensors"
     tiny = write_recipe(folder, "model=tiny", "profile=''")
     with pytest.raises(ValueError, match="start.safetensors: expected a student of .*16 blocks"):
-        run(tiny, tmp_path / "tiny", start=start)
+        train_here(tiny, tmp_path / "tiny", start=start)
 
 
 def test_a_router_that_looks_at_something_else_is_said_before_the_teacher_is_loaded(
@@ -116,13 +111,13 @@ def test_a_router_that_looks_at_something_else_is_said_before_the_teacher_is_loa
 ):
     recipe = write_recipe(folder, "router.content=none")
     with pytest.raises(ValueError, match="content: expected 'latent', as the router in 2-router"):
-        run(recipe, tmp_path, kinds=["router"], start=done / "2-router")
+        train_here(recipe, tmp_path, kinds=["router"], start=done / "2-router")
 
 
 def test_another_recipe_is_said_before_the_teacher_is_loaded(folder, done, unloaded):
     recipe = write_recipe(folder, "width.steps=2", "router.steps=2", "router.lr=0.5")
     with pytest.raises(ValueError, match="2-router: it began with stages.2.lr = 0.001"):
-        run(recipe, done, kinds=["width", "router"])
+        train_here(recipe, done, kinds=["width", "router"])
 
 
 def test_a_stale_cut_is_made_again(folder, tmp_path, unloaded):
@@ -130,7 +125,7 @@ def test_a_stale_cut_is_made_again(folder, tmp_path, unloaded):
 
     def cut(*changes):
         with pytest.raises(Stopped):
-            run(write_recipe(folder, *changes), tmp_path)
+            train_here(write_recipe(folder, *changes), tmp_path)
         shutil.rmtree(tmp_path / "1-width", ignore_errors=True)
         return start.stat().st_mtime_ns
 
@@ -170,14 +165,14 @@ def test_contents_are_compared_and_not_paths(folder, done, tmp_path, unloaded):
     said = ("width.steps=2", "router.steps=2")
     there = (f"profile={moved}/profile.safetensors", f"model={moved}/wan.safetensors")
     with pytest.raises(Stopped):
-        run(write_recipe(folder, *said, *there), out)
+        train_here(write_recipe(folder, *said, *there), out)
     changed(moved / "profile.safetensors", "self_output")
     with pytest.raises(ValueError, match="1-width: it began with profile = "):
-        run(write_recipe(folder, *said, *there), out)
+        train_here(write_recipe(folder, *said, *there), out)
     shutil.copy(folder / "profile.safetensors", moved)
     changed(moved / "wan.safetensors", "blocks.1.ffn.0.weight")
     with pytest.raises(ValueError, match="1-width: it began with model = "):
-        run(write_recipe(folder, *said, *there), out)
+        train_here(write_recipe(folder, *said, *there), out)
 
 
 def test_a_data_folder_may_move(folder, tmp_path, unloaded):
@@ -190,7 +185,7 @@ def test_a_data_folder_may_move(folder, tmp_path, unloaded):
     out = tmp_path / "out"
     for place in ("data", "elsewhere"):
         with pytest.raises(Stopped):
-            run(write_recipe(folder, f"data.folder={tmp_path / place}"), out)
+            train_here(write_recipe(folder, f"data.folder={tmp_path / place}"), out)
         begin(out / "1-width")
         if place == "data":
             (tmp_path / "data").rename(tmp_path / "elsewhere")
@@ -228,7 +223,7 @@ def test_processes_that_cannot_share_the_batch_are_told(
     path.write_text(json.dumps(said | {"batch": 8, "data": said["data"] | {"batch": 5}}))
     recipe = write_recipe(folder, "width.steps=2", "router.steps=2")
     with pytest.raises(ValueError, match="data.batch = 5, and this is 2"):
-        run(recipe, out, kinds=["router"])
+        train_here(recipe, out, kinds=["router"])
     path.write_text(json.dumps(said | {"batch": 8}))
     monkeypatch.setattr(World, "wait", lambda self: None)
     with world("cpu") as processes:
@@ -240,14 +235,14 @@ def test_processes_that_cannot_share_the_batch_are_told(
 def test_a_first_try_that_saved_nothing_may_be_changed(folder, tmp_path, unloaded):
     """Out of memory, say: another batch is another try, and on fewer GPUs no larger one."""
     with pytest.raises(Stopped):
-        run(write_recipe(folder, "data.batch=8"), tmp_path)
+        train_here(write_recipe(folder, "data.batch=8"), tmp_path)
     with pytest.raises(Stopped):
-        run(write_recipe(folder, "data.batch=2"), tmp_path)
+        train_here(write_recipe(folder, "data.batch=2"), tmp_path)
     said = json.loads((tmp_path / "1-width" / "recipe.json").read_text())
     assert (said["batch"], said["data"]["batch"]) == (2, 2)
     begin(tmp_path / "1-width")
     with pytest.raises(ValueError, match="1-width: it began with data.batch = 2, and this is 8"):
-        run(write_recipe(folder, "data.batch=8"), tmp_path)
+        train_here(write_recipe(folder, "data.batch=8"), tmp_path)
 
 
 # the end of a stage
@@ -257,7 +252,7 @@ def test_a_last_video_that_fails_leaves_no_state(folder, tmp_path, monkeypatch):
     recipe = write_recipe(folder, "width.steps=3", "run.sample_every=100")
     monkeypatch.setattr(running, "draw_videos", stop)
     with pytest.raises(Stopped):
-        run(recipe, tmp_path, kinds=["width"])
+        train_here(recipe, tmp_path, kinds=["width"])
     assert (tmp_path / "1-width" / "student.safetensors").exists()
     assert not (tmp_path / "1-width" / "state").exists()
 
@@ -266,7 +261,7 @@ def test_an_expert_has_no_test_videos(folder, tmp_path, monkeypatch, caplog):
     said = ("width.steps=2", "width.sigma_max=0.875", "run.sample_every=1")
     monkeypatch.setattr(running, "draw_videos", stop)
     with caplog.at_level(logging.INFO):
-        run(write_recipe(folder, *said), tmp_path, kinds=["width"])
+        train_here(write_recipe(folder, *said), tmp_path, kinds=["width"])
     assert "no test videos" in caplog.text
 
 

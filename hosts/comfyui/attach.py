@@ -304,7 +304,8 @@ def _begin(dm, run: SamplingRun, given: ModelCall) -> Call | None:
         record.note(in_the_way)
         return None
     check_latent(x)
-    run.network = run.network or dm
+    if run.network is None:
+        run.network = dm
     if dm is not run.network:
         record.note(
             "this guider samples one of the prompts with another model: all of it was computed there"

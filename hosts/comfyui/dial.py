@@ -59,7 +59,6 @@ def find_room(
         own: bytes that a forward of the model takes on the device.
         patcher: the model.
     """
-
     # a room is kept on the model that it is of
     model = (lambda: None) if patcher is None else weakref.ref(patcher)
 
@@ -93,8 +92,7 @@ class Wish:
         prompts: 2 with guidance, 1 without.
         width: of a slim model.
         earlier: what was sampled of the same video before, in order.
-        needs: bytes of a forward by the latent's shape, or None where the host cannot tell.
-        patcher: the model.
+        patcher: the model; None is not known.
         rooms: where keys and values were kept in earlier runs, by what they take: a run that comes
             again goes the same way, whatever else is in memory, while it can.
     """
@@ -106,7 +104,6 @@ class Wish:
     prompts: int
     width: Width | None = None
     earlier: Sequence[Run] = ()
-    needs: Callable[[Sequence[int]], float] | None = None
     patcher: object = None
     rooms: dict[int, Room] = field(default_factory=dict)
 
@@ -123,9 +120,7 @@ class Wish:
             prompts = 1
         header = slim_header(guider.model_patcher)
         width = None if header is None else header.width
-        patcher = guider.model_patcher
-        needs = getattr(patcher.model, "memory_required", None)
-        known = {"needs": needs, "patcher": patcher, "rooms": rooms}
+        known = {"patcher": guider.model_patcher, "rooms": rooms}
         return cls(dial, plan, place, shift, max(1, prompts), width, **known)
 
     def solve(
@@ -169,7 +164,9 @@ class Wish:
 
         room = self.rooms.get(needed(8))
         if room is None or not room.more():
-            own = self.needs([rows, *given.x.shape[1:]]) if callable(self.needs) else 0.0
+            # not every host can tell what a forward takes
+            needs = getattr(getattr(self.patcher, "model", None), "memory_required", None)
+            own = needs([rows, *given.x.shape[1:]]) if callable(needs) else 0.0
             room = find_room(self.place, device, needed, shape.num_blocks, own, self.patcher)
         if room is not None:
             self.rooms[needed(8)] = room

@@ -23,7 +23,7 @@ SUPPORTED: dict[str, str | None] = {
     "WanDancerModel": "its music injector between the blocks is not tested with left out tokens yet",
     "CausalWanModel": "it runs with a key/value cache and honours no block hooks",
 }
-NO_VELOCITY = "what it predicts is not the way from noise to a video, as with FlowRVS"
+NO_VELOCITY = "what the model predicts is not the way from noise to a video, as with FlowRVS"
 SKIP_BLOCKS = "skip blocks of"
 # blocks may be skipped in more classes: nothing there looks into one
 SKIPPABLE: dict[str, str | None] = SUPPORTED | dict.fromkeys(
@@ -65,7 +65,7 @@ def check_variant(model, node: str, aim: str = "leave out tokens of", given: str
             f"{node}: cannot {aim} {name}: {reason}. Bypass this node for this model. "
             f"Supported: {supported}."
         )
-    if aim != SKIP_BLOCKS and not gives_velocity(model):
+    if not gives_velocity(model):
         raise UnsupportedModel(
             f"{node}: cannot {aim} {name}: {NO_VELOCITY}. Bypass this node for this model."
         )

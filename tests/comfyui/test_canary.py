@@ -193,22 +193,37 @@ def test_attributes_of_the_hosts_models(kind):
     report(moved)
 
 
+# what nodes/inputs.py makes for the nodes, and the words that it adds to theirs
+MADE = {
+    "number": ("io.Float.Input", "default min max step tooltip display_mode"),
+    "choice": ("io.Combo.Input", "options default tooltip"),
+    "switch": ("io.Boolean.Input", "default tooltip"),
+}
+
+
 # our calls of the host's V3 schema, read from our own source
 def schema_calls(root) -> list[tuple[str, str, set[str]]]:
     found = []
     for file in sorted((root / "nodes").glob("*.py")):
         for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.Call):
-                name = ast.unparse(node.func)
-                if name.startswith("io."):
-                    words = {k.arg for k in node.keywords if k.arg is not None}
-                    found.append((f"{file.name}:{node.lineno}", name, words))
+            if not isinstance(node, ast.Call):
+                continue
+            name, where = ast.unparse(node.func), f"{file.name}:{node.lineno}"
+            words = {k.arg for k in node.keywords if k.arg is not None}
+            if name.startswith("io."):
+                found.append((where, name, words))
+            kind, added = MADE.get(name.removeprefix("inputs."), (None, ""))
+            if name.endswith("number") and type(getattr(node.args[1], "value", None)) is int:
+                kind = "io.Int.Input"
+            if kind is not None:
+                # a slider is said in the host's word
+                found.append((where, kind, words - {"slider"} | {*added.split()}))
     return found
 
 
 def test_schema_takes_the_words_that_the_nodes_use(root):
     calls, moved = schema_calls(root), []
-    assert len(calls) > 80
+    assert len(calls) > 100
     for where, name, words in calls:
         try:
             target = find("comfy_api.latest:" + name)
