@@ -102,6 +102,11 @@ def test_what_the_tooltip_says_is_reachable():
         "steps are so few that the next plan (4x) is further away"
     )
     assert "the next plan (2x) is" in Dial(3.0).solve(run_of(4)).why
+    # of two steps one is twice as fast, none left out is nearer to a small wish
+    for wanted, all_of_them in ((1.05, True), (1.3, True), (1.5, False)):
+        solved = Dial(wanted).solve(run_of(2))
+        assert shares(solved) == (1.0, float(all_of_them))
+        assert ("the next plan (2x) is further" in (solved.why or "")) == all_of_them
     # where other nodes trim a whole step is no measure
     heads = TrimPlan(heads=HeadPlan.keeping(40, [range(20)] * 40, [range(40)] * 40))
     assert Dial(3.0).solve(run_of(4, partial=False), heads).why.endswith("of them is further away")

@@ -276,10 +276,17 @@ def test_what_is_left_over_is_spent(calls, factor):
 
 @pytest.mark.parametrize(
     ("budget", "wanted"),
-    [(2.9, (1, 0, 1, 1)), (2.2, (1, 0, 1, 0)), (3.0, (1, 0, 1, 1)), (0.4, (1, 0, 0, 0))],
+    [
+        (2.9, (1, 0, 1, 1)),
+        (2.2, (1, 0, 1, 0)),
+        (3.0, (1, 0, 1, 1)),
+        (0.4, (1, 0, 0, 0)),
+        (3.4, (1, 0, 1, 1)),
+        (3.6, (1, 1, 1, 1)),
+    ],
 )
 def test_where_nothing_near_fits_the_nearer_plan_is_taken(budget, wanted):
-    """Whole steps alone: 2 or 3 of 4, by ratio."""
+    """Whole steps alone: 2, 3 or 4 of 4, by ratio."""
     one = Task(FOUR.sigmas, FOUR.calls, FOUR.whole, partial=False)
     assert solve_nearest(one, curves(LATE), budget, cost) == wanted
 
