@@ -1,8 +1,9 @@
 """Which share of a step's tokens is computed: all, a part of them, or none (ours).
 
-A step of share 0 repeats the velocity that each prompt got last; one between 0 and 1 computes the
-tokens that are worth it and repeats the velocity of the others. What tokens attend to stays whole:
-keys and values of the tokens that are left out are remembered by block.
+A step of share 0 computes nothing, and each prompt's velocity goes on as it changed last (carry.py);
+one between 0 and 1 computes the tokens that are worth it, and the velocity of the others goes on
+likewise. What tokens attend to stays whole: keys and values of the tokens that are left out are
+remembered by block.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What artists see: V3 schemas and thin execute methods, one file per stage of the flow."""
+"""What artists see: V3 schemas and thin execute methods, one file per node family."""
 
 from comfy_api.latest import ComfyExtension, io
 

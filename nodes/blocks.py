@@ -40,7 +40,7 @@ class WanTrimBlocks(io.ComfyNode):
                 "Makes each sampling step of a Wan model cheaper by running only a part of its "
                 "blocks (PARE's depth, arXiv 2605.27336). Made for students that were trained for "
                 "it: a model as it is loses much. Works with LoRAs, WanTrim Tokens and Heads. Place it after the LoRA and before "
-                "ModelSamplingSD3, one per expert on Wan2.2. The video will change; k_min and k_max "
+                "ModelSamplingSD3, one per expert on Wan 2.2. The video will change; k_min and k_max "
                 "1 change nothing at all."
             ),
             search_aliases=["PARE", "skip blocks", "layer skipping", "depth pruning", "wan speed"],

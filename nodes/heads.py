@@ -39,7 +39,7 @@ class WanTrimHeads(io.ComfyNode):
                 "2605.27336, and beyond). Roles are measured in the run's own whole steps, or taken "
                 "from a profile. No training; works "
                 "with LoRAs, fp8 and WanTrim Tokens. Place it after the LoRA and before "
-                "ModelSamplingSD3, one per expert on Wan2.2. The video will change; prune ratio 0 "
+                "ModelSamplingSD3, one per expert on Wan 2.2. The video will change; prune ratio 0 "
                 "changes nothing at all."
             ),
             search_aliases=[

@@ -56,7 +56,7 @@ class WanTrimReport(io.ComfyNode):
                 io.Model.Input(
                     "model_low_noise",
                     optional=True,
-                    tooltip="Wan2.2: the second expert's model, to report both.",
+                    tooltip="Wan 2.2: the second expert's model, to report both.",
                 ),
                 inputs.switch(
                     "measure_dense_step",

@@ -63,7 +63,7 @@ class WanTrimTokens(io.ComfyNode):
                 "Makes each sampling step of a Wan model cheaper by computing only a part of the "
                 "picture's tokens in it (preset 'paper' is TAPE, arXiv 2605.17837). "
                 "Training-free; stacks with 4-step LoRAs. Place it after the LoRA and before "
-                "ModelSamplingSD3, one per expert on Wan2.2. The video will change; prune ratio 0 "
+                "ModelSamplingSD3, one per expert on Wan 2.2. The video will change; prune ratio 0 "
                 "changes nothing at all."
             ),
             search_aliases=[
@@ -96,7 +96,7 @@ class WanTrimTokens(io.ComfyNode):
                         "attention. 'custom': TAPE with numbers of your own."
                     ),
                 ),
-                *percent_inputs("dropping"),
+                *percent_inputs("leaving out"),
             ],
             outputs=[planned_output()],
         )

@@ -1,4 +1,4 @@
-"""The one dial: a wanted speed-up, for a model or for both experts of Wan2.2."""
+"""The one dial: a wanted speed-up, for a model or for both experts of Wan 2.2."""
 
 from __future__ import annotations
 

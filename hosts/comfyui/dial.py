@@ -228,8 +228,8 @@ class Wish:
         trial = self.dial.trial_of(run)
         if self.dial.tuned and trial is None:
             record.note(
-                "the profile holds no trial of a run like this one (steps, guidance, start image, "
-                "size): the curves that ship were used"
+                "the profile holds no trial of a run like this one (steps, scheduler, shift, "
+                "guidance, start image, size): the curves that ship were used"
             )
         if trial is not None and trial.shares is None:
             record.note(

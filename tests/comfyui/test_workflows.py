@@ -234,7 +234,7 @@ def test_demo_runs_as_it_is_and_writes_its_videos(workflow, server, infos):
     assert len(videos) == sum(node["class_type"].startswith("Save") for node in prompt.values())
     for video in videos:
         frames, height, width, _ = frames_of(video).shape
-        beside = video.name.startswith("dial_side_by_side")
+        beside = video.name.startswith("start_here")
         assert (frames, height) == (PIXEL_FRAMES, SIDE)
         assert width >= 2 * SIDE if beside else width == SIDE
     report = texts(entry)
