@@ -74,7 +74,8 @@ class Attend:
 
     def __call__(self, q, k, v, attention: Attention) -> torch.Tensor:
         """One attention call of the block; the result is [b, s, n, d]."""
-        # another node may put more attention calls in front, on keys of another length
+        # another node may put more attention calls in front, or more keys into the block's own: these
+        # are not of the heads' patterns
         own = not self.seen and q.shape[1] == k.shape[1]
         keys = k
         if own:
@@ -83,7 +84,7 @@ class Attend:
                 self.look(q, k, v)
             if self.join is not None:
                 k, v = self.join(k, v)
-        if self.heads is None:
+        if self.heads is None or not self.seen:
             out = attention(q, k, v)
         else:
             heads = self.heads[0] if own else self.heads[1]

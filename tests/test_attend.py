@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from wantrim.engine.block import Attend
 from wantrim.methods.attend import HeadGroups, Layout, pattern_pairs
 from wantrim.methods.grid import TokenGrid, other_positions
 from wantrim.methods.heads import CHEAP, FULL, OFF, TILES, HeadPlan
@@ -176,3 +177,23 @@ def test_head_plans_know_what_they_are():
     assert some.self_attention[0] == (FULL, FULL, OFF, OFF)
     assert some.cross_attention[1] == (OFF, OFF, OFF, FULL)
     assert some.changes(0) and some.changes(1) and not some.neutral
+
+
+@pytest.mark.parametrize("keys", [7, 29], ids=["fewer", "more"])
+def test_a_call_on_other_keys_in_front_is_left_whole(keys):
+    """What another node puts in front of self-attention is neither of its patterns nor of the text's."""
+    grid = TokenGrid(2, 3, 4)
+    q, k, v, text = (torch.randn(1, n, 2, 8) for n in (24, 24, 24, 5))
+    other = torch.randn(1, keys, 2, 8)
+    looked = []
+    pair = HeadGroups(["frame", OFF]), HeadGroups([OFF, FULL])
+    attend = Attend(lambda *seen: looked.append(seen), heads=pair, layout=Layout(grid, 24))
+    assert torch.equal(attend(q, other, other, attention), attention(q, other, other))
+    assert not attend.seen and not looked
+    own = attend(q, k, v, attention)
+    assert attend.seen and len(looked) == 1
+    assert torch.equal(own, pair[0].attend(q, k, v, attention, attend.layout))
+    assert not own[:, :, 1].any() and not torch.equal(own, attention(q, k, v))
+    of_text = attend(q, text, text, attention)
+    assert torch.equal(of_text, pair[1].attend(q, text, text, attention))
+    assert not of_text[:, :, 0].any()
