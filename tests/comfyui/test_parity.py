@@ -1,6 +1,7 @@
-"""The tiny Wan is the same function in ComfyUI as in diffusers."""
+"""The tiny Wans are the same functions in ComfyUI as in diffusers, the four-step LoRA's too."""
 
 import hashlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,30 +9,43 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import comfy.sd
+import comfy.utils
 from wantrim.nodes import demo
 from wantrim.tests.comfyui import tiny
+from wantrim.toy import CHECKPOINT, CHECKPOINT_2
 
+LORA = CHECKPOINT_2.with_name(f"{CHECKPOINT_2.stem}_4_steps_lora.safetensors")
+WEIGHTS = {CHECKPOINT: [CHECKPOINT], CHECKPOINT_2: [CHECKPOINT_2, LORA]}
 AGAIN = "run .venv/bin/python tests/make_reference.py from the repository root and commit the file"
 
 
+@pytest.fixture(scope="module", params=WEIGHTS, ids=lambda path: path.stem)
+def checkpoint(request) -> Path:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def reference(root) -> dict[str, torch.Tensor]:
-    file = root / "tests" / "data" / "tiny_wan_reference.safetensors"
+def reference(root, checkpoint) -> dict[str, torch.Tensor]:
+    file = root / "tests" / "data" / f"{checkpoint.stem}_reference.safetensors"
     with safe_open(file, "pt") as header:
-        wanted = header.metadata()["checkpoint_sha256"]
-    found = hashlib.sha256(demo.CHECKPOINT.read_bytes()).hexdigest()
+        wanted = header.metadata()["weights_sha256"]
+    weights = b"".join(path.read_bytes() for path in WEIGHTS[checkpoint])
+    found = hashlib.sha256(weights).hexdigest()
     if found != wanted:
         pytest.fail(
-            f"{demo.CHECKPOINT.name} changed after {file.name} was made from it (sha256 of the "
-            f"checkpoint {found[:12]}, of the reference's {wanted[:12]}): {AGAIN}"
+            f"{checkpoint.name} or its LoRA changed after {file.name} was made from it (sha256 of "
+            f"the weights {found[:12]}, of the reference's {wanted[:12]}): {AGAIN}"
         )
     return load_file(file)
 
 
+def load(checkpoint: Path):
+    return comfy.sd.load_diffusion_model(str(checkpoint), {"dtype": torch.float32})
+
+
 @pytest.fixture(scope="module")
-def network():
-    model = comfy.sd.load_diffusion_model(str(demo.CHECKPOINT), {"dtype": torch.float32})
-    return model.model.diffusion_model
+def network(checkpoint):
+    return load(checkpoint).model.diffusion_model
 
 
 def test_output_equals_diffusers(reference, network):
@@ -42,17 +56,30 @@ def test_output_equals_diffusers(reference, network):
     torch.testing.assert_close(made, reference["output"], rtol=0, atol=1e-4)
 
 
+def test_output_with_the_lora_equals_diffusers(root):
+    """Through the host's own LoRA loader, as people run Wan in four steps."""
+    reference = load_file(root / "tests" / "data" / f"{CHECKPOINT_2.stem}_reference.safetensors")
+    weights = comfy.utils.load_torch_file(str(LORA), safe_load=True)
+    model, _ = comfy.sd.load_lora_for_models(load(CHECKPOINT_2), None, weights, 1.0, 0.0)
+    model.patch_model()
+    made = model.model.diffusion_model(reference["x"], reference["timestep"], reference["text"])
+    torch.testing.assert_close(made, reference["with_lora"], rtol=0, atol=1e-4)
+    assert not torch.allclose(made, reference["output"], atol=1e-2)
+
+
 def test_output_depends_on_every_input(reference, network):
     made = network(reference["x"], reference["timestep"], reference["text"])
     changes = {"x": 1.1, "timestep": 0.9, "text": 0.5}
     for name, factor in changes.items():
         changed = {**reference, name: reference[name] * factor}
         other = network(changed["x"], changed["timestep"], changed["text"])
+        # the last prompt is empty
         rows = [0, 1] if name == "text" else [0, 1, 2]
         assert ((other - made)[rows].abs().amax((1, 2, 3, 4)) > 1e-3).all(), name
 
 
-def test_checkpoint_as_the_demo_node_loads_it_computes_in_fp32(reference):
+def test_checkpoint_as_the_demo_node_loads_it_computes_in_fp32(root):
+    reference = load_file(root / "tests" / "data" / f"{CHECKPOINT.stem}_reference.safetensors")
     model = demo.WanTrimDemoModel.execute().result[0]
     assert model.model.get_dtype_inference() == torch.float32
     made = model.model.diffusion_model(reference["x"], reference["timestep"], reference["text"])
