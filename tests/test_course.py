@@ -153,6 +153,8 @@ def test_the_wish_is_met_whatever_comes(way, steps, wanted):
     said = "cannot make up for those that came" in (course.solved.why or "")
     parts = any(0.0 < step.program.share < 1.0 for step in record.steps)
     coarse = way in (to_the_end, once_more) and (steps == 8 or not parts)
+    # a call that does not come shortly before the end: no part can make up for it without a context
+    coarse = coarse or (way is jumps and not course._engine.memory.holds_context)
     assert met != said and (met or coarse)
     # then by half a call at most
     assert met or abs(mean_work(record) - 1 / wanted) * len(record.steps) <= 0.5 + 1e-6
@@ -274,8 +276,10 @@ def test_a_high_noise_expert_of_two_calls_a_step_is_known_as_it_ran():
 
 
 def knowing(held: tuple[float, ...]) -> Curves:
-    """The curves that ship, as if change had lain so in their recording."""
-    return replace(priors.TEXT_TO_VIDEO_UNGUIDED, held=((0.0, *held, 1.0),) * 2)
+    """The curves that ship, as if change had lain so in their recording and parts were worth much."""
+    shipped = priors.TEXT_TO_VIDEO_UNGUIDED
+    left = tuple((1.0, *(0.4 * one for one in row[1:])) for row in shipped.left)
+    return replace(shipped, held=((0.0, *held, 1.0),) * 2, left=left)
 
 
 # a random model's change is spread nearly evenly
