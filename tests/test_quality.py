@@ -141,6 +141,13 @@ def test_every_row_is_a_case_of_the_registry_from_a_clean_commit():
     assert {row["model"] for row in rows} <= finished
 
 
+@pytest.mark.parametrize(("prompts", "count"), [(1, 1), (7, 1), (8, 4), (12, 4), (32, 4)])
+def test_a_knob_is_set_on_four_videos_of_other_prompts(toy, tmp_path, prompts, count):
+    it = Bench(toy, "t2v", FEW, prompts, 1, tmp_path)
+    own, found = {one.prompt_index for one in it.items}, it._items_to_tune_on()
+    assert len(found) == count and not own & {one.prompt_index for one in found}
+
+
 def test_the_papers_plan_is_the_one_that_artists_get():
     """But for the depth that it is scaled to."""
     assert paper_plan_of(0.6, 40) == paper_plan(0.6)
