@@ -42,7 +42,6 @@ from .cases import (
 from .head_cases import head_cases
 from .metrics import difference
 from .subjects import (
-    PROMPTS,
     Subject,
     read_prompts,
     real_subject,
@@ -53,6 +52,8 @@ from .table import COLUMNS, RESULTS, commit, merge_rows
 log = logging.getLogger(__name__)
 # prompts and seeds of each world; the second one's full run takes 6 hours of one core
 FULL = {"1": (32, 2), "2": (12, 1)}
+# where rows go that are not the whole table's
+ASIDE = Path("out/results")
 # the fast subset: prompts, seeds and methods, in 4 and 20 steps at the study's target
 FAST = {
     "1": (3, 1, ("fewer_steps", DEFAULT, PAPER, "easycache", "sea_cache", "zeus_like")),
@@ -135,7 +136,7 @@ def _subject(weights, components, prompts, images, width, height, pixel_frames, 
     return real_subject(
         Path(weights),
         components=Path(components) if components else None,
-        prompts=read_prompts(Path(prompts)) if prompts else PROMPTS,
+        prompts=read_prompts(prompts),
         images=[Path(image) for image in images],
         width=width,
         height=height,
@@ -334,8 +335,14 @@ def parse_args(
     bench: type[Bench] = Bench,
     work: Path = Path("out/quality"),
     tasks: Sequence[str] = ("t2v", "i2v"),
+    videos: tuple[int, int] | None = None,
 ) -> argparse.Namespace:
-    """The command line; a study of its own names its bench, its work folder and its tasks."""
+    """The command line; a study of its own names its bench, its work folder and its tasks.
+
+    Args:
+        videos: prompts and seeds of a study, with --full and without; its rows are the
+            repository's.
+    """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -357,10 +364,17 @@ def parse_args(
     add("--jobs", type=int, help="processes (default: the cores, at most 4; 1 with --weights)")
     add("--threads", type=int, default=1, help="of torch, in each process")
     add("--work", type=Path, default=work, help="finished cases")
-    add("--results", type=Path, default=RESULTS, help="folder of the CSV file")
+    add(
+        "--results",
+        type=Path,
+        help=f"folder of the CSV file (default: {ASIDE};\nthe repository's with --full)",
+    )
     add_real_weights(parser)
     args = parser.parse_args()
-    prompts, seeds = FULL[args.world] if args.full else FAST[args.world][:2]
+    args.results = args.results or (RESULTS if args.full or videos else ASIDE)
+    prompts, seeds = videos or (FULL[args.world] if args.full else FAST[args.world][:2])
+    if args.weights:
+        prompts = min(prompts, len(read_prompts(args.prompt_file)))
     args.prompts, args.seeds = args.prompts or prompts, args.seeds or seeds
     asked = args.steps or [p.steps for p in POINTS[args.world] if args.full or p.steps < MANY_STEPS]
     args.points = [p for p in POINTS[args.world] if p.steps in asked]

@@ -285,10 +285,22 @@ def test_rows_are_refused_from_a_dirty_tree_and_of_a_model_in_training(monkeypat
             quality.refuse_rows(RESULTS, world)
     ran = []
     monkeypatch.setattr(quality, "run_cases", lambda *given: ran.append(given))
-    monkeypatch.setattr("sys.argv", ["quality", "--only", "default"])
+    monkeypatch.setattr("sys.argv", ["quality", "--full", "--only", "default"])
     with pytest.raises(SystemExit, match="commit first"):
         quality.main()
     assert not ran
+
+
+def test_only_a_full_run_writes_into_the_repository(monkeypatch, tmp_path):
+    """Else `make quality` would leave rows that no page tells of."""
+
+    def results(*words):
+        monkeypatch.setattr("sys.argv", ["quality", *words])
+        return quality.parse_args().results.resolve()
+
+    assert results() == results("--only", "tome", "--targets", "0.5") != RESULTS.resolve()
+    assert results("--full") == RESULTS.resolve()
+    assert results("--results", str(tmp_path)) == results("--full", "--results", str(tmp_path))
 
 
 def test_another_world_has_its_own_model_points_and_subset(monkeypatch, tmp_path):
