@@ -29,7 +29,6 @@ from .cases import (
     DEFAULT,
     DENSE,
     DIALLED,
-    FAIR,
     MANY_STEPS,
     PAPER,
     POINTS,
@@ -40,14 +39,14 @@ from .cases import (
     solve_plan,
 )
 from .head_cases import head_cases
-from .metrics import difference
+from .pairs import outdated, paired_rows
 from .subjects import (
     Subject,
     read_prompts,
     real_subject,
     toy_subject,
 )
-from .table import COLUMNS, RESULTS, commit, merge_rows
+from .table import COLUMNS, KEY, RESULTS, commit, merge_rows, read_rows
 
 log = logging.getLogger(__name__)
 # prompts and seeds of each world; the second one's full run takes 6 hours of one core
@@ -193,41 +192,6 @@ def _device(args: argparse.Namespace) -> str:
     return torch.cuda.get_device_name(args.device) if cuda else "cpu"
 
 
-def paired_rows(results: dict[tuple, dict]) -> list[dict]:
-    """The rows, with their PSNR less that of two others at the same target, paired by video.
-
-    `vs_steps*` is against fewer steps, `vs_default*` against the default, each where it costs as
-    much within FAIR of the dense FLOPs; with its 95% interval, and "tie" where that holds 0.
-    """
-    rows = []
-    for (task, point, case), result in results.items():
-        if "row" not in result:
-            continue
-        row = dict(result["row"])
-        for name, method in (("vs_steps", "fewer_steps"), ("vs_default", DEFAULT)):
-            twins = [
-                r
-                for (t, p, _), r in results.items()
-                if (t, p) == (task, point) and r.get("row", {}).get("method") == method
-            ]
-            twin = min(twins, key=lambda r: _apart(r, result), default=None)
-            if twin and case.method not in ("dense", method) and _apart(twin, result) <= FAIR:
-                row |= paired(name, result, twin)
-        rows.append(row)
-    return rows
-
-
-def _apart(one: dict, other: dict) -> float:
-    return abs(one["row"]["flops_ratio"] - other["row"]["flops_ratio"])
-
-
-def paired(name: str, result: dict, twin: dict) -> dict[str, object]:
-    """Columns `name`* of a result: its PSNR less a twin's, with the interval and the verdict."""
-    mean, low, high = difference(result["psnr"], twin["psnr"], result["clusters"])
-    verdict = "tie" if low <= 0 <= high else ("better" if mean > 0 else "worse")
-    return {f"{name}_db": mean, f"{name}_lo": low, f"{name}_hi": high, name: verdict}
-
-
 def main() -> None:
     args = parse_args()
     refuse_rows(args.results, None if args.weights else args.world)
@@ -245,13 +209,13 @@ def run_cases(
     table: Path,
     compare: Callable[[dict[tuple, dict]], list[dict]] = paired_rows,
     columns: Sequence[str] = COLUMNS,
-    **options,
+    key: Sequence[str] = KEY,
 ) -> None:
     """Run what is not done yet, and write the rows of all finished `known` cases.
 
     Args:
         compare: makes the rows of the finished cases.
-        columns: of the table; `options` go to `merge_rows`.
+        columns, key: of the table.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(args.threads)
@@ -268,7 +232,8 @@ def run_cases(
     for count, (one, result) in enumerate(_run_all(args, todo), 1):
         left = (time.perf_counter() - began) / count * (len(todo) - count) / 60
         log.info("[%d/%d, %.0f min left] %s", count, len(todo), left, _line(one, result))
-    merge_rows(table, compare(_everything(args, known)), columns, **options)
+    rows = compare(_everything(args, known))
+    merge_rows(table, [*outdated(read_rows(table), rows, key), *rows], columns, key)
 
 
 def _everything(

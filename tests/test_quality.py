@@ -38,6 +38,7 @@ from wantrim.benchmarks.head_cases import (
     head_plan,
 )
 from wantrim.benchmarks.headline import TEMPLATES, fill_templates, headline_table
+from wantrim.benchmarks.pairs import CELL, outdated, paired_rows
 from wantrim.benchmarks.plots import draw
 from wantrim.benchmarks.subjects import toy_subject
 from wantrim.benchmarks.summary import NO_ROWS, READMES, bench_table, fill, tables
@@ -47,6 +48,7 @@ from wantrim.benchmarks.table import (
     TASKS,
     commit,
     full_rows,
+    key_of,
     merge_rows,
     read_rows,
 )
@@ -410,7 +412,7 @@ def test_a_difference_inside_the_interval_is_a_tie(shift, verdict):
         ("t2v", FEW, case_of("fewer_steps", 0.5)): result(steps - 9, "fewer_steps", 0.5, 0.5),
         ("i2v", FEW, STEPS): result(steps - 9, "fewer_steps", flops=0.67),
     }
-    rows = quality.paired_rows(results)
+    rows = paired_rows(results)
     assert [row.get("vs_steps") for row in rows] == [verdict, None, None, None]
     assert rows[0]["vs_steps_lo"] < rows[0]["vs_steps_db"] < rows[0]["vs_steps_hi"]
 
@@ -422,7 +424,52 @@ def test_rows_that_cost_something_else_are_not_compared():
         ("t2v", FEW, case): result([20.0, 21.0]),
         ("t2v", FEW, STEPS): result([30.0, 31.0], "fewer_steps", flops=0.75),
     }
-    assert "vs_steps" not in quality.paired_rows(results)[0]
+    assert "vs_steps" not in paired_rows(results)[0]
+
+
+def test_a_verdict_goes_where_the_row_that_it_is_against_was_made_anew():
+    cell = {"model": "a", "task": "t2v", "steps": "20", "guidance": "5", "prompts": "12"}
+
+    def row(method, flops="0.67", made="old", **more):
+        return (
+            cell | {"method": method, "target": flops, "flops_ratio": flops, "commit": made} | more
+        )
+
+    said = {
+        f"{name}{end}": value
+        for name in ("vs_steps", "vs_default")
+        for end, value in (("", "better"), ("_db", "2"), ("_lo", "1"), ("_hi", "3"))
+    }
+    older = [
+        row("default"), row("fewer_steps"), row("tome", **said), row("random", "0.5", **said),
+        row("paper", "0.7", **said), row("tome", task="i2v", **said),
+    ]  # fmt: skip
+    key = ("method", "model", "task", "steps", "target")
+    # of the same commit it is the same run
+    assert not outdated(older, [row("default", flops="0.67") | {"steps": 20}], key)
+    assert not outdated(older, [row("mag_cache", made="new")], key)
+    found = outdated(older, [row("default", made="new"), row("paper", "0.7", made="new")], key)
+    (tome,) = found
+    assert tome == older[2] | dict.fromkeys([n for n in said if n.startswith("vs_default")], "")
+    # where it went away to, and where it came to
+    moved = row("default", made="new") | {"flops_ratio": "0.5"}
+    assert [r["method"] for r in outdated(older, [moved], key)] == ["tome", "random", "paper"]
+
+
+@pytest.mark.parametrize(
+    ("column", "method"), [("vs_steps", "fewer_steps"), ("vs_default", DEFAULT)]
+)
+def test_the_verdicts_of_the_rows_are_against_the_rows_that_are_there(column, method):
+    rows = read_rows(RESULTS / "quality.csv")
+    said = [row for row in rows if row[column]]
+    assert len(said) >= 50
+    for row in said:
+        twin = min(
+            (r for r in rows if r["method"] == method and key_of(r, CELL) == key_of(row, CELL)),
+            key=lambda r: abs(float(r["flops_ratio"]) - float(row["flops_ratio"])),
+        )
+        apart = float(row["psnr_db"]) - float(twin["psnr_db"])
+        assert float(row[f"{column}_db"]) == pytest.approx(apart, abs=0.02), row
 
 
 def test_rows_are_added_and_newer_ones_replace_older(tmp_path):
