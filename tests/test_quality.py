@@ -37,7 +37,7 @@ from wantrim.benchmarks.head_cases import (
     head_cases,
     head_plan,
 )
-from wantrim.benchmarks.headline import TEMPLATES, fill_templates, headline_table
+from wantrim.benchmarks.headline import TEMPLATES, fill_templates, headline_table, shown_rows
 from wantrim.benchmarks.pairs import CELL, outdated, paired_rows
 from wantrim.benchmarks.plots import draw
 from wantrim.benchmarks.subjects import toy_subject
@@ -522,7 +522,7 @@ def test_rows_name_the_code_that_made_them_and_rows_are_no_code(tmp_path):
 
 def test_the_plots_are_drawn_from_rows(tmp_path):
     row = {
-        "model": "tiny_wan", "task": "t2v", "guidance": 8, "seeds": 1, "psnr_lo": 19.0,
+        "model": "tiny_wan_2", "task": "t2v", "guidance": 8, "seeds": 1, "psnr_lo": 19.0,
         "psnr_hi": 25.0,
     }  # fmt: skip
     rows = [
@@ -556,23 +556,31 @@ def test_the_readmes_tables_are_those_of_the_rows(readme):
 
 
 def test_the_first_pages_table_says_what_another_share_cost():
-    def row(method, psnr, flops, task="t2v", target="0.67"):
+    def row(method, psnr, flops, task="t2v", target="0.75", steps="4"):
         return {
-            "method": method, "task": task, "steps": "4", "target": target,
+            "method": method, "task": task, "steps": steps, "target": target,
             "psnr_db": psnr, "flops_ratio": flops,
         }  # fmt: skip
 
     rows = [
-        row("default", 20.04, 0.68), row("default", 9.0, 0.5, target="0.5"),
-        row("fewer_steps", 30.0, 0.75), row("fewer_steps", 31.0, 0.7, "i2v"),
+        row("default", 20.04, 0.76), row("default", 9.0, 0.67, target="0.67"),
+        row("fewer_steps", 30.0, 0.65), row("fewer_steps", 31.0, 0.78, "i2v"),
         row("paper", 99.0, 0.67), row("dense", 100.0, 1.0, target="1"),
+        row("default", 40.0, 0.67, target="0.67", steps="20"), row("default", 50.0, 0.75, steps="20"),
     ]  # fmt: skip
-    assert headline_table(rows, [("i2v", "4"), ("t2v", "4")]).splitlines() == [
-        "| PSNR in dB | image to video, 4 steps | text to video, 4 steps |",
-        "|---|---|---|",
-        "| dense, fewer steps | 31.0 | 30.0 at 0.75 |",
-        "| **WanTrim** (default) |  | 20.0 |",
+    assert headline_table(rows, [("i2v", "4"), ("t2v", "4"), ("t2v", "20")]).splitlines() == [
+        "| PSNR in dB | image to video, 4 steps, at 0.75 | text to video, 4 steps, at 0.75 "
+        "| text to video, 20 steps, at 0.67 |",
+        "|---|---|---|---|",
+        "| dense, fewer steps | 31.0 | 30.0 at 0.65 |  |",
+        "| **WanTrim** (default) |  | 20.0 | 40.0 |",
     ]
+
+
+def test_the_first_page_shows_the_second_tiny_wan():
+    shown = shown_rows(read_rows(RESULTS / "quality.csv"))
+    found = {(row["model"], row["steps"]) for row in shown}
+    assert found == {("tiny_wan_2", "20"), ("tiny_wan_2_4_steps_lora", "4")}
 
 
 def test_the_templates_tables_are_those_of_the_rows():
@@ -583,7 +591,7 @@ def test_the_templates_tables_are_those_of_the_rows():
 
 
 def test_a_templates_table_is_made_anew_and_nothing_else(tmp_path):
-    head = "| on the first tiny Wan, text to video, 4 steps | FLOPs |"
+    head = "| on the second tiny Wan, text to video, 4 steps | FLOPs |"
     note = f"before {head}\n|---|---|\n| old | 0.90 |\n\nafter | kept | too"
     graph = tmp_path / "graph.json"
     graph.write_text(json.dumps({"note": note, "other": 1}), "utf-8")
