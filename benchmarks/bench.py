@@ -35,7 +35,8 @@ log = logging.getLogger(__name__)
 EVERY = 8
 # step caches decide for each video alone: every second one is counted
 EVERY_ADAPTIVE = 2
-TUNE_ON = 4
+# so many videos set a peer's knob, in benches of so many prompts
+TUNE_ON, FULL_LOOK = 4, 8
 
 
 def sampling_of(subject: Subject, point: Point, item: Item) -> Run:
@@ -258,7 +259,7 @@ class Bench:
     def _items_to_tune_on(self) -> list[Item]:
         """Videos of further prompts; of the same ones where there are no others."""
         # a quick look may tune roughly, or tuning would be most of its time
-        count = max(1, min(TUNE_ON, self.prompts // 8))
+        count = TUNE_ON if self.prompts >= FULL_LOOK else 1
         try:
             return self.subject.items(self.task, self.prompts + count, 1)[-count:]
         except ValueError:

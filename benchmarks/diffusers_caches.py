@@ -92,7 +92,7 @@ def mag_cache(
     shift: float,
     threshold: float,
     mag_ratios: Sequence[float],
-    max_skips: int = 3,
+    max_skips: int = 4,
     retention: float = 0.2,
 ) -> Iterator[None]:
     """diffusers' MagCache (arXiv 2506.09045): calibrated magnitude ratios decide, not the video.
@@ -100,7 +100,7 @@ def mag_cache(
     Args:
         threshold: accumulated error up to which the residual of all blocks is reused.
         mag_ratios: of `calibrate_mag_ratios` with as many steps.
-        max_skips: reused steps in a row, at most.
+        max_skips: reused steps in a row, at most; MagCache's own for Wan2.1 1.3B.
         retention: share of the steps, at the start, that is always computed.
 
     Raises:
@@ -129,20 +129,18 @@ def pyramid_attention_broadcast(
     steps: int,
     shift: float,
     self_every: int,
-    cross_every: int | None = None,
     timesteps: tuple[float, float] = (100, 800),
 ) -> Iterator[None]:
     """diffusers' Pyramid Attention Broadcast (arXiv 2408.12588): reuses attention outputs.
 
     Args:
-        self_every, cross_every: steps from one computed attention to the next; 1 computes all.
-            None takes that of self-attention for cross-attention.
+        self_every: steps from one computed attention to the next, of both kinds; 1 computes all.
         timesteps: attention is reused between these timesteps (sigma * 1000).
     """
     video = OneVideo(steps)
     config = PyramidAttentionBroadcastConfig(
         spatial_attention_block_skip_range=self_every,
-        cross_attention_block_skip_range=self_every if cross_every is None else cross_every,
+        cross_attention_block_skip_range=self_every,
         spatial_attention_timestep_skip_range=timesteps,
         cross_attention_timestep_skip_range=timesteps,
         current_timestep_callback=lambda: video.timestep,
@@ -171,14 +169,14 @@ def sea_cache(
     steps: int,
     shift: float,
     threshold: float,
-    max_skips: int = 2,
+    max_skips: int = 0,
     order: int = 1,
 ) -> Iterator[None]:
     """diffusers' SeaCache (arXiv 2602.18993): TeaCache on spectrally filtered latents.
 
     Args:
         threshold: accumulated relative change below which the residual of all blocks is reused.
-        max_skips: reused steps in a row, at most; 0 is no limit.
+        max_skips: reused steps in a row, at most; 0 leaves it to the threshold.
         order: 0 reuses the last residual, 1 extrapolates the last two.
     """
     channels = model.config.out_channels

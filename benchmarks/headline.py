@@ -26,15 +26,14 @@ HEADLINE = {
 }
 # rows of the first page's table: the default against what is free
 FREE = ("fewer_steps", "easycache", "sea_cache", "mag_cache", DEFAULT)
-# by number of steps, whose rows the first page shows: the second tiny Wan has no four-step version
-SHOWN = {20: SECOND, 4: FIRST}
-# rows of a template's note
+# whose rows the first page shows, and by number of steps the share of the FLOPs: 1.3x in four
+SHOWN, SHARES = SECOND, {"20": STUDY_TARGET, "4": 0.75}
+# rows of a template's note, and by number of steps whose: the template without downloads runs the first
 SHORT = ("dense", "fewer_steps", DEFAULT)
-# share of the FLOPs by number of steps: the templates with four steps are at 1.3x
-IN_TEMPLATES = {"20": STUDY_TARGET, "4": 0.75}
-MARK = "| on the first tiny Wan, "
-IN_NOTE = re.compile(r"\| on the first tiny Wan, .*?\|(?=\\n\\n)")
-SHORT_HEAD = "| on the first tiny Wan, {} | work | PSNR, dB |"
+NOTED = {"20": FIRST, "4": SECOND}
+WORDS = {FIRST.name: "first", SECOND.name: "second"}
+IN_NOTE = re.compile(r"\| on the (?:first|second) tiny Wan, .*?\|(?=\\n\\n)")
+SHORT_HEAD = "| on the {} tiny Wan, {} | work | PSNR, dB |"
 
 
 def models_of(world: World) -> tuple[str, str]:
@@ -44,34 +43,29 @@ def models_of(world: World) -> tuple[str, str]:
 
 def shown_rows(rows: Sequence[dict[str, str]]) -> list[dict[str, str]]:
     """Those of the first page's table and picture."""
-    return [
-        row
-        for steps, world in SHOWN.items()
-        for row in full_rows(rows, models_of(world))
-        if int(row["steps"]) == steps
-    ]
+    return [row for row in full_rows(rows, models_of(SHOWN)) if row["steps"] in SHARES]
 
 
 def headline_table(rows: Sequence[dict[str, str]], points: Iterable[tuple[str, str]]) -> str:
-    """PSNR of the default and of what is free at the study's share of the FLOPs, by (task, steps).
+    """PSNR of the default and of what is free at a share of the FLOPs, by (task, steps).
 
     A cell that met another share says which.
     """
-    mine = {(task, steps): _by_method(rows, task, steps) for task, steps in points}
-    heads = ["PSNR in dB", *(f"{TASKS[task]}, {steps} steps" for task, steps in mine)]
+    mine = {(task, n): _by_method(rows, task, n, SHARES[n]) for task, n in points}
+    heads = ["PSNR in dB", *(f"{TASKS[task]}, {n} steps, at {SHARES[n]:g}" for task, n in mine)]
     lines = [_line(*heads), "|---" * len(heads) + "|"]
     for method in FREE:
-        cells = [_short(by_method.get(method)) for by_method in mine.values()]
+        cells = [_short(found.get(method), SHARES[n]) for (_, n), found in mine.items()]
         if any(cells):
             lines.append(_line(HEADLINE[method], *cells))
     return "\n".join(lines)
 
 
-def _short(row: dict[str, str] | None) -> str:
+def _short(row: dict[str, str] | None, target: float) -> str:
     if row is None:
         return ""
     psnr = f"{float(row['psnr_db']):.1f}"
-    return psnr if met(row, STUDY_TARGET) else f"{psnr} at {fixed(row, 'flops_ratio')}"
+    return psnr if met(row, target) else f"{psnr} at {fixed(row, 'flops_ratio')}"
 
 
 def met(row: dict[str, str], target: float) -> bool:
@@ -81,8 +75,10 @@ def met(row: dict[str, str], target: float) -> bool:
 
 def template_table(rows: Sequence[dict[str, str]], task: str, steps: str) -> str:
     """What the note of a template shows: dense, fewer steps and the default."""
-    mine = _by_method(rows, task, steps, IN_TEMPLATES[steps])
-    lines = [SHORT_HEAD.format(f"{TASKS[task]}, {steps} steps"), "|---" * 3 + "|"]
+    world = NOTED[steps]
+    mine = _by_method(full_rows(rows, models_of(world)), task, steps, SHARES[steps])
+    lines = [SHORT_HEAD.format(WORDS[world.name], f"{TASKS[task]}, {steps} steps")]
+    lines.append("|---" * 3 + "|")
     lines += [_line(HEADLINE[m], *_cells(mine[m])) for m in SHORT if m in mine]
     return "\n".join(lines)
 
@@ -101,7 +97,7 @@ def fill_templates(folder: Path, made: Mapping[str, str]) -> dict[Path, str]:
     found = {}
     for path in sorted(folder.glob("*.json")):
         text = path.read_text("utf-8")
-        if MARK in text:
+        if IN_NOTE.search(text):
             found[path] = IN_NOTE.sub(lambda note, path=path: _anew(note[0], known, path), text)
     return found
 
@@ -115,7 +111,7 @@ def _anew(note: str, known: Mapping[str, str], path: Path) -> str:
 
 
 def _by_method(
-    rows: Sequence[dict[str, str]], task: str, steps: str, target: float = STUDY_TARGET
+    rows: Sequence[dict[str, str]], task: str, steps: str, target: float
 ) -> dict[str, dict[str, str]]:
     return {
         r["method"]: r

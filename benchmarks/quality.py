@@ -29,7 +29,6 @@ from .cases import (
     DEFAULT,
     DENSE,
     DIALLED,
-    FAIR,
     MANY_STEPS,
     PAPER,
     POINTS,
@@ -40,19 +39,20 @@ from .cases import (
     solve_plan,
 )
 from .head_cases import head_cases
-from .metrics import difference
+from .pairs import outdated, paired_rows
 from .subjects import (
-    PROMPTS,
     Subject,
     read_prompts,
     real_subject,
     toy_subject,
 )
-from .table import COLUMNS, RESULTS, commit, merge_rows
+from .table import COLUMNS, KEY, RESULTS, commit, merge_rows, read_rows
 
 log = logging.getLogger(__name__)
 # prompts and seeds of each world; the second one's full run takes 6 hours of one core
 FULL = {"1": (32, 2), "2": (12, 1)}
+# where rows go that are not the whole table's
+ASIDE = Path("out/results")
 # the fast subset: prompts, seeds and methods, in 4 and 20 steps at the study's target
 FAST = {
     "1": (3, 1, ("fewer_steps", DEFAULT, PAPER, "easycache", "sea_cache", "zeus_like")),
@@ -135,7 +135,7 @@ def _subject(weights, components, prompts, images, width, height, pixel_frames, 
     return real_subject(
         Path(weights),
         components=Path(components) if components else None,
-        prompts=read_prompts(Path(prompts)) if prompts else PROMPTS,
+        prompts=read_prompts(prompts),
         images=[Path(image) for image in images],
         width=width,
         height=height,
@@ -192,41 +192,6 @@ def _device(args: argparse.Namespace) -> str:
     return torch.cuda.get_device_name(args.device) if cuda else "cpu"
 
 
-def paired_rows(results: dict[tuple, dict]) -> list[dict]:
-    """The rows, with their PSNR less that of two others at the same target, paired by video.
-
-    `vs_steps*` is against fewer steps, `vs_default*` against the default, each where it costs as
-    much within FAIR of the dense FLOPs; with its 95% interval, and "tie" where that holds 0.
-    """
-    rows = []
-    for (task, point, case), result in results.items():
-        if "row" not in result:
-            continue
-        row = dict(result["row"])
-        for name, method in (("vs_steps", "fewer_steps"), ("vs_default", DEFAULT)):
-            twins = [
-                r
-                for (t, p, _), r in results.items()
-                if (t, p) == (task, point) and r.get("row", {}).get("method") == method
-            ]
-            twin = min(twins, key=lambda r: _apart(r, result), default=None)
-            if twin and case.method not in ("dense", method) and _apart(twin, result) <= FAIR:
-                row |= paired(name, result, twin)
-        rows.append(row)
-    return rows
-
-
-def _apart(one: dict, other: dict) -> float:
-    return abs(one["row"]["flops_ratio"] - other["row"]["flops_ratio"])
-
-
-def paired(name: str, result: dict, twin: dict) -> dict[str, object]:
-    """Columns `name`* of a result: its PSNR less a twin's, with the interval and the verdict."""
-    mean, low, high = difference(result["psnr"], twin["psnr"], result["clusters"])
-    verdict = "tie" if low <= 0 <= high else ("better" if mean > 0 else "worse")
-    return {f"{name}_db": mean, f"{name}_lo": low, f"{name}_hi": high, name: verdict}
-
-
 def main() -> None:
     args = parse_args()
     refuse_rows(args.results, None if args.weights else args.world)
@@ -244,13 +209,13 @@ def run_cases(
     table: Path,
     compare: Callable[[dict[tuple, dict]], list[dict]] = paired_rows,
     columns: Sequence[str] = COLUMNS,
-    **options,
+    key: Sequence[str] = KEY,
 ) -> None:
     """Run what is not done yet, and write the rows of all finished `known` cases.
 
     Args:
         compare: makes the rows of the finished cases.
-        columns: of the table; `options` go to `merge_rows`.
+        columns, key: of the table.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(args.threads)
@@ -267,7 +232,8 @@ def run_cases(
     for count, (one, result) in enumerate(_run_all(args, todo), 1):
         left = (time.perf_counter() - began) / count * (len(todo) - count) / 60
         log.info("[%d/%d, %.0f min left] %s", count, len(todo), left, _line(one, result))
-    merge_rows(table, compare(_everything(args, known)), columns, **options)
+    rows = compare(_everything(args, known))
+    merge_rows(table, [*outdated(read_rows(table), rows, key), *rows], columns, key)
 
 
 def _everything(
@@ -334,8 +300,14 @@ def parse_args(
     bench: type[Bench] = Bench,
     work: Path = Path("out/quality"),
     tasks: Sequence[str] = ("t2v", "i2v"),
+    videos: tuple[int, int] | None = None,
 ) -> argparse.Namespace:
-    """The command line; a study of its own names its bench, its work folder and its tasks."""
+    """The command line; a study of its own names its bench, its work folder and its tasks.
+
+    Args:
+        videos: prompts and seeds of a study, with --full and without; its rows are the
+            repository's.
+    """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -357,10 +329,17 @@ def parse_args(
     add("--jobs", type=int, help="processes (default: the cores, at most 4; 1 with --weights)")
     add("--threads", type=int, default=1, help="of torch, in each process")
     add("--work", type=Path, default=work, help="finished cases")
-    add("--results", type=Path, default=RESULTS, help="folder of the CSV file")
+    add(
+        "--results",
+        type=Path,
+        help=f"folder of the CSV file (default: {ASIDE};\nthe repository's with --full)",
+    )
     add_real_weights(parser)
     args = parser.parse_args()
-    prompts, seeds = FULL[args.world] if args.full else FAST[args.world][:2]
+    args.results = args.results or (RESULTS if args.full or videos else ASIDE)
+    prompts, seeds = videos or (FULL[args.world] if args.full else FAST[args.world][:2])
+    if args.weights:
+        prompts = min(prompts, len(read_prompts(args.prompt_file)))
     args.prompts, args.seeds = args.prompts or prompts, args.seeds or seeds
     asked = args.steps or [p.steps for p in POINTS[args.world] if args.full or p.steps < MANY_STEPS]
     args.points = [p for p in POINTS[args.world] if p.steps in asked]

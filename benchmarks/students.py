@@ -2,10 +2,16 @@
 
 The students that `make train-demo` leaves in out/training, in the quality bench's runner: rows of
 benchmarks/results/students.csv. Every video is compared with the full model's of 20 guided steps.
+Two further ones say what weighing the samples of stage I is worth:
+
+    python -m wantrim.training tiny --stages width --set width.steps=300 --out out/training/tiny_alike
+    python -m wantrim.training tiny --stages width --set width.steps=300 width.weighting=log \
+        --out out/training/tiny_log
 """
 
 from __future__ import annotations
 
+import hashlib
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,9 +32,12 @@ from .random_router import RandomRouter
 from .table import COLUMNS
 
 RUNS = Path("out/training")
+# prompts and seeds of all rows
+VIDEOS = (32, 1)
 FEW_STEPS = 4
 STAGES = ("1-width", "2-router", "3-router", "4-steps")
 FORCING = "tiny_forcing/1-self_forcing"
+ALIKE, LOG = "tiny_alike/1-width", "tiny_log/1-width"
 # shares of dense FLOPs that the kinds of students have, about
 WIDTH, ROUTED, FEW = 0.75, 0.5, 0.1
 
@@ -48,6 +57,21 @@ class StudentCase(Case):
     steps: int | None = None
     guidance: float | None = None
 
+    @property
+    def path(self) -> Path:
+        """Of the student's weights."""
+        path = RUNS / self.student
+        return path if path.suffix else path / "student.safetensors"
+
+    @property
+    def key(self) -> str:
+        """With the files, so that a student that was trained anew is another case."""
+        if not self.student or not self.path.is_file():
+            return super().key
+        files = (self.path, self.path.with_name("router.safetensors"))
+        told = b"".join(file.read_bytes() for file in files if file.is_file())
+        return f"{super().key}_{hashlib.sha256(told).hexdigest()[:8]}"
+
 
 def all_cases() -> list[Case]:
     """Every row, the most telling first."""
@@ -62,6 +86,8 @@ def all_cases() -> list[Case]:
         student("stage II's student, random blocks", ROUTED, two, router="random"),
         student("stage I", WIDTH, one),
         student("cut, not trained", WIDTH, "tiny/start.safetensors"),
+        student("stage I, 300 steps", WIDTH, ALIKE),
+        student("stage I, 300 steps, weighting log", WIDTH, LOG),
         student("full model, 4 steps", FEW, **few),
         student("full model, 4 steps, guided", FEW, steps=FEW_STEPS),
         student("stage III, 4 steps", FEW, three, router="trained", **few),
@@ -81,10 +107,11 @@ class StudentBench(Bench):
         sigmas = sigmas_for(steps, self.point.shift).tolist()
         model, header, plan, share = self.subject.model, None, TrimPlan(), 1.0
         if case.student:
-            path = RUNS / case.student
-            path = path if path.suffix else path / "student.safetensors"
+            path = case.path
             if not path.is_file():
-                raise ValueError(f"{path} is not there: run `make train-demo`")
+                raise ValueError(
+                    f"{path} is not there: `python -m wantrim.benchmarks.students --help` says what makes it"
+                )
             model, header = load_slim(path), read_header(path)
         if case.router:
             trained = header.made["trained"][-1]
@@ -121,7 +148,7 @@ def _parameters(module) -> int:
 
 
 def main() -> None:
-    args = parse_args(__doc__, StudentBench, Path("out/students"), ("t2v",))
+    args = parse_args(__doc__, StudentBench, Path("out/students"), ("t2v",), VIDEOS)
     if args.weights:
         raise SystemExit("--weights: the students are the tiny Wan's; leave it out")
     refuse_rows(args.results, args.world)

@@ -6,11 +6,10 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..toy.worlds import FIRST, WORLDS
+from ..toy.worlds import WORLDS
 from .calibration import calibration_table
 from .cases import DEFAULT, METHODS, POINTS, STUDY_TARGET, TARGETS
 from .concentration import concentration_table
-from .head_cases import HEADS
 from .headline import (
     TEMPLATES,
     fill_templates,
@@ -33,9 +32,7 @@ SPEED_HEAD = (
 )
 
 
-def bench_table(
-    rows: Sequence[dict[str, str]], task: str, steps: int, methods: Sequence[str] = METHODS
-) -> str:
+def bench_table(rows: Sequence[dict[str, str]], task: str, steps: int) -> str:
     """PSNR of every method by share of the dense FLOPs; what it keeps else at the study's share.
 
     A cell that met another share says which. Of those that did not, the best of a column is bold,
@@ -44,7 +41,7 @@ def bench_table(
     mine = {
         (r["method"], float(r["target"])): r
         for r in rows
-        if (r["task"], r["steps"]) == (task, str(steps)) and r["method"] in ("dense", *methods)
+        if (r["task"], r["steps"]) == (task, str(steps)) and r["method"] in ("dense", *METHODS)
     }
     targets = [t for t in TARGETS if any(target == t for _, target in mine)]
     if not targets:
@@ -57,7 +54,7 @@ def bench_table(
     heads += [f"motion at {STUDY_TARGET}", "colour / shape / direction"]
     lines = ["| method | " + " | ".join(heads) + " |", "|---" * (1 + len(heads)) + "|"]
     named = {"dense": 1.0, DEFAULT: STUDY_TARGET}
-    named |= {name: STUDY_TARGET for name in methods if name != DEFAULT}
+    named |= {name: STUDY_TARGET for name in METHODS if name != DEFAULT}
     for name, shown in named.items():
         cells = [_cell(mine.get((name, target)), target, best) for target in targets]
         there = mine.get((name, shown))
@@ -119,14 +116,11 @@ def tables(results: Path) -> dict[str, str]:
         rows = full_rows(read, models_of(world))
         for task in TASKS:
             for point in POINTS[world.name]:
-                name = f"{world.name} {task} {point.steps}"
-                made[name] = bench_table(rows, task, point.steps)
-                made[f"{name} heads"] = bench_table(rows, task, point.steps, (DEFAULT, *HEADS))
-    rows = full_rows(read, models_of(FIRST))
+                made[f"{world.name} {task} {point.steps}"] = bench_table(rows, task, point.steps)
     points = [(task, steps) for task in TASKS for steps in ("20", "4")]
     made["missing"] = missing_line(made)
     made["headline"] = headline_table(shown_rows(read), points)
-    made |= {f"template {task} {n}": template_table(rows, task, n) for task, n in points}
+    made |= {f"template {task} {n}": template_table(read, task, n) for task, n in points}
     made["predicted"] = predicted_table()
     made["predicted heads"] = heads_table()
     made["calibration"] = calibration_table(read_rows(results / "calibration.csv"))

@@ -46,12 +46,12 @@ def merge_rows(path: Path, rows: Sequence[dict[str, object]], columns=COLUMNS, k
 
     Columns that only the file has stay.
     """
-    merged = {_key(row, key): row for row in read_rows(path)}
+    merged = {key_of(row, key): row for row in read_rows(path)}
     older = next(iter(merged.values()), {})
     columns = [*columns, *(name for name in older if name not in columns)]
     for row in rows:
         text = {name: _text(row.get(name, "")) for name in columns}
-        merged[_key(text, key)] = text
+        merged[key_of(text, key)] = text
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     with partial.open("w", newline="", encoding="utf-8") as file:
@@ -92,6 +92,11 @@ def commit(root: Path = RESULTS.parents[1]) -> str:
     return f"{head}-dirty" if head and changed else head
 
 
+def key_of(row: dict[str, object], key: Sequence[str]) -> tuple[str, ...]:
+    """What tells a row from others, as a file has it."""
+    return tuple(_text(row.get(name, "")) for name in key)
+
+
 def fixed(row: dict[str, str], key: str) -> str:
     """A number with two digits; empty where there is none."""
     return f"{float(row[key]):.2f}" if row[key] else ""
@@ -106,10 +111,6 @@ def psnr_of(row: dict[str, str]) -> str:
 def truth_of(row: dict[str, str], *keys: str) -> str:
     """Shares that are right, in percent; of real weights there are none."""
     return " / ".join(f"{float(row[key]):.0%}" if row[key] else "" for key in keys)
-
-
-def _key(row: dict[str, str], key: Sequence[str]) -> tuple[str, ...]:
-    return tuple(row.get(name, "") for name in key)
 
 
 def _text(value: object) -> str:

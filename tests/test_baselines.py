@@ -38,7 +38,7 @@ METHODS = {
         {"threshold": 0.0},
         {"threshold": 99.0},
     ),
-    "sea_cache": (partial(sea_cache, max_skips=0), {"threshold": 0.0}, {"threshold": 99.0}),
+    "sea_cache": (sea_cache, {"threshold": 0.0}, {"threshold": 99.0}),
     "pyramid_attention_broadcast": (
         partial(pyramid_attention_broadcast, timesteps=(-1, 1001)),
         {"self_every": 1},
@@ -167,6 +167,13 @@ def test_the_steps_that_a_cache_computes(model, name):
     with Recorder(model) as seen:
         within(method, model, saving)
     assert seen.computed == COMPUTED[name]
+
+
+def test_mag_cache_reuses_four_steps_in_a_row(model):
+    knobs = {"threshold": 99.0, "mag_ratios": [1.0] * 11}
+    with Recorder(model) as seen:
+        within(mag_cache, model, knobs, steps=11)
+    assert seen.computed == [0, 1, 6]
 
 
 @each_method

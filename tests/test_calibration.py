@@ -69,6 +69,18 @@ def test_the_command_fills_a_toys_column(monkeypatch, tmp_path):
     assert "| cache | 3x | 9 | easycache | not reached |  |" in calibration_table(rows)
 
 
+def test_the_documented_command_makes_the_rows_that_are_there(monkeypatch):
+    ran = []
+    monkeypatch.setattr(calibration, "run_cases", lambda args, *_, **__: ran.append(args))
+    monkeypatch.setattr(quality, "commit", lambda: "1234567")
+    monkeypatch.setattr("sys.argv", ["calibration", "--full"])
+    calibration.main()
+    (args,) = ran
+    rows = read_rows(RESULTS / "calibration.csv")
+    assert {(r["prompts"], r["seeds"]) for r in rows} == {(str(args.prompts), str(args.seeds))}
+    assert args.results == RESULTS
+
+
 def test_a_toy_in_training_has_no_row_here(monkeypatch):
     monkeypatch.setattr("sys.argv", ["calibration", "--world", "2"])
     monkeypatch.setattr(quality, "commit", lambda: "1234567")

@@ -37,7 +37,8 @@ from wantrim.benchmarks.head_cases import (
     head_cases,
     head_plan,
 )
-from wantrim.benchmarks.headline import TEMPLATES, fill_templates, headline_table
+from wantrim.benchmarks.headline import TEMPLATES, fill_templates, headline_table, shown_rows
+from wantrim.benchmarks.pairs import CELL, outdated, paired_rows
 from wantrim.benchmarks.plots import draw
 from wantrim.benchmarks.subjects import toy_subject
 from wantrim.benchmarks.summary import NO_ROWS, READMES, bench_table, fill, tables
@@ -47,6 +48,7 @@ from wantrim.benchmarks.table import (
     TASKS,
     commit,
     full_rows,
+    key_of,
     merge_rows,
     read_rows,
 )
@@ -139,6 +141,13 @@ def test_every_row_is_a_case_of_the_registry_from_a_clean_commit():
     if SECOND.finished:
         finished |= {SECOND.checkpoint.stem, SECOND.four_step_lora.stem}
     assert {row["model"] for row in rows} <= finished
+
+
+@pytest.mark.parametrize(("prompts", "count"), [(1, 1), (7, 1), (8, 4), (12, 4), (32, 4)])
+def test_a_knob_is_set_on_four_videos_of_other_prompts(toy, tmp_path, prompts, count):
+    it = Bench(toy, "t2v", FEW, prompts, 1, tmp_path)
+    own, found = {one.prompt_index for one in it.items}, it._items_to_tune_on()
+    assert len(found) == count and not own & {one.prompt_index for one in found}
 
 
 def test_the_papers_plan_is_the_one_that_artists_get():
@@ -278,10 +287,22 @@ def test_rows_are_refused_from_a_dirty_tree_and_of_a_model_in_training(monkeypat
             quality.refuse_rows(RESULTS, world)
     ran = []
     monkeypatch.setattr(quality, "run_cases", lambda *given: ran.append(given))
-    monkeypatch.setattr("sys.argv", ["quality", "--only", "default"])
+    monkeypatch.setattr("sys.argv", ["quality", "--full", "--only", "default"])
     with pytest.raises(SystemExit, match="commit first"):
         quality.main()
     assert not ran
+
+
+def test_only_a_full_run_writes_into_the_repository(monkeypatch, tmp_path):
+    """Else `make quality` would leave rows that no page tells of."""
+
+    def results(*words):
+        monkeypatch.setattr("sys.argv", ["quality", *words])
+        return quality.parse_args().results.resolve()
+
+    assert results() == results("--only", "tome", "--targets", "0.5") != RESULTS.resolve()
+    assert results("--full") == RESULTS.resolve()
+    assert results("--results", str(tmp_path)) == results("--full", "--results", str(tmp_path))
 
 
 def test_another_world_has_its_own_model_points_and_subset(monkeypatch, tmp_path):
@@ -391,7 +412,7 @@ def test_a_difference_inside_the_interval_is_a_tie(shift, verdict):
         ("t2v", FEW, case_of("fewer_steps", 0.5)): result(steps - 9, "fewer_steps", 0.5, 0.5),
         ("i2v", FEW, STEPS): result(steps - 9, "fewer_steps", flops=0.67),
     }
-    rows = quality.paired_rows(results)
+    rows = paired_rows(results)
     assert [row.get("vs_steps") for row in rows] == [verdict, None, None, None]
     assert rows[0]["vs_steps_lo"] < rows[0]["vs_steps_db"] < rows[0]["vs_steps_hi"]
 
@@ -403,7 +424,52 @@ def test_rows_that_cost_something_else_are_not_compared():
         ("t2v", FEW, case): result([20.0, 21.0]),
         ("t2v", FEW, STEPS): result([30.0, 31.0], "fewer_steps", flops=0.75),
     }
-    assert "vs_steps" not in quality.paired_rows(results)[0]
+    assert "vs_steps" not in paired_rows(results)[0]
+
+
+def test_a_verdict_goes_where_the_row_that_it_is_against_was_made_anew():
+    cell = {"model": "a", "task": "t2v", "steps": "20", "guidance": "5", "prompts": "12"}
+
+    def row(method, flops="0.67", made="old", **more):
+        return (
+            cell | {"method": method, "target": flops, "flops_ratio": flops, "commit": made} | more
+        )
+
+    said = {
+        f"{name}{end}": value
+        for name in ("vs_steps", "vs_default")
+        for end, value in (("", "better"), ("_db", "2"), ("_lo", "1"), ("_hi", "3"))
+    }
+    older = [
+        row("default"), row("fewer_steps"), row("tome", **said), row("random", "0.5", **said),
+        row("paper", "0.7", **said), row("tome", task="i2v", **said),
+    ]  # fmt: skip
+    key = ("method", "model", "task", "steps", "target")
+    # of the same commit it is the same run
+    assert not outdated(older, [row("default", flops="0.67") | {"steps": 20}], key)
+    assert not outdated(older, [row("mag_cache", made="new")], key)
+    found = outdated(older, [row("default", made="new"), row("paper", "0.7", made="new")], key)
+    (tome,) = found
+    assert tome == older[2] | dict.fromkeys([n for n in said if n.startswith("vs_default")], "")
+    # where it went away to, and where it came to
+    moved = row("default", made="new") | {"flops_ratio": "0.5"}
+    assert [r["method"] for r in outdated(older, [moved], key)] == ["tome", "random", "paper"]
+
+
+@pytest.mark.parametrize(
+    ("column", "method"), [("vs_steps", "fewer_steps"), ("vs_default", DEFAULT)]
+)
+def test_the_verdicts_of_the_rows_are_against_the_rows_that_are_there(column, method):
+    rows = read_rows(RESULTS / "quality.csv")
+    said = [row for row in rows if row[column]]
+    assert len(said) >= 50
+    for row in said:
+        twin = min(
+            (r for r in rows if r["method"] == method and key_of(r, CELL) == key_of(row, CELL)),
+            key=lambda r: abs(float(r["flops_ratio"]) - float(row["flops_ratio"])),
+        )
+        apart = float(row["psnr_db"]) - float(twin["psnr_db"])
+        assert float(row[f"{column}_db"]) == pytest.approx(apart, abs=0.02), row
 
 
 def test_rows_are_added_and_newer_ones_replace_older(tmp_path):
@@ -456,7 +522,7 @@ def test_rows_name_the_code_that_made_them_and_rows_are_no_code(tmp_path):
 
 def test_the_plots_are_drawn_from_rows(tmp_path):
     row = {
-        "model": "tiny_wan", "task": "t2v", "guidance": 8, "seeds": 1, "psnr_lo": 19.0,
+        "model": "tiny_wan_2", "task": "t2v", "guidance": 8, "seeds": 1, "psnr_lo": 19.0,
         "psnr_hi": 25.0,
     }  # fmt: skip
     rows = [
@@ -490,23 +556,31 @@ def test_the_readmes_tables_are_those_of_the_rows(readme):
 
 
 def test_the_first_pages_table_says_what_another_share_cost():
-    def row(method, psnr, flops, task="t2v", target="0.67"):
+    def row(method, psnr, flops, task="t2v", target="0.75", steps="4"):
         return {
-            "method": method, "task": task, "steps": "4", "target": target,
+            "method": method, "task": task, "steps": steps, "target": target,
             "psnr_db": psnr, "flops_ratio": flops,
         }  # fmt: skip
 
     rows = [
-        row("default", 20.04, 0.68), row("default", 9.0, 0.5, target="0.5"),
-        row("fewer_steps", 30.0, 0.75), row("fewer_steps", 31.0, 0.7, "i2v"),
+        row("default", 20.04, 0.76), row("default", 9.0, 0.67, target="0.67"),
+        row("fewer_steps", 30.0, 0.65), row("fewer_steps", 31.0, 0.78, "i2v"),
         row("paper", 99.0, 0.67), row("dense", 100.0, 1.0, target="1"),
+        row("default", 40.0, 0.67, target="0.67", steps="20"), row("default", 50.0, 0.75, steps="20"),
     ]  # fmt: skip
-    assert headline_table(rows, [("i2v", "4"), ("t2v", "4")]).splitlines() == [
-        "| PSNR in dB | image to video, 4 steps | text to video, 4 steps |",
-        "|---|---|---|",
-        "| dense, fewer steps | 31.0 | 30.0 at 0.75 |",
-        "| **WanTrim** (default) |  | 20.0 |",
+    assert headline_table(rows, [("i2v", "4"), ("t2v", "4"), ("t2v", "20")]).splitlines() == [
+        "| PSNR in dB | image to video, 4 steps, at 0.75 | text to video, 4 steps, at 0.75 "
+        "| text to video, 20 steps, at 0.67 |",
+        "|---|---|---|---|",
+        "| dense, fewer steps | 31.0 | 30.0 at 0.65 |  |",
+        "| **WanTrim** (default) |  | 20.0 | 40.0 |",
     ]
+
+
+def test_the_first_page_shows_the_second_tiny_wan():
+    shown = shown_rows(read_rows(RESULTS / "quality.csv"))
+    found = {(row["model"], row["steps"]) for row in shown}
+    assert found == {("tiny_wan_2", "20"), ("tiny_wan_2_4_steps_lora", "4")}
 
 
 def test_the_templates_tables_are_those_of_the_rows():
@@ -517,7 +591,7 @@ def test_the_templates_tables_are_those_of_the_rows():
 
 
 def test_a_templates_table_is_made_anew_and_nothing_else(tmp_path):
-    head = "| on the first tiny Wan, text to video, 4 steps | FLOPs |"
+    head = "| on the second tiny Wan, text to video, 4 steps | FLOPs |"
     note = f"before {head}\n|---|---|\n| old | 0.90 |\n\nafter | kept | too"
     graph = tmp_path / "graph.json"
     graph.write_text(json.dumps({"note": note, "other": 1}), "utf-8")

@@ -5,10 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from wantrim.benchmarks import students
+from wantrim.benchmarks import quality, students
 from wantrim.benchmarks.cases import DENSE, Point
 from wantrim.benchmarks.students import STAGES, StudentBench, all_cases
 from wantrim.benchmarks.subjects import toy_subject
+from wantrim.benchmarks.table import RESULTS, read_rows
 from wantrim.hosts.diffusers.slim import load_slim
 from wantrim.slim.file import read_header
 from wantrim.training.gate import new_router
@@ -62,6 +63,35 @@ def test_flops_are_the_predicted_ones_and_the_full_model_is_left_as_it_was(
     row = bench.run(few)["row"]
     assert row["flops_ratio"] == pytest.approx(0.25, rel=0.02) and row["psnr_db"] < 60
     assert bench.run(DENSE)["row"]["psnr_db"] == 100
+
+
+def test_every_row_is_a_case_and_the_command_makes_it(monkeypatch):
+    """What has no case is an old study and stands in results/old."""
+    ran = []
+    monkeypatch.setattr(students, "run_cases", lambda args, *_, **__: ran.append(args))
+    monkeypatch.setattr(quality, "commit", lambda: "1234567")
+    monkeypatch.setattr("sys.argv", ["students"])
+    students.main()
+    (args,) = ran
+    assert args.results == RESULTS
+    known = {(case.method, case.setting, f"{case.target:g}") for case in (DENSE, *all_cases())}
+    rows = read_rows(RESULTS / "students.csv")
+    assert len(rows) >= 10
+    for row in rows:
+        assert (row["method"], row["setting"], row["target"]) in known
+        assert (row["prompts"], row["seeds"]) == (str(args.prompts), str(args.seeds))
+
+
+def test_a_student_that_was_trained_anew_is_another_case(monkeypatch, tmp_path):
+    monkeypatch.setattr(students, "RUNS", tmp_path)
+    (case,) = (case for case in all_cases() if case.setting == "stage I")
+    stage, keys = tmp_path / case.student, [case.key]
+    stage.mkdir(parents=True)
+    for name in ("student", "router"):
+        for text in ("once", "anew"):
+            (stage / f"{name}.safetensors").write_text(text)
+            keys.append(case.key)
+    assert len(set(keys)) == 5 and case.key == keys[-1]
 
 
 def test_the_command_says_which_students_are_missing(tmp_path, monkeypatch):
