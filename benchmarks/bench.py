@@ -19,7 +19,7 @@ from ..hosts.diffusers.attach import attach
 from ..hosts.diffusers.profiling import profile_run
 from ..hosts.diffusers.sample import sample, sigmas_for
 from ..hosts.diffusers.shape import wan_shape
-from ..methods.grid import TokenGrid
+from ..methods.grid import TokenGrid, masked_as_given
 from ..profiles.profile import Profile
 from ..solve.course import Course
 from ..solve.dial import Dial, Run, flops
@@ -45,7 +45,7 @@ def sampling_of(subject: Subject, point: Point, item: Item) -> Run:
     image = subject.model_kwargs(item).get("encoder_hidden_states_image")
     anchored = None
     if item.condition is not None:
-        anchored = tuple((item.condition[:4].amax(0) > 0).all(-1).all(-1).tolist())
+        anchored = tuple(masked_as_given(item.condition[None, :4]).tolist())
     return Run(
         wan_shape(subject.model, len(item.text), 0 if image is None else image.shape[1]),
         TokenGrid(*(n // p for n, p in zip(subject.size, patch, strict=True))),

@@ -19,7 +19,8 @@ from diffusers.hooks import ModelHook
 from torch.nn.functional import normalize
 
 from ..hosts.diffusers.one_video import OneVideo, one_video
-from ..methods.grid import TokenGrid
+from ..hosts.diffusers.shape import token_grid
+from ..methods.grid import TokenGrid, masked_as_given
 from .random_router import millionths
 
 
@@ -83,18 +84,13 @@ class _Matching:
         self.merge: Merge | None = None
 
 
-def _grid(module, latents: torch.Tensor) -> TokenGrid:
-    sizes = zip(latents.shape[2:], module.config.patch_size, strict=True)
-    return TokenGrid(*(size // patch for size, patch in sizes))
-
-
 class _ModelHook(ModelHook):
     def __init__(self, matching: _Matching):
         super().__init__()
         self.matching = matching
 
     def pre_forward(self, module, hidden_states, *args, **kwargs):
-        self.matching.grid = _grid(module, hidden_states)
+        self.matching.grid = token_grid(module, hidden_states)
         return (hidden_states, *args), kwargs
 
 
@@ -163,11 +159,11 @@ class _Drawing(ModelHook):
         self.kept: torch.Tensor | None = None
 
     def pre_forward(self, module, hidden_states, timestep, *args, **kwargs):
-        self.grid, self.sigma = _grid(module, hidden_states), float(timestep.max()) / 1000
+        self.grid, self.sigma = token_grid(module, hidden_states), float(timestep.max()) / 1000
         channels = module.config.out_channels
-        mask = hidden_states[0, channels : channels + 4]
+        mask = hidden_states[:1, channels : channels + 4]
         # latent frames that the image condition gives stay whole, as with `paper`
-        self.anchored = (mask.amax(0) > 0).flatten(1).all(1).cpu() if len(mask) else None
+        self.anchored = masked_as_given(mask).cpu() if mask.shape[1] else None
         return (hidden_states, timestep, *args), kwargs
 
     def draw(self, block_index: int, device: torch.device) -> None:

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..methods.attend import head_groups
-from ..methods.depth import choose_blocks
 from ..methods.grid import TokenGrid
 from ..methods.heads import OFF, HeadPlan
 from ..methods.routers import Content
@@ -207,61 +206,53 @@ class Engine(Shared):
     def _look(self, levels, unit: float, chunks, decider: int, where, anchored, clip) -> Seen:
         """Read what a call decides by; the clock of a step is honest because of this wait."""
         own, last = chunks[decider], self.now
-        asked = [levels.max()]
-        asked += [(chunks[0] == chunk).all() for chunk in chunks[1:]]
+        asked: dict[Hashable, torch.Tensor | None] = {"largest": levels.max(), "anchored": anchored}
+        if len(chunks) > 1:
+            asked["alike"] = torch.stack([(chunks[0] == one).all() for one in chunks[1:]]).all()
         before = None if last is None else last.part.latent
-        alike = before is not None and (before.shape, before.device) == (own.shape, own.device)
-        asked.append((before == own).all() if alike else levels.new_zeros(()))
+        if before is not None and (before.shape, before.device) == (own.shape, own.device):
+            asked["again"] = (before == own).all()
         part = self.memory.parts.get(where)
-        strayed = held = goes_on = None
         if part is not None and part.fits(own) and self.plan.trims_shares:
-            strayed, goes_on = part.look(levels.max().float() / unit, own)
-            held = part.held()
-        asked.append(levels.new_zeros(()) if strayed is None else strayed)
-        asked.append(levels.new_zeros(()) if goes_on is None else goes_on.mean())
-        told = [torch.stack([value.to(own.device).float() for value in asked])]
+            asked["strayed"], goes_on = part.look(levels.max().float() / unit, own)
+            asked["goes_on"] = None if goes_on is None else goes_on.mean()
+            asked["held"] = part.held()
         ask = self.plan.blocks.router.ask if self.plan.trims_blocks else None
         if ask is not None:
             level = levels.max().float().reshape(1) / unit
             image = None if clip is None else clip.chunk(len(chunks))[decider]
-            told.append(ask(level, Content(own, image)))
-        frames = 0 if anchored is None else len(anchored)
-        if anchored is not None:
-            told.append(anchored)
-        told = torch.cat([value.to(told[0]) for value in told])
+            asked["logits"] = ask(level, Content(own, image))
         shown = {} if last is None else last.shown
-        seen = told.new_zeros(0) if held is None else held.to(told)
-        count, known, more = len(chunks) - 1, len(told), len(seen)
-        told = torch.cat([told, seen, *(one.flatten().to(told) for one in shown.values())]).cpu()
-        self._take_shown(shown, told[known + more :])
-        largest, *rest = told[:known].tolist()
-        end = len(rest) - frames
-        given = tuple(value > 0 for value in rest[end:])
+        told = _read({**asked, **shown}, own.device)
+        self._take_shown({block: told.pop(block) for block in shown})
+        shown.clear()
+        told = {name: value.tolist() for name, value in told.items()}
+        strayed, goes_on = told.get("strayed", 0.0), told.get("goes_on")
         # where noise is added every velocity is another path's
-        tells = goes_on is not None and not (part.noisy or rest[count + 1] > STRAYED)
+        if goes_on is not None and (part.noisy or strayed > STRAYED):
+            goes_on = None
+        given = tuple(value > 0 for value in told.get("anchored", ()))
         return Seen(
-            largest / unit,
-            not all(rest[:count]),
-            bool(rest[count]),
-            rest[count + 1],
+            told["largest"] / unit,
+            not told.get("alike", 1.0),
+            bool(told.get("again", 0.0)),
+            strayed,
             given if any(given) else None,
-            tuple(rest[count + 3 : end]) or None,
-            tuple(told[known : known + more].tolist()) or None,
-            rest[count + 2] if tells else None,
+            tuple(told["logits"]) if "logits" in told else None,
+            tuple(told["held"]) if "held" in told else None,
+            goes_on,
         )
 
-    def _take_shown(self, shown: dict[int, torch.Tensor], told: torch.Tensor) -> None:
-        """Take in what a step measured, as it was read [numbers]; it is used from the next one on."""
-        parts = told.split([one.numel() for one in shown.values()])
-        for (block, one), own in zip(shown.items(), parts, strict=True):
-            now, before = own.view(one.shape), self._shown.get(block)
+    def _take_shown(self, shown: dict[int, torch.Tensor]) -> None:
+        """Take in what a step measured, by block; it is used from the next one on."""
+        for block, now in shown.items():
+            before = self._shown.get(block)
             if before is not None and self._heads is not None:
                 # heads that are off show nothing of what they would add
                 off = torch.tensor([name == OFF for name in self._heads.self_attention[block]])
                 now[:, 0] = torch.where(off, before[:, 0], now[:, 0])
             self._shown[block] = now
         self._measured |= bool(shown)
-        shown.clear()
 
     def _find_roles(self, grid: TokenGrid, num_blocks: int) -> None:
         """Heads by what was measured last."""
@@ -271,20 +262,14 @@ class Engine(Shared):
         self._heads = self.plan.heads.solved(self._shown, grid, num_blocks)
         self.heads = head_groups(self._heads)
 
-    def _skipped(
-        self, sigma, progress, num_blocks: int, logits: tuple[float, ...] | None
-    ) -> frozenset[int]:
+    def _skipped(self, sigma, progress, num_blocks: int, logits) -> frozenset[int]:
         """Blocks that the router leaves out of a step."""
         if not self.plan.trims_blocks:
             return frozenset()
         router = self.plan.blocks.router
         router.check(num_blocks)
-        count = self.plan.blocks.count(sigma, progress, num_blocks)
-        if count >= num_blocks:
-            return frozenset()
         known = router.logits(num_blocks, sigma) if logits is None else torch.tensor(logits)
-        runs = choose_blocks(known, count)
-        return frozenset(range(num_blocks)) - frozenset(runs)
+        return self.plan.blocks.skipped(sigma, progress, num_blocks, known)
 
     def finish(self, completed: bool) -> Record:
         """Close the run and drop everything that it held."""
@@ -368,3 +353,14 @@ def _decider(cond_or_uncond: Sequence[int]) -> int:
     """Which chunk of a batch decides: the conditional prompt that also comes first, call by call."""
     cond = [i for i, role in enumerate(cond_or_uncond) if role == COND]
     return cond[0] if cond else 0
+
+
+def _read(asked: dict[Hashable, torch.Tensor | None], device: torch.device) -> dict:
+    """What there is of these in fp32 on the CPU, read in one wait for the device."""
+    there = {name: value for name, value in asked.items() if value is not None}
+    flat = torch.cat([value.to(device).float().flatten() for value in there.values()]).cpu()
+    parts = flat.split([value.numel() for value in there.values()])
+    return {
+        name: part.view(value.shape)
+        for (name, value), part in zip(there.items(), parts, strict=True)
+    }

@@ -149,7 +149,11 @@ def compile_step(plan: TrimPlan, facts: Facts) -> Program:
     """The program of a step."""
     grid, remarks = facts.grid, []
     share = _share(plan, facts, remarks)
-    skipped = frozenset() if share == 0.0 else _skipped(plan, facts)
+    skipped = facts.skipped
+    if share == 0.0 or not plan.trims_blocks:
+        skipped = frozenset()
+    elif skipped is None:
+        skipped = plan.blocks.skipped(facts.sigma, facts.progress, facts.num_blocks, None)
     budget, anchored = grid.per_frame, 0
     if 0.0 < share < 1.0:
         budget = max(1, round(share * grid.per_frame))
@@ -235,17 +239,6 @@ def _context(plan: TrimPlan, facts: Facts, share: float) -> str:
     if share < 1.0:
         return UPDATE if needed else READ
     return WRITE if needed else ""
-
-
-def _skipped(plan: TrimPlan, facts: Facts) -> frozenset[int]:
-    if not plan.trims_blocks:
-        return frozenset()
-    if facts.skipped is not None:
-        return facts.skipped
-    # which ones is not known: evenly spread, but never the first and the last
-    count = plan.blocks.count(facts.sigma, facts.progress, facts.num_blocks)
-    left, inner = facts.num_blocks - count, facts.num_blocks - 2
-    return frozenset(1 + (2 * i + 1) * inner // (2 * left) for i in range(left))
 
 
 def _reselecting(tokens, facts: Facts, skipped: frozenset[int], kept: int) -> list[Row]:

@@ -94,3 +94,18 @@ class BlockPlan:
     def blocks(self, sigma: float, num_blocks: int) -> int:
         """Blocks that run at this sigma, where any may be skipped."""
         return self.router.count(num_blocks, self.budget.blocks(sigma, num_blocks))
+
+    def skipped(
+        self, sigma: float, progress: float, num_blocks: int, logits: torch.Tensor | None
+    ) -> frozenset[int]:
+        """Blocks that do not run in a step.
+
+        Args:
+            logits: per block; None where only how many is known: evenly spread then, but never the
+                first and the last.
+        """
+        count = self.count(sigma, progress, num_blocks)
+        if logits is not None:
+            return frozenset(range(num_blocks)) - frozenset(choose_blocks(logits, count))
+        left, inner = num_blocks - count, num_blocks - 2
+        return frozenset(1 + (2 * i + 1) * inner // (2 * left) for i in range(left))

@@ -29,6 +29,19 @@ class TokenGrid:
         return sequence[:, self.start : self.start + self.tokens]
 
 
+def masked_as_given(mask: torch.Tensor) -> torch.Tensor:
+    """bool [f]: latent frames that Wan's mask channels [b, 4, f, h, w] say are given.
+
+    All of a latent frame has to be; of its four pixel frames one is enough.
+    """
+    return (mask.amax(1) > 0).all(-1).all(-1).any(0)
+
+
+def timed_as_given(timestep: torch.Tensor, frames: int) -> torch.Tensor:
+    """bool [f]: latent frames at timestep 0 (TI2V), by timesteps of frames or of tokens [b, ...]."""
+    return (timestep.view(len(timestep), frames, -1) == 0).all(-1).all(0)
+
+
 def gather_tokens(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Rows `index` [b, kept] of `tensor` [b, s, ...]; a batch of 1 is shared by all samples.
 

@@ -253,7 +253,7 @@ class WanTrimVerdict(io.ComfyNode):
         if len(images) < len(videos):
             notes.append(f"{len(images)} videos came for {len(videos)} candidates: taken in order")
         kept = _keep(held, tuned_of(held, rows, choice), name) if name.strip() else ""
-        warmed = sum(one.warmed for one in held.whole.outcomes.values())
+        warmed = sum(one.warmed for one in held.whole.samplings.values())
         text = verdict_text(rows, choice, held.wanted, notes, warmed)
         text = f"{text}\n{kept}" if kept else text
         # what is damaged is not drawn

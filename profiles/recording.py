@@ -6,6 +6,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from ..kernels import frame_mass
+from ..methods.attend import Attention
 from ..methods.grid import TokenGrid
 from ..methods.heads import TILES
 from ..methods.importance import sample_queries
@@ -99,8 +100,11 @@ class BlockRecord:
         # why the block's self-attention cannot be measured
         self.strange = False
 
-    def attention(self, q: torch.Tensor, k: torch.Tensor, out: torch.Tensor) -> None:
-        """An attention call, all [b, s, n, d]; self-attention's comes first."""
+    def attention(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attention: Attention
+    ) -> torch.Tensor:
+        """Run an attention call, all [b, s, n, d], and look at it; self-attention's comes first."""
+        out = attention(q, k, v)
         self.attended += 1
         heads = (self.model.num_heads, self.model.head_dim)
         if q.shape[1] != self.length or q.shape[2:] != heads or out.shape != q.shape:
@@ -116,6 +120,7 @@ class BlockRecord:
             options = {"start": grid.start, "tiles": tuple(TILES.values())}
             self.found["mass"] = frame_mass(call.own(q), call.own(k), *where, **options).sum(0)
             self._measure("self", [self._sampled(out).float()])
+        return out
 
     def norm(self, x: torch.Tensor) -> None:
         """The input [b, s, dim] of a norm over all heads."""

@@ -278,3 +278,17 @@ def test_what_ships_imports_nothing_that_does_not(root):
         if module in gone or module.rpartition(".")[0] in gone
     ]
     assert not broken
+
+
+def test_what_ships_is_reached_from_the_nodes(root):
+    ships = set(source_files(root)) - left_out_files(root)
+    modules = {file: ".".join([PACK, *file.with_suffix("").parts]) for file in ships}
+    names = {module.removesuffix(".__init__"): file for file, module in modules.items()}
+    todo = {Path("__init__.py"), *(file for file in ships if file.parts[0] == "nodes")}
+    reached = set()
+    while todo:
+        reached |= todo
+        named = {module for file in todo for _, module in imports(root, file)}
+        found = {names.get(name) or names.get(name.rpartition(".")[0]) for name in named}
+        todo = found - reached - {None}
+    assert not {file for file in ships - reached if file.name != "__init__.py"}

@@ -71,15 +71,15 @@ def rows_of(trial: Trial, videos: Sequence[torch.Tensor | None], prompt: str | N
 
 def _row(trial: Trial, candidate: Candidate, prompt: str | None) -> Row:
     row = Row(candidate.name, candidate.label, candidate.seconds, failed=candidate.failed)
-    outcomes = candidate.outcomes
-    if candidate.failed is None and len(outcomes) < len(trial.parts):
+    samplings = candidate.samplings
+    if candidate.failed is None and len(samplings) < len(trial.parts):
         row.remarks.append(
             "it was never sampled: connect the model to a sampler, and take off bypasses"
         )
         return row
-    row.cached = any(outcome.prompt != prompt for outcome in outcomes.values())
-    for outcome in outcomes.values():
-        row.remarks += outcome.notes
+    row.cached = any(sampling.prompt != prompt for sampling in samplings.values())
+    for sampling in samplings.values():
+        row.remarks += sampling.notes
     for attachment in candidate.attachments().values():
         row.remarks += [] if attachment.record is None else attachment.record.notes
     if candidate.failed is None:
@@ -99,7 +99,7 @@ def _work(trial: Trial, candidate: Candidate) -> float | None:
     if candidate.name in (WHOLE, STEPS, CACHE):
         done = [
             one.steps * (1 - one.left_out / max(trial.calls(part), 1))
-            for part, one in candidate.outcomes.items()
+            for part, one in candidate.samplings.items()
         ]
         return sum(done) / whole
     records = [attachment.record for attachment in candidate.attachments().values()]
@@ -115,11 +115,11 @@ def _work(trial: Trial, candidate: Candidate) -> float | None:
 
 def _cache_words(trial: Trial, candidate: Candidate) -> str:
     said = []
-    for part, outcome in candidate.outcomes.items():
+    for part, sampling in candidate.samplings.items():
         calls = trial.calls(part)
-        many = f"{outcome.steps}" if calls in (0, outcome.steps) else f"{calls} model calls"
-        at = "" if outcome.threshold is None else f" at {outcome.threshold:.3g}"
-        said.append(f"{at} ({outcome.left_out} of {many} left out)")
+        many = f"{sampling.steps}" if calls in (0, sampling.steps) else f"{calls} model calls"
+        at = "" if sampling.threshold is None else f" at {sampling.threshold:.3g}"
+        said.append(f"{at} ({sampling.left_out} of {many} left out)")
     return " and".join(said)
 
 
@@ -142,7 +142,7 @@ def tuned_of(trial: Trial, rows: Sequence[Row], choice: Choice) -> dict[str, Tun
     best = trial.candidates[choice.best]
     plan = next(one for one in trial.candidates if one.name == PLAN).attachments()
     way = trial.travel(trial.parts[-1])
-    if way is None or any(trial.whole.outcomes[part].travel is None for part in trial.parts):
+    if way is None or any(trial.whole.samplings[part].travel is None for part in trial.parts):
         return "the whole run has too few steps, or they do not fall"
     found = {}
     for part in trial.parts:
@@ -178,7 +178,7 @@ def shared_row(
 ) -> dict:
     """The trial as plain data: no prompt, no path, no picture."""
     first = next(
-        (one for part in trial.parts for one in [trial.whole.outcomes.get(part)] if one), None
+        (one for part in trial.parts for one in [trial.whole.samplings.get(part)] if one), None
     )
     shown = next((video for video in videos if video is not None), None)
     solved = [

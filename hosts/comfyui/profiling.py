@@ -221,14 +221,8 @@ class _WatchedBlock:
             if record is None:
                 return original(args)
             options = dict(as_dict(args.get("transformer_options")) or self.options)
-
-            def shown(q, k, v, attention):
-                out = attention(q, k, v)
-                record.attention(q, k, out)
-                return out
-
             # the outermost
-            options[OVERRIDE] = AttentionTap(shown, options.get(OVERRIDE), options)
+            options[OVERRIDE] = AttentionTap(record.attention, options.get(OVERRIDE), options)
             with BlockWatch(record):
                 out = original({**args, "transformer_options": options})
             record.done()

@@ -29,7 +29,7 @@ WHOLE, CACHE, STEPS = "whole", "easycache", "steps"
 
 
 @dataclass
-class Outcome:
+class Sampling:
     """One sampling of one model of a candidate.
 
     Args:
@@ -67,7 +67,7 @@ class Outcome:
     def steps(self) -> int:
         return max(0, len(self.sigmas) - 1)
 
-    def is_of_another_node(self, later: Outcome) -> bool:
+    def is_of_another_node(self, later: Sampling) -> bool:
         """Whether another node sampled it before for the same queue entry."""
         return self.prompt == later.prompt and self.node != later.node
 
@@ -91,7 +91,7 @@ class Candidate:
     steps: int
     change_at: int
     models: dict[str, object] = field(default_factory=dict)
-    outcomes: dict[str, Outcome] = field(default_factory=dict)
+    samplings: dict[str, Sampling] = field(default_factory=dict)
     failed: str | None = None
 
     def attachments(self) -> dict[str, Attachment]:
@@ -101,15 +101,15 @@ class Candidate:
     @property
     def seconds(self) -> float | None:
         """Of its own sampling, without what the first run of all warms up; None is not measured."""
-        done = [outcome.seconds for outcome in self.outcomes.values()]
+        done = [sampling.seconds for sampling in self.samplings.values()]
         if len(done) < len(self.models) or None in done:
             return None
-        warmed = sum(one.warmed for one in self.outcomes.values()) if self.name == WHOLE else 0.0
+        warmed = sum(one.warmed for one in self.samplings.values()) if self.name == WHOLE else 0.0
         return sum(done) - warmed
 
     @property
     def steps_done(self) -> int:
-        return sum(outcome.steps for outcome in self.outcomes.values())
+        return sum(sampling.steps for sampling in self.samplings.values())
 
 
 @dataclass
@@ -139,14 +139,14 @@ class Trial:
         """Of the whole run up to the end of a part, as far as it is known: all candidates of the
         first expert are sampled before any of the second one."""
         parts = self.parts[: self.parts.index(part) + 1]
-        ways = [getattr(self.whole.outcomes.get(one), "travel", None) for one in parts]
+        ways = [getattr(self.whole.samplings.get(one), "travel", None) for one in parts]
         if None in ways:
             return ways[-1]
         return ways[0] if len(ways) == 1 else ways[0].joined(ways[1])
 
     def calls(self, part: str) -> int:
         """Model calls that the whole run's sampler made for a part: some make several a step."""
-        whole = self.whole.outcomes.get(part)
+        whole = self.whole.samplings.get(part)
         return 0 if whole is None else len(whole.probe.steps) or whole.steps
 
     def why_not(self, candidate: Candidate, part: str) -> str | None:
@@ -170,8 +170,8 @@ class Trial:
     def let_go(self) -> None:
         """Forget the latents: every candidate has its video."""
         for candidate in self.candidates:
-            for outcome in candidate.outcomes.values():
-                outcome.result = None
+            for sampling in candidate.samplings.values():
+                sampling.result = None
 
 
 @dataclass
@@ -183,33 +183,33 @@ class Place(Kept):
     part: str
 
     @property
-    def outcome(self) -> Outcome:
-        return self.candidate.outcomes[self.part]
+    def sampling(self) -> Sampling:
+        return self.candidate.samplings[self.part]
 
-    def prepare(self, options: dict, sampling) -> None:
+    def prepare(self, options: dict, model_sampling) -> None:
         """What of a candidate only the whole run can tell."""
-        whole = self.trial.whole.outcomes.get(self.part)
+        whole = self.trial.whole.samplings.get(self.part)
         attachment = options.get(PLAN_KEY)
         if self.candidate.name == OWN and attachment is not None:
             travel = self.trial.travel(self.part)
             attachment.dial = replace(attachment.dial, travel=travel)
             if travel is None:
-                self.outcome.notes.append(
+                self.sampling.notes.append(
                     "the whole run was not seen, so the curves that ship were used"
                 )
         if self.candidate.name == CACHE and "easycache" in options:
-            self._set_threshold(options["easycache"], whole, sampling)
+            self._set_threshold(options["easycache"], whole, model_sampling)
 
-    def _set_threshold(self, holder, whole: Outcome | None, sampling) -> None:
+    def _set_threshold(self, holder, whole: Sampling | None, model_sampling) -> None:
         if whole is None or whole.seconds is None or not whole.probe.steps:
-            self.outcome.notes.append(
+            self.sampling.notes.append(
                 f"the whole run was not seen: EasyCache ran at {holder.reuse_threshold:g}"
             )
         else:
             wanted = round(self.trial.calls(self.part) * (1 - 1 / self.trial.wanted))
             between = [
-                float(sampling.percent_to_sigma(percent))
+                float(model_sampling.percent_to_sigma(percent))
                 for percent in (holder.start_percent, holder.end_percent)
             ]
             holder.reuse_threshold = whole.probe.threshold(wanted, *between)
-        self.outcome.threshold = float(holder.reuse_threshold)
+        self.sampling.threshold = float(holder.reuse_threshold)

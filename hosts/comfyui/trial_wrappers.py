@@ -22,7 +22,7 @@ from .given import attached, levels_of, options_in, own_options
 from .live import running_node, running_prompt
 from .runs import sampler_name, sampling_key
 from .shape import device_name
-from .trial import CACHE, KEY, WHOLE, Candidate, Outcome, Place, Trial
+from .trial import CACHE, KEY, WHOLE, Candidate, Place, Sampling, Trial
 
 log = logging.getLogger(__name__)
 
@@ -76,20 +76,20 @@ def _outer_sample(executor, *args, **kwargs):
     given = {**dict(zip(ARGUMENTS, args, strict=False)), **kwargs}
     candidate, part = place.candidate, place.part
     key = sampling_key(guider, given)
-    known = candidate.outcomes.get(part)
+    known = candidate.samplings.get(part)
     if known is not None and known.is_of(guider.model_patcher, key):
         log.info("WanTrim Candidates: %s was finished before and is taken", candidate.label)
         return known.result.clone()
     if part == place.trial.parts[0]:
         candidate.failed = place.trial.why_not(candidate, part)
-        candidate.outcomes.clear()
+        candidate.samplings.clear()
     elif known is not None and known.seconds is None:
         # it failed here, in an earlier run
         candidate.failed = None
     if candidate.failed is not None:
         return given["latent_image"].float()
     place.trial.tell(candidate, part)
-    outcome = candidate.outcomes[part] = Outcome(
+    sampling = candidate.samplings[part] = Sampling(
         running_prompt(),
         running_node(),
         sampler_name(given.get("sampler")),
@@ -97,33 +97,33 @@ def _outer_sample(executor, *args, **kwargs):
         tuple(levels_of(given.get("sigmas"))),
         device_name(guider.model_patcher.load_device),
     )
-    again = known is not None and known.is_of_another_node(outcome)
+    again = known is not None and known.is_of_another_node(sampling)
     # the others go the same way
     if again and candidate.name == WHOLE:
-        outcome.notes.append("all were sampled by two samplers; the figures are of the last")
+        sampling.notes.append("all were sampled by two samplers; the figures are of the last")
     try:
         with own_options(guider) as options:
-            sampling = guider.model_patcher.get_model_object("model_sampling")
-            place.prepare(options["transformer_options"], sampling)
+            model_sampling = guider.model_patcher.get_model_object("model_sampling")
+            place.prepare(options["transformer_options"], model_sampling)
             result = executor(*args, **kwargs)
     except BaseException as error:
         # the host's interrupt is no Exception
-        candidate.outcomes.pop(part, None)
+        candidate.samplings.pop(part, None)
         candidate.failed = _why_failed(candidate, error)
         if candidate.failed is None:
             raise
-        candidate.outcomes[part] = replace(outcome, seconds=None, way=[])
+        candidate.samplings[part] = replace(sampling, seconds=None, way=[])
         if candidate.failed != OUT_OF_MEMORY:
-            candidate.outcomes[part].notes.append(str(error))
+            candidate.samplings[part].notes.append(str(error))
         log.warning("WanTrim Candidates: %s: %s", candidate.label, candidate.failed)
     if candidate.failed is not None:
         # out here nothing holds the tensors of what failed; the host does the same
         comfy.model_management.unload_all_models()
         comfy.model_management.soft_empty_cache()
         return given["latent_image"].float()
-    _look_back(outcome, candidate.name == WHOLE)
-    outcome.result, outcome.key = result.detach().cpu().clone(), key
-    outcome.model = weakref.ref(guider.model_patcher)
+    _look_back(sampling, candidate.name == WHOLE)
+    sampling.result, sampling.key = result.detach().cpu().clone(), key
+    sampling.model = weakref.ref(guider.model_patcher)
     return result
 
 
@@ -154,23 +154,23 @@ def _sampler_sample(executor, *args, **kwargs):
     options = options_in(extra.get("model_options"))
     if KEY not in options:
         return executor(*args, **kwargs)
-    outcome = options[KEY].outcome
+    sampling = options[KEY].sampling
     given = [*args]
     if len(given) > 3:
-        given[3] = _marking(outcome, given[3])
+        given[3] = _marking(sampling, given[3])
     else:
-        kwargs = {**kwargs, "callback": _marking(outcome, kwargs.get("callback"))}
+        kwargs = {**kwargs, "callback": _marking(sampling, kwargs.get("callback"))}
     begins = _now()
     result = executor(*given, **kwargs)
-    outcome.seconds = _now() - begins
-    outcome.ends = [begins, *outcome.ends]
-    outcome.left_out = int(getattr(options.get("easycache"), "total_steps_skipped", 0))
+    sampling.seconds = _now() - begins
+    sampling.ends = [begins, *sampling.ends]
+    sampling.left_out = int(getattr(options.get("easycache"), "total_steps_skipped", 0))
     return result
 
 
-def _marking(outcome: Outcome, callback):
+def _marking(sampling: Sampling, callback):
     def mark(*args, **kwargs):
-        outcome.ends.append(_now())
+        sampling.ends.append(_now())
         return None if callback is None else callback(*args, **kwargs)
 
     return mark
@@ -189,7 +189,7 @@ def _predict_noise(executor, x, timestep, *args, **kwargs):
     place = options_in(options).get(KEY)
     if place is None:
         return out
-    way, sigma = place.outcome.way, float(timestep.flatten()[0])
+    way, sigma = place.sampling.way, float(timestep.flatten()[0])
     if not way or (sigma < way[-1][0] and way[-1][2].shape == x.shape):
         velocity = (x.float() - out.float()) / max(sigma, 1e-6)
         change = 0.0
@@ -210,24 +210,24 @@ def _apply_model(executor, x, t, *args, **kwargs):
     if options is not None and out.shape == x.shape:
         sigma = float(t.flatten()[0])
         velocity = (x - out) / max(sigma, 1e-6)
-        options[KEY].outcome.probe.see(sigma, x, velocity, list(options.get("uuids", ())))
+        options[KEY].sampling.probe.see(sigma, x, velocity, list(options.get("uuids", ())))
     return out
 
 
-def _look_back(outcome: Outcome, whole: bool) -> None:
+def _look_back(sampling: Sampling, whole: bool) -> None:
     """What a finished sampling tells."""
-    spans = [b - a for a, b in zip(outcome.ends, outcome.ends[1:], strict=False)]
+    spans = [b - a for a, b in zip(sampling.ends, sampling.ends[1:], strict=False)]
     if whole and len(spans) > 2:
-        outcome.warmed = max(0.0, spans[0] - statistics.median(spans[1:]))
-    if len(outcome.way) > 1:
+        sampling.warmed = max(0.0, spans[0] - statistics.median(spans[1:]))
+    if len(sampling.way) > 1:
         total, travel = 0.0, []
-        for _, change, _ in outcome.way:
+        for _, change, _ in sampling.way:
             total += change
             travel.append(total)
-        sigmas = tuple(min(1.0, sigma) for sigma, *_ in outcome.way)
+        sigmas = tuple(min(1.0, sigma) for sigma, *_ in sampling.way)
         if all(a > b for a, b in zip(sigmas, sigmas[1:], strict=False)):
-            outcome.travel = Travel(sigmas, tuple(travel))
-    outcome.way, outcome.ends = [], []
+            sampling.travel = Travel(sigmas, tuple(travel))
+    sampling.way, sampling.ends = [], []
 
 
 def _number(value) -> float | None:

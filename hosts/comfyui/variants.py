@@ -6,7 +6,7 @@ import torch
 
 import comfy.model_sampling
 
-from ...methods.grid import TokenGrid
+from ...methods.grid import TokenGrid, masked_as_given, timed_as_given
 from .given import as_dict
 
 # class name -> None when tokens may be dropped, heads trimmed and profiles recorded, else the reason
@@ -154,13 +154,10 @@ def anchored_frames(
     mask = x.shape[1] - out_channels - 4
     if mask in (out_channels, 2 * out_channels):
         # noise, control latents (Fun Control), 4 mask channels (1 where given), image latents
-        # a latent frame is given when all of it is; one of its four pixel frames is enough
-        given = (x[:, mask : mask + 4].amax(1) > 0).all(-1).all(-1)
-        anchored[:frames] |= given.any(0)
+        anchored[:frames] |= masked_as_given(x[:, mask : mask + 4])
     each = isinstance(timestep, torch.Tensor) and timestep.ndim == 2
     if each and timestep.shape[1] == frames:
-        # TI2V: given latent frames are at timestep 0
-        anchored[:frames] |= (timestep == 0).all(0)
+        anchored[:frames] |= timed_as_given(timestep, frames)
     vace = extra.get("vace_context")
     told = isinstance(vace, torch.Tensor) and vace.ndim == 6
     if told and vace.shape[2] > 2 * out_channels:

@@ -15,10 +15,10 @@ from ...engine.compiled import outside_graphs
 from ...engine.engine import COND, Engine, check_latent
 from ...engine.plan import TrimPlan
 from ...engine.record import Record
-from ...methods.grid import TokenGrid
+from ...methods.grid import TokenGrid, masked_as_given, timed_as_given
 from ...methods.heads import HeadPlan
-from .blocks import Block
-from .shape import wan_shape
+from .blocks import Block, BlockHook
+from .shape import token_grid, wan_shape
 
 HOOK = "wantrim"
 
@@ -43,6 +43,11 @@ class Attachment:
         record = self.engine.finish(True)
         self.new_run()
         return record
+
+    @torch.compiler.disable(recursive=False)
+    def block(self, index: int, block: Block) -> torch.Tensor:
+        """Run a block, by the call's program where there is one."""
+        return block.run(block.hidden) if self.call is None else self.call.block(index, block)
 
     def detach(self) -> None:
         for module in (self.model, *self.model.blocks):
@@ -89,7 +94,7 @@ def attach(
         )
         for index, block in enumerate(model.blocks):
             registry = HookRegistry.check_if_exists_or_initialize(block)
-            registry.register_hook(_BlockHook(attachment, index), HOOK)
+            registry.register_hook(BlockHook(attachment.block, index), HOOK)
     return attachment
 
 
@@ -125,7 +130,7 @@ class _ModelHook(ModelHook):
             a.engine.record.shape = wan_shape(
                 module, text.shape[1], 0 if images is None else images.shape[1]
             )
-        grid = _grid(module, hidden_states)
+        grid = token_grid(module, hidden_states)
         # without the image channels: a router looks at the noisy latent alone
         latent = hidden_states[:, : module.config.out_channels]
         anchored = _anchored(module, hidden_states, timestep, grid)
@@ -171,35 +176,11 @@ def _in_their_form(velocity: torch.Tensor, args: tuple, kwargs: dict):
     return (velocity,)
 
 
-@outside_graphs
-class _BlockHook(ModelHook):
-    def __init__(self, attachment: Attachment, index: int):
-        super().__init__()
-        self.attachment, self.index = attachment, index
-
-    def new_forward(self, module, hidden_states, encoder_hidden_states, temb, rotary_emb):
-        forward = self.fn_ref.original_forward
-        call = self.attachment.call
-        if call is None:
-            return forward(hidden_states, encoder_hidden_states, temb, rotary_emb)
-        block = Block(forward, hidden_states, encoder_hidden_states, temb, rotary_emb)
-        return call.block(self.index, block)
-
-
-def _grid(module, hidden_states) -> TokenGrid:
-    _, _, frames, height, width = hidden_states.shape
-    patch_t, patch_h, patch_w = module.config.patch_size
-    return TokenGrid(frames // patch_t, height // patch_h, width // patch_w)
-
-
 def _anchored(module, hidden_states, timestep, grid: TokenGrid) -> torch.Tensor | None:
     config = module.config
     # Wan's image-to-video input: noise, 4 mask channels, image latents
     if config.in_channels == 2 * config.out_channels + 4:
-        mask = hidden_states[:, config.out_channels : config.out_channels + 4]
-        # a latent frame is given when all of it is; one of its four pixel frames is enough
-        return (mask.amax(1) > 0).all(-1).all(-1).any(0)
-    # timesteps by token (TI2V) are 0 where the latent is given
+        return masked_as_given(hidden_states[:, config.out_channels : config.out_channels + 4])
     if timestep.ndim == 2:
-        return (timestep.view(len(timestep), grid.frames, -1) == 0).all(-1).all(0)
+        return timed_as_given(timestep, grid.frames)
     return None

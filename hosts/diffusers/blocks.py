@@ -61,9 +61,9 @@ POSITIONAL = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "s
 
 
 class AttentionTap(TorchFunctionMode):
-    """Hands a block's attention calls, q, k, v [b, n, s, d] there, to the engine."""
+    """Hands a block's attention calls, q, k, v [b, n, s, d] there, over as [b, s, n, d]."""
 
-    def __init__(self, attend: Attend):
+    def __init__(self, attend: Callable):
         super().__init__()
         # its own calls pass by, also those that a graph makes while it is on
         self.attend, self._busy = attend, False
@@ -94,6 +94,20 @@ class AttentionTap(TorchFunctionMode):
             self._busy = False
 
 
+@outside_graphs
+class BlockHook(ModelHook):
+    """Hands a block with its inputs to run(index, block), which gives what comes out of it."""
+
+    def __init__(self, run: Callable[[int, Block], torch.Tensor], index: int):
+        super().__init__()
+        self.run, self.index = run, index
+
+    def new_forward(self, module, hidden_states, encoder_hidden_states, temb, rotary_emb):
+        forward = self.fn_ref.original_forward
+        block = Block(forward, hidden_states, encoder_hidden_states, temb, rotary_emb)
+        return self.run(self.index, block)
+
+
 WATCH = "wantrim_watch"
 
 
@@ -105,25 +119,18 @@ def watch_blocks(
 
     What `seen` returns replaces the block's output unless it is None.
     """
+
+    def run(index: int, block: Block) -> torch.Tensor:
+        attention = []
+        out = block.run(block.hidden, None, Attend(lambda q, k, v: attention.extend((q, k))))
+        other = seen(index, block, *attention)
+        return out if other is None else other
+
     for index, block in enumerate(model.blocks):
         registry = HookRegistry.check_if_exists_or_initialize(block)
-        registry.register_hook(_WatchHook(index, seen), WATCH)
+        registry.register_hook(BlockHook(run, index), WATCH)
     try:
         yield
     finally:
         for block in model.blocks:
             block._diffusers_hook.remove_hook(WATCH, recurse=False)
-
-
-class _WatchHook(ModelHook):
-    def __init__(self, index: int, seen):
-        super().__init__()
-        self.index, self.seen = index, seen
-
-    def new_forward(self, module, hidden_states, encoder_hidden_states, temb, rotary_emb):
-        forward = self.fn_ref.original_forward
-        block = Block(forward, hidden_states, encoder_hidden_states, temb, rotary_emb)
-        attention = []
-        out = block.run(hidden_states, None, Attend(lambda q, k, v: attention.extend((q, k))))
-        other = self.seen(self.index, block, *attention)
-        return out if other is None else other

@@ -10,10 +10,11 @@ from diffusers import WanTransformer3DModel
 from diffusers.hooks import HookRegistry, ModelHook
 
 from ...engine.engine import COND
-from ...methods.grid import TokenGrid
 from ...profiles.fingerprint import Fingerprint, sample_modulation
 from ...profiles.recorder import Projections, Recorder
-from ...profiles.recording import BlockRecord, BlockWatch, CallRecord
+from ...profiles.recording import BlockWatch, CallRecord
+from .blocks import AttentionTap, Block, BlockHook
+from .shape import token_grid
 
 HOOK = "wantrim_profile"
 
@@ -65,7 +66,7 @@ def profile_run(
     )
     run = _Run(recorder, tuple(cond_or_uncond))
     hooks = [(model, _ModelHook(run))]
-    hooks += [(block, _BlockHook(run, index)) for index, block in enumerate(model.blocks)]
+    hooks += [(block, BlockHook(run.block, index)) for index, block in enumerate(model.blocks)]
     registries = []
     try:
         for module, hook in hooks:
@@ -98,13 +99,21 @@ class _Run:
         ):
             return
         self._last = sigma, hidden_states.detach().clone()
-        sizes = zip(hidden_states.shape[2:], module.config.patch_size, strict=True)
         self.call = self.recorder.begin(
             sigma=sigma,
-            grid=TokenGrid(*(size // patch for size, patch in sizes)),
+            grid=token_grid(module, hidden_states),
             cond_or_uncond=self.cond_or_uncond,
             batch=len(hidden_states),
         )
+
+    def block(self, index: int, block: Block) -> torch.Tensor:
+        if self.call is None:
+            return block.run(block.hidden)
+        record = self.call.block(index, block.hidden, block.hidden.shape[1])
+        with BlockWatch(record), AttentionTap(record.attention):
+            out = block.run(block.hidden)
+        record.done()
+        return out
 
     def finish(self, module) -> None:
         if self.call is None:
@@ -136,35 +145,3 @@ class _ModelHook(ModelHook):
             return out
         finally:
             self.run.call = None
-
-
-class _BlockHook(ModelHook):
-    def __init__(self, run: _Run, index: int):
-        super().__init__()
-        self.run, self.index = run, index
-
-    def new_forward(self, module, hidden_states, encoder_hidden_states, temb, rotary_emb):
-        forward = self.fn_ref.original_forward
-        inputs = (hidden_states, encoder_hidden_states, temb, rotary_emb)
-        call = self.run.call
-        if call is None:
-            return forward(*inputs)
-        record = call.block(self.index, hidden_states, hidden_states.shape[1])
-        with _Watch(record):
-            out = forward(*inputs)
-        record.done()
-        return out
-
-
-class _Watch(BlockWatch):
-    """Sees scaled_dot_product_attention too, in which q, k, v and the result are [b, n, s, d]."""
-
-    record: BlockRecord
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        out = super().__torch_function__(func, types, args, kwargs)
-        if func is torch.nn.functional.scaled_dot_product_attention:
-            bound = {**dict(zip(("query", "key"), args, strict=False)), **(kwargs or {})}
-            seen = (bound["query"], bound["key"], out)
-            self.record.attention(*(tensor.transpose(1, 2) for tensor in seen))
-        return out

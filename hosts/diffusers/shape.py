@@ -1,10 +1,18 @@
-"""Sizes of diffusers' WanTransformer3DModel for the cost model."""
+"""Sizes of diffusers' WanTransformer3DModel, and of what it is given."""
 
 from __future__ import annotations
 
+import torch
 from diffusers import WanTransformer3DModel
 
 from ...methods.cost import WanShape
+from ...methods.grid import TokenGrid
+
+
+def token_grid(model: WanTransformer3DModel, latent: torch.Tensor) -> TokenGrid:
+    """The tokens that the model makes of a latent [b, c, f, h, w]."""
+    sizes = zip(latent.shape[2:], model.config.patch_size, strict=True)
+    return TokenGrid(*(size // patch for size, patch in sizes))
 
 
 def wan_shape(model: WanTransformer3DModel, text_tokens: int, image_tokens: int = 0) -> WanShape:

@@ -120,7 +120,7 @@ def test_what_the_plans_run_was_is_not_sampled_again():
 
 def test_easycache_is_the_hosts_own_at_a_threshold_of_the_whole_run(done):
     models, _, trial, videos = done
-    found = trial.candidates[NAMES.index("easycache")].outcomes["this"]
+    found = trial.candidates[NAMES.index("easycache")].samplings["this"]
     assert found.left_out == 3
     plain = EasyCacheNode.execute(tiny.base_model(), found.threshold, 0.15, 0.95, False).result[0]
     assert torch.equal(videos[7], sampled(plain))
@@ -132,7 +132,7 @@ def test_easycache_is_the_hosts_own_at_a_threshold_of_the_whole_run(done):
 def test_one_plan_is_solved_by_the_whole_run(done):
     models, _, trial, _ = done
     way = attachment_of(models[2]).dial.travel
-    assert way.sigmas == pytest.approx(trial.whole.outcomes["this"].sigmas[:-1])
+    assert way.sigmas == pytest.approx(trial.whole.samplings["this"].sigmas[:-1])
     assert way.travel[0] == 0 and list(way.travel) == sorted(set(way.travel))
     assert attachment_of(models[1]).dial.travel is None
 
@@ -196,7 +196,7 @@ def test_cancelled_trial_goes_on_where_it_was():
     seen[2].error = comfy.model_management.InterruptProcessingException()
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         decoded(models, steps)
-    assert models[2].model_options["transformer_options"][KEY].candidate.outcomes == {}
+    assert models[2].model_options["transformer_options"][KEY].candidate.samplings == {}
     before = [one.calls for one in seen]
     assert before == [8, 8, 3, 0]
     videos = decoded(models, steps)
@@ -555,12 +555,12 @@ def test_both_experts_are_solved_by_their_own_whole_runs(experts):
         latent = tiny.ksampler_advanced(first, tiny.empty_latent(), 0, change, steps=steps)
         tiny.ksampler_advanced(second, latent, change, steps, steps=steps)
     found = trial.candidates[names.index("own")].attachments()
-    ways = [trial.whole.outcomes[part].travel for part in trial.parts]
+    ways = [trial.whole.samplings[part].travel for part in trial.parts]
     for part in trial.parts:
         # all candidates of the first one are sampled before any of the second
         known = ways[0] if part == "high" else ways[0].joined(ways[1])
         assert found[part].dial.travel == known
-        assert not trial.candidates[names.index("own")].outcomes[part].notes
+        assert not trial.candidates[names.index("own")].samplings[part].notes
     works = [step for one in found.values() for step in one.record.steps]
     assert len(works) / sum(step.kept_share for step in works) == pytest.approx(SPEEDUP, rel=0.1)
 
