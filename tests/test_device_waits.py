@@ -1,119 +1,36 @@
 """A model call waits for the device once, and holds little more memory than it has to."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from wantrim.benchmarks.random_router import RandomRouter
-from wantrim.engine.context import context_bytes
+from wantrim.engine import context, memory
+from wantrim.engine.context import Lane, Room, context_bytes
 from wantrim.engine.engine import COND, UNCOND
 from wantrim.engine.plan import TrimPlan
 from wantrim.hosts.diffusers.attach import attach
 from wantrim.hosts.diffusers.profiling import model_fingerprint
 from wantrim.methods.depth import BlockBudget, BlockPlan
 from wantrim.methods.heads import FRAME, FULL, OFF, HeadPlan
+from wantrim.methods.role_plan import RolePlan
 from wantrim.methods.routers import RouterMLP
 from wantrim.methods.shares import Shares
 from wantrim.methods.tokens import paper_plan
 from wantrim.slim.router import TrainedRouter
 from wantrim.tests.small_wan import random_wan
+from wantrim.tests.waits import Stream, Waits, put
 
 BLOCKS, HEADS, LATENT = 6, 4, (3, 8, 8)
 SIGMAS = tuple(0.59 - 0.01 * step for step in range(6))
-aten = torch.ops.aten
-# on a GPU these cannot return before the device has caught up
-WAITING = {
-    aten._local_scalar_dense.default,
-    aten.equal.default,
-    aten.nonzero.default,
-    aten.masked_select.default,
-    aten.repeat_interleave.Tensor,
-    aten.is_nonzero.default,
-    aten._unique2.default,
-    aten.unique_consecutive.default,
-}
-
-
-def on_device(tensor) -> bool:
-    return isinstance(tensor, torch.Tensor) and getattr(tensor, "on_device", False)
-
-
-def put(*tensors: torch.Tensor) -> None:
-    for tensor in tensors:
-        tensor.on_device = True
-
-
-class Waits:
-    """Counts what would wait for a GPU, on the CPU: tensors made from marked ones are on it."""
-
-    def __init__(self):
-        self.seen: list[str] = []
-        self._modes = (_Operations(self.seen), _Calls(self.seen))
-
-    def __enter__(self):
-        for mode in self._modes:
-            mode.__enter__()
-        return self
-
-    def __exit__(self, *exception):
-        for mode in reversed(self._modes):
-            mode.__exit__(*exception)
-
-
-class _Operations(TorchDispatchMode):
-    def __init__(self, seen):
-        super().__init__()
-        self.seen = seen
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        leaves = tree_leaves((args, kwargs))
-        marked = any(map(on_device, leaves))
-        masks = func in (aten.index.Tensor, aten.index_put_.default, aten.index_put.default)
-        masks = masks and any(
-            isinstance(t, torch.Tensor) and t.dtype == torch.bool for t in tree_leaves(args[1])
-        )
-        sized = kwargs.get("output_size") is not None
-        if marked and (masks or func in WAITING) and not sized:
-            self.seen.append(str(func))
-        out = func(*args, **kwargs)
-        if marked:
-            put(*(t for t in tree_leaves(out) if isinstance(t, torch.Tensor)))
-        return out
-
-
-class _Calls(TorchFunctionMode):
-    def __init__(self, seen):
-        super().__init__()
-        self.seen = seen
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        blocking = not kwargs.get("non_blocking", False)
-        if func is torch.tensor and kwargs.get("device") is not None:
-            self.seen.append("upload by torch.tensor")
-        if args and isinstance(args[0], torch.Tensor):
-            places = [*args[1:], *kwargs.values()]
-            moves = any(isinstance(place, (torch.device, str)) for place in places)
-            if name in ("tolist", "numpy") and on_device(args[0]):
-                self.seen.append(name)
-            down = name == "cpu"
-            if down and on_device(args[0]):
-                self.seen.append(name)
-                out = func(*args, **kwargs).clone()
-                del out.on_device
-                return out
-            if name == "to" and moves and blocking and not on_device(args[0]):
-                self.seen.append("upload")
-        return func(*args, **kwargs)
 
 
 def test_the_counter_sees_every_kind_of_wait():
     marked, host = torch.tensor([1.0, 0.0, 2.0]), torch.tensor([1.0, 0.0, 2.0])
     put(marked)
+    ram = host.clone()
+    ram.in_ram = True
     waits = [
         lambda: float(marked.max()),
         lambda: bool((marked * 2).any()),
@@ -126,6 +43,8 @@ def test_the_counter_sees_every_kind_of_wait():
         lambda: marked.repeat_interleave(marked.long()),
         lambda: host.to(marked.device),
         lambda: torch.tensor([1.0], device=marked.device),
+        lambda: marked.clone().copy_(ram),
+        lambda: ram.copy_(marked),
     ]
     for number, work in enumerate(waits):
         with Waits() as waited:
@@ -138,6 +57,7 @@ def test_the_counter_sees_every_kind_of_wait():
         lambda: host.to(marked.device, non_blocking=True),
         lambda: marked.sort(stable=True).indices[:2],
         lambda: torch.arange(3, device=marked.device),
+        lambda: ram.copy_(marked, non_blocking=True),
     ]
     for number, work in enumerate(none):
         with Waits() as waited:
@@ -169,12 +89,20 @@ PLANS = {
     "heads": TrimPlan(heads=DEMOTED),
     "heads and shares": TrimPlan(heads=DEMOTED, shares=SHARES),
     "heads and tape": TrimPlan(paper_plan(0.6, reselect_every=2), DEMOTED),
+    "online roles": TrimPlan(heads=RolePlan(0.6, HEADS)),
+    "online roles and shares": TrimPlan(heads=RolePlan(0.6, HEADS), shares=SHARES),
+    "all": TrimPlan(
+        paper_plan(0.6, reselect_every=2),
+        RolePlan(0.6, HEADS),
+        BlockPlan(trained_router(), BlockBudget(0.75, 0.75)),
+        SHARES,
+    ),
     "computes all": TrimPlan(paper_plan(0.7, start=0.9)),
 }
 
 
 def waits_per_call(model, plan: TrimPlan | None, given: bool, how: str) -> list[list[str]]:
-    """What each model call waited for, after two steps that get it going."""
+    """What each model call waited for."""
     roles = (COND, UNCOND) if how == "batch" else (COND,)
     draw = torch.Generator().manual_seed(1)
     latent = torch.randn(1, 36 if given else 16, *LATENT, generator=draw)
@@ -195,8 +123,7 @@ def waits_per_call(model, plan: TrimPlan | None, given: bool, how: str) -> list[
                 put(inputs, timestep, words)
                 with Waits() as waited:
                     model(inputs, timestep, words, return_dict=False)
-                if index > 1:
-                    found.append(waited.seen)
+                found.append(waited.seen)
     return found
 
 
@@ -210,13 +137,47 @@ def test_a_model_call_waits_for_the_device_once(how, given):
             assert len(after) <= len(before) + 1, (name, after)
 
 
+@pytest.mark.parametrize("how", ["split", "batch"])
+def test_keys_and_values_in_ram_are_not_waited_for(monkeypatch, how):
+    """As on a GPU, whose stream they come by beside the computing."""
+    seen, piece = [], context.ram
+
+    class Card(Lane):
+        def __init__(self):
+            super().__init__()
+            self._stream = Stream(seen)
+
+    def pieces(size, pinned):
+        assert pinned
+        made = piece(size, pinned=False)
+        for one in made:
+            one.in_ram = True
+        return made
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream(seen))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(context, "ram", pieces)
+    monkeypatch.setattr(context, "empty_host_cache", lambda: None)
+    monkeypatch.setattr(memory, "Lane", Card)
+    monkeypatch.setattr(memory, "Room", lambda: Room(torch.device("cpu")))
+    model = new_model(False)
+    alone = waits_per_call(model, None, False, how)
+    for name in ("shares", "heads and shares", "online roles and shares"):
+        seen.clear()
+        trimmed = waits_per_call(model, PLANS[name], False, how)
+        for before, after in zip(alone, trimmed, strict=True):
+            assert len(after) <= len(before) + 1, (name, after)
+        # a run waits for it when it ends
+        assert seen == ["synchronize"]
+
+
 def test_the_wait_is_for_all_that_decides():
     """A call that did not wait at all could not have looked at the noise level."""
     model = new_model(False)
     alone = waits_per_call(model, None, False, "cond")
     some = waits_per_call(model, PLANS["shares"], False, "cond")
     # a repeated step is looked at too
-    assert [len(after) - len(before) for before, after in zip(alone, some, strict=True)] == [1] * 4
+    assert [len(after) - len(before) for before, after in zip(alone, some, strict=True)] == [1] * 6
 
 
 def held_bytes(plan, prompts: int) -> list[int]:

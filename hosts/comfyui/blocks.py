@@ -109,7 +109,10 @@ def _modulation(vec: torch.Tensor, places: Places) -> torch.Tensor:
         frames = [frame for frame, count in enumerate(counts) for _ in range(count // group)]
         if len(frames) == len(counts):
             return vec
-        return places.once(vec, lambda t: t[:, torch.tensor(frames, device=t.device)])
+        # made on the CPU: nothing waits for the device
+        return places.once(
+            vec, lambda t: t[:, torch.tensor(frames).to(t.device, non_blocking=True)]
+        )
     # references beside the video: each kept token takes its own along
     rows = (places.index // -(-length // vec.shape[1]))[..., None, None]
     return places.once(vec, lambda t: t.gather(1, rows.expand(-1, -1, *t.shape[2:])))

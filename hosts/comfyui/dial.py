@@ -139,16 +139,16 @@ class Wish:
             inside: why no block may be looked into, or None.
         """
         record = engine.record
-        announced = given.announced
+        announced, level, frames = given.read(anchored)
         if len(announced) < 2:
             record.note(
                 "the sampler did not say which steps it will do, so the speed-up could not be "
                 "solved: nothing was left out"
             )
             return None
-        frames, device = tuple(anchored.tolist()), given.x.device
+        device = given.x.device
         # a sampler may begin later in its schedule: the steps before are another model's, or done
-        announced = announced[place_of(announced[:-1], float(given.levels.max())) :]
+        announced = tuple(announced[place_of(announced[:-1], level) :])
         shape = full_shape(dm, given.text_tokens, clip_tokens(dm, given.clip_fea))
         # of a batch of videos, and all prompts, however the host splits them
         rows = max(len(given.x), len(given.x) // max(1, len(given.roles)) * self.prompts)

@@ -120,10 +120,20 @@ class ModelCall:
         """Whether each latent frame has a timestep of its own."""
         return isinstance(self.timestep, torch.Tensor) and self.timestep.ndim > 1
 
-    @property
-    def announced(self) -> tuple[float, ...]:
-        """The sampler's noise levels, the last included; empty where it does not say."""
-        return tuple(levels_of(self.options.get("sample_sigmas")))
+    def read(self, anchored: torch.Tensor) -> tuple[list[float], float, tuple[bool, ...]]:
+        """What a dial asks of a run's first call, in one wait for the device.
+
+        Returns:
+            The sampler's noise levels, the last included, and none where it does not say; the
+            largest of this call; which latent frames are `anchored`.
+        """
+        sigmas, frames = self.options.get("sample_sigmas"), anchored.float()
+        row = isinstance(sigmas, torch.Tensor) and sigmas.ndim == 1
+        rest = [self.levels.max().reshape(1), *([sigmas] if row else [])]
+        told = torch.cat([frames, *(one.to(frames) for one in rest)]).tolist()
+        count = len(frames)
+        announced = told[count + 1 :] if row else levels_of(sigmas)
+        return announced, told[count], tuple(value > 0 for value in told[:count])
 
     @property
     def roles(self) -> list[int]:

@@ -156,7 +156,9 @@ COMPILE = (
     "traced anew.",
     "- Other steps: the model's blocks, compiled as the compile node was set, at most two graphs more "
     "in a run: one for all lengths of computed tokens, one for whole blocks whose attention is looked "
-    "into. No graph break: what the attention does is looked up when it runs.",
+    "into. Prompts of two lengths, which come in a call each, may make both once more; ComfyUI brings "
+    "all up to 512 text tokens to one length. No graph break: what the attention does is looked up when "
+    "it runs.",
     "- Compiled for these steps are the blocks alone; embeddings and head run as written.",
     "- Behind another node's wrapper around the model, whole steps run block by block too: that "
     "wrapper ran already, and may be in the model's own graph.",

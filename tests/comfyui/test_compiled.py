@@ -14,6 +14,7 @@ from wantrim.engine.plan import TrimPlan
 from wantrim.hosts.comfyui.attach import attach
 from wantrim.methods.heads import FRAME, FULL, OFF, HeadPlan
 from wantrim.tests.comfyui import neighbours, tiny
+from wantrim.tests.comfyui.put import low_expert
 
 NO_FILTER, FILTER = None, {"guard_filter_fn": skip_torch_compile_dict}
 ROW = (OFF, FRAME, *[FULL] * (tiny.HEADS - 2))
@@ -66,50 +67,85 @@ def heads(model):
     return attach(model, TrimPlan(heads=HEADS))
 
 
-def check(trim, base, graphs, expected, further: int, **options) -> None:
-    before = graphs.traced
-    model = trim(base)
-    assert torch.equal(tiny.sample(model, steps=6, **options), expected)
-    assert not tiny.report_of(model).notes
-    assert graphs.traced - before <= further
+def check(trim, base, graphs, expected, further: int, ran: int, **options) -> None:
+    def run():
+        model = trim(base)
+        return tiny.sample(model, steps=len(STEPS), **options), tiny.report_of(model).notes
+
+    check_run(run, graphs, expected, further, ran)
+
+
+def check_run(run, graphs, expected, further: int, ran: int) -> None:
+    """A video of `run`, with its remarks: how many graphs it traces at most, and runs."""
+    before, done = graphs.traced, graphs.ran
+    video, notes = run()
+    assert torch.equal(video, expected) and not notes
+    assert graphs.traced - before <= further and graphs.ran - done == ran
     # one run more, in which nothing is new
-    before = graphs.traced
-    assert torch.equal(tiny.sample(trim(base), steps=6, **options), expected)
-    assert graphs.traced == before
+    before, done = graphs.traced, graphs.ran
+    assert torch.equal(run()[0], expected)
+    assert (graphs.traced, graphs.ran - done) == (before, ran)
     assert not counters["graph_break"]
 
 
+# graphs that run in 6 steps of 6 blocks: a whole step is the model's, or its blocks'; a repeated one
+# is none; others are blocks', as are whole steps whose keys and values are kept for the next
+RAN = {"whole": 1 + 4 * 6, "blocks": 5 * 6}
+
+
 @pytest.mark.parametrize(
-    ("trim", "keys", "options"),
+    ("trim", "keys", "options", "ran"),
     [
-        (shares, "whole", FILTER),
-        (shares_and_heads, "whole", FILTER),
-        (tiny.trimmed, "whole", FILTER),
-        (heads, "whole", FILTER),
-        (shares_and_heads, "whole", NO_FILTER),
-        (shares_and_heads, "blocks", FILTER),
-        (tiny.trimmed, "blocks", FILTER),
+        (shares, "whole", FILTER, RAN["whole"]),
+        (shares, "blocks", FILTER, RAN["blocks"]),
+        (shares_and_heads, "whole", FILTER, 5 * 6),
+        (tiny.trimmed, "whole", FILTER, 6 * 6),
+        (heads, "whole", FILTER, 6 * 6),
+        (shares_and_heads, "whole", NO_FILTER, 5 * 6),
+        (shares_and_heads, "blocks", FILTER, 5 * 6),
+        (tiny.trimmed, "blocks", FILTER, 6 * 6),
     ],
 )
-def test_two_further_graphs_at_most_and_no_break(graphs, trim, keys, options):
+def test_two_further_graphs_at_most_and_no_break(graphs, trim, keys, options, ran):
     base = put(tiny.base_model(), graphs, keys, options)
     dense = tiny.sample(base, steps=6)
     expected = tiny.sample(trim(tiny.base_model()), steps=6)
     assert not torch.equal(dense, expected)
-    check(trim, base, graphs, expected, 2)
+    check(trim, base, graphs, expected, 2, ran)
     # and the untouched model is what it was
     before = graphs.traced
     assert torch.equal(tiny.sample(base, steps=6), dense)
     assert graphs.traced == before
 
 
-def test_prompts_that_come_apart_use_the_same_graphs(graphs):
+@pytest.mark.parametrize("keys", RAN)
+def test_prompts_that_come_apart_use_the_same_graphs(graphs, keys):
     given = tiny.case(tokens=(7, 9))
-    base = put(tiny.base_model(), graphs, "whole")
+    base = put(tiny.base_model(), graphs, keys)
     tiny.sample(base, given, steps=6)
     expected = tiny.sample(shares(tiny.base_model()), given, steps=6)
-    # a second length of the text is a dimension more that is not fixed
-    check(shares, base, graphs, expected, 4, given=given)
+    # a second length of the text makes each of the two once more
+    check(shares, base, graphs, expected, 4, 2 * RAN[keys], given=given)
+
+
+@pytest.mark.parametrize(("keys", "ran"), [("whole", 2 * (1 + 2 * 6)), ("blocks", 6 * 6)])
+def test_both_experts_of_a_pair_use_the_same_graphs(graphs, keys, ran):
+    sigmas = tiny.simple_sigmas(tiny.base_model(), 6)
+
+    def run(experts):
+        video, notes = tiny.empty_latent(), []
+        for first, expert in zip((0, 3), experts, strict=True):
+            model = tiny.shared(expert, 1, 1, 0.4, sigmas=sigmas[first : first + 3])
+            video = tiny.ksampler_advanced(model, video, first, first + 3, steps=6)
+            notes += tiny.report_of(model).notes
+        return video, notes
+
+    own = tiny.base_model(), low_expert()
+    compiled = [put(expert, graphs, keys) for expert in own]
+    for expert in compiled:
+        tiny.sample(expert, steps=1)
+    expected, _ = run(own)
+    check_run(lambda: run(compiled), graphs, expected, 2, ran)
 
 
 def test_whole_steps_run_the_graph_of_the_untouched_model(graphs):
@@ -140,14 +176,17 @@ def test_behind_another_wrapper_blocks_run_compiled(graphs):
     assert len(told) == 4 and graphs.traced == 1 and graphs.ran == 3 * tiny.LAYERS
 
 
-def test_a_lora_that_changes_between_runs_is_seen(graphs):
-    base = put(tiny.base_model(), graphs, "whole")
-    check(shares, base, graphs, tiny.sample(shares(tiny.base_model()), steps=6), 3)
+@pytest.mark.parametrize("keys", RAN)
+def test_a_lora_that_changes_between_runs_is_seen(graphs, keys):
+    base = put(tiny.base_model(), graphs, keys)
+    tiny.sample(base, steps=1)
+    expected = tiny.sample(shares(tiny.base_model()), steps=6)
+    check(shares, base, graphs, expected, 2, RAN[keys])
     strong = comfy.sd.load_lora_for_models(base, None, neighbours.lora_weights(base), 2.0, 0)[0]
     eager = comfy.sd.load_lora_for_models(
         tiny.base_model(), None, neighbours.lora_weights(base), 2.0, 0
     )[0]
-    check(shares, strong, graphs, tiny.sample(shares(eager), steps=6), 0)
+    check(shares, strong, graphs, tiny.sample(shares(eager), steps=6), 0, RAN[keys])
 
 
 class _Breaks(torch.nn.Module):
