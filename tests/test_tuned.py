@@ -135,7 +135,8 @@ def test_what_won_is_not_forced(other):
     dial, run = other
     solved = dial.solve(run)
     assert solved.plan.shares.shares != SHARES and "solved by the whole run" in solved.tuned
-    assert all(solved.plan.shares.shares[: dial.dense_first_steps])
+    first = dial.dense_first_steps
+    assert solved.plan.shares.shares[:first] == (1.0,) * first
 
 
 def test_a_run_unlike_any_trial_is_as_without():
