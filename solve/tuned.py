@@ -59,8 +59,10 @@ class Travel:
 
     def joined(self, later: Travel) -> Travel:
         """This expert's, and behind it the other's; nothing is repeated from one to the other."""
-        whole = (*self.travel, *(self.travel[-1] + value for value in later.travel))
-        return Travel((*self.sigmas, *later.sigmas), whole)
+        # a sampler of two calls a step calls this one at the other's first sigma too
+        own = sum(sigma > later.sigmas[0] for sigma in self.sigmas)
+        whole = (*self.travel[:own], *(self.travel[-1] + value for value in later.travel))
+        return Travel((*self.sigmas[:own], *later.sigmas), whole)
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ def variants(wanted: float) -> list[Variant]:
     """The solver's plan first, then its neighbours."""
     said = f"WanTrim {wanted:g}x"
     less, more = (round(min(MAX_SPEEDUP, 1 + (wanted - 1) * part), 2) for part in (LESS, MORE))
-    return [
+    found = [
         Variant(PLAN, said, wanted),
         Variant(OWN, f"{said} by the whole run", wanted, own=True),
         Variant(REPEATS, f"{said}, steps whole or repeated", wanted, context=False),
@@ -49,6 +49,8 @@ def variants(wanted: float) -> list[Variant]:
         Variant("more", f"WanTrim {more:g}x", more),
         Variant(HEADS, f"{said} with WanTrim Heads {1 - HEADS_LEFT:g}", wanted, heads=HEADS_LEFT),
     ]
+    # at the most that can be asked there is no more
+    return [one for one in found if one.name != "more" or one.speedup > wanted]
 
 
 def why_no_heads(run: Run) -> str | None:

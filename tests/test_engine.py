@@ -18,7 +18,7 @@ from wantrim.hosts.diffusers.attach import attach
 from wantrim.hosts.diffusers.weights import load_original
 from wantrim.kernels import reference
 from wantrim.methods.depth import BlockPlan
-from wantrim.methods.grid import TokenGrid
+from wantrim.methods.grid import TokenGrid, scatter_tokens
 from wantrim.methods.heads import FULL, OFF, HeadPlan
 from wantrim.methods.routers import FixedRouter
 from wantrim.methods.schedule import Schedule
@@ -688,18 +688,28 @@ def test_the_choice_is_by_tapes_smoothed_scores(wan, monkeypatch, alpha, kept):
 
 
 @torch.no_grad()
-def test_what_somebody_else_saw_of_a_block_stays_as_it_was(wan):
+def test_what_somebody_else_saw_of_a_block_stays_as_it_was(wan, monkeypatch):
     """Kept tokens are put back in place only where nobody else has the sequence."""
-    seen = []
+    seen, in_place = [], []
+
+    def put_back(*args, **options):
+        in_place.append(options.get("in_place", False))
+        return scatter_tokens(*args, **options)
 
     def look(module, given, out):
         seen.append((out, out.clone()))
 
+    monkeypatch.setattr("wantrim.engine.call._scatter", put_back)
+    alone = run(wan, TrimPlan(TAPE))
+    assert in_place and all(in_place)
+    in_place.clear()
     hooks = [block.register_forward_hook(look) for block in wan.blocks]
-    run(wan, TrimPlan(TAPE))
+    beside = run(wan, TrimPlan(TAPE))
     for hook in hooks:
         hook.remove()
+    assert in_place and not any(in_place)
     assert seen and all(torch.equal(out, then) for out, then in seen)
+    assert same(alone, beside, exact=False)
 
 
 def test_gradients_go_through_tokens_that_are_put_back(wan):

@@ -11,6 +11,7 @@ from wantrim.methods.cost import WanShape
 from wantrim.methods.grid import TokenGrid
 from wantrim.solve.dial import Dial, Run, curves_of
 from wantrim.solve.tuned import Travel, Tuned
+from wantrim.solve.variants import variants
 
 SIGMAS = (1.0, 0.95, 0.88, 0.8, 0.7, 0.56, 0.36, 0.15, 0.0)
 RUN = Run(WanShape(96, 256, 6), TokenGrid(5, 6, 7), SIGMAS, 3.0)
@@ -76,6 +77,12 @@ def test_runs_that_are_alike():
         assert not trial().resembles(**{**facts, **other}), other
 
 
+@pytest.mark.parametrize("wanted", [1.05, 1.5, 3.9, 4.0])
+def test_no_plan_is_tried_twice(wanted):
+    labels = [one.label for one in variants(wanted)]
+    assert len(set(labels)) == len(labels) == (5 if wanted == 4.0 else 6)
+
+
 def test_the_travel_takes_the_place_of_the_curves_own():
     ship = curves_of(RUN)
     own = LATE.on(ship)
@@ -84,6 +91,9 @@ def test_the_travel_takes_the_place_of_the_curves_own():
     assert own.left == ship.left
     both = Travel((1.0, 0.95), (0.0, 0.5)).joined(Travel((0.9, 0.6, 0.3), (0.0, 0.2, 0.9)))
     assert both == Travel((1.0, 0.95, 0.9, 0.6, 0.3), (0.0, 0.5, 0.5, 0.7, 1.4))
+    # heun calls the first expert at the second one's first sigma too
+    both = Travel((1.0, 0.95, 0.9), (0.0, 0.5, 0.8)).joined(Travel((0.9, 0.6), (0.0, 0.2)))
+    assert both == Travel((1.0, 0.95, 0.9, 0.6), (0.0, 0.5, 0.8, 1.0))
 
 
 def test_a_like_run_at_the_same_wish_is_the_plan_that_won():
@@ -125,7 +135,8 @@ def test_what_won_is_not_forced(other):
     dial, run = other
     solved = dial.solve(run)
     assert solved.plan.shares.shares != SHARES and "solved by the whole run" in solved.tuned
-    assert all(solved.plan.shares.shares[: dial.dense_first_steps])
+    first = dial.dense_first_steps
+    assert solved.plan.shares.shares[:first] == (1.0,) * first
 
 
 def test_a_run_unlike_any_trial_is_as_without():

@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from wantrim.report.compare import Comparison
-from wantrim.report.verdict import Row, choose, clip_of_all, headline, row_json, verdict_text
+from wantrim.report.verdict import (
+    LABEL,
+    Row,
+    choose,
+    clip_of_all,
+    headline,
+    row_json,
+    verdict_text,
+)
 
 STEPS, WANTED = 10, 1.5
 
@@ -130,4 +138,14 @@ def test_clip_of_all_stays_small_and_stands_still_at_the_end():
     assert clip.shape[0] == 5 and clip.shape[2] == 4 * 320 and clip.shape[1] < 90
     third = clip[:, :, 320:640]
     assert torch.equal(third[2], third[4]) and not torch.equal(third[1], third[2])
+    # a fifth one stands below the first, and has its own name
+    shades = [torch.full((1, 90, 640, 3), shade / 10) for shade in (1, 2, 3, 4, 5)]
+    clip, cell = clip_of_all(rows(), shades), 45 + LABEL
+    assert clip.shape[1] == 2 * cell
+    below = clip[0, cell:, :320]
+    for shown, shade in ((clip[0, LABEL:cell, :320], 0.1), (below[LABEL:], 0.5)):
+        assert shown == pytest.approx(shade, abs=0.01)
+    for place, name in ((0, clip[0, :LABEL, :320]), (4, below[:LABEL])):
+        alone = clip_of_all(rows()[place : place + 1], shades[place : place + 1])
+        assert torch.equal(name, alone[0, :LABEL])
     assert clip_of_all(rows(), [None] * 5).shape[-1] == 3

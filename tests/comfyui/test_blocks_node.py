@@ -187,4 +187,3 @@ def test_the_nodes_inputs_are_the_plans_fields():
     plan = BlockPlan(FixedRouter(()))
     assert (inputs["k_min"].default, inputs["k_max"].default) == (0.5, 0.875)
     assert (plan.budget.k_min, plan.budget.k_max) == (0.5, 0.875)
-    assert not {"skipped_blocks_give", "memory", "repeat_at_most"}.intersection(inputs)

@@ -3,11 +3,14 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from wantrim.nodes.compare import WanTrimCompare
+from wantrim.report import compare
 from wantrim.report.compare import GAP
+from wantrim.report.picture import small
 
 FRAMES, HEIGHT, WIDTH = 9, 32, 48
 
@@ -40,8 +43,13 @@ def test_equal_videos():
     assert figures["equal"] and figures["psnr_db"] is None
     assert figures["ssim"] == pytest.approx(1) and figures["motion_ratio"] == 1
     assert clip.shape == (FRAMES, HEIGHT, 2 * WIDTH + GAP, 3)
-    assert torch.equal(clip[:, :, :WIDTH], dense) and torch.equal(clip[:, :, -WIDTH:], dense)
     assert picture.shape[0] == 1 and picture.shape[2:] == (960, 3)
+
+
+def test_the_whole_one_is_left_and_the_trimmed_one_right():
+    dense, trimmed = moving(), moving(1)
+    clip = run(dense, trimmed)[1]
+    assert torch.equal(clip[:, :, :WIDTH], dense) and torch.equal(clip[:, :, -WIDTH:], trimmed)
 
 
 @pytest.mark.parametrize(
@@ -79,12 +87,18 @@ def test_flicker_is_said_and_measured_where_dense_is_calm():
     assert "flicker more" not in run(moving(light=0.6), dense)[0]
 
 
-def test_the_worst_frame_is_named_and_drawn():
+def test_the_worst_frame_is_named_and_drawn(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        compare, "small", lambda frame, *size: drawn.append(frame) or small(frame, *size)
+    )
     dense = moving()
     broken = noisy(dense, 0.005)
+    # it is not among those that are drawn of a video of nine
     broken[4] = 1 - dense[4]
     text, _, _, figures = run(dense, broken)
     assert figures["worst_frame"] == 4 and "frame 5 is far worse" in text
+    assert any(np.array_equal(frame, broken[4].clamp(0, 1)) for frame in drawn)
     assert len(figures["frame_psnr_db"]) == FRAMES
 
 

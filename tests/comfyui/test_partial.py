@@ -227,7 +227,7 @@ def test_nothing_is_held_after_the_run(stop, monkeypatch):
     assert torch.equal(tiny.sample(patched, steps=4), whole)
 
 
-@pytest.mark.parametrize("at", [1, 8, 20], ids=["first", "in the middle", "in a partial step"])
+@pytest.mark.parametrize("at", [1, 8], ids=["first", "in the middle"])
 def test_memory_that_runs_out_leaves_a_finished_run_and_a_remark(at, monkeypatch):
     calls = []
 
@@ -270,7 +270,7 @@ def test_memory_that_runs_out_in_a_partial_step_still_gives_that_step(monkeypatc
     out = tiny.sample(patched, steps=5)
     assert torch.isfinite(out).all() and tiny.report_of(patched).finished
     assert any("not enough memory" in note for note in tiny.report_of(patched).notes)
-    assert tiny.shares(patched)[3:] == [1, 1]
+    assert tiny.shares(patched) == pytest.approx([1, 1, 0.4, 1, 1])
 
 
 @pytest.mark.parametrize("place", ["off", "auto"])

@@ -15,6 +15,7 @@ from comfy_execution.utils import CurrentNodeContext
 from comfy_extras.nodes_easycache import EasyCacheNode
 from wantrim.benchmarks.rows import check_row
 from wantrim.hosts.comfyui import candidates as candidates_module
+from wantrim.hosts.comfyui import trial_wrappers
 from wantrim.hosts.comfyui.attachment import attachment_of
 from wantrim.hosts.comfyui.profiling import model_fingerprint
 from wantrim.hosts.comfyui.trial import KEY
@@ -211,13 +212,36 @@ def test_cancelled_trial_goes_on_where_it_was():
     assert seen[0].calls == 16
 
 
-@pytest.mark.parametrize("change", [{"seed": 8}, {"cfg": 4.0}, {"sampler": "heun"}])
+def inpainted(start: float = 0.0, upper: float = 1.0, prompt: int = 1) -> tiny.Case:
+    """A case in which a part of the start latent stays."""
+    mask = torch.ones(1, tiny.FRAMES, tiny.HEIGHT, tiny.WIDTH)
+    mask[:, :, :4] = upper
+    mask[..., :5] = 0.0
+    latent = torch.full_like(tiny.empty_latent(), start)
+    return tiny.Case(tiny.text(prompt), tiny.text(2), latent, mask)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 8},
+        {"cfg": 4.0},
+        {"sampler": "heun"},
+        {"scheduler": "beta"},
+        {"given": inpainted(prompt=3)},
+        {"given": inpainted(start=1.0)},
+        {"given": inpainted(upper=0.0)},
+    ],
+    ids=["seed", "cfg", "sampler", "scheduler", "prompt", "latent", "mask"],
+)
 def test_what_is_taken_from_before_a_cancel_is_the_same_run(change):
-    models, steps, _ = candidates("few")
-    before = sampled(models[0], steps[0])
-    assert torch.equal(before, sampled(models[0], steps[0]))
+    models, steps, _ = candidates("few", steps=2)
+    usual, change = {"given": inpainted()}, {"given": inpainted(), **change}
+    before = sampled(models[0], steps[0], **usual)
+    assert torch.equal(before, sampled(models[0], steps[0], **usual))
     again = sampled(models[0], steps[0], **change)
     assert torch.equal(again, sampled(tiny.base_model(), steps[0], **change))
+    assert not torch.equal(again, before)
     # a patch behind the candidates makes another MODEL
     patched = models[0].clone()
     seen = Trouble(patched)
@@ -322,6 +346,22 @@ def test_steps_that_are_not_connected_are_said():
     text, row, _ = verdict(trial, decoded(models, [STEPS] * 4))
     assert by_name(row)["steps"]["failed"] == "8 steps were sampled instead of 5"
     assert "connect the output 'steps' to the sampler" in text
+    # the whole run's own too
+    models, _, trial = candidates("few")
+    text, row, _ = verdict(trial, decoded(models, [4] * 4))
+    assert "the whole run did 4 steps and WanTrim Candidates was told 8: connect its output" in text
+    assert by_name(row)["steps"]["failed"] is None
+
+
+def test_what_the_first_run_of_all_warms_up_is_not_the_whole_runs(monkeypatch):
+    models, steps, trial = candidates("few", steps=3)
+    for model in models[:2]:
+        # begin, a mark behind each step, end: the first step is five seconds slower
+        monkeypatch.setattr(trial_wrappers, "_now", iter([0.0, 6.0, 7.0, 8.0, 9.0]).__next__)
+        sampled(model, 3)
+    whole, plan = trial.candidates[:2]
+    assert whole.outcomes["this"].warmed == 5.0 and whole.seconds == 4.0
+    assert plan.outcomes["this"].warmed == 0.0 and plan.seconds == 9.0
 
 
 def test_never_sampled_candidates_have_no_seconds(done):
@@ -519,6 +559,23 @@ def test_both_experts_make_one_trial_and_two_profiles(experts, profiles):
     # the two must not be mixed up
     with pytest.raises(ValueError, match="WanTrim Pair: profile_high_noise: "):
         WanTrimPair.execute(high, low, SPEEDUP, "draft", 1, 0, 0, "auto", *kept[::-1])
+
+
+def test_a_pair_sampled_by_heun_keeps_what_can_be_read(experts, profiles):
+    """Its second call of the high noise expert's last step is at the low one's first sigma."""
+    made = WanTrimCandidates.execute(experts[0], SPEEDUP, 6, "few", experts[1], 3).result
+    videos = []
+    for first, second, steps, change in list(zip(*made[:4], strict=True))[:2]:
+        latent = tiny.empty_latent()
+        for model, begins, ends in ((first, 0, change), (second, change, steps)):
+            latent = tiny.ksampler_advanced(
+                model, latent, begins, ends, steps=steps, sampler="heun"
+            )
+        videos.append(picture_of(latent))
+    assert "Kept in" in verdict(made[4], winning(videos, "plan"), "heun")[0]
+    for part in ("high", "low"):
+        [kept] = load_profile(profiles / f"heun_{part}_noise.safetensors").tuned
+        assert Tuned.from_json(kept).chosen == "WanTrim 1.55x"
 
 
 def test_an_expert_that_ran_out_of_memory_is_tried_again(experts, monkeypatch):

@@ -308,7 +308,7 @@ def test_two_nodes_that_want_the_same_are_said():
     assert not put.notes(final)
     tokens = tiny.trimmed(tiny.trimmed(tiny.base_model(), 0.5), 0.7)
     tiny.sample(tokens, steps=2)
-    assert not put.notes(tokens) or "two" in put.notes(tokens)[0]
+    assert any("two WanTrim Tokens nodes" in note for note in put.notes(tokens))
     twice = tiny.at_node(tiny.at_node(tiny.base_model(), "paper"), "paper", prune_ratio=0.5)
     tiny.sample(twice, steps=2)
     assert any("two WanTrim Tokens nodes" in note for note in put.notes(twice))

@@ -263,7 +263,16 @@ def sample(
     )
 
 
-def ksampler(model, given: Case | None = None, *, steps=4, cfg=5.0, sampler="euler", seed=7):
+def ksampler(
+    model,
+    given: Case | None = None,
+    *,
+    steps=4,
+    cfg=5.0,
+    sampler="euler",
+    scheduler="simple",
+    seed=7,
+):
     """The samples of the node KSampler."""
     given = given or case()
     latent = {"samples": given.latent}
@@ -271,12 +280,14 @@ def ksampler(model, given: Case | None = None, *, steps=4, cfg=5.0, sampler="eul
         latent["noise_mask"] = given.noise_mask
     prompts = (given.positive, given.negative)
     made = comfy_nodes.KSampler().sample(
-        model, seed, steps, cfg, sampler, "simple", *prompts, latent, denoise=1.0
+        model, seed, steps, cfg, sampler, scheduler, *prompts, latent, denoise=1.0
     )
     return made[0]["samples"]
 
 
-def ksampler_advanced(model, latent, first: int, last: int, *, steps=4, cfg=5.0, seed=7):
+def ksampler_advanced(
+    model, latent, first: int, last: int, *, steps=4, cfg=5.0, sampler="euler", seed=7
+):
     """The samples of the node KSampler (Advanced) that does the steps first to last."""
     given, begins, ends = case(), first == 0, last >= steps
     made = comfy_nodes.KSamplerAdvanced().sample(
@@ -285,7 +296,7 @@ def ksampler_advanced(model, latent, first: int, last: int, *, steps=4, cfg=5.0,
         seed,
         steps,
         cfg,
-        "euler",
+        sampler,
         "simple",
         given.positive,
         given.negative,
