@@ -49,7 +49,9 @@ def waits_per_call(model, **options) -> list[list[str]]:
 
     counted = model.clone()
     counted.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "count", count)
-    tiny.sample(counted, steps=len(STEPS), **options)
+    # under inference mode torch reads a single number where no counter sees it
+    with torch.inference_mode(False), torch.no_grad():
+        tiny.sample(counted, steps=len(STEPS), **options)
     return found
 
 
