@@ -315,6 +315,8 @@ def test_rows_are_refused_from_a_dirty_tree_and_of_a_model_in_training(monkeypat
     with pytest.raises(SystemExit, match="commit first"):
         quality.main()
     assert not ran
+    monkeypatch.setattr(concentration, "measure", None)
+    monkeypatch.setattr(curves, "record", None)
     for study in (concentration, curves):
         monkeypatch.setattr("sys.argv", ["study"])
         with pytest.raises(SystemExit, match="commit first"):
