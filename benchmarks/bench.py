@@ -25,7 +25,7 @@ from ..solve.dial import Dial, Run, flops
 from .cases import DIALLED, Case, Point, case_run, solve_plan
 from .flops import count_flops
 from .head_cases import HEADS, head_plan
-from .metrics import measure, summarise
+from .metrics import MAX_DB, measure, summarise
 from .peers import CALIBRATED, PEERS, Method, Tuner
 from .subjects import Item, Subject
 from .table import partial_of
@@ -182,6 +182,7 @@ class Bench:
             "flops_ratio": float(np.mean(flops)) / self.dense_flops,
             "predicted_ratio": predicted,
             **summarise(figures, clusters),
+            "exact": sum(one["psnr_db"] >= MAX_DB for one in figures),
             **self.facts,
         }
         return {

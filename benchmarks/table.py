@@ -30,7 +30,7 @@ KEY = (
 COLUMNS = (
     "method", "setting", "knob", "model", "task", "steps", "guidance", "shift",
     "size", "prompts", "seeds", "target", "flops_ratio", "predicted_ratio",
-    "psnr_db", "psnr_lo", "psnr_hi", "vs_steps_db", "vs_steps_lo", "vs_steps_hi", "vs_steps",
+    "psnr_db", "psnr_lo", "psnr_hi", "exact", "vs_steps_db", "vs_steps_lo", "vs_steps_hi", "vs_steps",
     "vs_default_db", "vs_default_lo", "vs_default_hi", "vs_default", "ssim", "motion_ratio",
     "first_frame_db", "colour_ok", "shape_ok", "direction_ok", "camera_ok",
     "commit", "torch", "device",

@@ -198,10 +198,10 @@ def test_dense_is_exact_and_fewer_steps_cost_their_share(bench):
     it = bench(prompts=2)
     dense = it.run(DENSE)["row"]
     assert (dense["psnr_db"], dense["ssim"], dense["flops_ratio"]) == (100, 1, 1)
-    assert dense["motion_ratio"] == 1
+    assert dense["motion_ratio"] == 1 and dense["exact"] == 2
     fewer = it.run(STEPS)
     assert fewer["row"]["flops_ratio"] == 0.75
-    assert fewer["row"]["knob"] == "3 steps"
+    assert fewer["row"]["knob"] == "3 steps" and fewer["row"]["exact"] == 0
     assert 15 < fewer["row"]["psnr_db"] < 60
     assert len(fewer["psnr"]) == 2
     assert set(fewer["row"]) >= {"colour_ok", "shape_ok", "direction_ok"}
@@ -722,8 +722,9 @@ def test_a_table_says_what_another_share_cost_and_what_is_best():
         row("paper", 0.5, 15.0),
         row("paper", 0.5, 99.0, task="i2v"),
         row("taylorseer", 0.5, 99.0),
-        # some or all of its videos are the dense ones, whose PSNR is capped
+        # videos that are the dense ones, whose PSNR is capped
         row("random", 0.5, 92.0, spread=8.0),
+        row("mag_cache", 0.5, 60.0) | {"exact": "3"},
         row("dense", 1.0, 100.0),
     ]
 
@@ -734,6 +735,7 @@ def test_a_table_says_what_another_share_cost_and_what_is_best():
         "| **default** | **20.0 (19.0 to 21.0)** |  | 1.25 | 100% / 50% /  |",
         "| fewer steps | 50.0 (49.0 to 51.0) at 0.75 |  | 1.25 | 100% / 50% /  |",
         "| paper | 18.0 (17.0 to 19.0) | **15.0 (14.0 to 16.0)** | 1.25 | 100% / 50% /  |",
+        "| mag cache |  | 60.0 (59.0 to 61.0) |  |  |",
         "| tome | **19.0 (17.5 to 20.5)** |  | 1.25 | 100% / 50% /  |",
         "| random |  | 92.0 (84.0 to 100.0) |  |  |",
     ]
