@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import time
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -26,12 +25,13 @@ from ..solve.dial import Dial, Run, flops
 from .cases import DIALLED, Case, Point, case_run, solve_plan
 from .flops import count_flops
 from .head_cases import HEADS, head_plan
-from .metrics import measure, summarise
+from .metrics import MAX_DB, measure, summarise
 from .peers import CALIBRATED, PEERS, Method, Tuner
 from .subjects import Item, Subject
+from .table import partial_of
 
 log = logging.getLogger(__name__)
-# of this many videos one has its FLOPs counted (and is not timed) and one its dense twin timed
+# of this many videos one has its FLOPs counted
 EVERY = 8
 # step caches decide for each video alone: every second one is counted
 EVERY_ADAPTIVE = 2
@@ -55,6 +55,21 @@ def sampling_of(subject: Subject, point: Point, item: Item) -> Run:
         anchored,
         starts_given=bool(anchored and anchored[0]),
     )
+
+
+def dense_path(
+    folder: Path,
+    subject: Subject,
+    task: str,
+    point: Point,
+    prompts: int,
+    seeds: int,
+    made_of: str,
+) -> Path:
+    """Where the dense videos of a bench are kept."""
+    sampling = f"{point.steps}_{point.guidance:g}_{point.shift:g}"
+    name = f"dense_{subject.name}_{task}_{sampling}_{prompts}x{seeds}_{made_of}"
+    return folder / f"{name}.safetensors"
 
 
 class Bench:
@@ -82,10 +97,7 @@ class Bench:
         self.facts: dict[str, float] = {}
         self.items = subject.items(task, prompts, seeds)
         self.prompts, self.seeds = prompts, seeds
-        self.name = (
-            f"{task}_{point.steps}_{point.guidance:g}_{point.shift:g}_{prompts}x{seeds}_{made_of}"
-        )
-        self.folder = folder
+        self.dense_path = dense_path(folder, subject, task, point, prompts, seeds, made_of)
         self.sampling = sampling_of(subject, point, self.items[0])
         self.grid, self.shape = self.sampling.grid, self.sampling.shape
         self._dense: torch.Tensor | None = None
@@ -112,12 +124,12 @@ class Bench:
 
     def dense(self) -> torch.Tensor:
         """Latents [videos, c, f, h, w] of the untouched model."""
-        path = self.folder / f"dense_{self.subject.name}_{self.name}.safetensors"
+        path = self.dense_path
         if self._dense is None and path.exists():
             self._dense = load_file(path)["latents"]
         if self._dense is None:
             self._dense = torch.cat([self.sample(item).cpu() for item in self.items])
-            partial = path.with_suffix(".partial")
+            partial = partial_of(path)
             save_file({"latents": self._dense}, partial)
             partial.replace(path)
         if not self.dense_flops:
@@ -136,7 +148,7 @@ class Bench:
         except ValueError as error:
             return {"case": case.key, "unreachable": str(error)}
         every = EVERY_ADAPTIVE if case.method in PEERS else EVERY
-        rows, flops, seconds, dense_seconds = [], [], [], []
+        rows, flops = [], []
         for index, item in enumerate(self.items):
             with method():
                 if index % every == 0:
@@ -144,13 +156,7 @@ class Bench:
                         count_flops(lambda item=item: rows.append(self.sample(item, steps)))
                     )
                 else:
-                    began = time.perf_counter()
                     rows.append(self.sample(item, steps))
-                    seconds.append(time.perf_counter() - began)
-            if index % EVERY == 1:
-                began = time.perf_counter()
-                self.sample(item)
-                dense_seconds.append(time.perf_counter() - began)
         figures = [
             measure(
                 self.subject.to_video(got)[0],
@@ -175,8 +181,8 @@ class Bench:
             "target": case.target,
             "flops_ratio": float(np.mean(flops)) / self.dense_flops,
             "predicted_ratio": predicted,
-            "time_ratio": _ratio(seconds, dense_seconds),
             **summarise(figures, clusters),
+            "exact": sum(one["psnr_db"] >= MAX_DB for one in figures),
             **self.facts,
         }
         return {
@@ -266,11 +272,6 @@ class Bench:
             return self.items[:count]
 
 
-def _ratio(seconds: list[float], dense: list[float]) -> float | str:
-    # the median of many short runs: other work on the machine makes some of them slow
-    return float(np.median(seconds) / np.median(dense)) if seconds and dense else ""
-
-
 def read_result(path: Path) -> dict | None:
     """A result written by `write_result`, or None."""
     return json.loads(path.read_text("utf-8")) if path.exists() else None
@@ -278,6 +279,6 @@ def read_result(path: Path) -> dict | None:
 
 def write_result(path: Path, result: dict) -> None:
     """All or nothing."""
-    partial = path.with_suffix(".partial")
+    partial = partial_of(path)
     partial.write_text(json.dumps(result), "utf-8")
     partial.replace(path)

@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import torch
-from einops import rearrange
 
 from ..hosts.diffusers.sample import denoise, sigmas_for
-from ..methods.shares import held_by_most
+from ..methods.grid import TokenGrid
+from ..methods.shares import held_by_most, token_change
 from ..toy.worlds import FIRST, WORLDS
-from .quality import add_real_weights, load_subject
+from .curves import velocities
+from .quality import add_real_weights, load_subject, real_size, refuse_rows
 from .subjects import Item, Subject, toy_subject
 from .table import RESULTS, commit, merge_rows
 
@@ -27,24 +29,9 @@ log = logging.getLogger(__name__)
 # that the tiny Wans were trained with
 TINY_SHIFT = 3.0
 SHARES = (0.15, 0.30, 0.60)
-PATCH = 2
-KEY = ("model", "task", "steps", "guidance", "shift", "prompts", "step")
+KEY = ("model", "task", "steps", "guidance", "shift", "size", "prompts", "step")
 TOPS = tuple(f"top_{round(100 * share)}" for share in SHARES)
 COLUMNS = (*KEY, "sigma", "relative_change", *TOPS, "commit")
-
-
-def token_change(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
-    """Squared change of velocities [b, c, f, h, w] by token: [b, f * h/2 * w/2] in fp32."""
-    change = (after.float() - before.float()).square()
-    return rearrange(change, "b c f (h p) (w q) -> b (f h w) (c p q)", p=PATCH, q=PATCH).sum(2)
-
-
-def velocities(latents: Iterable[torch.Tensor], start: torch.Tensor, sigmas: torch.Tensor):
-    """The guided velocities of an Euler run, from what `denoise` yields and its noise."""
-    before = start
-    for index, after in enumerate(latents):
-        yield (after - before) / float(sigmas[index + 1] - sigmas[index])
-        before = after
 
 
 def measure(
@@ -56,7 +43,9 @@ def measure(
         items: of one task; each is sampled alone.
     """
     sums: dict[int, torch.Tensor] = {}
-    sigmas = sigmas_for(steps, shift)
+    sigmas = sigmas_for(steps, shift).tolist()
+    patch = subject.model.config.patch_size
+    grid = TokenGrid(*(n // p for n, p in zip(subject.size, patch, strict=True)))
     for item in items:
         # the noise that `denoise` draws of this seed
         random = torch.Generator().manual_seed(item.seed)
@@ -74,16 +63,12 @@ def measure(
             negative=subject.negative,
             model_kwargs=subject.model_kwargs(item),
         )
-        last = None
-        for index, velocity in enumerate(velocities((x.cpu() for x in run), noise, sigmas)):
-            if last is not None:
-                change = token_change(last, velocity)
-                relative = float(change.sum() / velocity.square().sum())
-                found = torch.tensor(
-                    [relative, *held_by_most(change, SHARES).tolist()], dtype=torch.float64
-                )
-                sums[index] = sums.get(index, 0) + found
-            last = velocity
+        *before, last = noise, *(latents.cpu().float() for latents in run)
+        for index, (old, new) in enumerate(pairwise(velocities(before, last, sigmas)), 1):
+            change = token_change(new - old, grid)
+            relative = float(change.sum() / token_change(new, grid).sum())
+            found = [relative, *held_by_most(change, SHARES).tolist()]
+            sums[index] = sums.get(index, 0) + torch.tensor(found, dtype=torch.float64)
         log.info("prompt %d of %d: %s", items.index(item) + 1, len(items), item.prompt)
     rows = []
     for index, total in sums.items():
@@ -91,7 +76,7 @@ def measure(
         rows.append(
             {
                 "step": str(index),
-                "sigma": f"{float(sigmas[index]):.4f}",
+                "sigma": f"{sigmas[index]:.4f}",
                 "relative_change": f"{relative:.5f}",
                 **{name: f"{top:.4f}" for name, top in zip(TOPS, tops, strict=True)},
             }
@@ -127,7 +112,8 @@ def main() -> None:
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     args.device = args.device or ("cuda" if args.weights else "cpu")
-    shift = args.shift
+    refuse_rows(args.results, None if args.weights else args.world)
+    made, shift = commit(), args.shift
     if args.weights:
         subject = load_subject(args)
     else:
@@ -143,8 +129,9 @@ def main() -> None:
         "steps": args.steps,
         "guidance": f"{args.guidance:g}",
         "shift": f"{shift:g}",
+        "size": real_size(args),
         "prompts": args.prompts,
-        "commit": commit(),
+        "commit": made,
     }
     merge_rows(args.results / "concentration.csv", [run | row for row in rows], COLUMNS, KEY)
 

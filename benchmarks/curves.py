@@ -26,7 +26,7 @@ from ..solve.curves import Curves, clock
 from ..toy.worlds import FIRST, WORLDS
 from .bench import sampling_of
 from .cases import POINTS, Point
-from .quality import load_subject
+from .quality import load_subject, refuse_rows
 from .subjects import MAX_TOY_PROMPTS, ToySubject
 from .table import commit, merge_rows
 
@@ -228,6 +228,8 @@ def main() -> None:
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(1)
+    if not args.rows:
+        refuse_rows(ROWS.parent, args.world)
     for point in POINTS[args.world]:
         if args.rows or point.steps not in args.steps:
             continue

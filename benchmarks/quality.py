@@ -20,11 +20,10 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
 from ..solve.dial import Run
 from ..toy.worlds import FIRST, SECOND, WORLDS
-from .bench import Bench, read_result, sampling_of, write_result
+from .bench import Bench, dense_path, read_result, sampling_of, write_result
 from .cases import (
     DEFAULT,
     DENSE,
@@ -46,11 +45,13 @@ from .subjects import (
     real_subject,
     toy_subject,
 )
-from .table import COLUMNS, KEY, RESULTS, commit, merge_rows, read_rows
+from .table import COLUMNS, KEY, RESULTS, UNKNOWN, commit, merge_rows, read_rows
 
 log = logging.getLogger(__name__)
 # prompts and seeds of each world; the second one's full run takes 6 hours of one core
 FULL = {"1": (32, 2), "2": (12, 1)}
+# bytes of a file that is not read whole, and of what is read of it
+LARGE, HEADER = 64 << 20, 1 << 20
 # where rows go that are not the whole table's
 ASIDE = Path("out/results")
 # the fast subset: prompts, seeds and methods, in 4 and 20 steps at the study's target
@@ -90,20 +91,26 @@ def result_path(args: argparse.Namespace, task: str, point: Point, case: Case) -
 
 def digest(args: argparse.Namespace) -> str:
     """Stands for what a finished case was made of: weights, prompts, images, size and dtype."""
-    checkpoint = WORLDS[args.world].checkpoint
-    files = [args.weights or checkpoint, args.components, args.prompt_file, *args.images]
+    files = [file for file in (args.components, args.prompt_file, *args.images) if file]
+    if args.weights:
+        files.append(args.weights)
+    else:
+        world = WORLDS[args.world]
+        lora = world.four_step_lora
+        files += [world.checkpoint, world.vae_file, *([lora] if lora.exists() else [])]
     made_of = [args.width, args.height, args.pixel_frames, args.dtype]
-    for file in files:
-        if file is None:
-            continue
-        path = Path(file)
+    for path in map(Path, files):
         inside = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-        made_of += [(p.name, p.stat().st_size) for p in inside]
-    if not args.weights and args.world != FIRST.name:
-        # more training leaves a file as large as it was
-        with safe_open(checkpoint, "pt") as file:
-            made_of.append(sorted(file.metadata().items()))
+        made_of += [(p.name, *_told(p)) for p in inside]
     return hashlib.sha256(repr(made_of).encode()).hexdigest()[:8]
+
+
+def _told(path: Path) -> tuple:
+    """What a file holds; of large weights their header, size and time, for reading takes minutes."""
+    about, large = path.stat(), path.stat().st_size > LARGE
+    with path.open("rb") as file:
+        held = hashlib.sha256(file.read(HEADER if large else -1)).hexdigest()
+    return (held, about.st_size, about.st_mtime_ns) if large else (held,)
 
 
 def refuse_rows(results: Path, world: str | None) -> None:
@@ -118,7 +125,7 @@ def refuse_rows(results: Path, world: str | None) -> None:
     """
     if Path(results).resolve() != RESULTS.resolve():
         return
-    if commit().endswith("-dirty"):
+    if commit() == UNKNOWN or commit().endswith("-dirty"):
         raise SystemExit("rows come from a clean commit: commit first, or give --results FOLDER")
     if world is not None and not WORLDS[world].finished:
         raise SystemExit(f"tiny Wan of world {world} is in training: give --results FOLDER")
@@ -182,7 +189,10 @@ def run_case(args: argparse.Namespace, task: str, point: Point, case: Case) -> d
     bench = _bench(args.bench, subject, task, point, args.prompts, args.seeds, work, args.digest)
     result = bench.run(case)
     if "row" in result:
-        result["row"] |= {"commit": commit(), "torch": torch.__version__, "device": _device(args)}
+        result["row"] |= {
+            "size": real_size(args), "commit": args.commit, "torch": torch.__version__,
+            "device": _device(args),
+        }  # fmt: skip
     write_result(result_path(args, task, point, case), result)
     return result
 
@@ -224,9 +234,9 @@ def run_cases(
         (task, point, case) for point in cases for case in cases[point] for task in args.tasks
     ]
     if args.fresh:
-        for file in args.work.glob(f"dense_*{args.digest}.safetensors"):
-            file.unlink()
-    todo = [o for o in wanted if args.fresh or read_result(result_path(args, *o)) is None]
+        for task, point, _ in wanted:
+            _dense_path(args, task, point).unlink(missing_ok=True)
+    todo = [one for one in wanted if args.fresh or not _done(args, *one)]
     log.info("%d cases, %d of them done before", len(wanted), len(wanted) - len(todo))
     began = time.perf_counter()
     for count, (one, result) in enumerate(_run_all(args, todo), 1):
@@ -234,6 +244,17 @@ def run_cases(
         log.info("[%d/%d, %.0f min left] %s", count, len(todo), left, _line(one, result))
     rows = compare(_everything(args, known))
     merge_rows(table, [*outdated(read_rows(table), rows, key), *rows], columns, key)
+
+
+def _done(args: argparse.Namespace, task: str, point: Point, case: Case) -> bool:
+    # the others would each make the dense videos anew
+    kept = case != DENSE or _dense_path(args, task, point).exists()
+    return kept and read_result(result_path(args, task, point, case)) is not None
+
+
+def _dense_path(args: argparse.Namespace, task: str, point: Point) -> Path:
+    subject = load_subject(args, point)
+    return dense_path(args.work, subject, task, point, args.prompts, args.seeds, args.digest)
 
 
 def _everything(
@@ -295,6 +316,14 @@ def add_real_weights(parser: argparse.ArgumentParser) -> None:
     real.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
 
 
+def real_size(args: argparse.Namespace) -> str:
+    """Of videos of real weights, and their dtype; empty for a tiny Wan."""
+    if not args.weights:
+        return ""
+    dtype = args.dtype.replace("float", "fp").replace("bfp", "bf")
+    return f"{args.width}x{args.height}x{args.pixel_frames} {dtype}"
+
+
 def parse_args(
     description: str | None = __doc__,
     bench: type[Bench] = Bench,
@@ -345,7 +374,8 @@ def parse_args(
     args.points = [p for p in POINTS[args.world] if p.steps in asked]
     if args.weights:
         args.points = [Point(n, args.guidance, args.shift) for n in args.steps or (20,)]
-    args.digest = digest(args)
+    # what is changed while it runs is not in it
+    args.digest, args.commit = digest(args), commit()
     args.device = args.device or ("cuda" if args.weights else "cpu")
     args.jobs = args.jobs or (1 if args.weights else min(os.cpu_count() or 1, 4))
     if args.tasks is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import subprocess
 from collections.abc import Sequence
 from functools import lru_cache
@@ -10,6 +11,7 @@ from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
 TASKS = {"t2v": "text to video", "i2v": "image to video"}
+UNKNOWN = "unknown"
 # a row of the same values here is the same measurement
 KEY = (
     "method",
@@ -18,6 +20,8 @@ KEY = (
     "task",
     "steps",
     "guidance",
+    "shift",
+    "size",
     "prompts",
     "seeds",
     "target",
@@ -25,8 +29,8 @@ KEY = (
 )
 COLUMNS = (
     "method", "setting", "knob", "model", "task", "steps", "guidance", "shift",
-    "prompts", "seeds", "target", "flops_ratio", "predicted_ratio", "time_ratio",
-    "psnr_db", "psnr_lo", "psnr_hi", "vs_steps_db", "vs_steps_lo", "vs_steps_hi", "vs_steps",
+    "size", "prompts", "seeds", "target", "flops_ratio", "predicted_ratio",
+    "psnr_db", "psnr_lo", "psnr_hi", "exact", "vs_steps_db", "vs_steps_lo", "vs_steps_hi", "vs_steps",
     "vs_default_db", "vs_default_lo", "vs_default_hi", "vs_default", "ssim", "motion_ratio",
     "first_frame_db", "colour_ok", "shape_ok", "direction_ok", "camera_ok",
     "commit", "torch", "device",
@@ -53,12 +57,17 @@ def merge_rows(path: Path, rows: Sequence[dict[str, object]], columns=COLUMNS, k
         text = {name: _text(row.get(name, "")) for name in columns}
         merged[key_of(text, key)] = text
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
+    partial = partial_of(path)
     with partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(merged.values())
     partial.replace(path)
+
+
+def partial_of(path: Path) -> Path:
+    """Where this process writes a file before it is whole."""
+    return path.with_suffix(f".{os.getpid()}.partial")
 
 
 def full_rows(rows: Sequence[dict[str, str]], models: Sequence[str]) -> list[dict[str, str]]:
@@ -79,17 +88,24 @@ def _videos(row: dict[str, str]) -> int:
 
 @lru_cache(maxsize=1)
 def commit(root: Path = RESULTS.parents[1]) -> str:
-    """What the rows were made with: a short hash, "-dirty" where more than rows was changed."""
+    """What the rows were made with: a short hash, "-dirty" where more than rows was changed.
 
-    def git(*words: str) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            ["git", *words], capture_output=True, text=True, check=False, cwd=root
-        )
+    UNKNOWN where there is no git, or this is no repository of its own.
+    """
 
-    head = git("rev-parse", "--short=7", "HEAD").stdout.strip()
-    code = (".", ":(exclude)benchmarks/results")
-    changed = git("diff", "--quiet", "HEAD", "--", *code).returncode
-    return f"{head}-dirty" if head and changed else head
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], capture_output=True, text=True, check=True, cwd=root)
+        return done.stdout.strip()
+
+    try:
+        # in somebody else's repository its hash says nothing
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != root.resolve():
+            return UNKNOWN
+        head = git("rev-parse", "--short=7", "HEAD")
+        changed = git("status", "--porcelain", "--", ".", ":(exclude)benchmarks/results")
+    except (OSError, subprocess.CalledProcessError):
+        return UNKNOWN
+    return f"{head}-dirty" if changed else head
 
 
 def key_of(row: dict[str, object], key: Sequence[str]) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +24,7 @@ from ..engine.plan import TrimPlan
 from ..hosts.diffusers.easycache import Budget, EasyHook, easycache
 from ..hosts.diffusers.one_video import a_fifth
 from ..methods.role_plan import RolePlan
-from ..report.compare import compare
+from ..report.compare import Comparison, compare
 from ..report.verdict import Row, choose, enough
 from ..solve.dial import Dial
 from ..solve.tuned import Travel
@@ -127,26 +127,32 @@ def _dialled(
 
 
 def judge(bench: Bench, item: Item, wanted: float) -> dict:
-    """Figures of a prompt's candidates, and which one the verdict chooses."""
+    """Figures of a prompt's candidates."""
     found = candidates(bench, item, wanted)
     videos = {
         name: torch.from_numpy(bench.subject.to_video(latents)[0])
         for name, (_, latents) in found.items()
     }
-    rows = [
-        Row(
-            name,
-            name,
-            work=work,
-            found=None if name == "whole" else compare(videos["whole"], videos[name]),
-        )
-        for name, (work, _) in found.items()
-    ]
-    best = choose(rows, wanted, bench.point.steps).best
     return {
-        "work": {row.name: row.work for row in rows},
-        "psnr_db": {row.name: row.found.psnr_db for row in rows[1:]},
+        "work": {name: work for name, (work, _) in found.items()},
+        "found": {
+            name: asdict(compare(videos["whole"], video))
+            for name, video in videos.items()
+            if name != "whole"
+        },
+    }
+
+
+def decided(figures: Mapping, wanted: float, steps: int) -> dict:
+    """Figures of `judge`, with what the verdict chooses by the rules of today."""
+    found = {name: Comparison(**one) for name, one in figures["found"].items()}
+    rows = [Row(name, name, work=w, found=found.get(name)) for name, w in figures["work"].items()]
+    best = choose(rows, wanted, steps).best
+    return {
+        "work": figures["work"],
+        "psnr_db": {name: one.psnr_db for name, one in found.items()},
         "chosen": None if best is None else rows[best].name,
+        "commit": figures["commit"],
     }
 
 
@@ -175,7 +181,9 @@ def rows_of(
     facts = {
         "model": bench.subject.name, "task": bench.task, "steps": point.steps,
         "guidance": point.guidance, "shift": point.shift, "wanted": wanted,
-        "first": first, "prompts": len(judged), "commit": commit(), "torch": torch.__version__,
+        "first": first, "prompts": len(judged),
+        # of the videos, and not of the rules
+        "commit": " ".join(dict.fromkeys(one["commit"] for one in judged)), "torch": torch.__version__,
     }  # fmt: skip
     chosen = [one["chosen"] for one in judged]
     agrees = [name in found for name, found in zip(chosen, good, strict=True)]
@@ -210,6 +218,7 @@ def main(argv: Sequence[str] | None = None, say: Callable[[str], None] | None = 
     if args.prompts < 3:
         parser.error("--prompts: expected 3 or more: the best is found on all but one of them")
     refuse_rows(args.results, args.world)
+    made = commit()
     point = next(one for one in POINTS[args.world] if one.steps == args.steps)
     args.work.mkdir(parents=True, exist_ok=True)
     subject = toy_subject(world=WORLDS[args.world])
@@ -217,10 +226,12 @@ def main(argv: Sequence[str] | None = None, say: Callable[[str], None] | None = 
     judged = []
     for item in bench.items[args.first :]:
         name = f"{subject.name}_{args.task}_{args.steps}_{args.speedup:g}_{item.prompt_index}.json"
-        one = read_result(args.work / name)
-        if one is None:
-            one = judge(bench, item, args.speedup)
-            write_result(args.work / name, one)
+        figures = read_result(args.work / name)
+        # older ones have no figures
+        if figures is None or "found" not in figures:
+            figures = judge(bench, item, args.speedup) | {"commit": made}
+            write_result(args.work / name, figures)
+        one = decided(figures, args.speedup, args.steps)
         judged.append(one)
         shown = ", ".join(f"{n} {db:.1f}" for n, db in one["psnr_db"].items())
         say(f"{len(judged)} of {args.prompts}: chosen {one['chosen']} ({shown})")

@@ -7,22 +7,13 @@ import pytest
 import torch
 
 from wantrim.benchmarks import concentration
-from wantrim.benchmarks.concentration import SHARES, measure, token_change, velocities
+from wantrim.benchmarks.concentration import SHARES, measure
+from wantrim.benchmarks.curves import velocities
 from wantrim.benchmarks.subjects import toy_subject
 from wantrim.benchmarks.table import read_rows
 from wantrim.hosts.diffusers.sample import denoise, sigmas_for
 from wantrim.methods.shares import held_by_most
 from wantrim.tests.tiny_pipeline import ASKED, parts, transformer
-
-
-def test_a_tokens_change_is_the_sum_over_its_patch():
-    before, after = torch.zeros(1, 3, 2, 4, 6), torch.zeros(1, 3, 2, 4, 6)
-    # one token: latent frame 1, row 1, column 2 of a grid of 2 x 2 x 3
-    after[0, 1, 1, 2, 4], after[0, 2, 1, 3, 5] = 2.0, -1.0
-    change = token_change(before, after)
-    assert change.shape == (1, 12)
-    assert change[0, 6 + 3 + 2] == 5
-    assert change.sum() == 5
 
 
 def test_top_shares_count_tokens():
@@ -55,11 +46,12 @@ def test_velocities_are_the_models_own():
             self.asked.append(x + 1)
             return (x + 1,)
 
-    model, sigmas = Linear(), sigmas_for(3, 2.0)
+    model, sigmas = Linear(), sigmas_for(3, 2.0).tolist()
     text = torch.zeros(1, 1, 1)
     run = denoise(model, text, (1, 2, 2), steps=3, shift=2.0, guidance=1.0, seed=4)
     noise = torch.randn((1, 2, 1, 2, 2), generator=torch.Generator().manual_seed(4))
-    found = list(velocities(run, noise, sigmas))
+    *before, last = noise, *run
+    found = velocities(before, last, sigmas)
     assert len(found) == 3
     for velocity, asked in zip(found, model.asked, strict=True):
         torch.testing.assert_close(velocity, asked)

@@ -1,15 +1,16 @@
 import csv
 import json
+import os
 import re
 import subprocess
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
 
-from wantrim.benchmarks import quality
+from wantrim.benchmarks import concentration, curves, quality, table
 from wantrim.benchmarks.bench import Bench
 from wantrim.benchmarks.cases import (
     DEFAULT,
@@ -46,6 +47,7 @@ from wantrim.benchmarks.table import (
     COLUMNS,
     RESULTS,
     TASKS,
+    UNKNOWN,
     commit,
     full_rows,
     key_of,
@@ -196,10 +198,10 @@ def test_dense_is_exact_and_fewer_steps_cost_their_share(bench):
     it = bench(prompts=2)
     dense = it.run(DENSE)["row"]
     assert (dense["psnr_db"], dense["ssim"], dense["flops_ratio"]) == (100, 1, 1)
-    assert dense["motion_ratio"] == 1
+    assert dense["motion_ratio"] == 1 and dense["exact"] == 2
     fewer = it.run(STEPS)
     assert fewer["row"]["flops_ratio"] == 0.75
-    assert fewer["row"]["knob"] == "3 steps"
+    assert fewer["row"]["knob"] == "3 steps" and fewer["row"]["exact"] == 0
     assert 15 < fewer["row"]["psnr_db"] < 60
     assert len(fewer["psnr"]) == 2
     assert set(fewer["row"]) >= {"colour_ok", "shape_ok", "direction_ok"}
@@ -242,10 +244,16 @@ def run_main(monkeypatch, tmp_path, *more: str) -> list[dict[str, str]]:
 
 def test_a_finished_case_is_not_run_again_and_an_interrupted_one_is(monkeypatch, tmp_path):
     only = ("--only", "fewer_steps", "default", "--targets", "0.67")
+    # code that is changed while it runs made none of the rows
+    hashes = iter(("at the start", "later", "later still", "at the end"))
+    monkeypatch.setattr(quality, "commit", lambda: next(hashes))
     first = run_main(monkeypatch, tmp_path, *only)
     assert [row["method"] for row in first] == ["dense", "fewer_steps", "default"]
+    assert {row["commit"] for row in first} == {"at the start"}
+    assert next(hashes) == "later"
+    monkeypatch.setattr(quality, "commit", lambda: "another")
     issue = (
-        "method setting task steps prompts seeds flops_ratio time_ratio psnr_db psnr_lo psnr_hi ssim "
+        "method setting task steps prompts seeds flops_ratio psnr_db psnr_lo psnr_hi ssim "
         "motion_ratio colour_ok shape_ok direction_ok model commit torch"
     )
     assert set(issue.split()) <= set(first[0])
@@ -258,6 +266,22 @@ def test_a_finished_case_is_not_run_again_and_an_interrupted_one_is(monkeypatch,
     run_main(monkeypatch, tmp_path, *only)
     assert ran == ["default"]
     assert not list(tmp_path.rglob("*.partial"))
+    # without the dense videos the dense case is to be done, before the others
+    (dense,) = (tmp_path / "work").glob("dense_*")
+    dense.unlink()
+    # as in another process
+    quality._bench.cache_clear()
+    run_main(monkeypatch, tmp_path, *only)
+    assert ran == ["default", "dense"] and dense.exists()
+    # and afresh all that was asked for, and nothing else
+    digest = dense.stem.rpartition("_")[2]
+    other = dense.with_name(f"dense_tiny_wan_i2v_4_1_5_1x1_{digest}.safetensors")
+    for path in (dense, other):
+        path.write_bytes(b"damaged")
+    quality._bench.cache_clear()
+    run_main(monkeypatch, tmp_path, *only, "--fresh")
+    assert ran[2:] == ["dense", "fewer_steps", "default"]
+    assert other.read_bytes() == b"damaged" != dense.read_bytes()
 
 
 def test_another_solver_makes_the_default_anew_and_nothing_else(monkeypatch, tmp_path):
@@ -280,9 +304,9 @@ def test_rows_are_refused_from_a_dirty_tree_and_of_a_model_in_training(monkeypat
     quality.refuse_rows(tmp_path, SECOND.name)
     with pytest.raises(SystemExit, match="tiny Wan of world 2 is in training"):
         quality.refuse_rows(RESULTS, SECOND.name)
-    monkeypatch.setattr(quality, "commit", lambda: "1234567-dirty")
-    quality.refuse_rows(tmp_path, FIRST.name)
-    for world in (FIRST.name, None):
+    for made, world in product(("1234567-dirty", UNKNOWN), (FIRST.name, None)):
+        monkeypatch.setattr(quality, "commit", lambda made=made: made)
+        quality.refuse_rows(tmp_path, world)
         with pytest.raises(SystemExit, match="commit first"):
             quality.refuse_rows(RESULTS, world)
     ran = []
@@ -291,6 +315,12 @@ def test_rows_are_refused_from_a_dirty_tree_and_of_a_model_in_training(monkeypat
     with pytest.raises(SystemExit, match="commit first"):
         quality.main()
     assert not ran
+    monkeypatch.setattr(concentration, "measure", None)
+    monkeypatch.setattr(curves, "record", None)
+    for study in (concentration, curves):
+        monkeypatch.setattr("sys.argv", ["study"])
+        with pytest.raises(SystemExit, match="commit first"):
+            study.main()
 
 
 def test_only_a_full_run_writes_into_the_repository(monkeypatch, tmp_path):
@@ -331,27 +361,62 @@ def test_another_world_has_its_own_model_points_and_subset(monkeypatch, tmp_path
     assert fast.digest != first.digest
 
 
-def test_finished_cases_are_found_again_however_a_header_is_ordered(monkeypatch, tmp_path):
-    monkeypatch.setattr("sys.argv", ["quality", "--world", "2", "--work", str(tmp_path)])
+def test_what_a_case_was_made_of_is_told_by_bytes(monkeypatch, tmp_path):
+    """A file that is written again is not another one; one as large with other bytes is."""
+    files = [
+        tmp_path / name for name in ("a.safetensors", "vae.safetensors", "prompts.txt", "1.png")
+    ]
+    checkpoint, vae, prompts, image = files
+    toy = replace(SECOND, checkpoint=checkpoint, vae_file=vae)
+    files.append(toy.four_step_lora)
+    for file in files:
+        file.write_bytes(b"once")
+    monkeypatch.setitem(quality.WORLDS, "2", toy)
+    options = ["--world", "2", "--prompt-file", str(prompts), "--images", str(image)]
+    monkeypatch.setattr("sys.argv", ["quality", *options])
     args = quality.parse_args()
+    seen = {args.digest}
+    for file in files:
+        before = quality.digest(args)
+        file.write_bytes(b"once")
+        os.utime(file, (1, 1))
+        assert quality.digest(args) == before
+        file.write_bytes(b"anew")
+        seen.add(quality.digest(args))
+    assert len(seen) == 1 + len(files)
 
-    class Turned:
-        def __init__(self, *given):
-            with safe_open(*given) as file:
-                self.header = file.metadata()
 
-        def __enter__(self):
-            return self
+def test_large_weights_are_told_by_header_size_and_time(monkeypatch, tmp_path):
+    weights = tmp_path / "wan.safetensors"
+    monkeypatch.setattr(quality, "LARGE", 4)
+    monkeypatch.setattr(quality, "HEADER", 2)
+    seen = set()
+    for held, time in ((b"header", 1), (b"header", 2), (b"another", 1), (b"Header", 1)):
+        weights.write_bytes(held)
+        os.utime(weights, (time, time))
+        seen.add(quality._told(weights))
+    assert len(seen) == 4
+    weights.write_bytes(b"heaDER")
+    os.utime(weights, (1, 1))
+    assert quality._told(weights) in seen
 
-        def __exit__(self, *_):
-            pass
 
-        def metadata(self):
-            return dict(reversed(list(self.header.items())))
+def test_a_full_run_of_real_weights_takes_the_prompts_that_are_there(monkeypatch, tmp_path):
+    prompts, weights = tmp_path / "prompts.txt", tmp_path / "wan.safetensors"
+    prompts.write_text("\n".join(ASKED))
+    weights.touch()
+    words = ["quality", "--weights", str(weights), "--tasks", "t2v", "--full"]
+    for more, there in (([], 8), (["--prompt-file", str(prompts)], len(ASKED))):
+        monkeypatch.setattr("sys.argv", [*words, *more])
+        assert quality.parse_args().prompts == there
 
-    before = args.digest
-    monkeypatch.setattr(quality, "safe_open", Turned)
-    assert quality.digest(args) == before
+
+def test_two_processes_write_two_files(monkeypatch, tmp_path):
+    names = set()
+    for number in (1, 2):
+        monkeypatch.setattr(table.os, "getpid", lambda number=number: number)
+        names.add(table.partial_of(tmp_path / "dense_0.67.json").name)
+    assert names == {"dense_0.67.1.partial", "dense_0.67.2.partial"}
 
 
 def test_four_steps_are_taken_by_the_lora_that_was_made_for_them(monkeypatch, tmp_path):
@@ -390,7 +455,7 @@ def test_real_weights_take_the_same_way(monkeypatch, tmp_path):
     assert [row["method"] for row in rows] == ["dense", "fewer_steps", "default"]
     predicted = float(rows[2]["predicted_ratio"])
     assert float(rows[2]["flops_ratio"]) == pytest.approx(predicted, rel=0.02)
-    assert rows[2]["shape_ok"] == ""
+    assert rows[2]["shape_ok"] == "" and rows[2]["size"] == "160x160x9 fp32"
     assert float(rows[2]["psnr_db"]) < 100
     assert str(tmp_path) not in (tmp_path / "results" / "quality.csv").read_text()
 
@@ -486,6 +551,10 @@ def test_rows_are_added_and_newer_ones_replace_older(tmp_path):
     merge_rows(path, [row | {"psnr_db": 1 / 3}])
     rows = read_rows(path)
     assert [(r["model"], r["psnr_db"]) for r in rows] == [("a", "0.3333"), ("b", "20")]
+    # otherwise sampled it is another measurement
+    merge_rows(path, [row | {"shift": 8.0}, row | {"size": "832x480x81 bf16"}])
+    assert len(read_rows(path)) == 4 and read_rows(path)[:2] == rows
+    rows = read_rows(path)
     with path.open() as file:
         assert tuple(next(csv.reader(file))) == COLUMNS
     with pytest.raises(AttributeError):
@@ -500,7 +569,7 @@ def test_columns_that_only_a_file_has_stay(tmp_path):
     assert path.read_text() == "a,c,b\n1,,2\n3,4,\n"
 
 
-def test_rows_name_the_code_that_made_them_and_rows_are_no_code(tmp_path):
+def test_rows_name_the_code_that_made_them_and_rows_are_no_code(monkeypatch, tmp_path):
     def git(*words):
         who = ("-c", "user.name=a", "-c", "user.email=a@example.org")
         subprocess.run(["git", *who, *words], check=True, cwd=tmp_path, capture_output=True)
@@ -509,8 +578,11 @@ def test_rows_name_the_code_that_made_them_and_rows_are_no_code(tmp_path):
     rows.parent.mkdir(parents=True)
     for file in (code, rows):
         file.write_text("1\n")
-    assert commit.__wrapped__(tmp_path) == ""
-    for words in (("init",), ("add", "-A"), ("commit", "-m", "one")):
+    assert commit.__wrapped__(tmp_path) == UNKNOWN
+    git("init")
+    # without a commit
+    assert commit.__wrapped__(tmp_path) == UNKNOWN
+    for words in (("add", "-A"), ("commit", "-m", "one")):
         git(*words)
 
     head = commit.__wrapped__(tmp_path)
@@ -518,6 +590,14 @@ def test_rows_name_the_code_that_made_them_and_rows_are_no_code(tmp_path):
     assert commit.__wrapped__(tmp_path) == head and len(head) == 7
     code.write_text("2\n")
     assert commit.__wrapped__(tmp_path) == f"{head}-dirty"
+    code.write_text("1\n")
+    assert commit.__wrapped__(tmp_path) == head
+    code.with_name("new.py").write_text("1\n")
+    assert commit.__wrapped__(tmp_path) == f"{head}-dirty"
+    # a folder in somebody else's repository
+    assert commit.__wrapped__(rows.parent) == UNKNOWN
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert commit.__wrapped__(tmp_path) == UNKNOWN
 
 
 def test_the_plots_are_drawn_from_rows(tmp_path):
@@ -642,6 +722,9 @@ def test_a_table_says_what_another_share_cost_and_what_is_best():
         row("paper", 0.5, 15.0),
         row("paper", 0.5, 99.0, task="i2v"),
         row("taylorseer", 0.5, 99.0),
+        # videos that are the dense ones, whose PSNR is capped
+        row("random", 0.5, 92.0, spread=8.0),
+        row("mag_cache", 0.5, 60.0) | {"exact": "3"},
         row("dense", 1.0, 100.0),
     ]
 
@@ -652,7 +735,9 @@ def test_a_table_says_what_another_share_cost_and_what_is_best():
         "| **default** | **20.0 (19.0 to 21.0)** |  | 1.25 | 100% / 50% /  |",
         "| fewer steps | 50.0 (49.0 to 51.0) at 0.75 |  | 1.25 | 100% / 50% /  |",
         "| paper | 18.0 (17.0 to 19.0) | **15.0 (14.0 to 16.0)** | 1.25 | 100% / 50% /  |",
+        "| mag cache |  | 60.0 (59.0 to 61.0) |  |  |",
         "| tome | **19.0 (17.5 to 20.5)** |  | 1.25 | 100% / 50% /  |",
+        "| random |  | 92.0 (84.0 to 100.0) |  |  |",
     ]
     assert bench_table(rows, "t2v", 20) == NO_ROWS
 

@@ -1,5 +1,7 @@
 """The bench of the verdict's choices: what is best by the others, and how often it is chosen."""
 
+import json
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
@@ -8,15 +10,26 @@ from wantrim.benchmarks import verdicts
 from wantrim.benchmarks.bench import Bench
 from wantrim.benchmarks.cases import Point
 from wantrim.benchmarks.subjects import toy_subject
+from wantrim.benchmarks.table import read_rows
 from wantrim.benchmarks.verdicts import WholeRun, agreement, bests, candidates, rows_of
 from wantrim.hosts.diffusers.easycache import easycache
+from wantrim.report.compare import Comparison
 
 WORK = {"whole": 1.0, "plan": 0.66, "less": 0.75, "repeats": 0.65, "steps": 0.65}
 
 
 def judged(chosen="plan", **psnr) -> dict:
     figures = {"plan": 40.0, "less": 45.0, "repeats": 30.0, "steps": 25.0}
-    return {"work": WORK, "psnr_db": {**figures, **psnr}, "chosen": chosen}
+    return {"work": WORK, "psnr_db": {**figures, **psnr}, "chosen": chosen, "commit": "1234567"}
+
+
+def figures() -> dict:
+    """As they are kept."""
+    found = {
+        name: asdict(Comparison(db, 0.9, 0.1, 0.1, 0.0, 0.0, (db,)))
+        for name, db in judged()["psnr_db"].items()
+    }
+    return {"work": WORK, "found": found}
 
 
 def test_best_is_the_highest_of_those_that_save_enough_and_what_its_interval_reaches():
@@ -75,13 +88,30 @@ def test_candidates_cost_what_they_say(bench, monkeypatch):
 
 def test_finished_prompts_are_kept_and_rows_are_written(tmp_path, monkeypatch):
     asked, said = [], []
-    monkeypatch.setattr(verdicts, "judge", lambda *given: asked.append(given) or judged())
+    monkeypatch.setattr(verdicts, "judge", lambda *given: asked.append(given) or figures())
     monkeypatch.setattr(verdicts, "toy_subject", lambda world: toy_subject())
     options = ["--world", "1", "--prompts", "3"]
     options += ["--work", str(tmp_path / "work"), "--results", str(tmp_path)]
+    monkeypatch.setattr(verdicts, "commit", lambda: "made by")
     for _ in range(2):
         verdicts.main(options, said.append)
     assert len(asked) == 3
+    table = tmp_path / verdicts.FILE
+    assert {row["commit"] for row in read_rows(table)} == {"made by"}
+    # rules of another day, and the same videos
+    monkeypatch.setattr(verdicts, "commit", lambda: "another")
+    with monkeypatch.context() as changed:
+        changed.setattr(verdicts, "choose", lambda rows, *_: SimpleNamespace(best=3))
+        verdicts.main(options, said.append)
+    assert said[-1].endswith("in 0 of 3 prompts") and len(asked) == 3
+    assert {row["commit"] for row in read_rows(table)} == {"made by"}
+    assert {row["candidate"]: row["chosen"] for row in read_rows(table)}["repeats"] == "3"
+    # what was kept without figures is judged anew
+    kept = sorted((tmp_path / "work").glob("*.json"))[0]
+    kept.write_text(json.dumps(judged("repeats")))
+    verdicts.main(options, said.append)
+    assert len(asked) == 4 and read_rows(table)[0]["commit"] == "another made by"
+    del asked[3]
     assert said[-1] == "the verdict chose one of the bench's best in 3 of 3 prompts"
     assert len((tmp_path / verdicts.FILE).read_text().splitlines()) == 1 + 5
     # other prompts are rows of their own
