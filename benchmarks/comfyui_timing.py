@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -18,8 +19,9 @@ from comfy.ldm.wan.model import WanModel
 from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 from comfy_extras.nodes_torch_compile import TorchCompileModel
 
+from ..engine.context import Room
 from ..engine.plan import TrimPlan
-from ..hosts.comfyui.attach import attach
+from ..hosts.comfyui import attach as host
 from ..methods.cost import WanShape
 
 
@@ -62,7 +64,12 @@ def compiled_model(model, backend: str):
 
 
 def seconds_per_step(
-    model, plan: TrimPlan | None, latent: Sequence[int], sigmas: Sequence[float], text_tokens: int
+    model,
+    plan: TrimPlan | None,
+    latent: Sequence[int],
+    sigmas: Sequence[float],
+    text_tokens: int,
+    room: Room | None = None,
 ) -> float:
     """Median time of a step of one Euler run without guidance; the first step is not counted.
 
@@ -71,6 +78,7 @@ def seconds_per_step(
     Args:
         plan: None samples the model as it is.
         latent: (f, h, w).
+        room: where keys and values are kept; None is beside the blocks.
     """
     device = comfy.model_management.get_torch_device()
     marks: list[float] = []
@@ -84,18 +92,36 @@ def seconds_per_step(
     noise = torch.randn(1, model.model.diffusion_model.in_dim, *latent, generator=draw)
     text_dim = model.model.diffusion_model.text_dim
     text = [[torch.randn(1, text_tokens, text_dim, generator=draw), {}]]
-    comfy.sample.sample_custom(
-        model if plan is None else attach(model, plan),
-        noise,
-        1.0,
-        comfy.samplers.sampler_object("euler"),
-        torch.tensor([*sigmas, 0.0]),
-        text,
-        text,
-        torch.zeros_like(noise),
-        callback=done,
-        disable_pbar=True,
-        seed=0,
-    )
+    with _kept_in(room):
+        comfy.sample.sample_custom(
+            model if plan is None else host.attach(model, plan),
+            noise,
+            1.0,
+            comfy.samplers.sampler_object("euler"),
+            torch.tensor([*sigmas, 0.0]),
+            text,
+            text,
+            torch.zeros_like(noise),
+            callback=done,
+            disable_pbar=True,
+            seed=0,
+        )
     # a mark at the end of each step
     return statistics.median(b - a for a, b in zip(marks, marks[1:], strict=False))
+
+
+@contextmanager
+def _kept_in(room: Room | None) -> Iterator[None]:
+    """Runs keep their keys and values there, which only a dial decides otherwise."""
+    made = host.Engine
+
+    def engine(*given):
+        one = made(*given)
+        one.memory.room = room or one.memory.room
+        return one
+
+    host.Engine = engine
+    try:
+        yield
+    finally:
+        host.Engine = made

@@ -11,31 +11,41 @@ from __future__ import annotations
 import argparse
 import logging
 import shutil
-import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
+from operator import itemgetter
 from pathlib import Path
 
 import torch
 
 from ..engine.plan import TrimPlan
 from ..solve.dial import flops
-from .speed_gpu import LIMIT, ask_for_gpu, comfyui_rows, gpu_rows, rows_to_fill
-from .speed_models import Runner, build, sharing
-from .speed_plans import ATTACHED, PAPER, PARTIAL, REPEATED, WHOLE, Size, plans, ratio, steady_work
-from .speed_probes import interval, overhead, take_turns, trimmed_blocks
+from .speed_comfyui import comfyui_rows, find_comfyui
+from .speed_gpu import LIMIT, ask_for_gpu, gpu_rows, rows_to_fill
+from .speed_models import Runner, build
+from .speed_plans import (
+    ATTACHED,
+    ATTACHED_NAME,
+    NEUTRAL,
+    PAPER,
+    PARTIAL,
+    REPEATED,
+    TOGETHER,
+    WHOLE,
+    Size,
+    plans,
+    ratio,
+    steady_work,
+)
+from .speed_probes import take_turns, time_overhead, trimmed_blocks
+from .speed_rows import COLUMNS, KEY, row, say
 from .speed_scale import DRY, GPU
-from .table import RESULTS, commit, merge_rows, read_rows
+from .table import RESULTS, merge_rows, read_rows
 from .traffic import Traffic, peak_bytes
 
 log = logging.getLogger(__name__)
-COLUMNS = (
-    "case", "host", "device", "dtype", "tokens", "plan", "dense_ms", "trimmed_ms", "speedup",
-    "speedup_lo", "speedup_hi", "predicted", "efficiency", "peak_mb", "extra_states", "compiled",
-    "commit", "torch", "note",
-)  # fmt: skip
-KEY = ("case", "host", "device", "dtype", "tokens", "plan", "compiled")
 ROOT = Path(__file__).resolve().parent.parent
 # what is timed, and what it is held against
 TESTS = (
@@ -61,50 +71,25 @@ SHORT_PLANS = (
 )  # fmt: skip
 HEAVY_PLANS = (PARTIAL, PAPER, "blocks 0.75, identity")
 COMPILED_PLANS = (PARTIAL, PAPER, "blocks 0.75, identity", "heads 0.7, others off")
-NEUTRAL = "neutral"
-ATTACHED_NAME = "attached, outside its percents"
+OVERHEAD = {NEUTRAL: TrimPlan(), ATTACHED_NAME: ATTACHED}
 
 
-def check_tests(tests: Sequence[Path]) -> None:
-    """Refuse to time code whose tests fail.
+def check_tests(tests: Sequence[Path], seconds: float | None = None) -> None:
+    """Refuse to time code whose tests fail, or take longer than this.
 
     Raises:
         SystemExit: with pytest's last line.
     """
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
     log.info("running the tests of what is timed")
-    run = subprocess.run(
-        [*command, *map(str, tests)], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    options = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": seconds}
+    try:
+        run = subprocess.run([*command, *map(str, tests)], check=False, **options)
+    except subprocess.TimeoutExpired as error:
+        raise SystemExit(f"not timed: its tests alone took {seconds:.0f} seconds") from error
     if run.returncode:
         said = (run.stdout + run.stderr).strip().splitlines() or ["no output"]
         raise SystemExit(f"not timed, because the tests are red: {said[-1]}")
-
-
-def row(size: Size, plan: str, taken: Sequence[tuple[float, float]], **more) -> dict[str, object]:
-    """One row, of milliseconds (dense, trimmed); `more` are further columns."""
-    ratios = [dense / trimmed for dense, trimmed in taken]
-    speedup, predicted = statistics.median(ratios), more.get("predicted", 1.0)
-    low, high = interval(ratios) if len(ratios) > 2 else ("", "")
-    return dict.fromkeys(COLUMNS, "") | {
-        "case": size.name,
-        "host": "diffusers",
-        "device": "cpu",
-        "dtype": "float32",
-        "tokens": size.grid.tokens,
-        "plan": plan,
-        "dense_ms": statistics.median(dense for dense, _ in taken),
-        "trimmed_ms": statistics.median(trimmed for _, trimmed in taken),
-        "speedup": speedup,
-        "speedup_lo": low,
-        "speedup_hi": high,
-        "predicted": predicted,
-        "efficiency": speedup / predicted if predicted else "",
-        "compiled": "no",
-        "commit": commit(),
-        "torch": torch.__version__,
-        **more,
-    }
 
 
 def time_plans(
@@ -135,33 +120,12 @@ def time_plans(
     return rows
 
 
-def time_overhead(size: Size, pairs: int) -> list[dict[str, object]]:
-    """What a plan costs that changes nothing: one that attaches nothing, and one that is attached.
-
-    The note has the difference in milliseconds, which hardly depends on the model's width.
-    """
-    model = build(size)
-    rows = []
-    for name, plan in ((NEUTRAL, TrimPlan()), (ATTACHED_NAME, ATTACHED)):
-        # copies both where one is, since a copy lies elsewhere in memory
-        untouched = model if plan.neutral else sharing(model)
-        dense, other = Runner(untouched, size), Runner(model, size, plan)
-        for runner in (dense, other):
-            runner.step()
-        taken = overhead(dense, other, pairs)
-        more = statistics.median(trimmed - dense for dense, trimmed in taken)
-        rows.append(row(size, name, taken, note=f"{more:+.2f} ms a forward"))
-        other.close()
-        say(rows[-1])
-    return rows
-
-
 def compiled_in_comfyui(size: Size, comfyui: Path, rounds: int) -> list[dict[str, object]]:
     """What a plan gains in ComfyUI with its compile node, beside what it gains without."""
-    names, rows = (PARTIAL, f"{PARTIAL}, heads 0.7 demoted"), []
+    names, rows = (PARTIAL, TOGETHER), []
     for compiled in ("no", backend()):
-        options = {"rounds": rounds, "cpu": True, "compiled": compiled, "names": names}
-        rows += comfyui_rows(row, size, comfyui, None, **options)
+        options = {"cpu": True, "compiled": compiled, "names": names}
+        rows += comfyui_rows(row, size, comfyui, None, rounds, **options)
     without = {made["plan"]: made["speedup"] for made in rows if made["compiled"] == "no"}
     for made in rows:
         if made["compiled"] != "no":
@@ -210,19 +174,6 @@ def backend() -> str:
     return "inductor" if shutil.which("g++") else "aot_eager"
 
 
-def say(made: dict[str, object]) -> None:
-    if made["dense_ms"] == "":
-        log.warning("%s, %s: %s", made["case"], made["plan"], made["note"])
-        return
-    expected = made["predicted"]
-    log.info(
-        "%s, %s (compiled: %s): %.1f ms dense, %.1f ms trimmed, %.3fx%s",
-        made["case"], made["plan"], made["compiled"], made["dense_ms"], made["trimmed_ms"],
-        made["speedup"],
-        f" of {expected:.3f}x, efficiency {made['efficiency']:.2f}" if expected else "",
-    )  # fmt: skip
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -233,27 +184,33 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add(
         "--comfyui",
         type=Path,
-        help="a ComfyUI, to time in it too: with --gpu the real sizes, else "
-        "a small one with its compile node",
+        help="a ComfyUI, to time in it: with --gpu or --dry the real sizes too (else the one that "
+        "the tests find), without them only a small one with its compile node",
     )
-    add("--limit", type=float, default=LIMIT, help="seconds that --gpu may take after its tests")
+    add("--limit", type=float, default=LIMIT, help="seconds that --gpu may take, tests included")
     add("--rounds", type=int, default=2, help="turns of each plan at the large sizes")
     add("--pairs", type=int, default=40, help="pairs of forwards for the overhead")
     add("--small", action="store_true", help="only the small size")
     add("--results", type=Path, default=RESULTS, help="folder of speed.csv")
-    args = parser.parse_args(arguments)
+    args, began = parser.parse_args(arguments), time.monotonic()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if args.gpu:
         ask_for_gpu()
+    if args.gpu or args.dry:
+        comfyui = find_comfyui(args.comfyui)
+        if comfyui is None:
+            log.warning("no ComfyUI found, so nothing is timed in it; name one with --comfyui")
     if not args.dry:
-        check_tests([ROOT / "tests" / name for name in (GPU_TESTS if args.gpu else TESTS)])
+        tests = [ROOT / "tests" / name for name in (GPU_TESTS if args.gpu else TESTS)]
+        check_tests(tests, args.limit if args.gpu else None)
     path = args.results / "speed.csv"
 
     def keep(rows: Sequence[dict[str, object]]) -> None:
         merge_rows(path, rows, COLUMNS, KEY)
 
     if args.gpu or args.dry:
-        for rows in gpu_rows(row, args.comfyui, DRY if args.dry else GPU, args.limit):
+        left = args.limit - (time.monotonic() - began)
+        for rows in gpu_rows(row, comfyui, DRY if args.dry else GPU, left):
             for made in rows:
                 say(made)
             # as each part ends: what there is no time for takes nothing with it
@@ -263,13 +220,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         keep(compiled_in_comfyui(FUSED, args.comfyui, args.rounds))
         return
     # a GPU's own rows stay, and there is nothing to wait for beside them
-    known = {(r["case"], r["host"], r["plan"]) for r in read_rows(path) if r["dense_ms"]}
-    waiting = [r for r in rows_to_fill() if (r["case"], r["host"], r["plan"]) not in known]
+    same = itemgetter("case", "host", "plan", "compiled")
+    known = {same(r) for r in read_rows(path) if r["dense_ms"]}
+    waiting = [r for r in rows_to_fill() if same(r) not in known]
     keep([dict.fromkeys(COLUMNS, "") | made for made in waiting])
     # the time of a process is that of all its threads
     torch.set_num_threads(1)
     for size in (HOLLOW, SMALL):
-        keep(time_overhead(size, args.pairs))
+        rows = time_overhead(row, size, build(size), OVERHEAD, args.pairs)
+        for made in rows:
+            say(made)
+        keep(rows)
     small = time_plans(SMALL, list(plans(SMALL)), 3)
     measure_memory(SMALL, small)
     measure_traffic(SMALL, small)

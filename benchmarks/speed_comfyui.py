@@ -1,22 +1,44 @@
 """The speed bench inside of ComfyUI: its own Wan network with random weights, sampled by it.
 
-Runs in ComfyUI's interpreter, which the speed bench starts; results come back as a JSON file.
+The bench starts ComfyUI's interpreter, which measures one plan after the other and hands each over as
+a line of JSON when it is done.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
+from ..engine.context import Room
 from ..engine.plan import TrimPlan
-from .speed_plans import SIGMAS, TEXT_TOKENS, Size, plans
+from ..solve.dial import flops
+from ..solve.floor import Rates
+from .speed_plans import (
+    COMPILED_PLANS,
+    PARTIAL,
+    PINNED,
+    PLANS,
+    SIGMAS,
+    TEXT_TOKENS,
+    Size,
+    plans,
+    ratio,
+    steady_work,
+)
+from .speed_scale import Scale, measured_rates
+from .traffic import peak_bytes
 
+Row = dict[str, object]
 ROOT = Path(__file__).resolve().parent.parent
 # makes `wantrim` mean this folder, whatever its name, without running the root __init__.py
 LAUNCH = """
@@ -34,45 +56,154 @@ main()
 """
 # of a run; the first may compute all, and warms up
 STEPS = 5
+# turns of a plan, each of which is all steps of a run
+TURNS = 2
+# seconds between looks for what was measured
+PAUSE = 0.1
+
+
+def find_comfyui(given: Path | None = None) -> Path | None:
+    """ComfyUI's folder, looked for as the tests do (tests/run_comfyui.sh); None where there is none.
+
+    Raises:
+        ValueError: there is none in the folder that was named.
+    """
+
+    def there(folder: Path) -> bool:
+        return (folder / "main.py").is_file() and (folder / "comfy").is_dir()
+
+    named = given or os.environ.get("COMFYUI_PATH")
+    if named:
+        if not there(Path(named)):
+            raise ValueError(
+                f"expected ComfyUI's folder, with main.py and comfy/ in it, got {named}"
+            )
+        return Path(named).resolve()
+    around = [ROOT.parents[1]] if ROOT.parent.name == "custom_nodes" else []
+    return next(filter(there, [*around, Path.home() / "comfy" / "ComfyUI"]), None)
+
+
+def interpreter(comfyui: Path) -> str:
+    """What runs a ComfyUI.
+
+    Raises:
+        ValueError: it is not known.
+    """
+    found = [comfyui / name / "bin" / "python" for name in (".venv", "venv")]
+    named = [os.environ.get("COMFYUI_PYTHON"), *(str(path) for path in found if path.exists())]
+    python = next(filter(None, named), None)
+    if python is None:
+        raise ValueError(
+            f"--comfyui: {comfyui} has neither .venv nor venv with an interpreter; set COMFYUI_PYTHON"
+        )
+    return python
+
+
+def rows_in_comfyui(
+    row: Callable[..., Row],
+    size: Size,
+    scale: Scale,
+    comfyui: Path,
+    compiled: str = "no",
+    seconds: float | None = None,
+) -> Iterator[list[Row]]:
+    """A size of the GPU's bench in ComfyUI, with its compile node or without.
+
+    Args:
+        row: makes one from a size, a plan's name and milliseconds.
+        seconds: as in `time_in_comfyui`.
+    """
+    began = time.monotonic()
+    options = {"names": PLANS if compiled == "no" else COMPILED_PLANS, "compiled": compiled}
+    rates = measured_rates(size, scale)
+    left = None if seconds is None else seconds - (time.monotonic() - began)
+    turns, cpu = min(TURNS, scale.rounds), scale.device == "cpu"
+    for made in comfyui_rows(row, size, comfyui, rates, turns, cpu=cpu, seconds=left, **options):
+        yield [made]
+
+
+def comfyui_rows(
+    row: Callable[..., Row], size: Size, comfyui: Path, rates: Rates | None, rounds: int, **options
+) -> Iterator[Row]:
+    """Whole steps of ComfyUI's own sampling, dense and trimmed in turns; a row as each is known.
+
+    Args:
+        rates: of the device; None counts every FLOP as any other.
+        options: of `time_in_comfyui`.
+    """
+    whole = steady_work(size, TrimPlan())
+    cost = flops if rates is None else rates.seconds
+    for found in time_in_comfyui(comfyui, size, rounds, **options):
+        predicted = ratio(cost, whole, steady_work(size, _plan(size, found["plan"])))
+        state = size.grid.tokens * size.dim * getattr(torch, found["dtype"]).itemsize
+        yield row(
+            size, found["plan"], found["taken"], predicted=predicted, host="comfyui",
+            device=found["device"], dtype=found["dtype"], compiled=options.get("compiled", "no"),
+            peak_mb=found["peak"] / 2**20,
+            extra_states=(found["peak"] - found["dense_peak"]) / state,
+        )  # fmt: skip
 
 
 def time_in_comfyui(
     comfyui: Path,
     size: Size,
     rounds: int,
-    folder: Path,
     *,
     cpu: bool = False,
     compiled: str = "no",
     names: Sequence[str] = (),
-) -> dict[str, object]:
-    """Milliseconds (dense, trimmed) of every plan by its name, measured by ComfyUI's interpreter.
+    seconds: float | None = None,
+) -> Iterator[dict[str, object]]:
+    """Yield what ComfyUI's interpreter measures of one plan after the other.
 
     Args:
-        comfyui: a checkout with its interpreter in .venv or venv.
-        folder: for the results.
+        comfyui: a checkout.
         cpu: in fp32.
         compiled: backend of ComfyUI's own compile node, or "no".
         names: of plans; none are all.
+        seconds: that it may take; None is as long as it takes.
 
-    Returns:
-        "device", "dtype", and "taken": by plan.
+    Yields:
+        "plan", "device", "dtype", "taken": milliseconds (dense, trimmed); "peak" and "dense_peak":
+        most bytes that a run held beyond the weights.
 
     Raises:
         ValueError: no interpreter there.
         subprocess.CalledProcessError: it failed.
+        subprocess.TimeoutExpired: it was stopped when its time was used up.
     """
-    found = [comfyui / name / "bin" / "python" for name in (".venv", "venv")]
-    python = next((path for path in found if path.exists()), None)
-    if python is None:
-        raise ValueError(f"--comfyui: {comfyui} has neither .venv nor venv with an interpreter")
-    result = folder / "comfyui.json"
+    ends = None if seconds is None else time.monotonic() + seconds
     sizes = [size.dim, size.heads, size.ffn_dim, size.blocks, *size.latent]
-    command = [python, "-c", LAUNCH, ROOT, comfyui, "--size", *sizes, "--rounds", rounds]
-    command += ["--compiled", compiled, "--names", *(names or plans(size))]
-    command += ["--out", result, *(["--cpu"] if cpu else [])]
-    subprocess.run([str(part) for part in command], check=True, cwd=folder)
-    return json.loads(result.read_text("utf-8"))
+    with TemporaryDirectory() as folder:
+        result = Path(folder) / "rows.jsonl"
+        result.touch()
+        command = [interpreter(comfyui), "-c", LAUNCH, ROOT, comfyui, "--size", *sizes]
+        command += ["--rounds", rounds, "--compiled", compiled, "--out", result]
+        command += ["--names", *(names or plans(size)), *(["--cpu"] if cpu else [])]
+        command = [str(part) for part in command]
+        # a group of its own, with what compiles for it
+        child = subprocess.Popen(command, cwd=folder, start_new_session=True)
+        try:
+            with result.open(encoding="utf-8") as lines:
+                running, rest = True, ""
+                while running:
+                    # what was written before its end is read behind it
+                    running = child.poll() is None
+                    *whole, rest = (rest + lines.read()).split("\n")
+                    yield from map(json.loads, whole)
+                    if running and ends is not None and time.monotonic() >= ends:
+                        raise subprocess.TimeoutExpired(command[:1], seconds)
+                    time.sleep(PAUSE if running else 0)
+            if child.returncode:
+                raise subprocess.CalledProcessError(child.returncode, command[:1])
+        finally:
+            if child.poll() is None:
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+
+
+def _plan(size: Size, name: str) -> TrimPlan:
+    return plans(size)[PARTIAL if name == PINNED else name]
 
 
 def main() -> None:
@@ -91,26 +222,29 @@ def main() -> None:
     dim, heads, ffn_dim, blocks, *latent = args.size
     size = Size("", dim, heads, ffn_dim, blocks, tuple(latent))
     dtype = torch.float32 if args.cpu else torch.bfloat16
-    taken: dict[str, list[tuple[float, float]]] = {}
-    with torch.inference_mode():
+    name = "cpu" if args.cpu else torch.cuda.get_device_name()
+    known = {"device": name, "dtype": str(dtype).removeprefix("torch.")}
+    with torch.inference_mode(), args.out.open("a", encoding="utf-8") as out:
         model = random_model(size.shape, dtype)
         if args.compiled != "no":
             model = compiled_model(model, args.compiled)
 
-        def step(plan: TrimPlan | None) -> float:
-            return 1000 * seconds_per_step(model, plan, size.latent, SIGMAS[:STEPS], TEXT_TOKENS)
+        def step(plan: TrimPlan | None = None, room: Room | None = None) -> float:
+            given = (size.latent, SIGMAS[:STEPS], TEXT_TOKENS)
+            return 1000 * seconds_per_step(model, plan, *given, room=room)
 
-        # to warm up
-        step(None)
-        for name in args.names:
-            plan = plans(size)[name]
-            if args.compiled != "no":
-                # what is trimmed is compiled, too
-                step(plan)
-            taken[name] = [(step(None), step(plan)) for _ in range(args.rounds)]
-    name = "cpu" if args.cpu else torch.cuda.get_device_name()
-    words = str(dtype).removeprefix("torch.")
-    args.out.write_text(json.dumps({"device": name, "dtype": words, "taken": taken}), "utf-8")
+        # to warm up, and to have the weights where they stay
+        step()
+        dense_peak = peak_bytes(step)
+        for plan_name in args.names:
+            room = Room(torch.device("cpu")) if plan_name == PINNED else None
+            given = (_plan(size, plan_name), room)
+            # what is trimmed is warm, or compiled, then
+            peak = peak_bytes(lambda given=given: step(*given))
+            taken = [(step(), step(*given)) for _ in range(args.rounds)]
+            found = {"plan": plan_name, "taken": taken, "peak": peak, "dense_peak": dense_peak}
+            out.write(json.dumps({**known, **found}) + "\n")
+            out.flush()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 
@@ -16,29 +15,40 @@ from ..engine.context import Room
 from ..engine.plan import TrimPlan
 from ..methods.importance import attention_received
 from ..methods.tokens import select_tokens
-from ..solve.dial import flops
-from ..solve.floor import Rates
-from .speed_comfyui import time_in_comfyui
+from .speed_comfyui import rows_in_comfyui
 from .speed_kernels import KERNEL_PLAN, KERNELS, attention_rows, kernel_rows
-from .speed_models import Runner, build
-from .speed_plans import PAPER, PARTIAL, REPEATED, SHARE, WHOLE, Size, plans, ratio, steady_work
-from .speed_probes import take_turns
+from .speed_models import Runner, build, sharing
+from .speed_plans import (
+    ATTACHED,
+    ATTACHED_NAME,
+    COMPILED_PLANS,
+    PAPER,
+    PARTIAL,
+    PINNED,
+    PLANS,
+    SHARE,
+    WHOLE,
+    WRITING,
+    WRITING_NAME,
+    Size,
+    plans,
+    ratio,
+    steady_work,
+)
+from .speed_probes import take_turns, time_overhead
 from .speed_scale import GPU, LATENTS, MODELS, Scale, measured_rates, milliseconds
 from .traffic import peak_bytes
 
 log = logging.getLogger(__name__)
 Row = dict[str, object]
 COMMAND = "python -m wantrim.benchmarks.speed --gpu"
-# seconds that all of it may take
-LIMIT = 480.0
+# seconds after which nothing begins; eight minutes with what had begun
+LIMIT = 450.0
 # in order of worth
 SIZES = (("14B", "480p"), ("1.3B", "480p"), ("14B", "720p"), ("1.3B", "720p"))
 SELECTION = "choosing tokens"
 TOKEN_PLANS = (PARTIAL, PAPER)
-PINNED = f"{PARTIAL} in pinned memory"
-DEMOTED, TOGETHER = "heads 0.7, others demoted", f"{PARTIAL}, heads 0.7 demoted"
-PLANS = (PARTIAL, PINNED, TOGETHER, DEMOTED, REPEATED, PAPER)
-COMPILED_PLANS = (PARTIAL, TOGETHER)
+OVERHEAD = {ATTACHED_NAME: ATTACHED, WRITING_NAME: WRITING}
 
 
 def real_sizes() -> list[Size]:
@@ -68,10 +78,10 @@ def gpu_rows(
     Args:
         row: makes one from a size, a plan's name and milliseconds.
         comfyui: a checkout, to time the sizes in it too.
-        limit: seconds after which no part begins and no row is begun.
+        limit: seconds after which no part begins and no row is begun; what runs in ComfyUI is stopped.
     """
     ends = clock() + limit
-    for name, make in _parts(row, scale, comfyui):
+    for name, make in _parts(row, scale, comfyui, lambda: ends - clock()):
         if clock() >= ends:
             log.warning("%s: not measured, the time is used up", name)
             continue
@@ -81,6 +91,8 @@ def gpu_rows(
                 if clock() >= ends:
                     log.warning("%s: not to its end, the time is used up", name)
                     break
+        except subprocess.TimeoutExpired:
+            log.warning("%s: not to its end, the time is used up", name)
         except (RuntimeError, subprocess.CalledProcessError, ValueError) as error:
             # what was measured stays, and the parts behind it may go
             log.warning("%s: %s: %s", name, type(error).__name__, error)
@@ -88,70 +100,49 @@ def gpu_rows(
             torch.cuda.empty_cache()
 
 
-def _parts(row, scale: Scale, comfyui: Path | None):
-    """Name and rows of every part, in order of worth."""
+def _parts(row, scale: Scale, comfyui: Path | None, left: Callable[[], float]):
+    """Name and rows of every part, in order of worth; `left` are the seconds that there are."""
+
+    def inside(size: Size, compiled: str) -> Iterator[list[Row]]:
+        return rows_in_comfyui(row, size, scale, comfyui, compiled, left())
+
     latents = list(scale.latents.values())
     yield "kernels", lambda: kernel_rows(row, scale, latents[:1])
     for at, names in enumerate(SIZES):
         size = scale.size(*names)
         yield f"{size.name}, diffusers", partial(_time_size, row, size, scale)
         if comfyui is not None:
-            yield f"{size.name}, ComfyUI", partial(_in_comfyui, row, size, scale, comfyui, "no")
-            more = partial(_in_comfyui, row, size, scale, comfyui, scale.compiled)
-            yield f"{size.name}, ComfyUI, compiled", more
+            yield f"{size.name}, ComfyUI", partial(inside, size, "no")
+            yield f"{size.name}, ComfyUI, compiled", partial(inside, size, scale.compiled)
         if at == 0:
+            yield f"{size.name}, overhead", partial(_overhead_rows, row, size, scale)
             yield "attention kernels", lambda: attention_rows(row, scale)
+    for names in SIZES[:1]:
+        size = scale.size(*names)
+        yield (
+            f"{size.name}, diffusers, compiled",
+            partial(_time_size, row, size, scale, scale.compiled),
+        )
     yield "kernels, larger", lambda: kernel_rows(row, scale, latents[1:])
-
-
-def _in_comfyui(row, size: Size, scale: Scale, comfyui: Path, compiled: str):
-    names = PLANS if compiled == "no" else COMPILED_PLANS
-    options = {"names": [n for n in names if n != PINNED], "compiled": compiled}
-    rates = measured_rates(size, scale)
-    yield comfyui_rows(
-        row, size, comfyui, rates, rounds=scale.rounds, cpu=scale.device == "cpu", **options
-    )
-
-
-def comfyui_rows(
-    row: Callable[..., Row],
-    size: Size,
-    comfyui: Path,
-    rates: Rates | None,
-    rounds: int = 3,
-    **options,
-) -> list[Row]:
-    """Whole steps of ComfyUI's own sampling, dense and trimmed in turns.
-
-    Args:
-        rates: of the device; None counts every FLOP as any other.
-        options: of `time_in_comfyui`.
-    """
-    with TemporaryDirectory() as folder:
-        found = time_in_comfyui(comfyui, size, rounds, Path(folder), **options)
-    whole, rows = steady_work(size, TrimPlan()), []
-    for name, taken in found["taken"].items():
-        cost = flops if rates is None else rates.seconds
-        predicted = ratio(cost, whole, steady_work(size, plans(size)[name]))
-        common = {"host": "comfyui", "device": found["device"], "dtype": found["dtype"]}
-        common["compiled"] = options.get("compiled", "no")
-        rows.append(row(size, name, taken, predicted=predicted, **common))
-    return rows
 
 
 def rows_to_fill() -> Iterator[Row]:
     """Rows that need a GPU, with the command that measures them."""
     blank = {"device": "GPU", "dtype": "bfloat16", "compiled": "no"}
     note = f"not measured: {COMMAND}"
-    for size in real_sizes():
-        chooses = [f"{SELECTION}, {name}" for name in TOKEN_PLANS]
-        in_comfyui = [name for name in PLANS if name != PINNED]
-        for host, names in (("diffusers", [*PLANS, *chooses]), ("comfyui", in_comfyui)):
+    chooses = [f"{SELECTION}, {name}" for name in TOKEN_PLANS]
+    for at, size in enumerate(real_sizes()):
+        # what is measured once is of the first size
+        once = OVERHEAD if at == 0 else ()
+        compiled = ("comfyui",) if at else ("diffusers", "comfyui")
+        parts = [("diffusers", "no", [*PLANS, *chooses, *once]), ("comfyui", "no", PLANS)]
+        parts += [(host, GPU.compiled, COMPILED_PLANS) for host in compiled]
+        for host, backend, names in parts:
             more = " --comfyui FOLDER" if host == "comfyui" else ""
             for plan in names:
                 yield blank | {
                     "case": size.name, "host": host, "tokens": size.grid.tokens, "plan": plan,
-                    "note": note + more,
+                    "compiled": backend, "note": note + more,
                 }  # fmt: skip
     for name in KERNELS:
         for resolution, latent in LATENTS.items():
@@ -162,19 +153,28 @@ def rows_to_fill() -> Iterator[Row]:
             }  # fmt: skip
 
 
-def _time_size(row: Callable[..., Row], size: Size, scale: Scale) -> Iterator[list[Row]]:
+def _overhead_rows(row: Callable[..., Row], size: Size, scale: Scale) -> Iterator[list[Row]]:
+    model = build(size, scale.device, scale.dtype)
+    yield time_overhead(row, size, model, OVERHEAD, 2 * scale.rounds, **scale.named)
+
+
+def _time_size(
+    row: Callable[..., Row], size: Size, scale: Scale, compiled: str = "no"
+) -> Iterator[list[Row]]:
     rates = measured_rates(size, scale)
     log.info("%s: %s", size.name, rates)
     model = build(size, scale.device, scale.dtype)
     whole = steady_work(size, TrimPlan())
     state = scale.dtype.itemsize * size.grid.tokens * size.dim
-    dense = Runner(model, size)
+    # each compiles blocks of its own
+    dense = Runner(model if compiled == "no" else sharing(model), size, compiled=compiled)
+    dense.step()
     dense_peak = peak_bytes(dense.step)
     # one plan at a time, since each holds what it remembers
-    for name in PLANS:
+    for name in PLANS if compiled == "no" else COMPILED_PLANS:
         plan = plans(size)[PARTIAL if name == PINNED else name]
         room = Room(torch.device("cpu")) if name == PINNED else None
-        other = Runner(model, size, plan, room=room)
+        other = Runner(model, size, plan, compiled, room)
         run = partial(_steps, other, WHOLE + 1)
         peak = peak_bytes(run)
         taken = take_turns(dense, {name: other}, scale.rounds)[name]
@@ -183,9 +183,10 @@ def _time_size(row: Callable[..., Row], size: Size, scale: Scale) -> Iterator[li
         floor = 1000 * rates.seconds(steady_work(size, plan))
         note = f"floor {floor:.3g} ms at the rates measured in this run"
         more = {"peak_mb": peak / 2**20, "extra_states": (peak - dense_peak) / state}
-        made = row(size, name, taken, predicted=predicted, note=note, **more, **scale.named)
+        more |= {"compiled": compiled, **scale.named}
+        made = row(size, name, taken, predicted=predicted, note=note, **more)
         rows = [made]
-        if name in TOKEN_PLANS:
+        if name in TOKEN_PLANS and compiled == "no":
             rows.append(_selection_row(row, size, name, plan, made["trimmed_ms"], scale))
         yield rows
 

@@ -76,6 +76,11 @@ def shares(later: float) -> Shares:
 
 
 PARTIAL, REPEATED, PAPER = f"share {SHARE}, context", "share 0, repeated", f"tokens {KEEP}, paper"
+PINNED = f"{PARTIAL} in pinned memory"
+DEMOTED, TOGETHER = "heads 0.7, others demoted", f"{PARTIAL}, heads 0.7 demoted"
+# of the GPU's bench, in order of worth
+PLANS = (PARTIAL, PINNED, TOGETHER, DEMOTED, REPEATED, PAPER)
+COMPILED_PLANS = (PARTIAL, TOGETHER)
 
 
 def plans(size: Size) -> dict[str, TrimPlan]:
@@ -86,8 +91,8 @@ def plans(size: Size) -> dict[str, TrimPlan]:
         REPEATED: TrimPlan(shares=shares(0.0)),
         PAPER: TrimPlan(paper_plan(KEEP)),
         "heads 0.7, others off": TrimPlan(heads=head_plan(size, (OFF,))),
-        "heads 0.7, others demoted": TrimPlan(heads=demoted),
-        f"{PARTIAL}, heads 0.7 demoted": TrimPlan(heads=demoted, shares=shares(SHARE)),
+        DEMOTED: TrimPlan(heads=demoted),
+        TOGETHER: TrimPlan(heads=demoted, shares=shares(SHARE)),
     }
     if size.blocks < 4:
         # the first block and the last always run
@@ -99,8 +104,11 @@ def plans(size: Size) -> dict[str, TrimPlan]:
     }
 
 
-# attached, and its steps compute everything
+# attached, and its steps compute everything; these remember keys and values, too
 ATTACHED = TrimPlan(paper_plan(KEEP, start=0.9))
+WRITING = TrimPlan(shares=Shares(SIGMAS, (*(1.0,) * (len(SIGMAS) - 1), SHARE)))
+NEUTRAL, ATTACHED_NAME = "neutral", "attached, outside its percents"
+WRITING_NAME = "whole steps that remember keys and values"
 
 
 def steady_work(size: Size, plan: TrimPlan) -> Work:

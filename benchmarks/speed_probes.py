@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import random
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import torch
 
 from ..engine.plan import TrimPlan
-from .speed_models import Runner
+from .speed_models import Runner, sharing
 from .speed_plans import WHOLE, Size
 from .traffic import Traffic, in_states, no_collection, watch_blocks
 
@@ -71,11 +70,32 @@ def overhead(dense: Runner, other: Runner, pairs: int) -> list[tuple[float, floa
     return taken
 
 
-def interval(ratios: Sequence[float], draws: int = 2000) -> tuple[float, float]:
-    """95 % bootstrap interval of the median."""
-    chance = random.Random(0)
-    medians = sorted(statistics.median(chance.choices(ratios, k=len(ratios))) for _ in range(draws))
-    return medians[int(0.025 * draws)], medians[int(0.975 * draws)]
+def time_overhead(
+    row: Callable[..., dict[str, object]],
+    size: Size,
+    model,
+    named: dict[str, TrimPlan],
+    pairs: int,
+    **columns,
+) -> list[dict[str, object]]:
+    """What plans cost that compute everything: one that attaches nothing, others that are attached.
+
+    The note has the difference in milliseconds, which hardly depends on the model's width.
+    """
+    rows = []
+    for name, plan in named.items():
+        # copies both where one is, since a copy lies elsewhere in memory
+        dense = Runner(model if plan.neutral else sharing(model), size)
+        other = Runner(model, size, plan)
+        for runner in (dense, other):
+            runner.step()
+        taken = overhead(dense, other, pairs)
+        more = statistics.median(trimmed - dense for dense, trimmed in taken)
+        share = more / statistics.median(dense for dense, _ in taken)
+        note = f"{more:+.2f} ms a forward, {share:+.2%} of each block"
+        rows.append(row(size, name, taken, note=note, **columns))
+        other.close()
+    return rows
 
 
 def trimmed_blocks(model, size: Size, plan: TrimPlan) -> list[Traffic]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from operator import itemgetter
 from pathlib import Path
 
 from ..toy.worlds import WORLDS
@@ -27,6 +28,8 @@ READMES = (Path(__file__).parent / "README.md", Path(__file__).parents[1] / "REA
 BEGIN, END = "<!-- table {} -->", "<!-- end -->"
 NO_ROWS = "*No rows yet.*"
 TRUTH = ("colour_ok", "shape_ok", "direction_ok")
+# of rows that one measurement fills, whatever device it was on
+SAME_SPEED = itemgetter("case", "host", "plan", "compiled")
 SPEED_HEAD = (
     "| device | model | plan | speed-up (95 %) | predicted | efficiency | extra memory | note |"
     "\n|---|---|---|---|---|---|---|---|"
@@ -100,12 +103,13 @@ def speed_table(rows: Sequence[dict[str, str]]) -> str:
             r["note"],
         )  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
-    known = {(r["case"], r["plan"]) for r in measured}
+    known = {SAME_SPEED(r) for r in measured}
     waiting: dict[tuple[str, ...], list[str]] = {}
     for r in rows:
-        if not r["dense_ms"] and (r["case"], r["plan"]) not in known:
+        if not r["dense_ms"] and SAME_SPEED(r) not in known:
             command = r["note"].removeprefix("not measured: ")
-            waiting.setdefault((r["device"], r["case"], r["tokens"], command), []).append(r["plan"])
+            plan = r["plan"] + ("" if r["compiled"] == "no" else ", compiled")
+            waiting.setdefault((r["device"], r["case"], r["tokens"], command), []).append(plan)
     for (device, case, tokens, command), names in waiting.items():
         cells = (
             device, f"{case}, {int(tokens):,} tokens", "; ".join(names), "not measured", "", "", "",

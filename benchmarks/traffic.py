@@ -1,8 +1,9 @@
 """What a piece of work launches, moves and allocates, operation by operation. Knows no host.
 
 Bytes are those that an ideal kernel of each operation reads and writes: of an expanded tensor what is
-stored, of a gathered one what is taken. Attention itself is not counted: it is the block's own, and
-what it reads depends on the kernel.
+stored, of a gathered one what is taken. Attention itself is not counted, and neither are the scores
+that tokens are chosen by: what they read depends on the kernel. Our kernels are one operation each,
+as on a GPU.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
+from ..engine import call as calls
+from ..engine import context, memory
 from ..engine.program import KEPT, Row
 
 
@@ -78,11 +81,12 @@ class _Counter(TorchDispatchMode):
         if name in EMPTY:
             self.total += Traffic(0, 0, allocated)
             return out
-        self.total += Traffic(1, _moved(name, inputs, outputs), allocated)
+        dim = args[1] if name == "index_fill_" else 0
+        self.total += Traffic(1, _moved(name, inputs, outputs, dim), allocated)
         return out
 
 
-def _moved(name: str, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> int:
+def _moved(name: str, inputs: list[torch.Tensor], outputs: list[torch.Tensor], dim: int = 0) -> int:
     written = sum(map(stored, outputs))
     if name in TAKING:
         return 2 * written + sum(map(stored, inputs[1:]))
@@ -91,6 +95,9 @@ def _moved(name: str, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -
         moved = sum(map(stored, inputs[1:])) + stored(inputs[-1])
         # into a copy
         return moved if name.endswith("_") else moved + 2 * written
+    if name == "index_fill_":
+        # what is filled
+        return stored(inputs[1]) + written // outputs[0].shape[dim] * len(inputs[1])
     read = inputs[1:] if name in ("copy_", "fill_", "zero_") else inputs
     return sum(map(stored, read)) + written
 
@@ -101,6 +108,59 @@ def count_traffic(work: Callable[[], object]) -> Traffic:
     with _Counter() as counter:
         work()
     return counter.total
+
+
+def _kernel(function: Callable, moved: Callable[..., int] | None) -> Callable:
+    """A kernel of ours as one operation that moves moved(its result, *arguments) bytes.
+
+    None counts nothing of it. What it hands out as new is allocated by it.
+    """
+
+    def run(*args):
+        with _disable_current_modes() as modes:
+            out = function(*args)
+        for counter in modes:
+            if isinstance(counter, _Counter) and moved is not None:
+                known = {leaf.data_ptr() for leaf in tree_leaves(args) if hasattr(leaf, "data_ptr")}
+                new = [one for one in tree_leaves(out) if one is not None]
+                allocated = sum(stored(one) for one in new if one.data_ptr() not in known)
+                counter.total += Traffic(1, moved(out, *args), allocated)
+        return out
+
+    return run
+
+
+def _stored_rows(held, k, v, bits, into=None, index=None) -> int:
+    taken = 0 if index is None else stored(index)
+    return taken + stored(k) + stored(v) + _rows(held, k.shape[1])
+
+
+def _joined_rows(_, k, v, held, index, bits, out) -> int:
+    return sum(map(stored, (k, v, index, *out))) + _rows(held, index.shape[1])
+
+
+def _rows(held, tokens: int) -> int:
+    return sum(stored(part) // part.shape[1] * tokens for part in held)
+
+
+# where they are called, and what they move
+KERNELS = (
+    (context, "store_rows", _stored_rows),
+    (memory, "join_rows", _joined_rows),
+    (calls, "attention_received", None),
+)
+
+
+@contextmanager
+def _kernels_counted() -> Iterator[None]:
+    known = [getattr(module, name) for module, name, _ in KERNELS]
+    for (module, name, moved), function in zip(KERNELS, known, strict=True):
+        setattr(module, name, _kernel(function, moved))
+    try:
+        yield
+    finally:
+        for (module, name, _), function in zip(KERNELS, known, strict=True):
+            setattr(module, name, function)
 
 
 @contextmanager
@@ -133,7 +193,8 @@ def watch_blocks(engine) -> Iterator[list[tuple[Row, Traffic]]]:
 
     engine.begin = watched
     try:
-        yield found
+        with _kernels_counted():
+            yield found
     finally:
         del engine.begin
 

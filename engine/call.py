@@ -115,6 +115,13 @@ class Call:
         row = Row(ALL, self.grid.tokens, context=WRITE if later else "")
         return (row,) * len(program.rows)
 
+    def watched_between(self) -> None:
+        """Somebody else looks between the blocks after all; told before the first of them."""
+        self.alone = False
+        if self.first:
+            step = self.state.step
+            step.program = replace(step.program, alone=False)
+
     @property
     def repeats(self) -> bool:
         """Whether the host need not run the model: `repeated` has the answer."""

@@ -175,6 +175,8 @@ class Engine(Shared):
                 skipped=self._skipped(sigma, progress, num_blocks, seen.logits),
                 heads=self._heads,
                 by_frame=by_frame,
+                alone=alone,
+                bits=self.memory.room.bits,
             )  # fmt: skip
             program = compile_step(self.plan, facts)
             if program.partial and not part.has_context(keys):

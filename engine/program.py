@@ -62,6 +62,8 @@ class Program:
         remembers: what the model gives is kept for later steps.
         heads: what they run in where their row says so; None is not known, or not planned.
         remarks: what was planned otherwise, and why.
+        alone: kept tokens stay short from block to block, because nobody else looks at them there.
+        bits: of a remembered key's or value's number.
     """
 
     rows: tuple[Row, ...]
@@ -72,6 +74,8 @@ class Program:
     remembers: bool = False
     heads: HeadPlan | None = None
     remarks: tuple[str, ...] = ()
+    alone: bool = True
+    bits: int = 8
 
     @property
     def repeats(self) -> bool:
@@ -111,6 +115,8 @@ class Facts:
         heads: patterns that were found in this run; None is none yet.
         by_frame: the host modulates each latent frame apart, and spreads that over equally many
             tokens.
+        alone: nobody else touches the hidden state between the blocks.
+        bits: of the numbers of remembered keys and values.
     """
 
     sigma: float
@@ -128,6 +134,8 @@ class Facts:
     skipped: frozenset[int] | None = frozenset()
     heads: HeadPlan | None = None
     by_frame: bool = False
+    alone: bool = True
+    bits: int = 8
 
 
 # parts of a latent frame in which its budget is counted where tokens share rows of modulation: so
@@ -193,8 +201,10 @@ def compile_step(plan: TrimPlan, facts: Facts) -> Program:
         )
         for index, row in enumerate(rows)
     ]
-    remarks = tuple(remarks)
-    return Program(tuple(rows), grid, budget, share, anchored, plan.trims_shares, heads, remarks)
+    return Program(
+        tuple(rows), grid, budget, share, anchored, plan.trims_shares, heads, tuple(remarks),
+        facts.alone, facts.bits,
+    )  # fmt: skip
 
 
 def _share(plan: TrimPlan, facts: Facts, remarks: list[str]) -> float:
@@ -266,12 +276,16 @@ def expected_programs(
     grid: TokenGrid,
     num_blocks: int,
     anchored: Sequence[bool] | None = None,
+    *,
+    alone: bool = True,
+    bits: int = 8,
 ) -> list[Program]:
     """The programs of a run in which nothing comes in the way.
 
     Args:
         sigmas: of the steps, without the last, 0.
         shift: the model's flow shift.
+        alone, bits: as in `Facts`.
     """
     programs, seen = [], 0
     for sigma in sigmas:
@@ -279,6 +293,7 @@ def expected_programs(
             sigma, progress_at(sigma, shift), grid, num_blocks, anchored,
             known=seen > 0, seen=seen, skipped=None,
             heads=plan.heads.expected(num_blocks) if plan.finds_roles and seen else None,
+            alone=alone, bits=bits,
         )  # fmt: skip
         programs.append(compile_step(plan, facts))
         seen += not programs[-1].repeats

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from ..methods.attend import pattern_pairs
@@ -13,8 +14,9 @@ from ..methods.role_plan import measured_queries
 from .plan import TrimPlan
 from .program import KEPT, READ, SKIP, UPDATE, WRITE, Program, Row
 
-# keys and values in 8 bits, in numbers of 16
-PACKED = 2 * 8 / 16
+# times that repeating a prompt's velocity goes over its latent in fp32 and in its own numbers, in
+# numbers of 16 bits; as counted
+REPEATING = 136
 
 
 def program_work(
@@ -35,8 +37,8 @@ def program_work(
     """
     rows = program.rows if rows is None else rows
     if all(row.run == SKIP for row in rows) and program.repeats:
-        # the model's own latent is read and written
-        return Work(moved=3 * prompts * program.grid.tokens * shape.out_channels)
+        latent = program.grid.tokens * math.prod(shape.patch) * shape.out_channels
+        return Work(moved=REPEATING * prompts * latent)
     total = Work(outside_flops(shape, program.grid.tokens)) * prompts
     known: dict[tuple, Work] = {}
     for index, row in enumerate(rows):
@@ -53,7 +55,7 @@ def program_work(
             total += _scores(shape, scoring_queries(program.grid), program.grid, sizes)
         if row.measure:
             total += _scores(shape, measured_queries(program.grid), program.grid, sizes)
-    return total + _moving(shape, rows, program.grid) * prompts
+    return total + Work(moved=_moving(shape, rows, program)) * prompts
 
 
 def _row_work(shape, row: Row, program: Program, patterns, sizes) -> Work:
@@ -69,29 +71,54 @@ def _row_work(shape, row: Row, program: Program, patterns, sizes) -> Work:
         shape, row.tokens, extra, self_pairs=pairs, cross_heads=cross_heads, width=sizes
     )
     inner = shape.dim if sizes is None else sizes[0] * shape.head_dim
+    # keys and values, and their scales in fp16, in numbers of 16 bits for each of `inner`
+    packed = 2 * (program.bits / 16 + 1 / shape.head_dim)
     moved = 0.0
     if row.context in (WRITE, UPDATE):
         # read in full, written packed
-        moved += row.tokens * inner * (2 + PACKED)
+        moved += row.tokens * inner * (2 + packed)
     if extra:
         # those of the kept tokens, the packed ones, and both behind each other
-        moved += inner * (2 * row.tokens + PACKED * extra + 2 * grid.tokens)
+        moved += inner * (2 * row.tokens + packed * extra + 2 * grid.tokens)
+    if patterns:
+        own, cross = patterns
+        moved += _apart(own, row.tokens, row.tokens + extra) * shape.head_dim
+        # the image's tokens are attended to in a call of their own
+        for keys in filter(None, (shape.text_tokens, shape.image_tokens)):
+            moved += _apart(cross, row.tokens, keys) * shape.head_dim
     return work + Work(moved=moved)
 
 
-def _moving(shape: WanShape, rows: Sequence[Row], grid: TokenGrid) -> Work:
-    """Taking the kept tokens out of the sequence, once a stretch of blocks, and putting them back."""
-    moved, inside = 0, False
+def _apart(patterns: Sequence[str], queries: int, keys: int) -> int:
+    """Rows of heads that are read and written beside attention where they go in patterns."""
+    off = patterns.count(OFF)
+    if patterns.count(FULL) == len(patterns):
+        return 0
+    # q, k and v are taken out and the result put in; of a head that is off zeros are
+    return 4 * (queries + keys) * (len(patterns) - off) + queries * off
+
+
+def _moving(shape: WanShape, rows: Sequence[Row], program: Program) -> int:
+    """Numbers moved to take the kept tokens out of the sequence and to put them back.
+
+    Once a stretch of blocks where nobody else looks at them there, else around each block.
+    """
+    tokens, moved = program.grid.tokens, 0
+    short = rotary = chose = False
     for row in rows:
         if row.run == SKIP:
             continue
-        kept = row.run == KEPT and row.tokens < grid.tokens
-        if kept and not inside:
-            moved += 2 * row.tokens * (shape.dim + ROTARY_NUMBERS * shape.head_dim)
-            # and back: a copy of all, then the kept ones
-            moved += 2 * (grid.tokens + row.tokens) * shape.dim
-        inside = kept
-    return Work(moved=moved)
+        kept = row.run == KEPT and row.tokens < tokens
+        if kept and not rotary:
+            moved += 2 * row.tokens * ROTARY_NUMBERS * shape.head_dim
+        if kept and not (short and program.alone):
+            # back into what the choosing block gave if nobody else has it, else into a copy
+            copied = 0 if chose and program.alone else tokens
+            moved += 2 * (2 * row.tokens + copied) * shape.dim
+        short, chose = kept, row.choose
+        # taken once a choice
+        rotary = (rotary or kept) and not chose
+    return moved
 
 
 def _scores(shape: WanShape, queries: int, grid: TokenGrid, sizes) -> Work:

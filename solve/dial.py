@@ -51,6 +51,7 @@ class Run:
         waits: a step that is to be whole; None is none.
         concentration: a sigma, and what each of TRIED of the tokens held of the change there; None
             is not seen yet.
+        alone, bits: as in `Facts`.
     """
 
     shape: WanShape
@@ -69,6 +70,8 @@ class Run:
     spent: float | None = None
     waits: int | None = None
     concentration: tuple[float, tuple[float, ...]] | None = None
+    alone: bool = True
+    bits: int = 8
 
     @property
     def steps(self) -> int:
@@ -79,9 +82,11 @@ class Run:
         """Of each step, None for those to come."""
         return (*self.done, *(None,) * (self.steps - len(self.done)))
 
-    def programs(self, plan: TrimPlan) -> list[Program]:
+    def programs(self, plan: TrimPlan, sigmas: Sequence[float] = ()) -> list[Program]:
+        """Of all its steps, or of steps at other sigmas."""
         sizes = (self.grid, self.shape.num_blocks, self.anchored)
-        return expected_programs(plan, self.sigmas[:-1], self.shift, *sizes)
+        sigmas, host = sigmas or self.sigmas[:-1], {"alone": self.alone, "bits": self.bits}
+        return expected_programs(plan, sigmas, self.shift, *sizes, **host)
 
     def speedup(self, plan: TrimPlan, cost: Cost = flops) -> float:
         """Cost of the untouched run over that of a plan."""
@@ -339,10 +344,7 @@ def _price(run: Run, plan: TrimPlan, cost: Cost) -> Callable[[float], float]:
     def price(share: float) -> float:
         if share not in known:
             shares = None if share == 1.0 else Shares(sigmas, (1.0, 1.0, share))
-            last = expected_programs(
-                replace(plan, shares=shares), sigmas, run.shift, run.grid, run.shape.num_blocks,
-                run.anchored,
-            )[-1]  # fmt: skip
+            last = run.programs(replace(plan, shares=shares), sigmas)[-1]
             work = program_work(run.shape, last, plan, run.prompts, width=run.width)
             known[share] = cost(work)
         return known[share]
@@ -361,9 +363,7 @@ def _beside(task: Task, run: Run, plan: TrimPlan, cost: Cost) -> float:
         known -= sum(map(mul, map(price, run.before.done), run.before.calls))
     if not plan.finds_roles:
         return known
-    program = expected_programs(
-        plan, run.sigmas[:1], run.shift, run.grid, run.shape.num_blocks, run.anchored
-    )[0]
+    (program,) = run.programs(plan, run.sigmas[:1])
     first = cost(program_work(run.shape, program, plan, run.prompts, width=run.width))
     return known + (first - price(1.0)) * sum(task.calls[step] for step in fresh)
 

@@ -5,6 +5,8 @@ tests/data/records.json was written by the sessions of commit 44afad7 on the sam
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 
 BLOCKS, HEADS, SIZE = 6, 4, (3, 8, 6)
@@ -59,14 +61,21 @@ CASES = {
         "given": [0],
         "batch": 2,
     },
+    # each expert has the plan
+    "pair": {
+        "tokens": {"keep": 0.6, "direction": "falling", "reselect_every": 3},
+        "heads": {"cycle": ["full", "tile2", "frame"]},
+        "steps": 5,
+        "low_from": 2,
+    },
 }
 
 
-def small_wan(in_dim: int):
+def small_wan(in_dim: int, seed: int = 21):
     """A small Wan whose gates are open, always the same."""
     from wantrim.hosts.diffusers.weights import new_transformer
 
-    torch.manual_seed(21)
+    torch.manual_seed(seed)
     model = new_transformer(
         dim=48, num_heads=HEADS, num_layers=BLOCKS, ffn_dim=64, in_dim=in_dim, out_dim=16,
         text_dim=24,
@@ -112,12 +121,28 @@ def plan_of(case: dict):
     return TrimPlan(**parts)
 
 
+class Pair:
+    """A high and a low noise expert, as one model to the sampler."""
+
+    def __init__(self, high, low, below: float):
+        self.high, self.low, self.below = high, low, below
+        self.config, self.parameters = high.config, high.parameters
+
+    def cache_context(self, *_, **__):
+        return nullcontext()
+
+    def __call__(self, latent, timestep, *given, **named):
+        model = self.low if timestep.max() < 1000 * self.below else self.high
+        return model(latent, timestep, *given, **named)
+
+
 def sample_case(case: dict, attached):
     """The latents of a case; `attached(model, plan, both)` is a context around sampling."""
-    from wantrim.hosts.diffusers.sample import sample
+    from wantrim.hosts.diffusers.sample import sample, sigmas_for
 
     batch, given = case.get("batch", 1), case.get("given")
     model = small_wan(16 if given is None else 36)
+    low = small_wan(16, seed=22) if "low_from" in case else None
     condition = None
     if given is not None:
         condition = torch.randn(batch, 20, *SIZE, generator=torch.Generator().manual_seed(8))
@@ -125,10 +150,14 @@ def sample_case(case: dict, attached):
         condition[:, :4, given] = 1
     text = torch.randn(batch, 7, 24, generator=torch.Generator().manual_seed(9))
     guidance = case.get("guidance", 4.0)
-    with attached(model, plan_of(case), (0,) if guidance == 1 else (0, 1)):
-        return sample(
-            model, text, SIZE, steps=case.get("steps", 3), guidance=guidance, condition=condition
-        )
+    steps, both = case.get("steps", 3), (0,) if guidance == 1 else (0, 1)
+    options = {"steps": steps, "guidance": guidance, "condition": condition}
+    with attached(model, plan_of(case), both):
+        if low is None:
+            return sample(model, text, SIZE, **options)
+        before, first = sigmas_for(steps, 3.0)[case["low_from"] - 1 :][:2].tolist()
+        with attached(low, plan_of(case), both):
+            return sample(Pair(model, low, (before + first) / 2), text, SIZE, **options)
 
 
 def fingerprint(latents: torch.Tensor) -> list[float]:

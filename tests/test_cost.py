@@ -162,9 +162,9 @@ SHAPE = WanShape(32, 64, 3, text_tokens=5, head_dim=8)
 ROTARY = 4 * 8
 
 
-def moved(*rows: Row, share=0.5, **options) -> float:
+def moved(*rows: Row, share=0.5, alone=True, bits=8, heads=None, **options) -> float:
     """Beside the blocks' own."""
-    program = Program(rows, GRID, 6, share)
+    program = Program(rows, GRID, 6, share, alone=alone, bits=bits, heads=heads)
     plan = TrimPlan(shares=Shares((1.0, 0.5), (1.0, 0.5)))
     own = sum(block_work(SHAPE, row.tokens).moved for row in rows if row.run != SKIP)
     return program_work(SHAPE, program, plan, **options).moved - own
@@ -174,30 +174,71 @@ def test_kept_tokens_are_taken_out_and_put_back_once_a_stretch():
     whole, kept, skip = Row(ALL, 36), Row(KEPT, 18), Row(SKIP)
     # 18 rows of 32 numbers and of the rotary table, read and written; then a copy of all 36 rows
     # with the 18
-    once = 2 * 18 * (32 + ROTARY) + 2 * (36 + 18) * 32
+    rotary, hidden = 2 * 18 * ROTARY, 2 * 18 * 32 + 2 * (36 + 18) * 32
+    once = rotary + hidden
     assert moved(whole, whole, whole) == 0
     for rows in ((kept, kept, kept), (whole, kept, kept), (kept, skip, kept), (whole, skip, kept)):
         assert moved(*rows) == once
-    assert moved(kept, whole, kept) == 2 * once
+    # the same choice needs its rotary rows once
+    assert moved(kept, whole, kept) == once + hidden
     assert program_work(SHAPE, Program((kept,) * 3, GRID, 6, 0.5), TrimPlan(), 2).moved == 2 * (
         once + 3 * block_work(SHAPE, 18).moved
     )
 
 
-def test_remembered_keys_and_values_are_packed_and_unpacked():
-    # 32 numbers of keys and as many of values; packed they are half as large
-    written = 2 * 32 + 32
-    assert moved(*[Row(ALL, 36, context=WRITE)] * 3, share=1.0) == 3 * 36 * written
+def test_kept_tokens_go_back_in_place_behind_the_block_that_chose_them():
+    choose, kept, skip = Row(ALL, 36, choose=True), Row(KEPT, 18), Row(SKIP)
+    once = 2 * 18 * (32 + ROTARY) + 2 * 18 * 32
+    for rows in ((choose, kept, kept), (choose, skip, kept)):
+        assert moved(*rows) == once
+    assert moved(choose, kept, choose, kept) == 2 * once
+
+
+def test_kept_tokens_are_taken_out_around_each_block_where_somebody_looks_between_them():
+    choose, kept = Row(ALL, 36, choose=True), Row(KEPT, 18)
+    each, rotary = 2 * 18 * 32 + 2 * (36 + 18) * 32, 2 * 18 * ROTARY
+    assert moved(kept, kept, kept, alone=False) == 3 * each + rotary
+    # into a copy, since what the choosing block gave is not ours alone
+    assert moved(choose, kept, kept, alone=False) == 2 * each + rotary
+    assert moved(choose, kept, choose, kept, alone=False) == 2 * (each + rotary)
+
+
+def test_heads_in_patterns_are_taken_out_and_put_back():
+    own = ("full", "frame", OFF, OFF)
+    whole, some = ("full",) * 4, ("full", "full", "full", OFF)
+    for cross, more in ((whole, 0), (some, 3 * 4 * (36 + 5) + 36)):
+        heads = HeadPlan((own,) * 3, (cross,) * 3)
+        # of each of two heads q, k, v and the result are read and written; zeros of the two others
+        each = 8 * (2 * 8 * 36 + 2 * 36 + more)
+        assert moved(*[Row(ALL, 36, heads=True)] * 3, share=1.0, heads=heads) == 3 * each
+    heads = HeadPlan((own,) * 3, (whole,) * 3)
+    rows = [Row(KEPT, 12, context=READ, heads=on) for on in (True, False)]
+    # keys and values of all tokens
+    each = 8 * (2 * (4 * 12 + 4 * 36) + 2 * 12)
+    assert moved(*[rows[0]] * 3, heads=heads) - moved(*[rows[1]] * 3) == 3 * each
+    # what is whole runs in one piece
+    heads = HeadPlan((whole,) * 3, (whole,) * 3)
+    assert moved(*[Row(ALL, 36, heads=True)] * 3, share=1.0, heads=heads) == 0
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_remembered_keys_and_values_are_packed_and_unpacked(bits):
+    # 32 numbers of keys and as many of values, of 16 bits; and a scale of 16 for each of 4 heads
+    packed = 2 * (32 * bits // 16 + 4)
+    written = 2 * 32 + packed
+    assert moved(*[Row(ALL, 36, context=WRITE)] * 3, share=1.0, bits=bits) == 3 * 36 * written
     once = moved(*[Row(KEPT, 12)] * 3)
     # those of 12 kept tokens and the packed ones of 24 read, all 36 written
-    read = 12 * 2 * 32 + 24 * 32 + 36 * 2 * 32
-    assert moved(*[Row(KEPT, 12, context=READ)] * 3) - once == 3 * read
-    assert moved(*[Row(KEPT, 12, context=UPDATE)] * 3) - once == 3 * (read + 12 * written)
+    read = 12 * 2 * 32 + 24 * packed + 36 * 2 * 32
+    reads, updates = (Row(KEPT, 12, context=name) for name in (READ, UPDATE))
+    assert moved(*[reads] * 3, bits=bits) - once == 3 * read
+    assert moved(*[updates] * 3, bits=bits) - once == 3 * (read + 12 * written)
 
 
 def test_a_repeated_step_moves_a_latent_and_computes_nothing():
     program = Program((Row(SKIP),) * 3, GRID, 12, 0.0)
-    assert program_work(SHAPE, program, TrimPlan(), 2) == Work(moved=2 * 3 * 36 * 16)
+    # a token is 2 x 2 numbers of 16 channels
+    assert program_work(SHAPE, program, TrimPlan(), 2) == Work(moved=2 * 136 * 36 * 4 * 16)
     # skipped blocks alone are no repeated step
     beside = program_work(SHAPE, replace(program, share=1.0), TrimPlan())
     assert beside == Work(outside_flops(SHAPE, 36))

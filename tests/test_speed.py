@@ -6,12 +6,15 @@ import torch
 from wantrim.benchmarks import speed, speed_gpu, speed_kernels
 from wantrim.benchmarks.flops import count_flops
 from wantrim.benchmarks.plots import plot_speed
-from wantrim.benchmarks.speed_gpu import COMMAND, PLANS, gpu_rows, real_sizes, rows_to_fill
+from wantrim.benchmarks.speed_gpu import COMMAND, gpu_rows, real_sizes, rows_to_fill
 from wantrim.benchmarks.speed_kernels import ATTENTION_PLAN, KERNELS, differs, kernel_cases
 from wantrim.benchmarks.speed_models import Runner, build, sharing
 from wantrim.benchmarks.speed_plans import (
     ATTACHED,
+    COMPILED_PLANS,
     PAPER,
+    PINNED,
+    PLANS,
     REPEATED,
     WHOLE,
     Size,
@@ -19,12 +22,12 @@ from wantrim.benchmarks.speed_plans import (
     steady_work,
 )
 from wantrim.benchmarks.speed_probes import (
-    interval,
     overhead,
     take_turns,
     trimmed_blocks,
 )
-from wantrim.benchmarks.speed_scale import DRY
+from wantrim.benchmarks.speed_rows import interval
+from wantrim.benchmarks.speed_scale import DRY, GPU
 from wantrim.benchmarks.summary import speed_table
 from wantrim.benchmarks.table import read_rows
 from wantrim.benchmarks.traffic import Traffic, count_traffic, peak_bytes
@@ -184,7 +187,7 @@ def test_heads_move_eight_hidden_states_at_most(wide, others):
 def test_only_the_small_size_can_be_timed_from_end_to_end(tmp_path, monkeypatch):
     """The command itself, with the tests already passed and at a size of milliseconds."""
     asked = []
-    monkeypatch.setattr(speed, "check_tests", asked.append)
+    monkeypatch.setattr(speed, "check_tests", lambda tests, seconds: asked.append(tests))
     monkeypatch.setattr(speed, "SMALL", SMALL)
     monkeypatch.setattr(speed, "HOLLOW", SMALL)
     monkeypatch.setattr(speed, "COMPILED_PLANS", (PAPER,))
@@ -246,17 +249,25 @@ def test_without_a_gpu_its_bench_says_so():
 
 
 @pytest.mark.filterwarnings("error")
-def test_a_dry_run_goes_the_gpus_way_and_fills_its_rows(tmp_path, monkeypatch):
-    """One size is enough: the others are the same code."""
+def test_a_dry_run_goes_the_gpus_way_and_fills_its_rows(tmp_path, monkeypatch, caplog):
+    """One size is enough: the others are the same code. ComfyUI's part is timed in its own tests."""
+    monkeypatch.setattr(speed, "find_comfyui", lambda given: None)
     monkeypatch.setattr(speed_gpu, "SIZES", (("14B", "480p"),))
     seen = {"twice": lambda q: q + q}
     monkeypatch.setattr("wantrim.benchmarks.speed_kernels.installed_attention", lambda: seen)
-    speed.main(["--dry", "--results", str(tmp_path)])
+    with caplog.at_level("WARNING"):
+        speed.main(["--dry", "--results", str(tmp_path)])
+    assert "no ComfyUI found" in caplog.text
     rows = read_rows(tmp_path / "speed.csv")
     size = DRY.size("14B", "480p")
     assert size.name == "14B, 480p, 4 of 40 blocks"
-    mine = {r["plan"]: r for r in rows if r["case"] == size.name}
-    assert set(mine) == {*PLANS, *(f"{speed_gpu.SELECTION}, {p}" for p in speed_gpu.TOKEN_PLANS)}
+    of_size = [r for r in rows if r["case"] == size.name]
+    assert [r["plan"] for r in of_size if r["compiled"] == "eager"] == [*COMPILED_PLANS]
+    mine = {r["plan"]: r for r in of_size if r["compiled"] == "no"}
+    chooses = [f"{speed_gpu.SELECTION}, {p}" for p in speed_gpu.TOKEN_PLANS]
+    assert set(mine) == {*PLANS, *chooses, *speed_gpu.OVERHEAD}
+    for name in speed_gpu.OVERHEAD:
+        assert "% of each block" in mine[name]["note"] and mine[name]["predicted"] == "1"
     for name in PLANS:
         assert float(mine[name]["trimmed_ms"]) > 0 and float(mine[name]["peak_mb"]) > 0
         assert "floor" in mine[name]["note"] and mine[name]["dtype"] == "float32"
@@ -314,19 +325,35 @@ def test_the_kernels_calls_fit_their_references():
 
 def test_real_sizes_are_waited_for_once():
     rows = list(rows_to_fill())
-    keys = {tuple(row[name] for name in ("case", "host", "plan", "tokens")) for row in rows}
-    assert len(keys) == len(rows)
+    names = ("case", "host", "plan", "tokens", "compiled")
+    assert len({tuple(row[name] for name in names) for row in rows}) == len(rows)
+    first = real_sizes()[0].name
+    for host in ("diffusers", "comfyui"):
+        mine = [row for row in rows if (row["case"], row["host"]) == (first, host)]
+        compiled = [row["plan"] for row in mine if row["compiled"] == GPU.compiled]
+        assert compiled == [*COMPILED_PLANS] and PINNED in {row["plan"] for row in mine}
     assert {size.name for size in real_sizes()} <= {row["case"] for row in rows}
 
 
-def test_rows_of_comfyui_have_the_prediction_of_their_plan(monkeypatch, tmp_path):
-    taken = {name: [(30.0, 20.0), (33.0, 22.0)] for name in plans(SMALL)}
-    found = {"device": "some GPU", "dtype": "bfloat16", "taken": taken}
-    monkeypatch.setattr(speed_gpu, "time_in_comfyui", lambda *given, **options: found)
-    rows = speed_gpu.comfyui_rows(speed.row, SMALL, tmp_path, None)
-    assert [made["plan"] for made in rows] == [*plans(SMALL)]
-    for made in rows:
-        work = steady_work(SMALL, plans(SMALL)[made["plan"]]).flops
-        expected = steady_work(SMALL, TrimPlan()).flops / work if work else ""
-        assert made["predicted"] == expected
-        assert (made["host"], made["device"], made["speedup"]) == ("comfyui", "some GPU", 1.5)
+def test_tests_that_take_too_long_are_no_longer_waited_for(tmp_path):
+    slow = tmp_path / "test_slow.py"
+    slow.write_text("import time\n\n\ndef test_it():\n    time.sleep(60)\n")
+    with pytest.raises(SystemExit, match="not timed: its tests alone took 1 seconds"):
+        speed.check_tests([slow], 1.0)
+
+
+def test_the_tests_are_part_of_the_time(tmp_path, monkeypatch):
+    """Of ten seconds the tests take four."""
+    now, asked = [0.0], []
+
+    def tests(paths, seconds):
+        asked.append(seconds)
+        now[0] += 4.0
+
+    monkeypatch.setattr(speed, "check_tests", tests)
+    monkeypatch.setattr(speed.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(speed, "ask_for_gpu", lambda: None)
+    monkeypatch.setattr(speed, "find_comfyui", lambda given: None)
+    monkeypatch.setattr(speed, "gpu_rows", lambda *given: asked.append(given[-1]) or ())
+    speed.main(["--gpu", "--limit", "10", "--results", str(tmp_path)])
+    assert asked == [10.0, 6.0]

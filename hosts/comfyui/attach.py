@@ -314,8 +314,10 @@ def _begin(dm, run: SamplingRun, given: ModelCall) -> Call | None:
     grid = token_grid(dm, x, given.time_dim_concat, given.extra)
     anchored = anchored_frames(dm, x, given.timestep, grid, given.extra)
     inside = run.patched or why_not_now(given.options)
+    alone = not sees_between_blocks(dm, given.options)
     if run.wish is not None:
-        run.course, run.wish = run.wish.solve(dm, given, grid, anchored, run.engine, inside), None
+        told = (dm, given, grid, anchored, run.engine, inside, alone)
+        run.course, run.wish = run.wish.solve(*told), None
         log.info("WanTrim: %s", record.planned)
     if record.shape is None:
         sizes = full_shape if record.width is not None else wan_shape
@@ -339,6 +341,6 @@ def _begin(dm, run: SamplingRun, given: ModelCall) -> Call | None:
         prompts=[(name, run.strengths) if run.strengths else name for name in given.prompts],
         clip=None if given.clip_fea is None else given.clip_fea[:, 0],
         inside=inside,
-        alone=not sees_between_blocks(dm, given.options),
+        alone=alone,
         by_frame=given.by_frame,
     )

@@ -131,12 +131,14 @@ class Wish:
         anchored: torch.Tensor,
         engine: Engine,
         inside: str | None = None,
+        alone: bool = True,
     ) -> Course | None:
         """Give an engine its plan, now and whenever other steps come; its record takes in what is in
         the way.
 
         Args:
             inside: why no block may be looked into, or None.
+            alone: nobody else looks between the blocks.
         """
         record = engine.record
         announced, level, frames = given.read(anchored)
@@ -180,6 +182,8 @@ class Wish:
             any(frames[:1]) and tells_start(dm),
             self.width,
             partial=room is not None and inside is None,
+            alone=alone,
+            bits=8 if room is None else room.bits,
         )
         run = replace(run, before=run_before(run, self.earlier))
         name = device_name(device)

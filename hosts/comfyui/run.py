@@ -134,5 +134,5 @@ def mark_network(executor, *args, **kwargs):
         own = as_dict(options.get("patches_replace")).get("dit") is run.replaced
         if run.call is not None and not (own and not as_dict(options.get("patches")).get(BETWEEN)):
             # a wrapper behind ours put something between the blocks
-            run.call.alone = False
+            run.call.watched_between()
     return executor(*args, **kwargs)

@@ -2,22 +2,38 @@
 
 import pytest
 
-from wantrim.benchmarks.speed_comfyui import time_in_comfyui
-from wantrim.benchmarks.speed_plans import Size, plans
-
-SMALL = Size("small", 48, 4, 64, 4, (3, 8, 8))
-
-
-def test_every_plan_is_timed_in_turns_with_dense(comfyui, tmp_path):
-    if not any((comfyui / name / "bin" / "python").exists() for name in (".venv", "venv")):
-        pytest.skip(f"{comfyui.name} has no interpreter in .venv or venv for the bench to start")
-    found = time_in_comfyui(comfyui, SMALL, 2, tmp_path, cpu=True)
-    assert (found["device"], found["dtype"]) == ("cpu", "float32")
-    assert found["taken"].keys() == plans(SMALL).keys()
-    for turns in found["taken"].values():
-        assert len(turns) == 2 and all(took > 0 for turn in turns for took in turn)
+from wantrim.benchmarks.speed_comfyui import interpreter, rows_in_comfyui, time_in_comfyui
+from wantrim.benchmarks.speed_plans import COMPILED_PLANS, PINNED, PLANS, REPEATED
+from wantrim.benchmarks.speed_rows import COLUMNS, row
+from wantrim.benchmarks.speed_scale import DRY
 
 
-def test_a_folder_without_an_interpreter_is_named(tmp_path):
-    with pytest.raises(ValueError, match="--comfyui: .* has neither .venv nor venv"):
-        time_in_comfyui(tmp_path, SMALL, 1, tmp_path)
+@pytest.fixture(autouse=True)
+def started(comfyui):
+    try:
+        interpreter(comfyui)
+    except ValueError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize(("compiled", "names"), [("no", PLANS), (DRY.compiled, COMPILED_PLANS)])
+def test_the_gpus_part_in_comfyui_at_a_tiny_size(comfyui, compiled, names):
+    """Through the same code, on the CPU."""
+    size = DRY.size("14B", "480p")
+    rows = [made for (made,) in rows_in_comfyui(row, size, DRY, comfyui, compiled)]
+    assert [made["plan"] for made in rows] == [*names]
+    for made in rows:
+        assert set(made) == set(COLUMNS)
+        assert (made["host"], made["device"], made["dtype"]) == ("comfyui", "cpu", "float32")
+        assert made["compiled"] == compiled and made["case"] == size.name
+        assert made["dense_ms"] > 0 and made["trimmed_ms"] > 0 and made["peak_mb"] > 0
+        assert (made["predicted"] == "") == (made["plan"] == REPEATED)
+    peaks = {made["plan"]: made["peak_mb"] for made in rows}
+    # the profiler sees RAM, where all of it is
+    assert compiled != "no" or peaks[PINNED] > peaks[REPEATED]
+
+
+def test_its_time_is_a_limit(comfyui):
+    """ComfyUI alone takes longer to import."""
+    with pytest.raises(Exception, match="timed out"):
+        list(time_in_comfyui(comfyui, DRY.size("14B", "480p"), 1, cpu=True, seconds=0.5))
