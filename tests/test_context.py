@@ -120,6 +120,22 @@ def test_two_blocks_of_each_prompt_are_beside_the_blocks(bits, prompts):
     assert len(lane.slots) == AHEAD * (prompts - 1) and not far[0].blocks
 
 
+def test_a_slot_of_a_short_prompt_grows_for_a_longer_one():
+    """Of more blocks than there are slots, so that each is used by both."""
+    lane, both = LateLane(), []
+    for tokens in (3, 11):
+        near, far = Context(8), ContextInRam(8, lane)
+        both.append((near, far))
+        for block in range(AHEAD + 1):
+            k, v = torch.randn(1, tokens, 3, 10), torch.randn(1, tokens, 3, 10)
+            near.write(block, k, v, None)
+            far.write(block, k, v, None)
+    for near, far in both:
+        for block in range(AHEAD + 1):
+            assert all(map(torch.equal, far.read(block), near.read(block)))
+    assert len(lane.slots) == AHEAD
+
+
 @pytest.mark.parametrize("size", [1, 63, SMALLEST - 1, SMALLEST, 5 * SMALLEST + 77])
 def test_pieces_of_ram_are_powers_of_two_and_what_is_left(size):
     pieces = [len(piece) for piece in ram(size, pinned=False)]

@@ -351,6 +351,11 @@ def test_what_was_sampled_before_is_one_run():
     before = run_before(run, [first, second])
     assert before.sigmas == (1.0, 0.9, 0.8, 0.7, 0.6) and before.before is None
     assert before.calls == (2, 1, 1, 3) and before.done == (1.0, 0.5, 1.0, 0.0)
+    # what it cost is known where each part's is
+    assert before.spent is None
+    first_cost, second_cost = replace(first, spent=2.0), replace(second, spent=1.5)
+    assert run_before(run, [first_cost, second_cost]).spent == 3.5
+    assert run_before(run, [first_cost, second]).spent is None
     # what went lower is of another video, as is one of another size
     lower = replace(first, sigmas=(0.9, 0.6, 0.5))
     other = replace(second, grid=TokenGrid(3, 4, 4))

@@ -15,8 +15,9 @@ from comfy_execution.utils import CurrentNodeContext
 from comfy_extras.nodes_context_windows import WanContextWindowsManualNode
 from wantrim.engine.plan import TrimPlan
 from wantrim.engine.record import join_records
+from wantrim.hosts.comfyui import live
 from wantrim.hosts.comfyui.attach import attach, attachment_of
-from wantrim.hosts.comfyui.live import EVENT
+from wantrim.hosts.comfyui.live import EVENT, tell_node
 from wantrim.nodes.blocks import WanTrimBlocks
 from wantrim.nodes.heads import WanTrimHeads
 from wantrim.nodes.report import WanTrimReport
@@ -107,6 +108,29 @@ def test_a_page_that_cannot_be_told_costs_no_run(page, monkeypatch, broken):
         # what is no name cannot be sent
         monkeypatch.setattr(page, "send_sync", lost)
     assert torch.equal(tiny.sample(patched(), steps=2), told)
+
+
+def test_a_line_is_shown_on_a_node_of_the_page_that_is_there(page, caplog):
+    tell_node("3", "this host shows no lines")
+    told = []
+    page.send_progress_text = lambda *what: told.append(what)
+    tell_node("3", "2 of 4")
+    tell_node(None, "no node")
+    assert told == [("2 of 4", "3", "page")]
+    page.client_id = None
+    tell_node("3", "no page")
+    assert len(told) == 1 and not caplog.records
+    # one of other arguments
+    page.client_id, page.send_progress_text = "page", lambda: None
+    tell_node("3", "gone")
+    assert "the page could not be told" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("kept", "percent"), [(0, 0), (1, 1), (4, 1), (500, 50), (999, 99), (1000, 100)]
+)
+def test_only_all_is_all_and_only_none_is_none(kept, percent):
+    assert live._percent(kept, 1000) == percent
 
 
 def test_heads_in_their_patterns_are_told(page):

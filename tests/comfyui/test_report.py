@@ -172,6 +172,10 @@ def test_a_dense_step_that_cannot_be_timed_is_said(monkeypatch):
     monkeypatch.setattr("wantrim.nodes.report.time_dense_step", full)
     assert "not enough memory" in report(model, measure_dense_step=True)[0]
     assert "no whole step was timed" not in report(model)[0]
+    # one of its calls did not come to the model
+    ran.calls.append(ran.calls[0])
+    text = report(model, measure_dense_step=True)[0]
+    assert "another node made or answered calls of the first step" in text
 
 
 def test_only_sizes_are_kept_of_the_calls():

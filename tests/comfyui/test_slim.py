@@ -373,6 +373,39 @@ def test_a_hook_lora_applies_too(tmp_path):
     assert torch.equal(output(base), plain)
 
 
+def changed(weights) -> dict[str, torch.Tensor]:
+    """Full-size weights in the place of a projection, a norm and a bias that are cut."""
+    random = torch.Generator().manual_seed(5)
+    for leaf in ("self_attn.q.weight", "self_attn.norm_q.weight", "ffn.0.bias"):
+        value = weights[f"blocks.0.{leaf}"]
+        value += 0.3 * torch.randn(value.shape, generator=random)
+    return weights
+
+
+def test_weights_that_are_set_are_cut(tmp_path):
+    base, full = load_slim(slim_file(tmp_path)), changed(tiny.state_dict("t2v")[0])
+    patches = {
+        f"diffusion_model.{name}": ("set", (value,))
+        for name, value in full.items()
+        if not torch.equal(value, tiny.state_dict("t2v")[0][name])
+    }
+    model = base.clone()
+    assert len(model.add_patches(patches)) == 3
+    wanted = merged(tmp_path, changed)
+    torch.testing.assert_close(output(model), wanted, atol=2e-3, rtol=1e-3)
+    assert not torch.allclose(wanted, output(base), atol=0.01)
+
+
+def test_another_model_as_a_lora_is_cut(tmp_path):
+    base = load_slim(slim_file(tmp_path))
+    full = {f"diffusion_model.{k}": v for k, v in changed(tiny.state_dict("t2v")[0]).items()}
+    given = tiny.case()
+    for cond in (given.positive, given.negative):
+        cond[0][1]["hooks"] = comfy.hooks.create_hook_model_as_lora(full, None, 1.0, 1.0)
+    out = tiny.sample(base, given, steps=2)
+    torch.testing.assert_close(out, merged(tmp_path, changed), atol=2e-3, rtol=1e-3)
+
+
 def lokr(key: str) -> dict[str, torch.Tensor]:
     return {f"{key}.lokr_w1": torch.ones(8, 8), f"{key}.lokr_w2": torch.ones(12, 12)}
 
@@ -389,6 +422,14 @@ def test_what_cannot_be_cut_is_refused_by_name(tmp_path, loras):
     ):
         with pytest.raises(ValueError, match=rf"blocks.0.self_attn.q.weight \({said}"):
             output(loras(base, patch))
+    for patch, said in (
+        (("diff", (up, {"pad_weight": True})), "a LoRA that changes sizes"),
+        (("other", (up,)), "other"),
+    ):
+        model = base.clone()
+        model.add_patches({f"{key}.weight": patch})
+        with pytest.raises(ValueError, match=rf"blocks.0.self_attn.q.weight \({said}"):
+            output(model)
     # where nothing is cut it can stay what it is
     whole = "diffusion_model.blocks.1.self_attn.q"
     out = output(loras(base, lokr(whole)))

@@ -552,6 +552,22 @@ def test_both_experts_make_one_trial_and_two_profiles(experts, profiles):
     text, *_ = verdict(trial, winning(videos, "plan", ["whole", "plan"]), "other")
     assert "Nothing was kept: other_low_noise.safetensors" in text
     assert not (profiles / "other_high_noise.safetensors").exists()
+    # where one of them cannot be written it is said what was kept
+    save = Profile.save
+    for broken, said in (
+        ("full_low", "Kept in full_high_noise.safetensors, but full_low_noise.safetensors cannot"),
+        ("full_high", "Nothing was kept: full_high_noise.safetensors cannot"),
+    ):
+
+        def full(profile, path, broken=broken):
+            if path.name.startswith(broken):
+                raise OSError("no space left")
+            save(profile, path)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Profile, "save", full)
+            text, *_ = verdict(trial, winning(videos, "plan", ["whole", "plan"]), "full")
+        assert f"{said} be written (no space left)" in text
     tuned = WanTrimPair.execute(high, low, SPEEDUP, "draft", 1, 0, 0, "auto", *kept).result
     latent = tiny.ksampler_advanced(tuned[0], tiny.empty_latent(), 0, 2, steps=6)
     latent = tiny.ksampler_advanced(tuned[1], latent, 2, 6, steps=6)
