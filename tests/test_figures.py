@@ -77,9 +77,10 @@ FIGURES = [
     ),
     (
         "benchmarks/README.md",
-        "a part of the tokens is worth little: {:.1f} and {:.1f}",
+        "a part of the tokens is worth little: {:.1f} and {:.1f}, with motion {:.2f} and {:.2f}",
         [
-            ("quality", FOUR | {"method": "default", "target": "0.67", "task": task}, "psnr_db", 1)
+            ("quality", FOUR | {"method": "default", "target": "0.67", "task": task}, column, 1)
+            for column in ("psnr_db", "motion_ratio")
             for task in ("t2v", "i2v")
         ],
     ),
@@ -121,7 +122,7 @@ FIGURES = [
     ),
     (
         "benchmarks/README.md",
-        "(*skip*) {:.1f} dB for {:.1f}, where text to video has {:.1f} for {:.1f}",
+        "(*skip*) keep as much: {:.1f} dB for {:.1f}, in text to video {:.1f} for {:.1f}",
         [
             ("quality", HALF | {"method": name, "target": "0.67", "task": task}, "psnr_db", 1)
             for task in ("i2v", "t2v")

@@ -9,8 +9,9 @@ from wantrim.benchmarks.flops import forward_flops, plan_work
 from wantrim.benchmarks.predicted import WAN, predicted_table, step_seconds, video_grid
 from wantrim.benchmarks.random_router import RandomRouter
 from wantrim.engine.plan import TrimPlan
-from wantrim.engine.program import KEPT, expected_programs
-from wantrim.methods.cost import Width, Work
+from wantrim.engine.program import KEPT, READ, WRITE, expected_programs
+from wantrim.engine.work import program_work
+from wantrim.methods.cost import WanShape, Width, Work, block_work
 from wantrim.methods.depth import BlockBudget, BlockPlan
 from wantrim.methods.grid import TokenGrid
 from wantrim.methods.heads import FULL, OFF, HeadPlan
@@ -235,3 +236,24 @@ def test_a_floor_is_the_sum_of_its_parts():
     # 1 s of products, 2 s of attention, 4 numbers of 2 bytes at 2 bytes/s
     assert rates.seconds(Work(10, 10, 4)) == 1 + 2 + 4
     assert rates.seconds(Work(10, 10, 4) * 2 + Work(10), itemsize=4) == 3 + 4 + 16
+
+
+@pytest.mark.parametrize("device", ["NVIDIA H200", "NVIDIA GeForce RTX 4090"])
+@pytest.mark.parametrize(
+    "grid", [TokenGrid(21, 30, 52), TokenGrid(21, 45, 80)], ids=["480p", "720p"]
+)
+@pytest.mark.parametrize("share", [0.25, 0.4, 0.8])
+def test_what_a_part_costs_beside_its_blocks_is_under_two_percent(device, grid, share):
+    """14B with guidance: gathering, remembering and joining keys and values, on ideal hardware."""
+    shape, sigmas = WanShape(5120, 13824, 40), (1.0, 0.9, 0.8)
+    plan = TrimPlan(shares=Shares(sigmas, (1.0, 1.0, share)))
+    *_, writing, partial = expected_programs(plan, sigmas, 5.0, grid, shape.num_blocks)
+    assert {row.context for row in writing.rows} == {WRITE}
+    assert {row.context for row in partial.rows} == {READ}
+    rates = device_rates(device)
+    for program in (writing, partial):
+        tokens = program.rows[0].tokens
+        step = program_work(shape, program, plan, 2)
+        blocks = block_work(shape, tokens, grid.tokens - tokens).moved * 2 * shape.num_blocks
+        ours = rates.seconds(Work(moved=step.moved - blocks))
+        assert 0 < ours < 0.02 * rates.seconds(step)
