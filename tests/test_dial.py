@@ -309,12 +309,6 @@ def test_an_expert_that_does_the_whole_run_is_a_model_alone():
     assert high.reached == pytest.approx(alone.reached, rel=0.03) and high.together is None
 
 
-def test_sigma_is_the_inverse_of_progress():
-    for shift in (1.0, 3.0, 8.0):
-        for progress in (0.0, 0.1, 0.5, 0.9, 1.0):
-            assert progress_at(sigma_at(progress, shift), shift) == pytest.approx(progress)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [

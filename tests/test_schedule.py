@@ -11,21 +11,6 @@ def test_paper_schedule_in_five_stages():
     assert kept == pytest.approx([0.60, 0.60, 0.65, 0.65, 0.70, 0.75, 0.80, 0.80, 0.80])
 
 
-@pytest.mark.parametrize("direction", ["falling", "constant", "rising"])
-@pytest.mark.parametrize("keep", [0.97, 0.8, 0.7, 0.6, 0.04])
-def test_mean_over_the_run_is_the_asked_one(direction, keep):
-    schedule = Schedule(keep, direction)
-    kept = [schedule.at((i + 0.5) / 50) for i in range(50)]
-    assert sum(kept) / 50 == pytest.approx(keep)
-
-
-def test_rising_is_falling_backwards():
-    falling, rising = Schedule(0.7), Schedule(0.7, "rising")
-    for i in range(50):
-        p = (i + 0.5) / 50
-        assert rising.at(p) == pytest.approx(falling.at(1 - p))
-
-
 def test_keeping_everything_is_never_scheduled_away():
     assert {Schedule(1.0, d).at(p / 10) for d in ("falling", "rising") for p in range(11)} == {1.0}
 

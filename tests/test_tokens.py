@@ -3,7 +3,7 @@ import torch
 
 from wantrim.kernels.reference import token_mass
 from wantrim.methods import importance
-from wantrim.methods.grid import TokenGrid, gather_tokens, scatter_tokens
+from wantrim.methods.grid import TokenGrid, gather_tokens
 from wantrim.methods.importance import (
     attention_received,
     query_count,
@@ -205,16 +205,6 @@ def test_attention_finds_the_token_that_all_look_at():
     k[0, [5, 27]] += 30 * direction
     received = attention_received(grid, q, k)
     assert select_tokens(received, grid, 32, 1).index.tolist() == [[5, 27]]
-
-
-def test_gather_then_scatter_is_the_identity_on_kept_and_leaves_the_rest():
-    hidden = torch.randn(2, 9, 4)
-    index = torch.tensor([[0, 3, 8], [1, 2, 5]])
-    kept = gather_tokens(hidden, index)
-    assert torch.equal(kept[1, 2], hidden[1, 5])
-    assert torch.equal(scatter_tokens(hidden, index, kept), hidden)
-    changed = scatter_tokens(hidden, index, kept + 1)
-    assert torch.equal((changed != hidden).any(-1).nonzero()[:, 1].view(2, 3), index)
 
 
 def test_gather_shares_rotary_tables_between_samples():

@@ -1,14 +1,11 @@
 """What ComfyUI or another pack hands over otherwise than ComfyUI 0.33 does."""
 
-import logging
-
 import pytest
 import torch
 
 from comfy.patcher_extension import WrappersMP
 from wantrim.hosts.comfyui import live
 from wantrim.nodes.wantrim import WanTrim
-from wantrim.report.words import record_text
 from wantrim.tests.comfyui import tiny
 
 TRIMS = {
@@ -46,15 +43,6 @@ def without(*names):
     return drop
 
 
-def test_sigmas_that_were_not_announced_leave_a_dial_unsolved_and_that_is_said():
-    model = fronted(WrappersMP.DIFFUSION_MODEL, without("sample_sigmas"), TRIMS["dial"])
-    out = tiny.sample(model, steps=4)
-    assert torch.equal(out, tiny.sample(tiny.base_model(), steps=4))
-    report = tiny.report_of(model)
-    assert report.finished
-    assert any("did not say which steps it will do" in note for note in report.notes)
-
-
 @pytest.mark.parametrize("name", ["tokens", "shares"])
 def test_sigmas_that_were_not_announced_are_no_matter_to_a_plan(name):
     trim = TRIMS[name]
@@ -73,25 +61,6 @@ def test_prompts_without_names_and_levels_without_sigmas(name):
         assert report.finished and report.kept_share < 0.95
         # a timestep is a sigma in thousandths, rounded on its way
         assert (out - expected).abs().max() <= 1e-3 * expected.abs().max()
-
-
-@trims
-def test_a_page_that_cannot_be_told_does_not_end_the_run(trim, monkeypatch, caplog):
-    expected = tiny.sample(trim(tiny.base_model()), steps=4)
-
-    class Server:
-        client_id = "page"
-
-        def send_sync(self, *args):
-            raise ConnectionError("the page is gone")
-
-    monkeypatch.setattr(live, "_server", Server)
-    monkeypatch.setattr("wantrim.hosts.comfyui.attach.running_node", lambda: "3")
-    model = trim(tiny.base_model())
-    with caplog.at_level(logging.DEBUG, logger=live.log.name):
-        assert torch.equal(tiny.sample(model, steps=4), expected)
-    assert tiny.report_of(model).finished
-    assert any("could not be told" in record.getMessage() for record in caplog.records)
 
 
 @trims
@@ -115,21 +84,3 @@ def test_figures_that_cannot_be_worked_out_do_not_end_the_run(trim, monkeypatch,
     # the end is told all the same
     assert [what.get("done") for what in Server.sent] == [True]
     assert any("could not be told of a step" in record.getMessage() for record in caplog.records)
-
-
-def area(seed: int, left: int) -> dict:
-    prompt = tiny.text(seed)[0]
-    prompt[1].update(area=(tiny.FRAMES, tiny.HEIGHT, 6, 0, 0, left), strength=1.0)
-    return prompt
-
-
-def test_prompts_of_different_areas_in_one_call_are_recorded_as_what_ran():
-    given = tiny.case()
-    given.positive = [area(3, 0), area(4, 4)]
-    model = tiny.trimmed(tiny.base_model())
-    tiny.sample(model, given, steps=4)
-    report = tiny.report_of(model)
-    whole = [step for step in report.steps if step.grid.width == 3]
-    assert whole and all(step.kept_share == 1.0 and not step.answered for step in whole)
-    assert any("different areas" in note for note in report.notes)
-    assert "cache" not in record_text(report)

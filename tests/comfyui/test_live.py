@@ -98,7 +98,7 @@ def test_a_repeated_step_is_told_as_what_it_is(page):
 
 
 @pytest.mark.parametrize("broken", ["send_sync", "client_id"])
-def test_a_page_that_cannot_be_told_costs_no_run(page, monkeypatch, broken):
+def test_a_page_that_cannot_be_told_costs_no_run(page, monkeypatch, caplog, broken):
     def lost(*_):
         raise ConnectionError("gone")
 
@@ -108,6 +108,8 @@ def test_a_page_that_cannot_be_told_costs_no_run(page, monkeypatch, broken):
         # what is no name cannot be sent
         monkeypatch.setattr(page, "send_sync", lost)
     assert torch.equal(tiny.sample(patched(), steps=2), told)
+    assert "the page could not be told of a step" in caplog.text
+    assert "the page could not be told of the end" in caplog.text
 
 
 def test_a_line_is_shown_on_a_node_of_the_page_that_is_there(page, caplog):

@@ -12,7 +12,6 @@ from wantrim.hosts.comfyui.attach import SESSION_KEY
 from wantrim.hosts.comfyui.blocks import OVERRIDE
 from wantrim.kernels import reference
 from wantrim.kernels.reference import pack_rows, unpack_rows
-from wantrim.nodes.wantrim import WanTrim
 from wantrim.tests.comfyui import tiny
 from wantrim.tests.comfyui.passes import look_inside, lost_places, observed
 
@@ -271,15 +270,6 @@ def test_memory_that_runs_out_in_a_partial_step_still_gives_that_step(monkeypatc
     assert torch.isfinite(out).all() and tiny.report_of(patched).finished
     assert any("not enough memory" in note for note in tiny.report_of(patched).notes)
     assert tiny.shares(patched) == pytest.approx([1, 1, 0.4, 1, 1])
-
-
-@pytest.mark.parametrize("place", ["off", "auto"])
-def test_without_room_a_plan_has_whole_and_repeated_steps_alone(place):
-    patched = WanTrim.execute(tiny.base_model(), 1.6, "draft", 1, 0, context=place).result[0]
-    tiny.sample(patched, steps=12)
-    partial = [share for share in tiny.shares(patched) if 0 < share < 1]
-    assert bool(partial) == (place == "auto")
-    assert (tiny.report_of(patched).context is None) == (place == "off")
 
 
 def test_how_tokens_change_is_known_from_the_second_step():

@@ -41,17 +41,6 @@ def test_other_samplers(sampler):
     assert torch.equal(tiny.ksampler(patched, steps=6, sampler=sampler), out)
 
 
-@pytest.mark.parametrize("sampler", ["heun", "dpm_2"])
-def test_samplers_of_two_calls_a_step_do_what_was_asked_for(sampler):
-    patched = dialled(tiny.base_model())
-    out = tiny.ksampler(patched, steps=6, sampler=sampler)
-    record = tiny.report_of(patched)
-    assert torch.isfinite(out).all() and len(record.steps) == 11
-    assert done(patched) == pytest.approx(1.5, rel=0.03)
-    assert done(patched) == pytest.approx(solved(patched).reached, rel=0.03)
-    assert not any("was done" in note for note in record.notes)
-
-
 # these go their own way: no number of steps holds
 OWN_WAY = {"dpm_fast", "dpm_adaptive", "ar_video"}
 
