@@ -82,6 +82,7 @@ def test_we_move_what_the_cost_model_says(wan, name, bits, alone):
         with watch_blocks(engine) as found:
             run()
         program = engine.now.step.program
+    assert (program.alone, program.bits) == (alone, bits)
     assert len(found) == sum(row.run != SKIP for row in program.rows)
     own = 2 * sum(block_work(shape, row.tokens).moved for row, _ in found)
     ours = program_work(shape, program, plan, 2).moved - own
