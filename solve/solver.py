@@ -274,7 +274,9 @@ def solve_nearest(
     if near:
         known = Known(task, curves)
         errors = [plan_error(task, known, plan) for plan in near]
-        return next(p for p, e in zip(near, errors, strict=True) if e <= min(errors) * ALIKE)
+        most = min(errors) * ALIKE
+        # of sigmas that are no numbers there is no error
+        return next(p for p, e in zip(near, errors, strict=True) if not e > most)
     below = plans[-1]
     least = spent(below)
     more = budget

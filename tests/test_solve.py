@@ -1,12 +1,14 @@
 """From a budget to a share for every step: the solver against every plan there is."""
 
 import itertools
+import math
 import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from wantrim.hosts.diffusers.sample import sigmas_for
 from wantrim.methods.shares import TRIED
 from wantrim.solve import priors
 from wantrim.solve.curves import Curves, clock
@@ -298,6 +300,29 @@ def test_a_wish_is_met_where_a_part_of_the_tokens_is_worth_nothing(wanted):
     one = task(5, whole=(0,))
     found = solve_nearest(one, even, 5 / wanted, cost)
     assert abs(spent(one, found) * wanted / 5 - 1) <= 0.03
+
+
+def test_whole_steps_move_for_a_part_only_where_that_promises_half_a_decibel():
+    """Image to video in 20 steps: by the curves that ship a part is worth little, by others much."""
+    sigmas = tuple(sigmas_for(20, 3.0).tolist())
+    one, shipped = Task(sigmas, (1.0,) * 20, frozenset({0})), priors.IMAGE_TO_VIDEO
+    much = tuple((1.0, *(0.05 * left for left in row[1:])) for row in shipped.left)
+    alone, some, moved = (
+        solve_nearest(which, curves, 13.4, cost)
+        for which, curves in (
+            (replace(one, partial=False), shipped),
+            (one, shipped),
+            (one, replace(shipped, left=much)),
+        )
+    )
+    wholes = [[s for s, share in enumerate(plan) if share == 1.0] for plan in (alone, some, moved)]
+    assert wholes[0] == wholes[1] and any(0.0 < share < 1.0 for share in some)
+    assert wholes[2] != wholes[0]
+
+
+def test_sigmas_that_are_no_numbers_have_a_plan():
+    broken = Task((1.0, math.nan, 0.5, 0.0), (2, 0, 1), frozenset({0}), done=(1.0, 0.0, None))
+    assert solve_nearest(broken, CURVES, 2.0, cost) == (1.0, 0.0, 0.0)
 
 
 def test_what_ran_is_not_filled():
