@@ -42,7 +42,7 @@ from .speed_plans import (
 from .speed_probes import take_turns, time_overhead, trimmed_blocks
 from .speed_rows import COLUMNS, KEY, row, say
 from .speed_scale import DRY, GPU
-from .table import RESULTS, merge_rows, read_rows
+from .table import RESULTS, commit, merge_rows, read_rows
 from .traffic import Traffic, peak_bytes
 
 log = logging.getLogger(__name__)
@@ -194,6 +194,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--results", type=Path, default=RESULTS, help="folder of speed.csv")
     args, began = parser.parse_args(arguments), time.monotonic()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    # of what the rows are, whatever is changed while they are measured
+    commit()
     if args.gpu:
         ask_for_gpu()
     if args.gpu or args.dry:

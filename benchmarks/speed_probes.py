@@ -92,7 +92,7 @@ def time_overhead(
         taken = overhead(dense, other, pairs)
         more = statistics.median(trimmed - dense for dense, trimmed in taken)
         share = more / statistics.median(dense for dense, _ in taken)
-        note = f"{more:+.2f} ms a forward, {share:+.2%} of each block"
+        note = f"{more:+.2f} ms a forward, {share:+.2%} of it"
         rows.append(row(size, name, taken, note=note, **columns))
         other.close()
     return rows

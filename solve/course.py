@@ -69,7 +69,7 @@ class Course:
             held = goes_on = None
         self._came[at][where] += 1
         self._at = max(self._at, at)
-        memory, run = self._engine.memory, self._run
+        memory, run, steps = self._engine.memory, self._run, self._engine.record.steps
         # what began at a step goes on as it began, while there are others
         begun = self._calls()[self._at] > 1
         now = replace(
@@ -78,6 +78,8 @@ class Course:
             done=self._done(self._at + begun),
             held=memory.holds_context,
             partial=run.partial and not memory.lost,
+            # what looks between the blocks is known when a call ran
+            alone=steps[-1].program.alone if steps else run.alone,
             concentration=run.concentration if held is None else (sigma, held),
         )
         shares = self.solved.plan.shares.shares
@@ -87,7 +89,8 @@ class Course:
             for share, planned, count in zip(now.done, shares, now.calls, strict=False)
         )
         as_seen = self._as_seen(run, now)
-        anew = not (known == now.calls and as_planned and as_seen and run.partial == now.partial)
+        same = known == now.calls and (run.partial, run.alone) == (now.partial, now.alone)
+        anew = not (same and as_planned and as_seen)
         if anew:
             self._run = now
             if begun and self._at == run.steps - 1:

@@ -75,11 +75,17 @@ def solve_shares(
     Returns:
         The cheapest plan where nothing fits.
     """
+    return _solved(task, curves, budget, cost, least)[0]
+
+
+def _solved(task: Task, curves: Curves, budget: float, cost: Callable[[float], float], *least):
+    """As `solve_shares`, of one search for all that a plan should cost."""
     room = int(np.floor(budget * UNITS + 1e-6))
     if round(task.calls[0] * UNITS) > room:
-        return _cheapest(task)
-    found = _Search(task, curves, room, cost).best(int(np.ceil(least * UNITS - 1e-6)))
-    return _cheapest(task) if found is None else found
+        return [_cheapest(task)] * len(least)
+    search = _Search(task, curves, room, cost)
+    found = [search.best(int(np.ceil(one * UNITS - 1e-6))) for one in least]
+    return [_cheapest(task) if plan is None else plan for plan in found]
 
 
 class Known:
@@ -266,7 +272,7 @@ def solve_nearest(
         return sum(m * cost(share) for share, m in zip(shares, task.calls, strict=True))
 
     wanted = budget * (1.0 - TOLERANCE)
-    tries = [solve_shares(task, curves, budget, cost, least) for least in (0.0, wanted)]
+    tries = _solved(task, curves, budget, cost, 0.0, wanted)
     if task.partial:
         tries.insert(0, _in_repeated_steps(task, curves, budget, cost))
     plans = [fill(plan, task.calls, budget, cost, task.done) for plan in tries]
@@ -279,6 +285,8 @@ def solve_nearest(
         return next(p for p, e in zip(near, errors, strict=True) if not e > most)
     below = plans[-1]
     least = spent(below)
+    if least > budget:
+        return below
     more = budget
     while (more := more + STRIDE) < sum(task.calls):
         above = solve_shares(task, curves, more, cost)

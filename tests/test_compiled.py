@@ -8,6 +8,7 @@ from wantrim.benchmarks.random_router import RandomRouter
 from wantrim.engine.compiled import outside_graphs
 from wantrim.engine.plan import TrimPlan
 from wantrim.hosts.diffusers.attach import attach
+from wantrim.hosts.diffusers.profiling import profile_run
 from wantrim.methods.depth import BlockBudget, BlockPlan
 from wantrim.methods.heads import FRAME, FULL, OFF, HeadPlan
 from wantrim.methods.shares import Shares
@@ -128,3 +129,14 @@ def test_only_our_own_frames_stay_outside():
     ours = outside_graphs(type("Ours", (Decision,), dict(vars(Decision))))
     assert frozen(plain)[0] == frozen(plain)[1] != 1.0
     assert frozen(ours)[0] != frozen(ours)[1] == 1.0
+
+
+def test_a_compiled_model_is_profiled_as_it_is_without():
+    model, options = random_wan(BLOCKS), {"return_dict": False}
+    given = noise(1, 16, 3, 8, 8), torch.full((1,), 700.0), words()
+    expected = model(*given, **options)[0]
+    model.compile_repeated_blocks(backend="eager")
+    with profile_run(model) as recorder:
+        out = model(*given, **options)[0]
+    assert torch.equal(out, expected)
+    assert recorder.profile().calls == 1

@@ -154,7 +154,7 @@ def test_the_wish_is_met_whatever_comes(way, steps, wanted):
     parts = any(0.0 < step.program.share < 1.0 for step in record.steps)
     coarse = way in (to_the_end, once_more) and (steps == 8 or not parts)
     # a call that does not come shortly before the end: no part can make up for it without a context
-    coarse = coarse or (way is jumps and not course._engine.memory.holds_context)
+    coarse = coarse or (way is jumps and wanted == 2.0 and not course._engine.memory.holds_context)
     assert met != said and (met or coarse)
     # then by half a call at most
     assert met or abs(mean_work(record) - 1 / wanted) * len(record.steps) <= 0.5 + 1e-6

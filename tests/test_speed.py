@@ -267,7 +267,7 @@ def test_a_dry_run_goes_the_gpus_way_and_fills_its_rows(tmp_path, monkeypatch, c
     chooses = [f"{speed_gpu.SELECTION}, {p}" for p in speed_gpu.TOKEN_PLANS]
     assert set(mine) == {*PLANS, *chooses, *speed_gpu.OVERHEAD}
     for name in speed_gpu.OVERHEAD:
-        assert "% of each block" in mine[name]["note"] and mine[name]["predicted"] == "1"
+        assert "% of it" in mine[name]["note"] and mine[name]["predicted"] == "1"
     for name in PLANS:
         assert float(mine[name]["trimmed_ms"]) > 0 and float(mine[name]["peak_mb"]) > 0
         assert "floor" in mine[name]["note"] and mine[name]["dtype"] == "float32"

@@ -106,6 +106,7 @@ class _Run:
             batch=len(hidden_states),
         )
 
+    @torch.compiler.disable
     def block(self, index: int, block: Block) -> torch.Tensor:
         if self.call is None:
             return block.run(block.hidden)
