@@ -8,11 +8,13 @@ from wantrim.engine.engine import COND, UNCOND
 from wantrim.engine.plan import TrimPlan
 from wantrim.hosts.diffusers.attach import attach
 from wantrim.hosts.diffusers.sample import sample, sigmas_for
+from wantrim.methods.depth import BlockBudget, BlockPlan
+from wantrim.methods.routers import Router
 from wantrim.methods.schedule import Schedule
 from wantrim.methods.shares import Shares
 from wantrim.methods.tokens import TokenPlan
 from wantrim.report.words import record_text
-from wantrim.tests.small_wan import SIZE, condition, random_wan
+from wantrim.tests.small_wan import SIZE, condition, noise, random_wan
 from wantrim.tests.small_wan import words as text
 
 BLOCKS = 5
@@ -122,6 +124,32 @@ def steps_split(model, x, sigma, words):
     """One step's conditional and unconditional velocity, in two calls."""
     t = torch.tensor([1000.0 * sigma] * len(x))
     return [model(x, t, w, return_dict=False)[0] for w in (words, torch.zeros_like(words))]
+
+
+@pytest.mark.parametrize("named", [False, True])
+@torch.no_grad()
+def test_a_router_is_given_clips_class_token_of_the_deciding_prompt(named):
+    class Asks(Router):
+        name = "asks"
+
+        def ask(self, sigma, content):
+            told.append(content.clip)
+            return torch.arange(3.0)
+
+    told = []
+    model = WanTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=12, in_channels=36, out_channels=16, text_dim=24,
+        freq_dim=32, ffn_dim=32, num_layers=3, image_dim=20, added_kv_proj_dim=24,
+    ).eval()  # fmt: skip
+    clip = noise(2, 5, 20, seed=4)
+    given = noise(2, 36, *SIZE), torch.full((2,), 700.0), text(2)
+    image = {"encoder_hidden_states_image": clip} if named else {}
+    plan = TrimPlan(blocks=BlockPlan(Asks(), BlockBudget(0.5, 0.5)))
+    with attach(model, plan, cond_or_uncond=(UNCOND, COND)):
+        model(*given, *([] if named else [clip]), return_dict=False, **image)
+    (seen,) = told
+    # the conditional prompt's, the first of the image's tokens
+    assert torch.equal(seen, clip[1:, 0])
 
 
 @pytest.mark.parametrize("batch", [1, 2])
