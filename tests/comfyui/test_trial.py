@@ -360,8 +360,8 @@ def test_what_the_first_run_of_all_warms_up_is_not_the_whole_runs(monkeypatch):
         monkeypatch.setattr(trial_wrappers, "_now", iter([0.0, 6.0, 7.0, 8.0, 9.0]).__next__)
         sampled(model, 3)
     whole, plan = trial.candidates[:2]
-    assert whole.outcomes["this"].warmed == 5.0 and whole.seconds == 4.0
-    assert plan.outcomes["this"].warmed == 0.0 and plan.seconds == 9.0
+    assert whole.samplings["this"].warmed == 5.0 and whole.seconds == 4.0
+    assert plan.samplings["this"].warmed == 0.0 and plan.seconds == 9.0
 
 
 def test_never_sampled_candidates_have_no_seconds(done):
