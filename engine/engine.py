@@ -360,7 +360,8 @@ def _decider(cond_or_uncond: Sequence[int]) -> int:
 def _read(asked: dict[Hashable, torch.Tensor | None], device: torch.device) -> dict:
     """What there is of these in fp32 on the CPU, read in one wait for the device."""
     there = {name: value for name, value in asked.items() if value is not None}
-    flat = torch.cat([value.to(device).float().flatten() for value in there.values()]).cpu()
+    moved = (value.to(device, non_blocking=True) for value in there.values())
+    flat = torch.cat([value.float().flatten() for value in moved]).cpu()
     parts = flat.split([value.numel() for value in there.values()])
     return {
         name: part.view(value.shape)
