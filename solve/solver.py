@@ -78,7 +78,9 @@ def solve_shares(
     return _solved(task, curves, budget, cost, least)[0]
 
 
-def _solved(task: Task, curves: Curves, budget: float, cost: Callable[[float], float], *least):
+def _solved(
+    task: Task, curves: Curves, budget: float, cost: Callable[[float], float], *least: float
+) -> list[tuple[float, ...]]:
     """As `solve_shares`, of one search for all that a plan should cost."""
     room = int(np.floor(budget * UNITS + 1e-6))
     if round(task.calls[0] * UNITS) > room:
