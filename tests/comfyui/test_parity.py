@@ -12,9 +12,9 @@ import comfy.sd
 import comfy.utils
 from wantrim.nodes import demo
 from wantrim.tests.comfyui import tiny
-from wantrim.toy import CHECKPOINT, CHECKPOINT_2
+from wantrim.toy.worlds import FIRST, SECOND
 
-LORA = CHECKPOINT_2.with_name(f"{CHECKPOINT_2.stem}_4_steps_lora.safetensors")
+CHECKPOINT, CHECKPOINT_2, LORA = FIRST.checkpoint, SECOND.checkpoint, SECOND.four_step_lora
 WEIGHTS = {CHECKPOINT: [CHECKPOINT], CHECKPOINT_2: [CHECKPOINT_2, LORA]}
 AGAIN = "run .venv/bin/python tests/make_reference.py from the repository root and commit the file"
 
