@@ -220,7 +220,7 @@ class Dial:
         reached = run.speedup(solved, cost)
         together = task_speedup(task, shares, run, plan, cost)
         why = None
-        if abs(together / self.speedup - 1) > TOLERANCE:
+        if abs(self.speedup / together - 1) > TOLERANCE:
             why = self._why(task, asked, plan, together, shares)
         said = None if trial is None else "solved by the whole run of your trial"
         both = None if len(parts) == 1 else together

@@ -26,9 +26,10 @@ LONGEST = 8
 UNITS = 50
 # relative distance of a cost within which a budget counts as met, and the next one to try beyond it
 TOLERANCE, STRIDE = 0.03, 0.1
-# ratio of squared errors, half a dB, within which curves tell no plans apart: in image to video on the
-# second tiny Wan whole steps that a part had moved cost 1.8 dB for a promise of 0.03
-ALIKE = 10.0**0.05
+# ratio of squared errors, 1 dB, within which curves tell no plans apart: in image to video on the second
+# tiny Wan whole steps that a part had moved cost 1.8 dB for a promise of 0.03, and a part that was to
+# bring 0.7 cost 0.3
+ALIKE = 10.0**0.1
 
 
 @dataclass(frozen=True)
@@ -252,13 +253,13 @@ def plan_error(task: Task, known: Known, shares: Sequence[float]) -> float:
     return error
 
 
-def _in_repeated_steps(
+def _with_few_parts(
     task: Task, curves: Curves, budget: float, cost: Callable[[float], float]
-) -> tuple[float, ...]:
-    """The best plan that has parts of the tokens only where the best without any repeats."""
+) -> list[tuple[float, ...]]:
+    """The best plan without parts of the tokens, and the best with them only where it repeats."""
     base = solve_shares(replace(task, partial=False), curves, budget, cost)
     whole = task.whole | {step for step, share in enumerate(base) if share == 1.0}
-    return solve_shares(replace(task, whole=whole), curves, budget, cost)
+    return [base, solve_shares(replace(task, whole=whole), curves, budget, cost)]
 
 
 def solve_nearest(
@@ -266,8 +267,9 @@ def solve_nearest(
 ) -> tuple[float, ...]:
     """As `solve_shares`, `fill`ed; where nothing near the budget fits, what is nearer beyond it.
 
-    A part of the tokens moves no whole step for less than the curves can tell. With few steps plans
-    are far apart, and far too little is worse than a little too much.
+    There is no part of the tokens, which takes memory, and none moves a whole step, for less than the
+    curves can tell. With few steps plans are far apart, and far too little is worse than a little too
+    much.
     """
 
     def spent(shares: Sequence[float]) -> float:
@@ -276,7 +278,7 @@ def solve_nearest(
     wanted = budget * (1.0 - TOLERANCE)
     tries = _solved(task, curves, budget, cost, 0.0, wanted)
     if task.partial:
-        tries.insert(0, _in_repeated_steps(task, curves, budget, cost))
+        tries[:0] = _with_few_parts(task, curves, budget, cost)
     plans = [fill(plan, task.calls, budget, cost, task.done) for plan in tries]
     near = [plan for plan in plans if wanted <= spent(plan) <= budget * (1.0 + 1e-6)]
     if near:

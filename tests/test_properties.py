@@ -442,7 +442,7 @@ def test_a_dial_meets_its_speedup_or_says_why(run, wanted, first, last):
     solved = dial.solve(run)
     assert solved.reached >= 1 - 1e-9
     assert solved.reached == pytest.approx(run.speedup(solved.plan))
-    assert (solved.why is None) == (abs(solved.reached / wanted - 1) <= TOLERANCE)
+    assert (solved.why is None) == (abs(wanted / solved.reached - 1) <= TOLERANCE)
     found = solved.plan.shares.shares
     assert all(
         share == 1.0 for share in (*found[: max(1, first)], *found[run.steps - last :][:last])

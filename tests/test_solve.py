@@ -302,22 +302,24 @@ def test_a_wish_is_met_where_a_part_of_the_tokens_is_worth_nothing(wanted):
     assert abs(spent(one, found) * wanted / 5 - 1) <= 0.03
 
 
-def test_whole_steps_move_for_a_part_only_where_that_promises_half_a_decibel():
-    """Image to video in 20 steps: by the curves that ship a part is worth little, by others much."""
+def test_parts_and_moved_whole_steps_have_to_promise_a_decibel():
+    """Image to video in 20 steps: by the curves that ship a part brings 0.7 dB, by others more."""
     sigmas = tuple(sigmas_for(20, 3.0).tolist())
     one, shipped = Task(sigmas, (1.0,) * 20, frozenset({0})), priors.IMAGE_TO_VIDEO
-    much = tuple((1.0, *(0.05 * left for left in row[1:])) for row in shipped.left)
-    alone, some, moved = (
-        solve_nearest(which, curves, 13.4, cost)
-        for which, curves in (
-            (replace(one, partial=False), shipped),
-            (one, shipped),
-            (one, replace(shipped, left=much)),
-        )
-    )
-    wholes = [[s for s, share in enumerate(plan) if share == 1.0] for plan in (alone, some, moved)]
-    assert wholes[0] == wholes[1] and any(0.0 < share < 1.0 for share in some)
-    assert wholes[2] != wholes[0]
+
+    def plan(of_left: float, budget: float = 13.4, **options) -> tuple[float, ...]:
+        left = tuple((1.0, *(of_left * part for part in row[1:])) for row in shipped.left)
+        return solve_nearest(replace(one, **options), replace(shipped, left=left), budget, cost)
+
+    def wholes(shares) -> list[int]:
+        return [step for step, share in enumerate(shares) if share == 1.0]
+
+    alone, none, some, moved = plan(1.0, partial=False), plan(1.0), plan(0.7), plan(0.05)
+    assert none == alone and set(none) == {0.0, 1.0}
+    assert wholes(some) == wholes(alone) and set(some) > {0.0, 1.0}
+    assert wholes(moved) != wholes(alone)
+    # where whole steps alone come nowhere near the wish there are parts whatever they promise
+    assert set(plan(1.0, 13.8)) > {0.0, 1.0}
 
 
 def test_sigmas_that_are_no_numbers_have_a_plan():
