@@ -77,6 +77,7 @@ class Course:
             calls=self._expected(),
             done=self._done(self._at + begun),
             held=memory.holds_context,
+            parts=any(0.0 < share < 1.0 for share in self.solved.plan.shares.shares[at:]),
             partial=run.partial and not memory.lost,
             # what looks between the blocks is known when a call ran
             alone=steps[-1].program.alone if steps else run.alone,

@@ -46,6 +46,7 @@ class Run:
         partial: whether the model may be looked into and there is room for the context.
         done: shares of the first steps, where these ran already.
         held: whether the context of the last whole one of those is there.
+        parts: whether its plan so far has steps to come on a part of the tokens.
         before: what was sampled of the same video before, by this model or the pair's other one.
         spent: whole untouched calls that all of it came to by its own plan; None is not known.
         waits: a step that is to be whole; None is none.
@@ -66,6 +67,7 @@ class Run:
     partial: bool = True
     done: tuple[float, ...] = ()
     held: bool = True
+    parts: bool = False
     before: Run | None = None
     spent: float | None = None
     waits: int | None = None
@@ -206,6 +208,7 @@ class Dial:
             run.partial and plan.may_be_partial and run.grid.per_frame > 1,
             tuple(done),
             run.held,
+            run.parts,
         )  # fmt: skip
         trial = self.trial_of(run)
         own_whole = {step - before for step in asked}

@@ -294,6 +294,8 @@ def test_where_change_is_spread_evenly_few_steps_are_partial(held, parts, monkey
     partial = sum(0.0 < step.program.share < 1.0 for step in record.steps)
     assert partial > 4 if parts else partial < 2
     assert (len(told) > 1) == (not parts)
+    # the first plan has them, and what is solved after it knows so
+    assert [solved.run.parts for solved in told[:2]] == [False, True][: len(told)]
     assert done(record) == pytest.approx(1.5, rel=0.03)
     assert course.solved.reached == pytest.approx(done(record), rel=0.01)
 

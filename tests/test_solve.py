@@ -316,6 +316,9 @@ def test_parts_and_moved_whole_steps_have_to_promise_a_decibel():
 
     alone, none, some, moved = plan(1.0, partial=False), plan(1.0), plan(0.7), plan(0.05)
     assert none == alone and set(none) == {0.0, 1.0}
+    # one that is planned is not taken back for what a run shows
+    kept = plan(1.0, parts=True)
+    assert wholes(kept) == wholes(alone) and set(kept) > {0.0, 1.0}
     assert wholes(some) == wholes(alone) and set(some) > {0.0, 1.0}
     assert wholes(moved) != wholes(alone)
     # where whole steps alone come nowhere near the wish there are parts whatever they promise
