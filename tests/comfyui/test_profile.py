@@ -41,7 +41,7 @@ from wantrim.profiles.calibration import load_calibration
 from wantrim.profiles.profile import Profile, load_profile
 from wantrim.profiles.recorder import ProfileFile, calibration_path
 from wantrim.tests.comfyui import neighbours, put, tiny
-from wantrim.toy.world import held_out_scenes
+from wantrim.toy.held_out import held_out_scenes
 
 STEPS = 2
 IMAGES = torch.zeros(1, 8, 8, 3)
