@@ -239,7 +239,7 @@ def _tuned(node: str, name: str, model, profile: ProfileFile | None) -> tuple[Tu
     if not runs:
         why, then = "it holds no whole run", "with WanTrim Profile and no other WanTrim node"
         if unread is not None:
-            why, then = f"the run in it cannot be read ({unread})", "into a new file, update WanTrim"
+            why, then = f"the run in it cannot be read ({unread})", "anew, update WanTrim"
         raise ValueError(f"{node}: {name}: {why}. Record one {then}, or take it off")
     return tuple(runs)
 
