@@ -23,7 +23,8 @@ from PIL import Image, ImageOps
 
 from ..hosts.diffusers.lora import merge_lora
 from ..hosts.diffusers.weights import load_original
-from ..toy.vae import ToyVAE, image_condition
+from ..toy.batches import image_condition
+from ..toy.vae import ToyVAE
 from ..toy.world import MAX_OBJECTS, Scene
 from ..toy.worlds import FIRST, SECOND, World
 from .wan_files import WanFiles, find_files

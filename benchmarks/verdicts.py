@@ -13,7 +13,6 @@ import argparse
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,7 +26,7 @@ from ..methods.role_plan import RolePlan
 from ..report.compare import Comparison, compare
 from ..report.verdict import Row, choose, enough
 from ..solve.dial import Dial
-from ..solve.tuned import Travel
+from ..solve.tuned import Travel, Way
 from ..solve.variants import Variant, variants, why_no_heads
 from ..toy.worlds import FIRST, SECOND, WORLDS
 from .bench import Bench, read_result, write_result
@@ -65,9 +64,10 @@ class WholeRun:
     @property
     def travel(self) -> Travel:
         """Of the guided velocity."""
-        way = [self._guided(out) for _, out in self.calls]
-        changes = [float((b - a).square().mean().sqrt()) for a, b in pairwise(way)]
-        return Travel(self.sigmas[:-1], (0.0, *np.cumsum(changes).tolist()))
+        way = Way()
+        for sigma, (_, out) in zip(self.sigmas, self.calls, strict=False):
+            way.see(sigma, self._guided(out))
+        return way.ended()
 
     def _guided(self, out: torch.Tensor) -> torch.Tensor:
         if len(out) == 1:

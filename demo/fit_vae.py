@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from ..toy.vae import LATENT_CHANNELS, PATCH_VALUES, to_patches
+from ..toy.vae import LATENT_CHANNELS, SPACE_STRIDE, TIME_STRIDE, to_patches
 from ..toy.worlds import FIRST, WORLDS, World
 
+PATCH_VALUES = TIME_STRIDE * SPACE_STRIDE * SPACE_STRIDE * 3
 SCENES = 600
 SEED = 11
 

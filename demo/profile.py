@@ -20,9 +20,11 @@ from ..hosts.diffusers.weights import load_original
 from ..profiles.picture import draw_profile, summary
 from ..profiles.profile import Profile
 from ..toy import CHECKPOINT, PROFILE
+from ..toy.batches import image_condition
+from ..toy.held_out import held_out_scenes
 from ..toy.text import encode_prompt
-from ..toy.vae import ToyVAE, image_condition
-from ..toy.world import PIXEL_FRAMES, Scene, held_out_scenes, render
+from ..toy.vae import ToyVAE
+from ..toy.world import PIXEL_FRAMES, Scene, render
 from .measure import LATENT_SIZE
 
 log = logging.getLogger(__name__)

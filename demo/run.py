@@ -24,9 +24,9 @@ from ..methods.tokens import paper_plan
 from ..report.video_metrics import motion, psnr
 from ..solve.dial import Dial
 from ..toy import CHECKPOINT
+from ..toy.held_out import held_out_scenes
 from ..toy.metrics import adherence
 from ..toy.vae import ToyVAE
-from ..toy.world import held_out_scenes
 from .measure import to_video
 from .ways import Cached, Job, Trimmed, Way
 

@@ -23,8 +23,9 @@ from ..solve.course import Course
 from ..solve.dial import Dial, flops
 from ..solve.dial import Run as Sampling
 from ..toy import CHECKPOINT
+from ..toy.batches import image_condition
 from ..toy.text import encode_prompt
-from ..toy.vae import ToyVAE, image_condition
+from ..toy.vae import ToyVAE
 from ..toy.world import PIXEL_FRAMES, Scene, render
 from .measure import LATENT_SIZE
 

@@ -188,11 +188,6 @@ class Record:
             if run.announced
         )
 
-    @property
-    def first_steps(self) -> list[Step]:
-        """The first one of each run, which warms up as well."""
-        return [part.steps[0] for part in self.parts or (self,) if part.steps]
-
     def of(self, step: Step) -> Record:
         """The run that a step is of."""
         return next((part for part in self.parts if step in part.steps), self)

@@ -48,10 +48,10 @@ class WanTrimProfile(io.ComfyNode):
             display_name=RECORD,
             category=CATEGORY,
             description=(
-                "Records what each attention head and FFN channel of a Wan model does while you "
-                "sample as usual: your prompts, LoRAs and size, 4 steps or 50. The video stays the "
-                "same, bit for bit. Place it after the LoRA and before ModelSamplingSD3, and save "
-                "with WanTrim Save Profile."
+                "Records what each attention head and FFN channel of a Wan model does, and how far the "
+                "video changes from step to step, while you sample as usual: your prompts, LoRAs and "
+                "size, 4 steps or 50. The video stays the same, bit for bit. Place it after the LoRA "
+                "and before ModelSamplingSD3, and save with WanTrim Save Profile."
             ),
             search_aliases=["PARE", "head roles", "calibrate wan", "record profile"],
             inputs=[
@@ -124,7 +124,8 @@ class WanTrimSaveProfile(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, images: torch.Tensor, filename: str, merge: bool) -> io.NodeOutput:
-        path = Path(folder_paths.get_folder_paths(FOLDER)[0]) / profile_filename(filename)
+        name = plain_name(SAVE, filename, "wan_14b_t2v")
+        path = Path(folder_paths.get_folder_paths(FOLDER)[0]) / f"{name}{SUFFIX}"
         attachment = profile_of(model)
         if attachment is None:
             raise ValueError(
@@ -161,9 +162,9 @@ class WanTrimLoadProfile(io.ComfyNode):
             category=CATEGORY,
             description=(
                 "Loads what was measured about a Wan model from models/wantrim/profiles, for WanTrim "
-                "Heads and WanTrim Slim, and, where WanTrim Verdict kept a trial in it, for WanTrim "
-                "and WanTrim Pair; and draws it. A profile of the demo's tiny Wan comes with the "
-                "pack, without a trial."
+                "Heads and WanTrim Slim, and, where a whole run is in it, for WanTrim and WanTrim "
+                "Pair; and draws it. A profile of the demo's tiny Wan comes with the pack, without "
+                "such a run."
             ),
             search_aliases=["PARE", "head roles", "load profile"],
             # so that a profile can be looked at alone
@@ -202,11 +203,6 @@ class WanTrimLoadProfile(io.ComfyNode):
         return _show(cls, opened, path.stem, f"Loaded from {path.name}.")
 
 
-def profile_filename(given: str) -> str:
-    """The name of a profile's file, as `plain_name`."""
-    return plain_name(SAVE, given, "wan_14b_t2v") + SUFFIX
-
-
 def saved_profiles() -> list[str]:
     """Files in the profile folders, without the calibrations beside them."""
     return [
@@ -225,7 +221,7 @@ def _outputs() -> list:
         ProfileSocket.Output(
             "profile",
             display_name="profile",
-            tooltip="For WanTrim Heads and Slim; with a trial in it also for WanTrim and WanTrim Pair.",
+            tooltip="For WanTrim Heads and Slim; with a whole run in it for WanTrim and WanTrim Pair.",
         ),
         image_output("picture", "The profile as a picture."),
         text_output("The profile in words."),

@@ -14,7 +14,7 @@ from comfy_execution.graph import ExecutionBlocker
 
 from ..hosts.comfyui.candidates import ALL, ALONE, FEW, make_trial
 from ..hosts.comfyui.live import running_prompt
-from ..hosts.comfyui.outcome import decode_all, rows_of, shared_row, tuned_of, with_tuned
+from ..hosts.comfyui.outcome import decode_all, rows_of, shared_row, tuned_of
 from ..hosts.comfyui.trial import Trial
 from ..hosts.comfyui.variants import check_variant
 from ..profiles.profile import Profile, load_profile
@@ -133,7 +133,10 @@ class WanTrimCandidates(io.ComfyNode):
         models = {ALONE: model} if model_low_noise is None else {HIGH: model, LOW: model_low_noise}
         for one in models.values():
             check_variant(one, NAME)
-        _check(speedup, steps, candidates, change_at)
+        check_range(NAME, "speedup", speedup, MAX_SPEEDUP, 1.05)
+        check_range(NAME, "steps", steps, MAX_STEPS, 2)
+        check_range(NAME, "change_at", change_at, steps - 1)
+        check_choice(NAME, "candidates", candidates, (ALL, FEW))
         if len({id(one.model) for one in models.values()}) < len(models):
             raise ValueError(
                 f"{NAME}: 'model' and 'model_low_noise' are the same model. Connect the two experts "
@@ -150,13 +153,6 @@ class WanTrimCandidates(io.ComfyNode):
         return io.NodeOutput(
             first, last, counts, [one.change_at for one in trial.candidates], trial
         )
-
-
-def _check(speedup: float, steps: int, candidates: str, change_at: int) -> None:
-    check_range(NAME, "speedup", speedup, MAX_SPEEDUP, 1.05)
-    check_range(NAME, "steps", steps, MAX_STEPS, 2)
-    check_range(NAME, "change_at", change_at, steps - 1)
-    check_choice(NAME, "candidates", candidates, (ALL, FEW))
 
 
 class WanTrimVerdict(io.ComfyNode):
@@ -293,14 +289,12 @@ def _keep(trial: Trial, found: dict[str, Tuned] | str, filename: str) -> str:
     for part, tuned in found.items():
         path = folder / f"{name if len(found) == 1 else f'{name}_{part}_noise'}{SUFFIX}"
         try:
-            profile = Profile.empty(trial.fingerprints[part])
-            if path.is_file():
-                present = load_profile(path)
-                reason = present.model.differs(profile.model)
-                if reason is not None:
-                    return f"Nothing was kept: {path.name} is of another model: {reason}."
-                profile = present
-            ready[path] = with_tuned(profile, tuned)
+            model = trial.fingerprints[part]
+            profile = load_profile(path) if path.is_file() else Profile.empty(model)
+            reason = profile.model.differs(model)
+            if reason is not None:
+                return f"Nothing was kept: {path.name} is of another model: {reason}."
+            ready[path] = profile.with_tuned(tuned.to_json())
         except (ValueError, OSError, SafetensorError) as error:
             return f"Nothing was kept: {path.name} cannot be added to ({error})."
     kept: list[str] = []
@@ -309,9 +303,8 @@ def _keep(trial: Trial, found: dict[str, Tuned] | str, filename: str) -> str:
         try:
             profile.save(path)
         except (OSError, SafetensorError) as error:
-            before = f"kept in {kept[0]}, but " if kept else "nothing was kept: "
-            said = f"{before}{cannot_write(path, error)}"
-            return said[0].upper() + said[1:]
+            before = f"Kept in {kept[0]}, but" if kept else "Nothing was kept:"
+            return f"{before} {cannot_write(path, error)}"
         kept.append(path.name)
     return (
         f"Kept in {' and '.join(kept)}: load it with WanTrim Load Profile and connect it to WanTrim, "

@@ -12,7 +12,7 @@ from ..hosts.comfyui.profiling import check_profile
 from ..hosts.comfyui.variants import check_variant
 from ..profiles.recorder import ProfileFile
 from ..solve.dial import HIGH, LOW, MAX_DENSE_STEPS, MAX_SPEEDUP, Dial
-from ..solve.tuned import Tuned
+from ..solve.tuned import Tuned, of_both
 from . import inputs
 from .inputs import check_choice, check_range, model_input
 from .profile import ProfileSocket
@@ -75,13 +75,13 @@ def _dials(pair: bool) -> list:
 
 
 def _profile(name: str, whose: str):
-    """The input that takes what trials kept."""
+    """The input that takes a profile with runs to go by."""
     return ProfileSocket.Input(
         name,
         optional=True,
         tooltip=(
-            f"From WanTrim Load Profile: what WanTrim Verdict kept of trials on {whose}. A run like "
-            "one of them goes by it, and says so."
+            f"From WanTrim Load Profile: runs of {whose} that WanTrim Profile recorded or WanTrim "
+            "Verdict tried. A run like one of them goes by it, and says so."
         ),
     )
 
@@ -101,8 +101,8 @@ class WanTrim(io.ComfyNode):
                 "will change; speedup 1 changes nothing at all."
             ),
             search_aliases=[
-                "wan speed",
                 "accelerate wan",
+                "wan speed",
                 "speedup",
                 "faster video",
                 "TAPE",
@@ -212,44 +212,36 @@ class WanTrimPair(io.ComfyNode):
             "dense_last_steps": dense_last_steps,
             "boundary": boundary,
         }
-        tuned = (
+        tuned = of_both(
             _tuned(PAIR, "profile_high_noise", model_high_noise, profile_high_noise),
             _tuned(PAIR, "profile_low_noise", model_low_noise, profile_low_noise),
         )
         dials = [
-            _dial(PAIR, render, context, **options, expert=expert, tuned=trials)
-            for expert, trials in zip((HIGH, LOW), tuned, strict=True)
+            _dial(PAIR, render, context, **options, expert=expert, tuned=runs)
+            for expert, runs in zip((HIGH, LOW), tuned, strict=True)
         ]
         return io.NodeOutput(*attach_dials(models, dials, context))
 
 
 def _tuned(node: str, name: str, model, profile: ProfileFile | None) -> tuple[Tuned, ...]:
-    """What trials kept in a profile of this model."""
+    """The runs that a profile of this model holds, tried or recorded."""
     if profile is None:
         return ()
-    try:
-        check_profile(model, profile.profile, node)
-    except ValueError as error:
-        raise ValueError(str(error).replace(": profile:", f": {name}:", 1)) from error
-    trials, unread = [], None
+    check_profile(model, profile.profile, node, name)
+    runs, unread = [], None
     for one in profile.profile.tuned:
         try:
-            trials.append(Tuned.from_json(one))
+            runs.append(Tuned.from_json(one))
         except ValueError as error:
             # of a later version, or damaged: the others are none the worse
             unread = error
-            log.warning("%s: %s: a trial in it cannot be read: %s", node, name, error)
-    if not trials and unread is not None:
-        raise ValueError(
-            f"{node}: {name}: what a trial kept in it cannot be read ({unread}). Run the trial again "
-            "into a new file, or update WanTrim"
-        )
-    if not trials:
-        raise ValueError(
-            f"{node}: {name}: no trial was kept in it. Run WanTrim Candidates and WanTrim Verdict "
-            "with its name as 'filename', or take it off"
-        )
-    return tuple(trials)
+            log.warning("%s: %s: a run in it cannot be read: %s", node, name, error)
+    if not runs:
+        why, then = "it holds no whole run", "with WanTrim Profile and no other WanTrim node"
+        if unread is not None:
+            why, then = f"the run in it cannot be read ({unread})", "anew, update WanTrim"
+        raise ValueError(f"{node}: {name}: {why}. Record one {then}, or take it off")
+    return tuple(runs)
 
 
 def _dial(node: str, render: str, context: str, **options) -> Dial:

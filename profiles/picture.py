@@ -37,7 +37,7 @@ def summary(profile: Profile) -> str:
     """The profile in an artist's words."""
     model = profile.model
     lines = [f"WanTrim profile of a Wan with {model.describe()}"]
-    lines += [_trial(one) for one in profile.tuned]
+    lines += [_whole_run(one) for one in profile.tuned]
     if not profile.calls:
         lines.append("Nothing was recorded with WanTrim Profile: Heads and Slim cannot use it.")
         return "\n".join(lines)
@@ -60,10 +60,12 @@ def summary(profile: Profile) -> str:
     return "\n".join(lines)
 
 
-def _trial(kept: dict) -> str:
-    """What a trial found; the dial is who reads and judges it."""
+def _whole_run(kept: dict) -> str:
+    """A trial or a recorded run; the dial is who reads and judges it."""
     sigmas, speedup = kept.get("sigmas"), kept.get("speedup")
     steps = f" in {len(sigmas) - 1} steps" if isinstance(sigmas, list) else ""
+    if kept.get("chosen", "") is None:
+        return f"A whole run{steps} was recorded: WanTrim can be solved by it."
     wish = f" at {str(speedup):.8}x" if isinstance(speedup, int | float) else ""
     return f"A trial{wish}{steps} chose: {str(kept.get('chosen')):.200}."
 

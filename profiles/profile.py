@@ -7,13 +7,14 @@ conditional prompt at one sigma.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from ..methods.heads import CHEAP
 from ..methods.schedule import BINS
+from ..solve.tuned import Tuned
 from .artifact import Kind, open_artifact, save_artifact
 from .fingerprint import Fingerprint
 
@@ -75,7 +76,7 @@ class Profile:
     Args:
         runs: what was sampled: grid (f, h, w), context_tokens (keys of cross-attention), sigmas and
             calls of every run.
-        tuned: what trials found, as plain data (solve/tuned.py).
+        tuned: what trials found and whole runs showed, as plain data (solve/tuned.py).
     """
 
     model: Fingerprint
@@ -123,7 +124,7 @@ class Profile:
         return output * self.tensors[f"{kind}_o_norm"]
 
     def merged(self, other: Profile) -> Profile:
-        """Both together."""
+        """Both together, the other one's newer."""
         reason = self.model.differs(other.model)
         if reason is not None:
             raise ValueError(f"profile: cannot merge profiles of two models: {reason}")
@@ -132,13 +133,29 @@ class Profile:
             name: other.tensors[name] if name in fixed else value + other.tensors[name]
             for name, value in self.tensors.items()
         }
-        return Profile(self.model, tensors, self.runs + other.runs, self.tuned + other.tuned)
+        both = Profile(self.model, tensors, self.runs + other.runs, self.tuned)
+        for one in other.tuned:
+            both = both.with_tuned(one)
+        return both
+
+    def with_tuned(self, new: dict) -> Profile:
+        """With what a trial or a recorded run found; an older one of its kind and run gives way."""
+        return replace(self, tuned=[*(old for old in self.tuned if not _newer(new, old)), new])
 
     def save(self, path: Path) -> None:
         """Write it whole or not at all."""
         header = {"runs": self.runs, "tuned": self.tuned}
         tensors = {name: value.contiguous() for name, value in self.tensors.items()}
         save_artifact(path, KIND, self.model, header, tensors)
+
+
+def _newer(new: dict, old: dict) -> bool:
+    try:
+        one, other = Tuned.from_json(new), Tuned.from_json(old)
+    except ValueError:
+        # of a later version, or damaged: not ours to judge
+        return False
+    return one.recorded == other.recorded and one.resembles(*other.facts)
 
 
 def load_profile(path: Path) -> Profile:

@@ -16,6 +16,7 @@ import torch
 from ..engine.engine import COND
 from ..methods.grid import TokenGrid
 from ..methods.schedule import sigma_bin
+from ..solve.tuned import Tuned
 from .artifact import replacing
 from .calibration import Calibration, load_calibration
 from .fingerprint import Fingerprint
@@ -63,6 +64,8 @@ class Recorder:
         self.model, self.image, self.about = model, image, about or {}
         self.calibration = Calibration(model, calibrate)
         self.notes: list[str] = []
+        # what the dial may go by, where the host saw all of a whole run
+        self.whole_run: Tuned | None = None
         self.weights_known = False
         # where the calibration went: once on disk, its gigabytes are let go of
         self.calibrated: Path | None = None
@@ -92,7 +95,8 @@ class Recorder:
             "calls": self.calls,
             "notes": self.notes,
         }
-        return Profile(self.model, dict(self._sums), [run])
+        tuned = [] if self.whole_run is None else [self.whole_run.to_json()]
+        return Profile(self.model, dict(self._sums), [run], tuned)
 
     def begin(
         self, *, sigma: float, grid: TokenGrid, cond_or_uncond: Sequence[int], batch: int

@@ -102,8 +102,9 @@ def measured_speed(record: Record) -> Speed | None:
     # without a clock that moved there is nothing to compare
     if not all(s.seconds > 0 for s in alike):
         return None
-    # a first step warms up: of several whole steps it is not the measure
-    later = [s for s in whole if s not in record.first_steps]
+    # the first step of each run warms up: of several whole steps it is not the measure
+    first = [part.steps[0] for part in record.parts or (record,) if part.steps]
+    later = [s for s in whole if s not in first]
     warming_up, later = not later, later or whole
     apart = record.dense_seconds is not None and alike[0] is record.steps[0]
     if not (apart or whole):

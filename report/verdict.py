@@ -173,7 +173,8 @@ def verdict_text(
     ]
     for place, row in enumerate(rows):
         best = ">" if place == choice.best else " "
-        lines.append(f"{best} {row.label:<{width}}  {_cells(row)}{_marks(row)}")
+        marks = ["*"] * row.cached + ([] if row.failed is None else [row.failed])
+        lines.append("  ".join([f"{best} {row.label:<{width}}", _cells(row), *marks]))
     if any(row.cached for row in rows):
         lines.append("* cached: sampled in an earlier run, and the seconds are of that one")
     said = [f"{row.label}: {remark}" for row in rows for remark in row.remarks] + [*notes]
@@ -196,23 +197,13 @@ def _cells(row: Row) -> str:
     return f"{seconds:>7}  {work:>5}  {psnr:>7}  {found.ssim:>5.3f}  {ratio:>6}  {more:>7}"
 
 
-def _marks(row: Row) -> str:
-    said = ["*"] if row.cached else []
-    said += [row.failed] if row.failed is not None else []
-    return f"  {' '.join(said)}" if said else ""
-
-
 def row_json(row: Row) -> dict:
     """The figures of a row; null stands for what is infinite or not known."""
     found = row.found
     numbers = {} if found is None else found.json()
     names = ("psnr_db", "ssim", "motion_ratio", "flicker", "dense_flicker", "equal")
     return {
-        "name": row.name,
-        "label": row.label,
-        "seconds": row.seconds,
-        "cached": row.cached,
-        "work": row.work,
+        **{name: getattr(row, name) for name in ("name", "label", "seconds", "cached", "work")},
         **{name: numbers.get(name) for name in names},
         "failed": row.failed,
         "remarks": len(row.remarks),

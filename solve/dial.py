@@ -114,7 +114,7 @@ class Solved:
         together: what both experts reach, where `reached` is of the own part of a pair; else None.
         why: what is in the way when they are not the same, else None.
         run: that it was solved for.
-        tuned: what of an earlier trial the plan goes by, in words, or None.
+        tuned: what of an earlier trial or run the plan goes by, in words, or None.
         chosen: the plan is the one that won the trial.
     """
 
@@ -146,7 +146,7 @@ class Dial:
         boundary: sigma at which the pair changes experts; 0 takes it from the sampler's steps.
         start, end: progress between which steps are trimmed.
         travel: of this model's own whole run, in place of that of the curves that ship.
-        tuned: outcomes of trials on this model; the one of a run like this is gone by.
+        tuned: outcomes of trials on this model, and recorded runs; the one like this run is gone by.
     """
 
     speedup: float = 1.5
@@ -222,17 +222,18 @@ class Dial:
         solved = replace(plan, shares=Shares(run.sigmas[:-1], mine, task.partial))
         reached = run.speedup(solved, cost)
         together = task_speedup(task, shares, run, plan, cost)
-        why = None
-        if abs(self.speedup / together - 1) > TOLERANCE:
-            why = self._why(task, asked, plan, together, shares)
-        said = None if trial is None else "solved by the whole run of your trial"
+        far = abs(self.speedup / together - 1) > TOLERANCE
+        why = self._why(task, asked, plan, together, shares) if far else None
+        whose = "of your trial" if trial and trial.chosen else "that WanTrim Profile recorded"
+        said = None if trial is None else f"solved by the whole run {whose}"
         both = None if len(parts) == 1 else together
         return Solved(solved, self.speedup, reached, both, why, run, said)
 
     def trial_of(self, run: Run) -> Tuned | None:
-        """The trial whose run was like this one, or None."""
+        """The trial whose run was like this one, else such a recorded run, or None."""
         facts = (run.sigmas, run.prompts, run.starts_given, run.grid.tokens)
-        return next((trial for trial in self.tuned if trial.resembles(*facts)), None)
+        like = [one for one in self.tuned if one.resembles(*facts)]
+        return min(like, key=attrgetter("recorded"), default=None)
 
     def _chosen_again(
         self, trial: Tuned, task: Task, whole: set[int], plan: TrimPlan, done: Sequence[float]
@@ -284,8 +285,7 @@ class Dial:
         """What a run is solved by: the curves that ship, with what was measured on this model."""
         trial, curves = self.trial_of(run), curves_of(run)
         travel = self.travel if trial is None else trial.travel
-        if travel is not None:
-            curves = travel.on(curves)
+        curves = curves if travel is None else travel.on(curves)
         if run.concentration is not None:
             sigma, held = run.concentration
             curves = curves.held_by((0.0, *held, 1.0), sigma)

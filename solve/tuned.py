@@ -1,16 +1,20 @@
-"""What a trial on somebody's own model found, for the dial to go by (ours).
+"""What a whole run of somebody's own model showed, for the dial to go by (ours).
 
-A trial samples one seed whole and under several settings. Of the whole run the change of the
-velocity from step to step is known, for that model, prompt and size. What an error is worth later
-on, and what a part of the tokens leaves of it, one whole run does not tell: these stay those of the
-curves that ship.
+A trial samples one seed whole and under several settings; WanTrim Profile records a run that is
+whole. Of either the change of the velocity from step to step is known, for that model, prompt and
+size. What an error is worth later on, and what a part of the tokens leaves of it, one whole run does
+not tell: these stay those of the curves that ship.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
+
+import torch
 
 from .curves import Curves
 
@@ -65,9 +69,38 @@ class Travel:
         return Travel((*self.sigmas[:own], *later.sigmas), whole)
 
 
+class Way:
+    """Takes in the velocities of a run, one at a time, and tells how far they went."""
+
+    def __init__(self):
+        self._sigmas: list[float] = []
+        self._changes: list[torch.Tensor] = []
+        # one velocity is held at a time
+        self._last: torch.Tensor | None = None
+
+    def see(self, sigma: float, velocity: torch.Tensor) -> None:
+        """Take in one, guidance included, of any shape; second calls of a step are left out."""
+        last = self._last
+        if last is not None:
+            if sigma >= self._sigmas[-1] or velocity.shape != last.shape:
+                return
+            self._changes.append((velocity - last).square().mean().sqrt())
+        self._last = velocity
+        self._sigmas.append(sigma)
+
+    def ended(self) -> Travel | None:
+        """All of it, in one wait for the device; None of too few steps, or where it is no numbers."""
+        self._last = None
+        sigmas = tuple(min(1.0, sigma) for sigma in self._sigmas)
+        if len(sigmas) < 2 or not _falls(sigmas):
+            return None
+        travel = tuple(accumulate(torch.stack(self._changes).tolist(), initial=0.0))
+        return Travel(sigmas, travel) if math.isfinite(travel[-1]) else None
+
+
 @dataclass(frozen=True)
 class Tuned:
-    """The outcome of one trial, for one model.
+    """The outcome of one trial, or a run that WanTrim Profile recorded, for one model.
 
     Args:
         sigmas: of the model's own steps, the last included.
@@ -75,7 +108,7 @@ class Tuned:
         starts_given: whether the first latent frame is given.
         tokens: of the video.
         speedup: that was asked for.
-        chosen: what won, in words.
+        chosen: what won, in words; None of a recorded run.
         shares: of the plan that won, one for each step; None when what won is not a plan of ours.
         travel: of the whole run.
         heads: of self-attention, what was left by heads whose patterns the run finds, where the
@@ -87,7 +120,7 @@ class Tuned:
     starts_given: bool
     tokens: int
     speedup: float
-    chosen: str
+    chosen: str | None
     shares: tuple[float, ...] | None
     travel: Travel
     heads: float | None = None
@@ -95,6 +128,11 @@ class Tuned:
     @property
     def partial(self) -> bool:
         return any(0.0 < share < 1.0 for share in self.shares or ())
+
+    @property
+    def recorded(self) -> bool:
+        """Whether WanTrim Profile recorded it, and no trial chose anything."""
+        return self.chosen is None
 
     def resembles(
         self, sigmas: Sequence[float], prompts: int, starts_given: bool, tokens: int
@@ -107,31 +145,23 @@ class Tuned:
             and all(abs(a - b) <= SAME_SIGMA for a, b in zip(sigmas, self.sigmas, strict=True))
         )
 
-    def replaces(self, other: Tuned) -> bool:
-        """Whether this trial is a newer one of the same run."""
-        return self.resembles(other.sigmas, other.prompts, other.starts_given, other.tokens)
+    @property
+    def facts(self) -> tuple:
+        """What `resembles` asks of a run."""
+        return self.sigmas, self.prompts, self.starts_given, self.tokens
 
     def to_json(self) -> dict:
-        return {
-            "sigmas": list(self.sigmas),
-            "prompts": self.prompts,
-            "starts_given": self.starts_given,
-            "tokens": self.tokens,
-            "speedup": self.speedup,
-            "chosen": self.chosen,
-            "shares": None if self.shares is None else list(self.shares),
-            "travel": {"sigmas": list(self.travel.sigmas), "travel": list(self.travel.travel)},
-            "heads": self.heads,
-        }
+        """As plain data, as it comes out of a file."""
+        return json.loads(json.dumps(asdict(self)))
 
     @classmethod
     def from_json(cls, data: object) -> Tuned:
         """Read what `to_json` wrote."""
         if not isinstance(data, dict) or not isinstance(data.get("travel"), dict):
-            raise ValueError(f"expected the outcome of a trial, got {data!r:.80}")
+            raise ValueError(f"expected what a whole run showed, got {data!r:.80}")
         sigmas = _numbers(data, "sigmas", MOST_SIGMA, at_least=2)
-        shares = data.get("shares")
-        if shares is not None and len(_numbers(data, "shares", 1.0)) != len(sigmas) - 1:
+        shares = None if data.get("shares") is None else _numbers(data, "shares", 1.0)
+        if shares is not None and len(shares) != len(sigmas) - 1:
             raise ValueError(f"expected a share for each of {len(sigmas) - 1} steps")
         way = Travel(
             _numbers(data["travel"], "sigmas", MOST_SIGMA, at_least=2),
@@ -144,27 +174,41 @@ class Tuned:
         counts = (data.get("prompts"), data.get("tokens"))
         if not all(type(count) is int and 0 < count < 1 << 31 for count in counts):
             raise ValueError(f"expected numbers of prompts and tokens, got {counts!r:.80}")
-        [speedup] = _numbers({"speedup": [data.get("speedup")]}, "speedup", 1e3)
+        [speedup] = _numbers({"speedup": [data.get("speedup")]}, "speedup", 1e3, least=1.0)
         chosen, given = data.get("chosen"), data.get("starts_given")
-        if not isinstance(chosen, str) or len(chosen) > 200 or type(given) is not bool:
+        said = chosen is None or (isinstance(chosen, str) and len(chosen) <= 200)
+        if not said or type(given) is not bool:
             raise ValueError(f"expected what won in words, got {chosen!r:.80}")
-        if speedup < 1.0:
-            raise ValueError(f"speedup: expected 1 or more, got {speedup}")
-        shares = None if shares is None else _numbers(data, "shares", 1.0)
         heads = data.get("heads")
         if heads is not None:
             [heads] = _numbers({"heads": [heads]}, "heads", 1.0)
         return cls(sigmas, counts[0], given, counts[1], speedup, chosen, shares, way, heads)
 
 
-def _numbers(data: dict, name: str, most: float, at_least: int = 1) -> tuple[float, ...]:
+def of_both(high: Sequence[Tuned], low: Sequence[Tuned]) -> list[tuple[Tuned, ...]]:
+    """What both experts go by: where both parts of a run were recorded by all of it, as in a trial."""
+    found = [list(high), list(low)]
+    for i, one in enumerate(high):
+        for j, other in enumerate(low):
+            same = one.recorded and other.recorded and one.facts[1:] == other.facts[1:]
+            if same and abs(one.sigmas[-1] - other.sigmas[0]) <= SAME_SIGMA:
+                way = one.travel.joined(other.travel)
+                found[0][i], found[1][j] = replace(one, travel=way), replace(other, travel=way)
+    return [tuple(runs) for runs in found]
+
+
+def _numbers(
+    data: dict, name: str, most: float, at_least: int = 1, least: float = 0.0
+) -> tuple[float, ...]:
     values = data.get(name)
     good = isinstance(values, list) and at_least <= len(values) <= MOST_STEPS
     # no NaN either
     if not good or not all(
-        type(value) in (int, float) and 0.0 <= value <= min(most, 1e30) for value in values
+        type(value) in (int, float) and least <= value <= min(most, 1e30) for value in values
     ):
-        raise ValueError(f"{name}: expected {at_least} or more finite numbers, got {values!r:.80}")
+        raise ValueError(
+            f"{name}: expected {at_least} or more numbers from {least:g}, got {values!r:.80}"
+        )
     return tuple(float(value) for value in values)
 
 

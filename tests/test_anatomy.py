@@ -6,7 +6,7 @@ import pytest
 from wantrim.demo import anatomy
 from wantrim.hosts.diffusers.weights import load_original
 from wantrim.toy import CHECKPOINT
-from wantrim.toy.world import held_out_scenes
+from wantrim.toy.held_out import held_out_scenes
 from wantrim.toy.worlds import FIRST, SECOND
 
 

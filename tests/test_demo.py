@@ -36,8 +36,9 @@ from wantrim.report.picture import HEADS, TILE, TIME, draw_report, overlay
 from wantrim.report.video_metrics import calm_places, flicker, motion, psnr
 from wantrim.report.words import record_text
 from wantrim.solve.dial import Dial
+from wantrim.toy.held_out import held_out_scenes
 from wantrim.toy.metrics import adherence
-from wantrim.toy.world import held_out_scenes, parse_prompt, render
+from wantrim.toy.world import parse_prompt, render
 
 ROW = {
     "task", "name", "steps", "work", "seconds", "faster", "psnr_db", "motion_ratio", "colour_ok",

@@ -474,12 +474,14 @@ def test_a_profile_is_drawn_and_told():
 
 def test_a_profile_of_trials_alone_says_so_and_no_roles():
     tuned = {"sigmas": [1.0, 0.8, 0.5, 0.0], "speedup": 1.3, "chosen": "WanTrim 1.35x"}
+    run = {"sigmas": [1.0, 0.5, 0.0], "speedup": 1.0, "chosen": None}
     model = load_profile(demo.PROFILE).model
-    profile = replace(Profile.empty(model), tuned=[tuned, {"sigmas": "of a later one"}])
+    profile = replace(Profile.empty(model), tuned=[tuned, {"sigmas": "of a later one"}, run])
     said = summary(profile)
     assert (
         "A trial at 1.3x in 3 steps chose: WanTrim 1.35x." in said
         and "A trial chose: None." in said
+        and "A whole run in 2 steps was recorded: WanTrim can be solved by it." in said
     )
     assert "Nothing was recorded" in said and "temporal" not in said and "mass" not in said
     assert draw_profile(profile).height < 100

@@ -11,7 +11,7 @@ from wantrim.demo.recipe import Recipe
 from wantrim.demo.trainer import TINY_WAN
 from wantrim.hosts.diffusers.weights import load_original
 from wantrim.toy import CHECKPOINT
-from wantrim.toy.world import held_out_scenes
+from wantrim.toy.held_out import held_out_scenes
 
 WANTED = {"colour_ok": 0.95, "shape_ok": 0.80, "direction_ok": 0.85}
 

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 
+from wantrim.toy.batches import image_condition
 from wantrim.toy.detector import detect
+from wantrim.toy.held_out import held_out_scenes
 from wantrim.toy.text import TEXT_DIM, TEXT_TOKENS, encode_prompt
 from wantrim.toy.vae import (
     ToyVAE,
     from_patches,
     from_wan_scale,
-    image_condition,
     to_patches,
     to_wan_scale,
 )
@@ -28,7 +29,6 @@ from wantrim.toy.world import (
     WIDTH,
     Object,
     Scene,
-    held_out_scenes,
     parse_prompt,
     random_scene,
     render,

@@ -6,12 +6,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from wantrim.methods.cost import WanShape
 from wantrim.methods.grid import TokenGrid
 from wantrim.solve.dial import Dial, Run, curves_of
-from wantrim.solve.tuned import Travel, Tuned
+from wantrim.solve.tuned import Travel, Tuned, Way, of_both
 from wantrim.solve.variants import variants
+from wantrim.tests.waits import Waits, put
 
 SIGMAS = (1.0, 0.95, 0.88, 0.8, 0.7, 0.56, 0.36, 0.15, 0.0)
 RUN = Run(WanShape(96, 256, 6), TokenGrid(5, 6, 7), SIGMAS, 3.0)
@@ -28,12 +30,81 @@ def trial(**changed) -> Tuned:
     return Tuned(**{**kept, **changed})
 
 
+def recorded(**changed) -> Tuned:
+    return trial(**{"speedup": 1.0, "chosen": None, "shares": None, **changed})
+
+
+def test_the_way_is_summed_from_step_to_step():
+    way, still = Way(), torch.zeros(2, 3)
+    # the second call of a step, and one of another size, tell nothing of it
+    for sigma, at in ((1.0, 1.0), (1.0, 9.0), (0.7, 4.0), (0.8, 9.0), (0.4, -1.0)):
+        way.see(sigma, still + at)
+    way.see(0.2, torch.zeros(2, 4))
+    # change by a third of the numbers: 3 of 6 by 2
+    way.see(0.1, torch.tensor([[1.0, 1.0, 1.0], [-1.0, -1.0, -1.0]]))
+    assert way.ended() == Travel((1.0, 0.7, 0.4, 0.1), pytest.approx((0, 3, 8, 8 + 2**0.5)))
+
+
+def test_a_way_without_numbers_or_of_one_step_is_none():
+    for values in ([1.0], [1.0, math.nan, 2.0], [1.0, math.inf], []):
+        way = Way()
+        for step, value in enumerate(values):
+            way.see(1.0 - 0.2 * step, torch.full((2, 2), value))
+        assert way.ended() is None, values
+    # above the sigmas of Wan there is no order
+    way = Way()
+    for sigma in (1.3, 1.1, 0.5):
+        way.see(sigma, torch.zeros(1))
+    assert way.ended() is None
+
+
+def test_a_way_waits_for_the_device_at_its_end_alone():
+    way, velocity = Way(), torch.ones(4)
+    put(velocity)
+    with Waits() as waited:
+        for step in range(3):
+            way.see(1.0 - 0.2 * step, velocity * step)
+        assert not waited.seen
+        way.ended()
+    assert len(waited.seen) == 1
+
+
+def test_a_recorded_run_is_gone_by_where_no_trial_is():
+    solved = Dial(2.0, tuned=(recorded(),)).solve(RUN)
+    assert solved.plan == Dial(2.0, travel=LATE).solve(RUN).plan != Dial(2.0).solve(RUN).plan
+    assert solved.tuned == "solved by the whole run that WanTrim Profile recorded"
+    assert not solved.chosen
+    early = replace(LATE, travel=(0.0, 9.0, 11.0, 12.0, 12.5, 12.8, 12.9, 13.0))
+    for both in ((recorded(travel=early), trial()), (trial(), recorded(travel=early))):
+        assert Dial(1.6, tuned=both).solve(RUN).plan.shares.shares == SHARES
+        assert "of your trial" in Dial(2.0, tuned=both).solve(RUN).tuned
+
+
+def test_a_run_that_both_experts_recorded_is_one():
+    ways = Travel(SIGMAS[:3], (0.0, 0.5, 0.7)), Travel(SIGMAS[3:-1], (0.0, 0.2, 0.9, 1.0, 1.5))
+    high = recorded(sigmas=SIGMAS[:4], travel=ways[0])
+    low = recorded(sigmas=SIGMAS[3:], travel=ways[1])
+    both = ways[0].joined(ways[1])
+    assert both.sigmas == SIGMAS[:-1]
+    assert of_both((high,), (low,)) == [
+        (replace(high, travel=both),),
+        (replace(low, travel=both),),
+    ]
+    for other in (
+        replace(low, tokens=211), replace(low, prompts=1), replace(low, starts_given=True),
+        replace(low, chosen="WanTrim 1.6x"), replace(low, sigmas=SIGMAS[4:]),
+    ):  # fmt: skip
+        assert of_both((high,), (other,)) == [(high,), (other,)], other
+        assert of_both((high,), (other, low))[1] == (other, replace(low, travel=both))
+
+
 def test_what_is_kept_is_read_again():
     # schedulers of other models begin above 1
     above = trial(sigmas=(1.02, *SIGMAS[1:]), travel=replace(LATE, sigmas=(1.02, *SIGMAS[1:-1])))
     other = trial(shares=None, chosen="EasyCache at 0.2")
-    for kept in (trial(), trial(heads=0.75), other, above):
-        assert Tuned.from_json(json.loads(json.dumps(kept.to_json()))) == kept
+    for kept in (trial(), trial(heads=0.75), other, above, recorded()):
+        data = kept.to_json()
+        assert json.loads(json.dumps(data)) == data and Tuned.from_json(data) == kept
 
 
 @pytest.mark.parametrize(

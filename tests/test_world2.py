@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from wantrim.toy import render2
+from wantrim.toy.batches import image_condition
 from wantrim.toy.detector2 import classify_pixels, find_camera, find_object, read_scene
 from wantrim.toy.render2 import Motion, draw_motion, render, times_of
 from wantrim.toy.text import TEXT_DIM, TEXT_TOKENS, encode_prompt
-from wantrim.toy.vae import image_condition
 from wantrim.toy.world import DIRECTIONS, MAX_OBJECTS, SHAPES
 from wantrim.toy.world2 import (
     CAMERAS,

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from .text import encode_prompt
-from .vae import ToyVAE, image_condition
+from .vae import ToyVAE
 from .worlds import FIRST, World
 
 # how often a scene has one, two and three objects
@@ -48,3 +48,18 @@ def encode_samples(
         video = videos[index][None]
         condition[index] = image_condition(vae, video[:, :, 0], video.shape[2])[0]
     return latents, condition
+
+
+def image_condition(vae: ToyVAE, first_frame: torch.Tensor, pixel_frames: int) -> torch.Tensor:
+    """Wan's image-to-video condition [b, 20, f, h, w]: 4 mask channels and the image's latents.
+
+    Args:
+        first_frame: [b, 3, h, w] in 0..1. The other pixel frames are gray, as in Wan.
+    """
+    batch, _, height, width = first_frame.shape
+    video = first_frame.new_full((batch, 3, pixel_frames, height, width), 0.5)
+    video[:, :, 0] = first_frame
+    latents = vae.encode(video)
+    mask = latents.new_zeros(batch, 4, *latents.shape[2:])
+    mask[:, :, 0] = 1
+    return torch.cat([mask, latents], 1)

@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 LATENT_CHANNELS = 16
 TIME_STRIDE = 4
 SPACE_STRIDE = 8
-PATCH_VALUES = TIME_STRIDE * SPACE_STRIDE * SPACE_STRIDE * 3
 VAE_FILE = Path(__file__).parent / "toy_vae.safetensors"
 VAE_FILE_2 = VAE_FILE.with_name("toy_vae_2.safetensors")
 
@@ -106,18 +105,3 @@ def from_wan_scale(latents: torch.Tensor) -> torch.Tensor:
 def _statistics(like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     shape = (1, LATENT_CHANNELS, 1, 1, 1)
     return like.new_tensor(WAN_LATENT_MEAN).view(shape), like.new_tensor(WAN_LATENT_STD).view(shape)
-
-
-def image_condition(vae: ToyVAE, first_frame: torch.Tensor, pixel_frames: int) -> torch.Tensor:
-    """Wan's image-to-video condition [b, 20, f, h, w]: 4 mask channels and the image's latents.
-
-    Args:
-        first_frame: [b, 3, h, w] in 0..1. The other pixel frames are gray, as in Wan.
-    """
-    batch, _, height, width = first_frame.shape
-    video = first_frame.new_full((batch, 3, pixel_frames, height, width), 0.5)
-    video[:, :, 0] = first_frame
-    latents = vae.encode(video)
-    mask = latents.new_zeros(batch, 4, *latents.shape[2:])
-    mask[:, :, 0] = 1
-    return torch.cat([mask, latents], 1)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import operator
 import re
 import zlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,8 +43,6 @@ RADIUS_RANGE = (13.0, 17.0)
 MAX_OBJECTS = 3
 # one scene in this many is never trained on
 HELD_OUT_EVERY = 8
-# draws without a new held-out scene after which there is none left
-MAX_MISSES = 20_000
 
 
 @dataclass(frozen=True)
@@ -150,31 +148,6 @@ def random_scene(rng: np.random.Generator, num_objects: int = 1) -> Scene:
         for colour in colours
     )
     return Scene(objects, str(rng.choice(list(BACKGROUNDS))))
-
-
-def held_out_scenes(
-    count: int, seed: int = 0, num_objects: int = 1, draw: Callable = random_scene
-) -> list[Scene]:
-    """`count` different scenes that training never saw, always the same ones for a seed.
-
-    Args:
-        draw: makes a scene of a generator and a number of objects.
-
-    Raises:
-        ValueError: there are not so many (111 with one object).
-    """
-    rng = np.random.default_rng([seed, num_objects, 7])
-    scenes: dict[str, Scene] = {}
-    misses = 0
-    while len(scenes) < count:
-        scene = draw(rng, num_objects)
-        if scene.held_out and scene.prompt() not in scenes:
-            scenes[scene.prompt()], misses = scene, 0
-        elif (misses := misses + 1) > MAX_MISSES:
-            raise ValueError(
-                f"count: found only {len(scenes)} held-out scenes of {num_objects} objects, got {count}"
-            )
-    return list(scenes.values())
 
 
 def shape_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:

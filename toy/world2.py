@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from . import world
+from . import held_out, world
 from .world import DIRECTIONS, MAX_OBJECTS, SHAPES, Described, read_objects
 
 WIDTH = HEIGHT = 192
@@ -90,4 +90,4 @@ def held_out_scenes(count: int, seed: int = 0, num_objects: int = 1) -> list[Sce
     Raises:
         ValueError: there are not so many.
     """
-    return world.held_out_scenes(count, seed, num_objects, random_scene)
+    return held_out.held_out_scenes(count, seed, num_objects, random_scene)

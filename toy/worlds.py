@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from . import CHECKPOINT, CHECKPOINT_2, detector, detector2, render2, world, world2
+from . import CHECKPOINT, CHECKPOINT_2, detector, detector2, held_out, render2, world, world2
 from .text import encode_prompt
 from .vae import SPACE_STRIDE, TIME_STRIDE, VAE_FILE, VAE_FILE_2, ToyVAE
 
@@ -75,7 +75,7 @@ FIRST = World(
     VAE_FILE,
     world.parse_prompt,
     world.random_scene,
-    world.held_out_scenes,
+    held_out.held_out_scenes,
     world.render,
     detector.read_scene,
     ("colour_ok", "shape_ok", "direction_ok"),

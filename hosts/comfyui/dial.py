@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,10 +21,10 @@ from ...methods.shares import place_of
 from ...solve.course import Course, run_before
 from ...solve.dial import Dial, Run, Solved, flops, roles_left
 from ...solve.floor import device_rates
-from .given import ModelCall, conds_of
+from .given import ModelCall, prompts_of
 from .shape import clip_tokens, device_name, full_shape
 from .slim import slim_header
-from .variants import is_class, tells_start
+from .variants import is_class, starts_given
 
 # where keys and values of left out tokens may be kept, in an artist's words
 PLACES = ("auto", "cpu", "off")
@@ -112,16 +111,10 @@ class Wish:
         cls, dial: Dial, plan: TrimPlan, place: str, rooms: dict[int, Room], guider, shift: float
     ) -> Wish:
         """What a guider tells about the run before it begins."""
-        prompts = sum(one is not None and len(one) > 0 for one in conds_of(guider).values())
-        skips_negative = not guider.model_options.get("disable_cfg1_optimization", False)
-        cfg = getattr(guider, "cfg", 0.0)
-        # some packs give a list of numbers, one for each step
-        if skips_negative and isinstance(cfg, int | float) and math.isclose(cfg, 1.0):
-            prompts = 1
         header = slim_header(guider.model_patcher)
         width = None if header is None else header.width
         known = {"patcher": guider.model_patcher, "rooms": rooms}
-        return cls(dial, plan, place, shift, max(1, prompts), width, **known)
+        return cls(dial, plan, place, shift, prompts_of(guider), width, **known)
 
     def solve(
         self,
@@ -179,7 +172,7 @@ class Wish:
             self.shift,
             self.prompts,
             frames if any(frames) else None,
-            any(frames[:1]) and tells_start(dm),
+            starts_given(dm, frames),
             self.width,
             partial=room is not None and inside is None,
             alone=alone,
@@ -228,18 +221,20 @@ class Wish:
         return course
 
     def _say_tuned(self, run: Run, record: Record) -> None:
-        """What of the profile's trials cannot be gone by."""
+        """What of the profile cannot be gone by."""
         trial = self.dial.trial_of(run)
         if self.dial.tuned and trial is None:
             record.note(
-                "the profile holds no trial of a run like this one (steps, scheduler, shift, "
+                "the profile holds no run like this one, recorded or tried (steps, scheduler, shift, "
                 "guidance, start image, size): the curves that ship were used"
             )
-        if trial is not None and trial.shares is None:
+        if trial is None or trial.recorded:
+            return
+        if trial.shares is None:
             record.note(
                 f"your trial at {trial.speedup:g}x chose {trial.chosen}, which this node cannot do"
             )
-        elif trial is not None and trial.heads not in (None, roles_left(self.plan)):
+        elif trial.heads not in (None, roles_left(self.plan)):
             record.note(
                 f"your trial at {trial.speedup:g}x chose {trial.chosen}: put WanTrim Heads with a "
                 f"prune ratio of {1 - trial.heads:.2f} on this model for that"

@@ -7,13 +7,15 @@ another kind: each reading has a fallback.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
 import comfy.model_patcher
+from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 
 from ...engine.engine import COND
 
@@ -50,6 +52,22 @@ def own_options(guider) -> Iterator[dict]:
         yield guider.model_options
     finally:
         guider.model_options = original
+
+
+def watch_velocity(options: dict, key: str, see: Callable[[float, torch.Tensor], None]) -> None:
+    """Show a run, by its own options, each sigma and velocity [b, c, f, h, w], guidance included."""
+
+    def predict_noise(executor, x, timestep, *args, **kwargs):
+        out = executor(x, timestep, *args, **kwargs)
+        if isinstance(out, torch.Tensor) and out.shape == x.shape:
+            sigma = float(timestep.flatten()[0])
+            see(sigma, (x.float() - out.float()) / max(sigma, 1e-6))
+        return out
+
+    # last: what other nodes give in place of a call is none
+    add_wrapper_with_key(
+        WrappersMP.PREDICT_NOISE, key, predict_noise, options, is_model_options=True
+    )
 
 
 def as_dict(value) -> dict:
@@ -172,3 +190,13 @@ def levels_of(sigmas) -> list[float]:
 def conds_of(guider) -> dict:
     """A guider's prompts by name; empty where it has none or keeps them in its own way."""
     return as_dict(getattr(guider, "conds", None))
+
+
+def prompts_of(guider) -> int:
+    """How many prompts each step runs: 2 with guidance, 1 without."""
+    skips_negative = not guider.model_options.get("disable_cfg1_optimization", False)
+    cfg = getattr(guider, "cfg", 0.0)
+    # some packs give a list of numbers, one for each step
+    if skips_negative and isinstance(cfg, int | float) and math.isclose(cfg, 1.0):
+        return 1
+    return max(1, sum(one is not None and len(one) > 0 for one in conds_of(guider).values()))

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 
 import comfy.model_management
 
 from ...profiles.artifact import package_version
-from ...profiles.profile import Profile
 from ...report.compare import compare, why_not
 from ...report.figures import step_work
 from ...report.verdict import FORMAT, Choice, Row, row_json
@@ -158,19 +156,6 @@ def tuned_of(trial: Trial, rows: Sequence[Row], choice: Choice) -> dict[str, Tun
             chosen.plan.heads.keep_ratio if best.name == HEADS else None,
         )  # fmt: skip
     return found
-
-
-def with_tuned(profile: Profile, tuned: Tuned) -> Profile:
-    """A profile with a trial's outcome in it; an older one of the same run gives way."""
-    others = []
-    for one in profile.tuned:
-        try:
-            if not tuned.replaces(Tuned.from_json(one)):
-                others.append(one)
-        except ValueError:
-            # of a later version, or damaged: not ours to judge
-            others.append(one)
-    return replace(profile, tuned=[*others, tuned.to_json()])
 
 
 def shared_row(

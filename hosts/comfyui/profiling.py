@@ -22,17 +22,32 @@ from ...profiles.fingerprint import WHOLE, Fingerprint, sample_modulation, width
 from ...profiles.profile import Profile
 from ...profiles.recorder import Projections, Recorder
 from ...profiles.recording import BlockWatch, CallRecord
+from ...solve.tuned import Tuned, Way
 from .attach import attachment_of
 from .blocks import OVERRIDE, AttentionTap, with_replacements
-from .given import Kept, ModelCall, as_dict, attached, options_in, options_of, own_options
+from .given import (
+    Kept,
+    ModelCall,
+    as_dict,
+    attached,
+    options_in,
+    options_of,
+    own_options,
+    prompts_of,
+    watch_velocity,
+)
 from .slim import slim_header
-from .variants import RUN_KEY, token_grid
+from .variants import RUN_KEY, anchored_frames, starts_given, token_grid
 
 log = logging.getLogger(__name__)
 
 KEY = "wantrim_profile"
 # the key under which ComfyUI's compile nodes wrap the model
 COMPILE_KEY = "torch.compile"
+NOT_WHOLE = (
+    "WanTrim cannot be solved by this run: that takes two steps or more, each one call that computes "
+    "all (no other WanTrim node, step cache or context windows; a sampler with one call a step)"
+)
 
 
 @dataclass(eq=False)
@@ -92,12 +107,12 @@ def fingerprint_of(model) -> Fingerprint:
     return replace(model_fingerprint(model.model.diffusion_model), width=width)
 
 
-def check_profile(model, profile: Profile, node: str) -> None:
-    """Refuse a profile of another model than this MODEL."""
+def check_profile(model, profile: Profile, node: str, given: str = "profile") -> None:
+    """Refuse a profile of another model than this MODEL, which came by the input `given`."""
     reason = fingerprint_of(model).differs(profile.model)
     if reason is not None:
         raise ValueError(
-            f"{node}: profile: it was recorded with another model than the one at 'model': "
+            f"{node}: {given}: it was recorded with another model than the one at 'model': "
             f"{reason}. Load the profile that belongs to this model, or record one with WanTrim "
             "Profile."
         )
@@ -105,18 +120,40 @@ def check_profile(model, profile: Profile, node: str) -> None:
 
 @dataclass(eq=False)
 class _Run(Kept):
-    """The recorder of one sampling run; it is made when the network is seen."""
+    """The recorder of one sampling run; it is made when the network is seen.
+
+    Args:
+        prompts: of each step.
+        whole: whether every step so far computed all of the video at once.
+        known: noise levels that were announced, whether the start is given, and the tokens.
+        sizes: [f, h, w] of what the model was called with.
+        steps, counted: that came, and calls that were recorded in them.
+    """
 
     calibrate: str
     about: dict
+    prompts: int
+    whole: bool
     recorder: Recorder | None = None
+    known: tuple[tuple[float, ...], bool, int] = ((), False, 0)
+    way: Way = field(default_factory=Way)
+    sizes: set[torch.Size] = field(default_factory=set)
+    steps: int = 0
+    counted: int = 0
     notes: list[str] = field(default_factory=list)
     # why nothing of this run can be recorded
     off: str | None = None
 
     def begin(self, network, given: ModelCall) -> CallRecord | None:
         check_latent(given.x)
-        if self.recorder is None:
+        grid = token_grid(network, given.x, given.time_dim_concat, given.extra)
+        self.sizes.add(given.x.shape[2:])
+        if self.recorder is not None:
+            level = float(given.levels.max())
+        else:
+            anchored = anchored_frames(network, given.x, given.timestep, grid, given.extra)
+            announced, level, frames = given.read(anchored)
+            self.known = tuple(announced), starts_given(network, frames), grid.tokens
             # a slim one is refused at the node
             model = replace(model_fingerprint(network), width=WHOLE)
             image = hasattr(network.blocks[0].cross_attn, "k_img")
@@ -127,10 +164,7 @@ class _Run(Kept):
             for note in self.notes:
                 self.recorder.note(note)
         return self.recorder.begin(
-            sigma=float(given.levels.max()),
-            grid=token_grid(network, given.x, given.time_dim_concat, given.extra),
-            cond_or_uncond=given.roles,
-            batch=len(given.x),
+            sigma=level, grid=grid, cond_or_uncond=given.roles, batch=len(given.x)
         )
 
     def finish(self, network, call: CallRecord) -> None:
@@ -142,6 +176,27 @@ class _Run(Kept):
                 for block in network.blocks
             ]
             self.recorder.measure_weights(layers, call.like)
+
+    def see(self, sigma: float, velocity: torch.Tensor) -> None:
+        """The velocity of a step, guidance included."""
+        calls = 0 if self.recorder is None else self.recorder.calls
+        self.whole &= calls > self.counted and self.sizes == {velocity.shape[2:]}
+        self.steps, self.counted = self.steps + 1, calls
+        self.way.see(sigma, velocity)
+
+    def end(self) -> None:
+        """All steps were done: how far the velocity went is told, if a dial may go by it."""
+        travel, (sigmas, given, tokens) = self.way.ended(), self.known
+        if not self.counted:
+            return
+        pairs = zip(() if travel is None else travel.sigmas, sigmas, strict=False)
+        off = [abs(came - min(1.0, announced)) for came, announced in pairs]
+        # samplers of several calls a step have more, others a schedule of their own
+        if self.whole and self.steps == len(off) == len(sigmas) - 1 and max(off) < 1e-3:
+            told = Tuned(sigmas, self.prompts, given, tokens, 1.0, None, None, travel)
+            self.recorder.whole_run = told
+        else:
+            self.recorder.note(NOT_WHOLE)
 
 
 def _outer_sample(executor, *args, **kwargs):
@@ -161,9 +216,7 @@ def _outer_sample(executor, *args, **kwargs):
     plan = attachment_of(guider.model_patcher)
     if plan is not None and not plan.neutral:
         about["plan"] = plan.describe()
-    run = _Run(attachment.calibrate, about)
-    if "multigpu_clones" in guider.model_options:
-        run.off = "several GPUs share a step, and each sees a part of it"
+    run = _Run(attachment.calibrate, about, prompts_of(guider), "plan" not in about)
     wrappers = options_in(guider.model_options).get("wrappers", {})
     if COMPILE_KEY in wrappers.get(WrappersMP.APPLY_MODEL, {}):
         run.notes.append("torch.compile: the recorded run was not compiled")
@@ -175,7 +228,9 @@ def _outer_sample(executor, *args, **kwargs):
             add_wrapper_with_key(
                 WrappersMP.DIFFUSION_MODEL, KEY, _diffusion_model, options, is_model_options=True
             )
+            watch_velocity(options, KEY, run.see)
             result = executor(*args, **kwargs)
+        run.end()
         attachment.recorder = run.recorder
         attachment.reason = run.off or "the last run never called the model"
         return result
@@ -188,6 +243,8 @@ def _outer_sample(executor, *args, **kwargs):
 def _diffusion_model(executor, *args, **kwargs):
     given, network = ModelCall.of(*args, **kwargs), executor.class_obj
     run: _Run | None = given.options.get(RUN_KEY)
+    if run is not None and "multigpu_thread_device" in given.options:
+        run.off = "several GPUs share a step, and each sees a part of it"
     if run is None or run.off is not None or given.unreadable is not None:
         return given.run(executor, given.options)
     call, options = run.begin(network, given), given.options

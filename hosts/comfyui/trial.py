@@ -61,15 +61,10 @@ class Sampling:
     # while it runs
     ends: list[float] = field(default_factory=list)
     probe: Probe = field(default_factory=Probe)
-    way: list[tuple] = field(default_factory=list)
 
     @property
     def steps(self) -> int:
         return max(0, len(self.sigmas) - 1)
-
-    def is_of_another_node(self, later: Sampling) -> bool:
-        """Whether another node sampled it before for the same queue entry."""
-        return self.prompt == later.prompt and self.node != later.node
 
     def is_of(self, model, key: str) -> bool:
         known = None if self.model is None else self.model()

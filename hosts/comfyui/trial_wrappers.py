@@ -15,10 +15,10 @@ from dataclasses import replace
 import torch
 
 import comfy.model_management
-from comfy.patcher_extension import WrappersMP
+from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 
-from ...solve.tuned import Travel
-from .given import attached, levels_of, options_in, own_options
+from ...solve.tuned import Way
+from .given import attached, levels_of, options_in, own_options, watch_velocity
 from .live import running_node, running_prompt
 from .runs import sampler_name, sampling_key
 from .shape import device_name
@@ -41,29 +41,17 @@ def enter(trial: Trial, candidate: Candidate, models: dict[str, object]) -> None
 
 
 def _placed(model, place: Place):
-    placed = model.clone()
+    """A clone that is told its place outside of what is on it: EasyCache's copies what we set for it."""
+    placed, kind = model.clone(), WrappersMP.OUTER_SAMPLE
     placed.model_options["transformer_options"][KEY] = place
-    for kind, wrapper in (
-        (WrappersMP.OUTER_SAMPLE, _outer_sample),
-        (WrappersMP.SAMPLER_SAMPLE, _sampler_sample),
-    ):
-        _outermost(placed, kind, wrapper)
-    if place.candidate.name == WHOLE:
-        _outermost(placed, WrappersMP.PREDICT_NOISE, _predict_noise)
-        _outermost(placed, WrappersMP.APPLY_MODEL, _apply_model)
-    return placed
-
-
-def _outermost(model, kind: str, wrapper) -> None:
-    """Put a wrapper outside of those that are there: EasyCache's copies what we set for it."""
-    model.remove_wrappers_with_key(kind, KEY)
-    others = dict(model.wrappers.get(kind, {}))
+    placed.remove_wrappers_with_key(kind, KEY)
+    others = dict(placed.wrappers.get(kind, {}))
     for key in others:
-        model.remove_wrappers_with_key(kind, key)
-    model.add_wrapper_with_key(kind, KEY, wrapper)
-    for key, wrappers in others.items():
+        placed.remove_wrappers_with_key(kind, key)
+    for key, wrappers in {KEY: [_outer_sample], **others}.items():
         for one in wrappers:
-            model.add_wrapper_with_key(kind, key, one)
+            placed.add_wrapper_with_key(kind, key, one)
+    return placed
 
 
 def _outer_sample(executor, *args, **kwargs):
@@ -97,22 +85,29 @@ def _outer_sample(executor, *args, **kwargs):
         tuple(levels_of(given.get("sigmas"))),
         device_name(guider.model_patcher.load_device),
     )
-    again = known is not None and known.is_of_another_node(sampling)
-    # the others go the same way
+    # by another node of the same queue entry; the others go the same way
+    again = known is not None and known.prompt == sampling.prompt and known.node != sampling.node
     if again and candidate.name == WHOLE:
         sampling.notes.append("all were sampled by two samplers; the figures are of the last")
     try:
         with own_options(guider) as options:
             model_sampling = guider.model_patcher.get_model_object("model_sampling")
             place.prepare(options["transformer_options"], model_sampling)
+            way, own = Way(), {WrappersMP.SAMPLER_SAMPLE: _sampler_sample}
+            if candidate.name == WHOLE:
+                watch_velocity(options, KEY, way.see)
+                own[WrappersMP.APPLY_MODEL] = _apply_model
+            for kind, wrapper in own.items():
+                add_wrapper_with_key(kind, KEY, wrapper, options, is_model_options=True)
             result = executor(*args, **kwargs)
+            sampling.travel = way.ended()
     except BaseException as error:
         # the host's interrupt is no Exception
         candidate.samplings.pop(part, None)
         candidate.failed = _why_failed(candidate, error)
         if candidate.failed is None:
             raise
-        candidate.samplings[part] = replace(sampling, seconds=None, way=[])
+        candidate.samplings[part] = replace(sampling, seconds=None)
         if candidate.failed != OUT_OF_MEMORY:
             candidate.samplings[part].notes.append(str(error))
         log.warning("WanTrim Candidates: %s: %s", candidate.label, candidate.failed)
@@ -152,8 +147,6 @@ def _sampler_sample(executor, *args, **kwargs):
     """The sampler's own steps: models are loaded, nothing is decoded yet."""
     extra = args[2] if len(args) > 2 else kwargs["extra_args"]
     options = options_in(extra.get("model_options"))
-    if KEY not in options:
-        return executor(*args, **kwargs)
     sampling = options[KEY].sampling
     given = [*args]
     if len(given) > 3:
@@ -182,25 +175,6 @@ def _now() -> float:
     return time.perf_counter()
 
 
-def _predict_noise(executor, x, timestep, *args, **kwargs):
-    """The guided velocity of a whole run: how far it goes from step to step."""
-    out = executor(x, timestep, *args, **kwargs)
-    options = next((one for one in (*args, *kwargs.values()) if isinstance(one, dict)), {})
-    place = options_in(options).get(KEY)
-    if place is None:
-        return out
-    way, sigma = place.sampling.way, float(timestep.flatten()[0])
-    if not way or (sigma < way[-1][0] and way[-1][2].shape == x.shape):
-        velocity = (x.float() - out.float()) / max(sigma, 1e-6)
-        change = 0.0
-        if way:
-            change = float((velocity - way[-1][2]).square().mean().sqrt())
-            # one velocity is held at a time
-            way[-1] = (*way[-1][:2], None)
-        way.append((sigma, change, velocity))
-    return out
-
-
 @torch.compiler.disable(recursive=False)
 def _apply_model(executor, x, t, *args, **kwargs):
     """What EasyCache would have seen of a whole run."""
@@ -219,15 +193,7 @@ def _look_back(sampling: Sampling, whole: bool) -> None:
     spans = [b - a for a, b in zip(sampling.ends, sampling.ends[1:], strict=False)]
     if whole and len(spans) > 2:
         sampling.warmed = max(0.0, spans[0] - statistics.median(spans[1:]))
-    if len(sampling.way) > 1:
-        total, travel = 0.0, []
-        for _, change, _ in sampling.way:
-            total += change
-            travel.append(total)
-        sigmas = tuple(min(1.0, sigma) for sigma, *_ in sampling.way)
-        if all(a > b for a, b in zip(sigmas, sigmas[1:], strict=False)):
-            sampling.travel = Travel(sigmas, tuple(travel))
-    sampling.way, sampling.ends = [], []
+    sampling.ends = []
 
 
 def _number(value) -> float | None:

@@ -137,9 +137,9 @@ def token_grid(dm, x: torch.Tensor, time_dim_concat: torch.Tensor | None, extra:
     return TokenGrid(-(-frames // patch_t), -(-height // patch_h), -(-width // patch_w), start)
 
 
-def tells_start(dm) -> bool:
-    """Whether a first latent frame that is given is the video's start; VACE puts references there."""
-    return not is_class(dm, "VaceWanModel")
+def starts_given(dm, frames: tuple[bool, ...]) -> bool:
+    """Whether the video's start is among the latent frames that are given; VACE puts references there."""
+    return any(frames[:1]) and not is_class(dm, "VaceWanModel")
 
 
 def anchored_frames(

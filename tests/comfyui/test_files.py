@@ -70,6 +70,10 @@ def write_slim(name, **options):
     return slim.WanTrimSlim.execute(profile=given, filename=name, **{**inputs, **options})
 
 
+def write_profile(name):
+    return profile.WanTrimSaveProfile.execute(None, None, name, True)
+
+
 LOADERS = {
     "profile": (profile.FOLDER, profile.WanTrimLoadProfile.execute),
     "router": (
@@ -142,7 +146,7 @@ def test_files_of_the_wrong_kind_are_refused_by_node_and_name(kind, folders, goo
 def test_names_that_cannot_be_files_everywhere_are_never_written(folders):
     before = everything(folders.parent)
     for name in OUT:
-        for node, save in ((slim.TRIM, write_slim), (profile.SAVE, profile.profile_filename)):
+        for node, save in ((slim.TRIM, write_slim), (profile.SAVE, write_profile)):
             with pytest.raises(ValueError, match="filename: expected a plain name") as error:
                 save(name)
             assert str(error.value).startswith(f"{node}: ") and len(str(error.value)) < 400

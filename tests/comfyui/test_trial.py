@@ -415,7 +415,7 @@ def test_the_tuned_dial_reproduces_the_chosen_row(done, profiles):
     assert attachment_of(guarded).solved.plan.shares.shares[:3] == (1, 1, 1)
     # another number of steps is another run
     sampled(other, steps=6)
-    assert any("no trial of a run like this one" in n for n in attachment_of(other).record.notes)
+    assert any("no run like this one" in n for n in attachment_of(other).record.notes)
 
 
 def test_heads_beside_the_dial_are_a_candidate_that_can_be_kept(done, profiles):
@@ -501,12 +501,12 @@ def test_a_profile_without_trials_or_of_another_model_is_refused():
     fingerprint = model_fingerprint(model.model.diffusion_model)
     broken = Profile(fingerprint, Profile.empty(fingerprint).tensors, tuned=[{"sigmas": [1]}])
     for profile, says in (
-        (Profile.empty(fingerprint), "profile: no trial was kept in it"),
+        (Profile.empty(fingerprint), "profile: it holds no whole run"),
         (
             Profile.empty(Fingerprint(96, 128, 5, 8, 16, 16)),
             "profile: it was recorded with another",
         ),
-        (broken, "profile: what a trial kept in it cannot be read"),
+        (broken, "profile: the run in it cannot be read"),
     ):
         with pytest.raises(ValueError, match=f"WanTrim: {says}"):
             WanTrim.execute(model, 1.5, "draft", 1, 0, "auto", ProfileFile(profile))
@@ -519,7 +519,7 @@ def test_one_trial_that_cannot_be_read_does_not_hide_the_others(caplog):
     kept = replace(Profile.empty(fingerprint), tuned=[{"of": "tomorrow"}, good.to_json()])
     [dialled] = WanTrim.execute(model, 1.5, "draft", 1, 0, "auto", ProfileFile(kept)).result
     assert attachment_of(dialled).dial.tuned == (good,)
-    assert "WanTrim: profile: a trial in it cannot be read" in caplog.text
+    assert "WanTrim: profile: a run in it cannot be read" in caplog.text
 
 
 @pytest.fixture(scope="module")
