@@ -70,14 +70,21 @@ def attach(
         return patched
     patched.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, _diffusion_model)
     if plan.trims_blocks and isinstance(plan.blocks.router, TrainedRouter):
-        # the host moves its weights with the model's
-        carried = comfy.model_patcher.ModelPatcher(
-            plan.blocks.router.mlp,
+        patched.set_additional_models(KEY, [_carried(plan.blocks.router.mlp)])
+    return patched
+
+
+def _carried(mlp: torch.nn.Module):
+    """What the host moves a router's weights with; weights that outlive theirs it calls a leak."""
+    if not hasattr(mlp, KEY):
+        # the host's own kind: for any other it moves models out of the way that need not go
+        carried = comfy.model_patcher.CoreModelPatcher(
+            mlp,
             load_device=comfy.model_management.get_torch_device(),
             offload_device=comfy.model_management.unet_offload_device(),
         )
-        patched.set_additional_models(KEY, [carried])
-    return patched
+        setattr(mlp, KEY, carried)
+    return getattr(mlp, KEY)
 
 
 def attach_part(model, **parts):

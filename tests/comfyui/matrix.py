@@ -171,7 +171,30 @@ COMPILE = (
     "so: beside the graph of whole steps one for whole blocks whose attention is looked into, and one "
     "or two for all numbers of computed tokens. A whole model that is compiled gives the right videos, in "
     "many small graphs: compile its blocks.",
-    "- Not run: dynamic VRAM, which core's compile node turns off itself.",
+    "- Core's compile node turns dynamic VRAM off.",
+)
+
+# held by tests/comfyui/test_dynamic.py
+DYNAMIC = (
+    "ComfyUI's own patcher for it, on the CPU, with stand-ins for the GPU and for its native library "
+    "(`tests/comfyui/dynamic.py`): a weight is out of reach but to its layer's own forward, which may "
+    "find no room for it, and is overwritten after; other models' loads take all of them between two "
+    "calls. Every trim, a trained router, a LoRA, both experts, WanTrim Profile with its calibration and "
+    "a slim model give the bytes that they give with all weights at hand.",
+    "",
+    "Not run: a GPU, and so copies beside the computing and pinned memory. Keys and values of left out "
+    "tokens may take the room of weights, which ComfyUI counts as free; these then come anew in every "
+    "step.",
+)
+
+# files of Comfy-Org/ComfyUI of about 0.38.1, which cannot be fetched whole
+NEWER = (
+    "Read in single files of about 0.38.1, and not run: Wan's hooks are those of 0.33.0, and its "
+    "attention calls come unwrapped to an override. *Model Sparse Attention* (`BlockSparseAttention`) "
+    "puts its own override over what is there, again in every step; it leaves to that one what has "
+    "fewer tokens than its `min_tokens`, as short steps may, and queries that are fewer than the keys. "
+    "An attention that a checkpoint names for its layers (`comfy_attention`) is left out by ComfyUI "
+    "where an override is set, so also in blocks whose attention WanTrim looks into.",
 )
 
 NEIGHBOURS = {
@@ -235,9 +258,9 @@ NEIGHBOURS = {
     ),
     "sparse": Neighbour(
         "block-sparse override",
-        "Set again in every step and calling what was there before, as core's newer Model Sparse "
-        "Attention; its blocks are of the computed tokens. Where these attend to remembered ones too, its "
-        "rule that queries and keys are as many leaves attention whole.",
+        "Over what is there, again in every step, as core's newer Model Sparse Attention; its blocks are "
+        "of the computed tokens. Where these attend to remembered ones too, its rule that queries and "
+        "keys are as many leaves attention whole.",
     ),
     "backend": Neighbour(
         "Model Attention Backend (core)", "The function that it sets is called inside of WanTrim's."
@@ -267,9 +290,14 @@ NEIGHBOURS = {
     "gguf": Neighbour(
         "GGUF-like weights", "A loader's own operations make the weights whole in every forward."
     ),
-    "quantised": Neighbour(
-        "int8- or NVFP4-like weights",
-        "Layers that quantise what they are given see the computed tokens alone, and scale by these.",
+    "int8": Neighbour(
+        "int8 weights",
+        "ComfyUI's own layers and arithmetic; each computed token is quantised by its own largest.",
+    ),
+    "nvfp4": Neighbour(
+        "NVFP4 weights",
+        "ComfyUI's own layers, their product made whole: a CPU has none. What is quantised is scaled "
+        "by the largest of the computed tokens.",
     ),
     "low_vram": Neighbour(
         "partial load, with a LoRA", "Weights stay in system memory and are moved for each use."
@@ -397,6 +425,14 @@ def table() -> str:
         "## torch.compile",
         "",
         *COMPILE,
+        "",
+        "## Dynamic VRAM",
+        "",
+        *DYNAMIC,
+        "",
+        "## Newer than 0.33.0",
+        "",
+        *NEWER,
         "",
         "## Every model beside every neighbour",
         "",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from functools import partial
 from types import MethodType
 
 import torch
@@ -11,6 +13,7 @@ import comfy.ops
 import comfy.sd
 from comfy.ldm.modules.attention import attention_pytorch
 from comfy.patcher_extension import CallbacksMP, WrappersMP
+from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras.nodes_context_windows import WanContextWindowsManualNode
 from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
@@ -22,6 +25,8 @@ from wantrim.hosts.comfyui.blocks import OVERRIDE
 
 # of a block-sparse attention, in tokens
 BLOCK = 8
+# few: on a CPU quantised layers are slow. WanDancer's cross-attention has a picture of no tokens
+PACKED = ("blocks.1.self_attn.", "blocks.1.ffn.", "blocks.3.self_attn.", "blocks.3.ffn.")
 DEVICES = [torch.device("cpu", 0), torch.device("cpu", 1)]
 
 
@@ -95,27 +100,36 @@ def sage(model):
 
 
 def sparse(model):
-    """A block-sparse attention, as core's newer node keeps it: set again in every step."""
+    """A block-sparse attention, as core's Model Sparse Attention keeps its own on top in every step."""
+    installed = set()
 
-    def attention(func, q, k, v, *args, **kwargs):
-        if q.shape[1] != k.shape[1] or k.shape[1] < 4 * BLOCK:
-            return func(q, k, v, *args, **kwargs)
-        heads = kwargs["heads"]
-        q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
-        tail = -k.shape[2] % BLOCK
-        means = F.pad(k, (0, 0, 0, tail)).unflatten(2, (-1, BLOCK)).mean(3)
-        scores = F.pad(q, (0, 0, 0, tail)).unflatten(2, (-1, BLOCK)).mean(3) @ means.mT
-        kept = torch.zeros_like(scores, dtype=torch.bool)
-        # half of the key blocks, for every block of queries
-        kept.scatter_(-1, scores.topk(-(-scores.shape[-1] // 2)).indices, True)
-        mask = kept.repeat_interleave(BLOCK, 2).repeat_interleave(BLOCK, 3)
-        mask = mask[:, :, : q.shape[2], : k.shape[2]]
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+    def over(previous):
+        def attention(func, q, k, v, heads, mask=None, skip_reshape=False, **kwargs):
+            if mask is not None or skip_reshape or q.shape != k.shape or k.shape[1] < 4 * BLOCK:
+                host = func if previous is None else partial(previous, func)
+                return host(q, k, v, heads, mask=mask, skip_reshape=skip_reshape, **kwargs)
+            q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
+            tail = -k.shape[2] % BLOCK
+            means = F.pad(k, (0, 0, 0, tail)).unflatten(2, (-1, BLOCK)).mean(3)
+            scores = F.pad(q, (0, 0, 0, tail)).unflatten(2, (-1, BLOCK)).mean(3) @ means.mT
+            kept = torch.zeros_like(scores, dtype=torch.bool)
+            # half of the key blocks, for every block of queries
+            kept.scatter_(-1, scores.topk(-(-scores.shape[-1] // 2)).indices, True)
+            mask = kept.repeat_interleave(BLOCK, 2).repeat_interleave(BLOCK, 3)
+            mask = mask[:, :, : q.shape[2], : k.shape[2]]
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            return out.transpose(1, 2).flatten(2)
+
+        return attention
 
     def install(patcher, timestep, model_options, *args):
-        model_options["transformer_options"][OVERRIDE] = attention
+        options = model_options["transformer_options"]
+        if options.get(OVERRIDE) not in installed:
+            options[OVERRIDE] = over(options.get(OVERRIDE))
+            installed.add(options[OVERRIDE])
 
     patched = model.clone()
+    install(patched, None, patched.model_options)
     patched.add_callback_with_key(CallbacksMP.ON_PREPARE_STATE, "sparse", install)
     return patched
 
@@ -269,21 +283,31 @@ class Packed(comfy.ops.manual_cast):
             return F.linear(x, weight.to(x), None if self.bias is None else self.bias.to(x))
 
 
-class Quantised(comfy.ops.manual_cast):
-    """Weights as int8's and NVFP4's: inputs are quantised, too, by the largest of all their tokens."""
+def quantised(form: str) -> type:
+    """The host's own layers for quantised files, which this makes of any file, some blocks of it.
 
-    class Linear(comfy.ops.manual_cast.Linear):
-        def forward(self, x):
-            weight, bias = self.weight.to(x), None if self.bias is None else self.bias.to(x)
-            return F.linear(_in_8_bits(x), _in_8_bits(weight), bias)
+    Args:
+        form: as files name it; inputs are quantised, too.
+    """
+    operations = comfy.ops.mixed_precision_ops(compute_dtype=torch.float32)
+    said = torch.tensor(list(json.dumps({"format": form}).encode()), dtype=torch.uint8)
 
+    class Linear(operations.Linear):
+        def _load_from_state_dict(self, state_dict, prefix, *others):
+            if prefix.startswith(PACKED):
+                name = f"{prefix}weight"
+                weight, layout = state_dict.pop(name), QUANT_ALGOS[form]["comfy_tensor_layout"]
+                packed = QuantizedTensor.from_float(weight, layout, scale="recalculate")
+                state_dict |= packed.state_dict(name) | {f"{prefix}comfy_quant": said}
+            super()._load_from_state_dict(state_dict, prefix, *others)
 
-def _in_8_bits(x):
-    # WanDancer has a picture of no tokens where it is given none
-    if not x.numel():
-        return x
-    scale = x.abs().amax().clamp(min=1e-9) / 127
-    return (x / scale).round() * scale
+        def _forward(self, x, weight, bias):
+            if form == "nvfp4" and isinstance(weight, QuantizedTensor):
+                # a CPU multiplies no such numbers
+                x, weight = x.dequantize(), weight.dequantize()
+            return super()._forward(x, weight, bias)
+
+    return type("Quantised", (operations,), {"Linear": Linear})
 
 
 def two_gpus(model):
@@ -329,5 +353,6 @@ PUT = {
 LOADED = {
     "fp8": {"dtype": torch.float8_e4m3fn},
     "gguf": {"custom_operations": Packed},
-    "quantised": {"custom_operations": Quantised},
+    "int8": {"custom_operations": quantised("int8_tensorwise")},
+    "nvfp4": {"custom_operations": quantised("nvfp4")},
 }

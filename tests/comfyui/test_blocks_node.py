@@ -1,5 +1,6 @@
 """The node WanTrim Blocks: its routers, its inputs and what it refuses."""
 
+import gc
 import os
 
 import pytest
@@ -71,6 +72,21 @@ def test_a_trained_router_chooses_and_is_carried_by_the_host(router_folder):
     # read once
     again, _ = at_blocks(base, "trained", file="mine.safetensors", k_min=0.6)
     assert attachment_of(again).plan.blocks.router is loaded
+
+
+@pytest.mark.parametrize("further", [lambda model: model, tiny.at_node])
+def test_a_router_that_outlives_its_model_is_no_leak_to_the_host(router_folder, caplog, further):
+    """The host would say so, and collect all garbage, whenever it loads any model."""
+    base = tiny.base_model()
+    save_router(router_folder / "mine.safetensors", trained_router(base))
+    model = further(at_blocks(base, "trained", file="mine.safetensors")[0])
+    router = attachment_of(model).plan.blocks.router
+    tiny.ksampler(model, steps=2)
+    del model
+    gc.collect()
+    with caplog.at_level("INFO"):
+        tiny.ksampler(base, steps=1)
+    assert router.mlp.num_blocks and "leak" not in caplog.text
 
 
 def test_a_router_of_clip_takes_the_class_embedding_of_the_image():

@@ -50,7 +50,7 @@ SIGNATURES = {
         "self x e freqs context context_img_len= transformer_options="
     ),
     "comfy.ldm.wan.model:WanSelfAttention.forward": "self x freqs transformer_options=",
-    "comfy.model_patcher:ModelPatcher.__init__": "self model load_device offload_device size=",
+    "comfy.model_patcher:CoreModelPatcher.__init__": "self model load_device offload_device size=",
     "comfy.model_patcher:ModelPatcher.clone": "self",
     "comfy.model_patcher:ModelPatcher.add_wrapper_with_key": "self wrapper_type key wrapper",
     "comfy.model_patcher:ModelPatcher.remove_wrappers_with_key": "self wrapper_type key",
