@@ -210,14 +210,11 @@ _BLOCKS_INPUT = io.String.Input(
 
 
 def _file_input():
-    return io.Combo.Input(
-        "router_file",
-        options=list_files(FOLDER),
-        tooltip=(
-            "A file in models/wantrim/routers, trained for this model, or the demo's. k_min, k_max and "
-            "curve are the router's own where they are left at their defaults."
-        ),
+    tip = (
+        "A file in models/wantrim/routers, trained for this model, or the demo's. k_min, k_max and "
+        "curve are the router's own where they are left at their defaults."
     )
+    return io.Combo.Input("router_file", options=list_files(FOLDER), tooltip=tip)
 
 
 def _share(name: str, default: float, what: str):

@@ -206,9 +206,7 @@ class Dial:
             fresh,
             # of one token in a latent frame there is no part
             run.partial and plan.may_be_partial and run.grid.per_frame > 1,
-            tuple(done),
-            run.held,
-            run.parts,
+            tuple(done), run.held, run.parts,
         )  # fmt: skip
         trial = self.trial_of(run)
         own_whole = {step - before for step in asked}
@@ -220,8 +218,7 @@ class Dial:
         shares = self._shares(task, run, plan, cost)
         mine = shares[before : before + run.steps]
         solved = replace(plan, shares=Shares(run.sigmas[:-1], mine, task.partial))
-        reached = run.speedup(solved, cost)
-        together = task_speedup(task, shares, run, plan, cost)
+        reached, together = run.speedup(solved, cost), task_speedup(task, shares, run, plan, cost)
         far = abs(self.speedup / together - 1) > TOLERANCE
         why = self._why(task, asked, plan, together, shares) if far else None
         whose = "of your trial" if trial and trial.chosen else "that WanTrim Profile recorded"

@@ -200,9 +200,9 @@ def _units(cost: float) -> int:
 
 
 def _cheapest(task: Task) -> tuple[float, ...]:
-    least = (1.0 if step in task.whole else 0.0 for step in range(task.steps))
     return tuple(
-        share if task.ran(step) is None else task.ran(step) for step, share in enumerate(least)
+        float(step in task.whole) if (ran := task.ran(step)) is None else ran
+        for step in range(task.steps)
     )
 
 
