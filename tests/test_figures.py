@@ -108,7 +108,7 @@ FIGURES = [
     (
         "benchmarks/README.md",
         "in 4 steps by role {:.1f} dB in text to video and {:.1f} in image to video, at shuffled heads "
-        "{:.1f} and {:.1f}; in 20, {:.1f} at {:.2f} of the FLOPs",
+        "{:.1f} and {:.1f}; in 20 steps {:.1f}, shuffled {:.1f}, uniform {:.1f}, PARE's {:.1f}",
         [
             *(
                 ("quality", FOUR | {"target": "0.67", "task": task, "method": name}, "psnr_db", 1)
@@ -116,8 +116,8 @@ FIGURES = [
                 for task in ("t2v", "i2v")
             ),
             *(
-                ("quality", HALF | {"method": "heads", "target": "0.67"}, column, 1)
-                for column in ("psnr_db", "flops_ratio")
+                ("quality", HALF | {"method": name, "target": "0.67"}, "psnr_db", 1)
+                for name in ("heads", "heads_shuffled", "heads_uniform", "pare_heads")
             ),
         ],
     ),
@@ -142,11 +142,18 @@ FIGURES = [
     ),
     (
         "benchmarks/README.md",
-        "(*skip*) keep as much: {:.1f} dB for {:.1f}, in text to video {:.1f} for {:.1f}",
+        "(*skip*), which in text to video keep {:.1f} for {:.1f}",
         [
-            ("quality", HALF | {"method": name, "target": "0.67", "task": task}, "psnr_db", 1)
-            for task in ("i2v", "t2v")
+            ("quality", HALF | {"method": name, "target": "0.67"}, "psnr_db", 1)
             for name in ("skip", "default")
+        ],
+    ),
+    (
+        "benchmarks/README.md",
+        "windows and decay would keep as much attention as our patterns ({:.0f} %; the best keys {:.0f} %",
+        [
+            ("patterns", {"keys": "0.2500"}, column, 100)
+            for column in ("with_windows_and_decay", "best_keys")
         ],
     ),
     (

@@ -50,6 +50,21 @@ def test_how_far_it_got_stands_beside_the_aim(root, header):
         assert f"{key.removesuffix('_ok')} {float(row[key]):.0%} (aim {aim:.0%})" in page
 
 
+def test_what_four_steps_lose_to_twenty_is_said(root):
+    many, few = (
+        next(r for r in rows(root, "adherence.csv") if (r["objects"], r["steps"]) == ("1", steps))
+        for steps in ("20", "4")
+    )
+    (shape, turned), (less, lost) = (
+        [float(row[key]) for key in ("shape_ok", "direction_ok")] for row in (many, few)
+    )
+    said = (
+        f"In 20 steps shape is {shape:.0%}, direction {turned:.0%}; in four {less:.0%} and {lost:.0%}: "
+        f"{100 * (shape - less):.0f} and {100 * (turned - lost):.0f} points less, where we aimed at 10"
+    )
+    assert said in (root / "benchmarks" / "README.md").read_text("utf-8")
+
+
 def test_training_goes_on_from_the_file(header):
     trainer = Trainer(SecondRecipe(), torch.device("cpu"), False, torch.float32)
     trainer.begin_with(CHECKPOINT_2)
