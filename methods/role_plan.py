@@ -111,8 +111,8 @@ def measure_roles(
 ) -> torch.Tensor:
     """What each head adds, and what each pattern of `CHEAP` keeps: fp32 [n, 1 + patterns].
 
-    The first is by how much its output varies over the tokens (root mean square): by its size (eq. 3)
-    the second tiny Wan keeps 2 to 3 dB less. The others are its mass within; both of sampled queries.
+    The first is the root mean square of its output (eq. 3, without the output projection's norm),
+    the others are its attention mass within the pattern; both of sampled queries of all samples.
 
     Args:
         q, k, out: self-attention's [b, s, n, d], q and k after RoPE, of all tokens.
@@ -120,7 +120,7 @@ def measure_roles(
     index = sample_queries(grid, QUERY_RATIO, MIN_QUERIES).to(q.device, non_blocking=True)
     size = (grid.frames, grid.height, grid.width)
     mass = frame_mass(q, k, size, index, start=grid.start, tiles=tuple(TILES.values())).mean(0)
-    added = out.index_select(1, index + grid.start).float().var(1, correction=0).mean((0, 2)).sqrt()
+    added = out.index_select(1, index + grid.start).float().square().mean((0, 1, 3)).sqrt()
     return torch.cat([added[:, None], mass], 1)
 
 

@@ -132,12 +132,8 @@ def test_what_is_measured_is_the_conditional_prompts_attention(wan, monkeypatch)
     added, mass = measure_roles(q, k, out, grid).double()[:, [0, 1 + CHEAP.index(FRAME)]].unbind(1)
     # of a sample of the queries
     assert (mass - own.mean(-1)).abs().max() < 0.05 and (mass - mass.mean()).abs().max() > 1e-4
-    varies = (out[0] - out[0].mean(0)).double().square().mean((0, 2)).sqrt()
-    torch.testing.assert_close(added, varies, rtol=0.2, atol=0)
-    # what a head gives to all tokens alike is worth nothing
-    moved = out + torch.arange(out.shape[2])[:, None]
     torch.testing.assert_close(
-        measure_roles(q, k, moved, grid)[:, 0].double(), added, rtol=1e-3, atol=0
+        added, out[0].double().square().mean((0, 2)).sqrt(), rtol=0.2, atol=0
     )
 
 
