@@ -97,7 +97,8 @@ def test_the_first_pages_predictions_are_floors_of_the_runs():
 
     whole, mean = whole_and_mean("NVIDIA H200", "480p", 20, 2)
     assert whole == pytest.approx(2 * 3.74, rel=0.005)
-    assert whole / mean == pytest.approx(1.5, rel=0.01)
+    # 13 of 20 steps: what is nearer to the wish would take a part of the tokens, and memory
+    assert mean / whole == pytest.approx(13 / 20, rel=0.001)
     # attention of 720p at its own rate, by the published FLOPs; what is copied comes on top
     whole, mean = whole_and_mean("NVIDIA H200", "720p", 4, 1)
     attention = 4 * 40 * 5120 * 75600 * (75600 + 512)
@@ -107,7 +108,7 @@ def test_the_first_pages_predictions_are_floors_of_the_runs():
     # copying the context hides behind a partial step, in and out
     whole, mean = whole_and_mean("NVIDIA GeForce RTX 4090", "480p", 4, 1)
     assert whole / mean == pytest.approx(1.5, rel=0.01)
-    assert f"| RTX 4090, 480p, context in RAM | 22.2 → 14.8 s | {whole:.1f} → {mean:.1f} s |" in (
+    assert f"| RTX 4090, 480p, context in RAM | 22.2 → 14.4 s | {whole:.1f} → {mean:.1f} s |" in (
         predicted_table()
     )
 

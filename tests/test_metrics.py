@@ -8,6 +8,7 @@ import torch
 
 from wantrim.benchmarks.metrics import difference, measure, summarise
 from wantrim.toy.detector import read_scene
+from wantrim.toy.held_out import held_out_scenes
 from wantrim.toy.vae import ToyVAE
 from wantrim.toy.world import (
     BACKGROUNDS,
@@ -16,7 +17,6 @@ from wantrim.toy.world import (
     PIXEL_FRAMES,
     Object,
     Scene,
-    held_out_scenes,
     parse_prompt,
     render,
     render_background,
