@@ -17,8 +17,9 @@ import torch
 from ..hosts.diffusers.blocks import watch_blocks
 from ..hosts.diffusers.sample import sample
 from ..hosts.diffusers.weights import load_original
+from ..kernels.reference import pattern_groups
 from ..methods.grid import TokenGrid
-from ..methods.heads import FRAME, TILES
+from ..methods.heads import CHEAP, TILES
 from ..toy.worlds import WORLDS
 from .quality import refuse_rows
 from .table import RESULTS, commit, merge_rows
@@ -38,19 +39,17 @@ COLUMNS = (*KEY, *NAMES, "heads", "commit")
 def masks_of(grid: TokenGrid) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """The pack's patterns, and those that it has not: bool [s, s], which key a query sees."""
     sizes = (grid.frames, grid.height, grid.width)
+    groups = pattern_groups(sizes, tuple(TILES.values()), torch.device("cpu"))
+    shipped = {
+        name: group[:, None] == group for name, (group, _) in zip(CHEAP, groups, strict=True)
+    }
     at = torch.meshgrid(*map(torch.arange, sizes), indexing="ij")
     frame, row, column = (axis.flatten() for axis in at)
     apart = (frame[:, None] - frame).abs()
     away = torch.maximum((row[:, None] - row).abs(), (column[:, None] - column).abs())
-
-    def tiled(side: int) -> torch.Tensor:
-        tile = row * side // grid.height * side + column * side // grid.width
-        return tile[:, None] == tile
-
-    shipped = {FRAME: apart == 0} | {name: tiled(side) for name, side in TILES.items()}
     others = {f"window {far}": away <= far for far in (1, 2, 3)}
     others |= {f"window {far}, next frames": (apart <= 1) & (away <= far) for far in (2, 3, 4)}
-    for far in (5, max(grid.height, grid.width)):
+    for far in (4, 5, 6, 7, 8):
         # half as far for every latent frame in between
         others[f"decay from {far}"] = away <= far // 2**apart
     return shipped, others
