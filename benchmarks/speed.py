@@ -61,7 +61,7 @@ SHORT = Size("1.3B, 4 blocks", 1536, 12, 8960, 4, (21, 16, 32))
 HEAVY = Size("narrow, 4 blocks", 384, 3, 1536, 4, (21, 32, 64))
 # for what a large one would not show better
 SMALL = Size("narrow, 4 blocks", 384, 3, 1536, 4, (5, 16, 16))
-# thin enough for what lies between products to show, which compiling joins: there it pays
+# thin enough for what lies between products to show, which compiling joins
 FUSED = Size("thin, 4 blocks", 256, 2, 512, 4, (9, 24, 24))
 # as many blocks as 1.3B has, and so little in them that what is around them shows
 HOLLOW = Size("48 wide, 30 blocks", 48, 4, 64, 30, (3, 8, 8))
