@@ -12,9 +12,9 @@ from ..methods.heads import HeadPlan
 from ..methods.role_plan import RolePlan
 from ..profiles.profile import Profile
 from ..slim.width import pare_heads
-from ..solve.budget import solve_heads
 from ..solve.dial import Dial, Run
 from .cases import FAIR, MANY_STEPS, STUDY_TARGET, Case
+from .profiled_heads import solve_heads
 
 ONLINE, PROFILED, SHUFFLED = "heads", "heads_profiled", "heads_shuffled"
 # equally many full ones in every block, whatever they do; PARE's masks; the dial beside heads

@@ -59,14 +59,18 @@ class Size:
 
 
 def head_plan(size: Size, patterns: Sequence[str]) -> HeadPlan:
-    """Three heads of ten in these patterns by turns, the others whole, spread over the blocks."""
+    """Three heads of ten in these patterns by turns, the others whole, spread over the blocks.
+
+    What a pattern leaves out is corrected; a head that is off is PARE's.
+    """
     rows, taken = [], 0
     for block in range(size.blocks):
         count = round((block + 1) * (1 - HEADS_KEPT) * size.heads) - taken
         less = [patterns[(taken + at) % len(patterns)] for at in range(count)]
         rows.append((*less, *[FULL] * (size.heads - count)))
         taken += count
-    return HeadPlan(tuple(rows), ((FULL,) * size.heads,) * size.blocks)
+    whole = ((FULL,) * size.heads,) * size.blocks
+    return HeadPlan(tuple(rows), whole, corrected=OFF not in patterns)
 
 
 def shares(later: float) -> Shares:

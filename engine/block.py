@@ -61,7 +61,7 @@ class Attend:
         look: told self-attention's q, k and v [b, s, n, d].
         join: self-attention's keys and values, in place of its own k and v [b, s, n, d].
         heads: what each head computes; needs self-attention's layout.
-        show: told self-attention's q and k, and what came out of it [b, s, n, d].
+        show: told self-attention's own q, k and v [b, s, n, d], and the host's attention.
         seen: whether self-attention came by.
     """
 
@@ -69,7 +69,7 @@ class Attend:
     join: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None
     heads: Pair | None = None
     layout: Layout | None = None
-    show: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None] | None = None
+    show: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Attention], None] | None = None
     seen: bool = False
 
     def __call__(self, q, k, v, attention: Attention) -> torch.Tensor:
@@ -77,21 +77,18 @@ class Attend:
         # another node may put more attention calls in front, or more keys into the block's own: these
         # are not of the heads' patterns
         own = not self.seen and q.shape[1] == k.shape[1]
-        keys = k
         if own:
             self.seen = True
             if self.look is not None:
                 self.look(q, k, v)
+            if self.show is not None:
+                self.show(q, k, v, attention)
             if self.join is not None:
                 k, v = self.join(k, v)
         if self.heads is None or not self.seen:
-            out = attention(q, k, v)
-        else:
-            heads = self.heads[0] if own else self.heads[1]
-            out = heads.attend(q, k, v, attention, self.layout if own else None)
-        if own and self.show is not None:
-            self.show(q, keys, out)
-        return out
+            return attention(q, k, v)
+        heads = self.heads[0] if own else self.heads[1]
+        return heads.attend(q, k, v, attention, self.layout if own else None)
 
 
 class HostBlock(Protocol):

@@ -270,9 +270,9 @@ class Call:
             return None
 
         @torch.no_grad()
-        def show(q, k, out) -> None:
-            parts = (self._own(t) for t in (q, k, out))
-            self.state.shown[index] = measure_roles(*parts, self.grid)
+        def show(q, k, v, attention) -> None:
+            parts = (self._own(t) for t in (q, k, v))
+            self.state.shown[index] = measure_roles(*parts, attention, self._layout(None, False))
 
         return show
 

@@ -15,7 +15,7 @@ import torch
 
 from ..methods.attend import head_groups
 from ..methods.grid import TokenGrid
-from ..methods.heads import OFF, HeadPlan
+from ..methods.heads import HeadPlan
 from ..methods.routers import Content
 from ..methods.schedule import progress_at
 from ..methods.shares import Shares
@@ -247,13 +247,7 @@ class Engine(Shared):
 
     def _take_shown(self, shown: dict[int, torch.Tensor]) -> None:
         """Take in what a step measured, by block; it is used from the next one on."""
-        for block, now in shown.items():
-            before = self._shown.get(block)
-            if before is not None and self._heads is not None:
-                # heads that are off show nothing of what they would add
-                off = torch.tensor([name == OFF for name in self._heads.self_attention[block]])
-                now[:, 0] = torch.where(off, before[:, 0], now[:, 0])
-            self._shown[block] = now
+        self._shown |= shown
         self._measured |= bool(shown)
 
     def _find_roles(self, grid: TokenGrid, num_blocks: int) -> None:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from ..methods.attend import pattern_pairs
+from ..methods.attend import SAMPLED, pattern_pairs
 from ..methods.cost import ROTARY_NUMBERS, WanShape, Width, Work, block_work, outside_flops
 from ..methods.grid import TokenGrid
 from ..methods.heads import FRAME, FULL, OFF, TILES
 from ..methods.importance import scoring_queries
-from ..methods.role_plan import measured_queries
+from ..methods.role_plan import CHOICES, MEASURED, measured_queries
 from .plan import TrimPlan
 from .program import KEPT, READ, SKIP, UPDATE, WRITE, Program, Row
 
 # times that repeating a prompt's velocity goes over its latent in fp32 and in its own numbers, in
 # numbers of 16 bits; as counted
 REPEATING = 136
+# times that a correction goes over what its few queries give; as counted
+SAMPLED_PASSES = 10
 
 
 def program_work(
@@ -52,9 +54,10 @@ def program_work(
             known[key] = _row_work(shape, row, program, patterns, sizes)
         total += known[key] * prompts
         if row.choose:
-            total += _scores(shape, scoring_queries(program.grid), program.grid, sizes)
+            queries = scoring_queries(program.grid)
+            total += Work(attention=2 * queries * program.grid.tokens * _inner(shape, sizes))
         if row.measure:
-            total += _scores(shape, measured_queries(program.grid), program.grid, sizes)
+            total += _measurement(shape, program.grid, sizes)
     return total + Work(moved=_moving(shape, rows, program)) * prompts
 
 
@@ -63,14 +66,18 @@ def _row_work(shape, row: Row, program: Program, patterns, sizes) -> Work:
     reads = row.context in (READ, UPDATE) and row.tokens < grid.tokens
     extra = grid.tokens - row.tokens if reads else 0
     pairs = cross_heads = None
+    few = 0
     if patterns:
-        counts = _per_frame(grid, row.tokens, program.anchored)
-        pairs = _pairs(patterns[0], grid, counts, reads)
-        cross_heads = patterns[1].count(FULL)
+        counts, (own, cross) = _per_frame(grid, row.tokens, program.anchored), patterns
+        pairs, cross_heads = _pairs(own, grid, counts, reads), cross.count(FULL)
+        if program.heads.corrected and own.count(FULL) < len(own):
+            # queries that attend to everything
+            few = grid.frames * min(SAMPLED, *counts)
+            pairs += len(own) * few * (row.tokens + extra)
     work = block_work(
         shape, row.tokens, extra, self_pairs=pairs, cross_heads=cross_heads, width=sizes
     )
-    inner = shape.dim if sizes is None else sizes[0] * shape.head_dim
+    inner = _inner(shape, sizes)
     # keys and values, and their scales in fp16, in numbers of 16 bits for each of `inner`
     packed = 2 * (program.bits / 16 + 1 / shape.head_dim)
     moved = 0.0
@@ -81,8 +88,9 @@ def _row_work(shape, row: Row, program: Program, patterns, sizes) -> Work:
         # those of the kept tokens, the packed ones, and both behind each other
         moved += inner * (2 * row.tokens + packed * extra + 2 * grid.tokens)
     if patterns:
-        own, cross = patterns
         moved += _apart(own, row.tokens, row.tokens + extra) * shape.head_dim
+        if few:
+            moved += (2 * row.tokens + SAMPLED_PASSES * few) * inner
         # the image's tokens are attended to in a call of their own
         for keys in filter(None, (shape.text_tokens, shape.image_tokens)):
             moved += _apart(cross, row.tokens, keys) * shape.head_dim
@@ -121,10 +129,17 @@ def _moving(shape: WanShape, rows: Sequence[Row], program: Program) -> int:
     return moved
 
 
-def _scores(shape: WanShape, queries: int, grid: TokenGrid, sizes) -> Work:
-    """Attention scores of some queries, by which a block chooses tokens or measures its heads."""
-    inner = shape.dim if sizes is None else sizes[0] * shape.head_dim
-    return Work(attention=2 * queries * grid.tokens * inner)
+def _measurement(shape: WanShape, grid: TokenGrid, sizes) -> Work:
+    """What a block's heads lack in each pattern, at a few queries of one prompt."""
+    inner, queries = _inner(shape, sizes), measured_queries(grid)
+    seen = sum(pattern_pairs(name, grid) for name in CHOICES) / grid.tokens
+    # keys and values of tiles are taken out
+    moved = 4 * grid.tokens * inner * sum(name in TILES for name in MEASURED)
+    return Work(attention=4 * queries * seen * inner, moved=moved)
+
+
+def _inner(shape: WanShape, sizes) -> int:
+    return shape.dim if sizes is None else sizes[0] * shape.head_dim
 
 
 def _per_frame(grid: TokenGrid, kept: int, anchored_frames: int) -> list[int]:

@@ -14,9 +14,12 @@ import torch
 
 from .grid import TokenGrid
 from .heads import FRAME, FULL, OFF, TILES, HeadPlan
+from .importance import spread
 
 # q, k, v [b, s, n, d] -> [b, s, n, d], for any number of heads
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+# queries of each latent frame that tell what patterns leave out there
+SAMPLED = 8
 
 
 @dataclass
@@ -52,6 +55,8 @@ class Layout:
     per_frame: Sequence[int] | None = None
     others: torch.Tensor | None = None
     _groups: dict[str, tuple[Groups, Groups | None]] = field(default_factory=dict)
+    _sampled: dict[torch.device, torch.Tensor] = field(default_factory=dict)
+    _few: dict[str, tuple[Groups, Groups]] = field(default_factory=dict)
 
     @property
     def outside(self) -> int:
@@ -75,6 +80,36 @@ class Layout:
                 rest = self._group(pattern, left, self.others, 0, device, behind)
             self._groups[pattern] = own, rest
         return self._groups[pattern]
+
+    def sampled(self, device: torch.device) -> torch.Tensor:
+        """int64 [frames * m], places of a few tokens of each latent frame among those that run."""
+        if device not in self._sampled:
+            counts = self.counts()
+            places = spread(counts, min(SAMPLED, *counts)) + self.grid.start
+            self._sampled[device] = places.to(device, non_blocking=True)
+        return self._sampled[device]
+
+    def few_groups(self, pattern: str, device: torch.device) -> tuple[Groups, Groups]:
+        """Groups of the sampled tokens, as places in the sample, and of all as their keys."""
+        if pattern not in self._few:
+            # their sizes are read, so on the CPU
+            grid, cpu = self.grid, torch.device("cpu")
+            every = self._group(pattern, self.counts(), None, 0, cpu)
+            order = torch.arange(grid.tokens) if every.order is None else every.order[0]
+            group = torch.empty_like(order)
+            group[order] = torch.arange(len(every.sizes)).repeat_interleave(
+                torch.tensor(every.sizes)
+            )
+            mine = group[self.sampled(cpu) - grid.start]
+            sizes = mine.bincount(minlength=len(every.sizes)).tolist()
+            found = (
+                Groups(mine.argsort(stable=True)[None], sizes),
+                Groups(order[None] + grid.start, every.sizes),
+            )
+            for one in found:
+                one.order = one.order.to(device, non_blocking=True)
+            self._few[pattern] = found
+        return self._few[pattern]
 
     def _group(self, pattern, counts, positions, first, device, offset: int = 0) -> Groups:
         """`first` skips what lies before the grid in `positions`."""
@@ -129,10 +164,11 @@ class HeadGroups:
 
     Args:
         patterns: name in `PATTERNS` of every head.
+        corrected: as in `HeadPlan`.
     """
 
-    def __init__(self, patterns: Sequence[str]):
-        self.patterns = tuple(patterns)
+    def __init__(self, patterns: Sequence[str], corrected: bool = False):
+        self.patterns, self.corrected = tuple(patterns), corrected
         self.whole = all(name == FULL for name in self.patterns)
         self._index: dict[torch.device, dict[str, torch.Tensor]] = {}
 
@@ -156,7 +192,7 @@ class HeadGroups:
         attention: Attention,
         layout: Layout | None = None,
     ) -> torch.Tensor:
-        """The attention's output [b, s, n, d]; heads that are off give zeros.
+        """The attention's output [b, s, n, d]; without a correction heads that are off give zeros.
 
         Args:
             q, k, v: [b, s, n, d]; keys and values may be more than queries.
@@ -172,7 +208,57 @@ class HeadGroups:
                 _put(out, attention(*(t.index_select(2, heads) for t in (q, k, v))), heads)
             else:
                 _within(out, q, k, v, heads, layout, name, attention)
+        if self.corrected and layout is not None:
+            self._correct(out, q, k, v, attention, layout)
         return out
+
+    def _correct(self, out, q, k, v, attention: Attention, layout: Layout) -> None:
+        """Add to each latent frame what a few of its tokens lack, their mean."""
+        some, heads = layout.sampled(q.device), self.on(q.device)
+        exact = attention(q.index_select(1, some), k, v).to(out.dtype)
+        lacks = (exact - out.index_select(1, some)).unflatten(1, (layout.grid.frames, -1))
+        lacks = lacks.mean(2, dtype=torch.float32).to(out.dtype)
+        if FULL in heads:
+            lacks.index_fill_(2, heads[FULL], 0.0)
+        counts, start = layout.counts(), layout.grid.start
+        video = out[:, start : start + sum(counts)]
+        if len(set(counts)) == 1:
+            video.unflatten(1, (len(counts), -1)).add_(lacks[:, :, None])
+        else:
+            for part, lack in zip(video.split(counts, 1), lacks.split(1, 1), strict=True):
+                part.add_(lack)
+        if layout.outside and OFF in heads:
+            # what lies outside the video sees everything but in heads that are off
+            off, mean = heads[OFF], lacks.mean(1, keepdim=True).index_select(2, heads[OFF])
+            for part in (out[:, :start], out[:, start + sum(counts) :]):
+                part.index_copy_(2, off, mean.expand(-1, part.shape[1], -1, -1))
+
+
+def attend_few(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    attention: Attention,
+    layout: Layout,
+    pattern: str,
+) -> torch.Tensor:
+    """What all heads would give the sampled tokens alone if they ran in a cheap pattern.
+
+    Args:
+        q: of `layout.sampled` [b, m, n, d]; k, v of the whole sequence.
+    """
+    if pattern == FRAME and not layout.outside:
+        frames = [t.unflatten(1, (layout.grid.frames, -1)).flatten(0, 1) for t in (q, k, v)]
+        return attention(*frames).unflatten(0, (len(q), -1)).flatten(1, 2)
+    out, heads = torch.empty_like(q), torch.arange(q.shape[2], device=q.device)
+    own, keys = layout.few_groups(pattern, q.device)
+    grid, apart = layout.grid, torch.arange(layout.outside, device=q.device)
+    apart = torch.where(apart < grid.start, apart, apart + grid.tokens)
+    for index, seen, count in _classes(own, keys):
+        seen = torch.cat([seen, apart.expand(len(seen), count, -1)], -1)
+        parts = _take(q, heads, index), _take(k, heads, seen), _take(v, heads, seen)
+        _put(out, attention(*parts), heads, index)
+    return out
 
 
 # self- and cross-attention heads of a block
@@ -183,7 +269,7 @@ def head_groups(plan: HeadPlan) -> list[Pair | None]:
     """Self- and cross-attention heads per block; None where a block is left alone."""
     pairs = zip(plan.self_attention, plan.cross_attention, strict=True)
     return [
-        (HeadGroups(own), HeadGroups(cross)) if plan.changes(index) else None
+        (HeadGroups(own, plan.corrected), HeadGroups(cross)) if plan.changes(index) else None
         for index, (own, cross) in enumerate(pairs)
     ]
 

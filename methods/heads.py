@@ -34,10 +34,13 @@ class HeadPlan:
     Args:
         self_attention: name in `PATTERNS` per block and head.
         cross_attention: FULL or OFF per block and head; text and image part alike.
+        corrected: what patterns leave out of self-attention is given back as its mean over each
+            latent frame (ours), which a few queries tell that attend to everything.
     """
 
     self_attention: tuple[tuple[str, ...], ...]
     cross_attention: tuple[tuple[str, ...], ...]
+    corrected: bool = False
 
     @property
     def num_blocks(self) -> int:

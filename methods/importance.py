@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -26,12 +27,18 @@ def sample_queries(grid: TokenGrid, ratio: float, at_least: int = MIN_QUERIES) -
     Each latent frame starts at its own golden-ratio offset, so that the sample does not line up
     with the rows of the grid.
     """
-    per_frame = query_count(grid, ratio, at_least) // grid.frames
-    step = grid.per_frame / per_frame
-    frame = torch.arange(grid.frames, dtype=torch.float64)[:, None]
+    each = query_count(grid, ratio, at_least) // grid.frames
+    return spread([grid.per_frame] * grid.frames, each)
+
+
+def spread(counts: Sequence[int], each: int) -> torch.Tensor:
+    """Positions int64 [frames * each], as many of every latent frame's `counts` tokens, evenly."""
+    count = torch.tensor(counts, dtype=torch.float64)[:, None]
+    step = count / each
+    frame = torch.arange(len(counts), dtype=torch.float64)[:, None]
     offset = (frame * GOLDEN) % 1.0 * step
-    position = (torch.arange(per_frame, dtype=torch.float64) * step + offset).long()
-    return (position.clamp(max=grid.per_frame - 1) + frame.long() * grid.per_frame).flatten()
+    position = torch.arange(each, dtype=torch.float64) * step + offset
+    return (position.floor().minimum(count - 1) + count.cumsum(0) - count).long().flatten()
 
 
 def scoring_queries(grid: TokenGrid) -> int:

@@ -1,7 +1,7 @@
 """Heads by the role that they show in the run itself (ours; the roles are PARE's, arXiv 2605.27336).
 
-A whole step measures, from a few queries, how much each head adds and what each cheap pattern
-would keep of its attention. From the next step on a budget goes to the heads that need it.
+A whole step measures, from a few queries, what a head that is off and each cheap pattern would
+lack. From the next step on a budget goes to the heads that need it.
 """
 
 from __future__ import annotations
@@ -12,17 +12,16 @@ from dataclasses import dataclass
 
 import torch
 
-from ..kernels import frame_mass
-from .attend import pattern_pairs
+from .attend import SAMPLED, Attention, Layout, attend_few, pattern_pairs
 from .grid import TokenGrid
-from .heads import CHEAP, FULL, OFF, TILES, HeadPlan
-from .importance import query_count, sample_queries
+from .heads import FRAME, FULL, OFF, HeadPlan
 from .knapsack import choose
 
-# share of the tokens that are queries of a measurement, and how many at least
-QUERY_RATIO, MIN_QUERIES = 1 / 256, 64
-# what a head may do, from the cheapest on
-CHOICES = (OFF, *CHEAP, FULL)
+# cheap patterns that are measured; with smaller tiles beside them the bench keeps no more, and each
+# takes all keys and values out once more
+MEASURED = (FRAME, "tile2")
+# what a head may do
+CHOICES = (OFF, *MEASURED, FULL)
 
 
 @dataclass(frozen=True)
@@ -67,9 +66,9 @@ class RolePlan:
             if block not in shown:
                 groups += [[(pairs[-1], 1.0)]] * self.num_heads
                 continue
-            added, mass = shown[block].double().split([1, len(CHEAP)], 1)
-            kept = pattern_values(added[:, 0] / added.sum().clamp(min=1e-30), mass)
-            groups += [list(zip(pairs, values, strict=True)) for values in kept.tolist()]
+            added, lacks = shown[block].double().clamp(min=1e-30).split([1, len(MEASURED)], 1)
+            values = pattern_values(added[:, 0] / added.sum(), 1 - lacks / added)
+            groups += [list(zip(pairs, head, strict=True)) for head in values.tolist()]
         needed = [range(at, at + self.num_heads) for at in range(0, len(groups), self.num_heads)]
         budget = math.floor(self.keep_ratio * pairs[-1] * len(groups) + 1e-6)
         # less than a head in every block, and all of those that were not seen, is not possible
@@ -83,17 +82,14 @@ class RolePlan:
         return _plan(chosen, self.num_heads)
 
 
-def pattern_values(share: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
+def pattern_values(share: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     """What each of `CHOICES` leaves of heads that are worth `share` [..., n]: [..., n, choices].
 
-    One that is off keeps nothing; a cheap pattern keeps 2 m - 1 where m is the attention mass that
-    it keeps, as the rest of the attention goes astray.
-
     Args:
-        mass: of each cheap pattern [..., n, patterns].
+        kept: share of it that each cheap pattern keeps [..., n, patterns]; below 0 is nothing.
     """
     share = share[..., None]
-    return torch.cat([0 * share, (2 * mass - 1).clamp(0, 1) * share, share], -1)
+    return torch.cat([0 * share, kept.clamp(0, 1) * share, share], -1)
 
 
 def by_block(names: list[str], heads: int) -> tuple[tuple[str, ...], ...]:
@@ -103,27 +99,30 @@ def by_block(names: list[str], heads: int) -> tuple[tuple[str, ...], ...]:
 
 def _plan(names: list[str], heads: int) -> HeadPlan:
     own = by_block(names, heads)
-    return HeadPlan(own, ((FULL,) * heads,) * len(own))
+    return HeadPlan(own, ((FULL,) * heads,) * len(own), corrected=True)
 
 
 def measure_roles(
-    q: torch.Tensor, k: torch.Tensor, out: torch.Tensor, grid: TokenGrid
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attention: Attention, layout: Layout
 ) -> torch.Tensor:
-    """What each head adds, and what each pattern of `CHEAP` keeps: fp32 [n, 1 + patterns].
+    """What each head lacks where it is off, and in each pattern `MEASURED`: fp32 [n, 1 + patterns].
 
-    The first is the root mean square of its output (eq. 3, without the output projection's norm),
-    the others are its attention mass within the pattern; both of sampled queries of all samples.
+    The root mean square of what a correction leaves of it (`HeadPlan.corrected`): how far it is, at
+    the sampled queries of all samples, from its mean over their latent frame.
 
     Args:
-        q, k, out: self-attention's [b, s, n, d], q and k after RoPE, of all tokens.
+        q, k, v: self-attention's [b, s, n, d], of all tokens.
     """
-    index = sample_queries(grid, QUERY_RATIO, MIN_QUERIES).to(q.device, non_blocking=True)
-    size = (grid.frames, grid.height, grid.width)
-    mass = frame_mass(q, k, size, index, start=grid.start, tiles=tuple(TILES.values())).mean(0)
-    added = out.index_select(1, index + grid.start).float().square().mean((0, 1, 3)).sqrt()
-    return torch.cat([added[:, None], mass], 1)
+    some = layout.sampled(q.device)
+    few = q.index_select(1, some)
+    exact, found = attention(few, k, v).float(), []
+    for pattern in CHOICES[:-1]:
+        given = 0.0 if pattern == OFF else attend_few(few, k, v, attention, layout, pattern).float()
+        lacks = (exact - given).unflatten(1, (layout.grid.frames, -1))
+        found.append(lacks.var(2, correction=0).mean((0, 1, 3)).sqrt())
+    return torch.stack(found, 1)
 
 
 def measured_queries(grid: TokenGrid) -> int:
     """Queries of a measurement."""
-    return query_count(grid, QUERY_RATIO, MIN_QUERIES)
+    return grid.frames * min(SAMPLED, grid.per_frame)

@@ -15,7 +15,6 @@ from ..methods.role_plan import RolePlan
 from ..profiles.profile import Profile
 from ..profiles.recorder import ProfileFile
 from ..slim.width import pare_heads
-from ..solve.budget import solve_heads
 from . import inputs
 from .inputs import check_choice, check_range, model_input, planned_output, prune_input, text_output
 from .profile import ProfileSocket
@@ -36,9 +35,9 @@ class WanTrimHeads(io.ComfyNode):
             description=(
                 "Gives each attention head of a Wan model only the attention that its role needs: "
                 "its own latent frame, or a tile of the picture through all frames (PARE, arXiv "
-                "2605.27336, and beyond). Roles are measured in the run's own whole steps, or taken "
-                "from a profile. No training; works "
-                "with LoRAs, fp8 and WanTrim Tokens. Place it after the LoRA and before "
+                "2605.27336, and beyond). Roles are measured in the run's own whole steps, and what "
+                "a head then misses is given back to each latent frame as its mean. No training; "
+                "works with LoRAs, fp8 and WanTrim Tokens. Place it after the LoRA and before "
                 "ModelSamplingSD3, one per expert on Wan 2.2. The video will change; prune ratio 0 "
                 "changes nothing at all."
             ),
@@ -57,15 +56,16 @@ class WanTrimHeads(io.ComfyNode):
                     "profile",
                     optional=True,
                     tooltip=(
-                        "From WanTrim Load Profile: what was measured about this model. Without it "
-                        "the first step of each run computes all attention and measures the roles."
+                        "From WanTrim Load Profile: what was measured about this model. Only method "
+                        "'paper' needs it; 'demote' measures in each run's own steps, the first of "
+                        "which computes all attention."
                     ),
                 ),
                 prune_input(
                     MAX_PRUNE,
-                    "Share of the attention that is not computed; without a profile, of "
-                    "self-attention. 0 is off and bit-exact. The paper drops 0.30 of the heads, and "
-                    "then trains the model again.",
+                    "Share of self-attention that is not computed; with 'paper', of the heads. 0 is "
+                    "off and bit-exact. The paper drops 0.30 of the heads, and then trains the model "
+                    "again.",
                 ),
                 inputs.choice(
                     "method",
@@ -92,39 +92,27 @@ class WanTrimHeads(io.ComfyNode):
             check_profile(model, profile.profile, NAME)
         check_range(NAME, "prune_ratio", prune_ratio, MAX_PRUNE)
         check_choice(NAME, "method", method, METHODS)
+        if method == DEMOTE:
+            heads = model_fingerprint(model.model.diffusion_model).num_heads
+            plan = RolePlan(1 - prune_ratio, heads)
+            return io.NodeOutput(attach_part(model, heads=plan), _online_text(prune_ratio, profile))
         if profile is None:
-            if method != DEMOTE:
-                raise ValueError(
-                    f"{NAME}: method '{method}' drops heads by their importance, which only a "
-                    f"profile tells: connect WanTrim Load Profile, or choose '{DEMOTE}'"
-                )
-            roles = RolePlan(
-                1 - prune_ratio, model_fingerprint(model.model.diffusion_model).num_heads
+            raise ValueError(
+                f"{NAME}: method '{method}' drops heads by their importance, which only a "
+                f"profile tells: connect WanTrim Load Profile, or choose '{DEMOTE}'"
             )
-            return io.NodeOutput(attach_part(model, heads=roles), _online_text(prune_ratio))
         size = _size(profile.profile)
-        try:
-            heads = plan_heads(profile.profile, *size, prune_ratio, method)
-        except ValueError as error:
-            raise ValueError(f"{NAME}: {error}") from error
-        return io.NodeOutput(attach_part(model, heads=heads), _text(heads, *size))
+        plan = pare_plan(profile.profile, prune_ratio)
+        return io.NodeOutput(attach_part(model, heads=plan), _text(plan, *size))
 
 
-def plan_heads(
-    profile: Profile, grid: TokenGrid, context: int, prune_ratio: float, method: str
-) -> HeadPlan:
-    """The plan of a method for a video of this size; at prune ratio 0 every head is full.
-
-    Args:
-        context: keys of cross-attention.
-    """
+def pare_plan(profile: Profile, prune_ratio: float) -> HeadPlan:
+    """PARE's heads, as many in every block; at prune ratio 0 all."""
     model = profile.model
     if prune_ratio == 0:
         return HeadPlan.full(model.num_blocks, model.num_heads)
-    if method == PAPER:
-        kept = (pare_heads(profile, prune_ratio, kind=kind) for kind in ("self", "cross"))
-        return HeadPlan.keeping(model.num_heads, *kept)
-    return solve_heads(profile, grid, 1 - prune_ratio, text_tokens=context)
+    kept = (pare_heads(profile, prune_ratio, kind=kind) for kind in ("self", "cross"))
+    return HeadPlan.keeping(model.num_heads, *kept)
 
 
 def _size(profile: Profile) -> tuple[TokenGrid, int]:
@@ -140,14 +128,14 @@ def _size(profile: Profile) -> tuple[TokenGrid, int]:
     return TokenGrid(*sizes), context
 
 
-def _online_text(prune_ratio: float) -> str:
+def _online_text(prune_ratio: float, profile: ProfileFile | None) -> str:
     if prune_ratio == 0:
         return "Prune ratio 0: every head computes all of its attention."
     return (
-        "The first step of each run computes all attention and measures what every head looks at; "
+        "The first step of each run computes all attention and measures what every head needs; "
         f"from the second on {1 - prune_ratio:.0%} of self-attention is left. WanTrim Report says "
         "what the heads did."
-    )
+    ) + ("" if profile is None else f" The profile is not used: only method '{PAPER}' needs it.")
 
 
 def _text(plan: HeadPlan, grid: TokenGrid, context: int) -> str:

@@ -10,11 +10,12 @@ from ..methods.attend import Attention
 from ..methods.grid import TokenGrid
 from ..methods.heads import TILES
 from ..methods.importance import sample_queries
-from ..methods.role_plan import MIN_QUERIES, QUERY_RATIO
 from .profile import timestep_weight
 
 # tokens that everything but the attention mass is measured on, and those of the calibration
 SAMPLED, CALIBRATED = 2048, 1024
+# share of the tokens that are queries of the attention mass, and how many at least
+QUERY_RATIO, MIN_QUERIES = 1 / 256, 64
 # norms over all heads in the order in which a block calls them
 NORMS = ("q_share", "k_share", "cross_q_share", "cross_k_share", "k_img_share")
 

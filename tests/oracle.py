@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from wantrim.methods.grid import TokenGrid
-from wantrim.methods.importance import attention_received
+from wantrim.methods.importance import attention_received, spread
 from wantrim.methods.shares import expected_error, latent_mask, token_change
 from wantrim.methods.tokens import select_tokens
 
@@ -33,6 +33,13 @@ def head_mask(name: str, grid: TokenGrid) -> torch.Tensor:
         place = inside // grid.width * side // grid.height * side
         place = place + inside % grid.width * side // grid.width
     return place[:, None] == place
+
+
+def attend(q, k, v, seen) -> torch.Tensor:
+    """[b, s, n, d]; a query that sees nothing gives zeros, as a head that is off does."""
+    bias = torch.zeros(seen.shape).masked_fill(~seen, -1e30)
+    out = scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), attn_mask=bias)
+    return torch.where(seen.any(-1, keepdim=True), out, 0.0).transpose(1, 2)
 
 
 class Oracle:
@@ -67,16 +74,28 @@ class Oracle:
             seen &= kept[:, None, None, :]
         if row.context in ("write", "update"):
             self.keys[index] = k, v
+        out = attend(q, k, v, seen)
         if row.heads:
-            seen = seen & torch.stack([head_mask(name, self.grid) for name in patterns])
-        # a query that sees nothing gives zeros, as a head that is off does
-        bias = torch.zeros(seen.shape).masked_fill(~seen, -1e30)
-        out = scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), attn_mask=bias)
-        out = torch.where(seen.any(-1, keepdim=True), out, 0.0).transpose(1, 2).flatten(2)
+            exact = out
+            out = attend(q, k, v, seen & torch.stack([head_mask(n, self.grid) for n in patterns]))
+            if self.plan.heads.corrected:
+                out = out + self.lacking(exact - out, kept)
+        out = out.flatten(2)
         new = hidden + a.to_out[0](out) * gate
         new = new + block.attn2(block.norm2(new), text, None, None)
         new = new + block.ffn(block.norm3(new) * (1 + cscale) + cshift) * cgate
         return (new if kept is None else torch.where(kept[..., None], new, hidden)), q, k
+
+    def lacking(self, difference, kept) -> torch.Tensor:
+        """Of each latent frame the mean over eight of its tokens that run [b, s, n, d]."""
+        found, frames = torch.zeros_like(difference), self.grid.frames
+        for b in range(len(found)):
+            own = torch.arange(self.grid.tokens) if kept is None else kept[b].nonzero()[:, 0]
+            counts = (own // self.grid.per_frame).bincount(minlength=frames).tolist()
+            some = own[spread(counts, min(8, *counts))].view(frames, -1)
+            means = difference[b, some].mean(1)
+            found[b] = means.repeat_interleave(self.grid.per_frame, 0)
+        return found
 
     @torch.no_grad()
     def step(self, program, x, timestep, text) -> torch.Tensor:

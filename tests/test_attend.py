@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from wantrim.engine.block import Attend
-from wantrim.methods.attend import HeadGroups, Layout, pattern_pairs
+from wantrim.methods.attend import SAMPLED, HeadGroups, Layout, attend_few, pattern_pairs
 from wantrim.methods.grid import TokenGrid, other_positions
 from wantrim.methods.heads import CHEAP, FULL, OFF, TILES, HeadPlan
 
@@ -60,9 +60,11 @@ def group_of(position: torch.Tensor, grid: TokenGrid, pattern: str) -> torch.Ten
     return group
 
 
-@pytest.mark.parametrize("kept", ["all", "some", "anchored", "others are keys"])
-@pytest.mark.parametrize("size", GRIDS, ids=str)
-def test_every_pattern_is_dense_attention_with_its_mask(size, kept):
+KEPT = ["all", "some", "anchored", "others are keys"]
+
+
+def a_call(size, kept: str, scale: float = 1.0):
+    """Of one self-attention: layout, positions of queries and of further keys, and q, k, v in fp64."""
     frames, height, width, before, after, batch = size
     grid = TokenGrid(frames, height, width, before)
     length = before + grid.tokens + after
@@ -72,17 +74,25 @@ def test_every_pattern_is_dense_attention_with_its_mask(size, kept):
         position, per_frame = some_kept(grid, length, batch, kept == "anchored")
         others = other_positions(position, length) if kept == "others are keys" else None
         layout = Layout(grid, length, position, per_frame, others)
-    keys = position if others is None else torch.cat([position, others], 1)
+    keys = position.shape[1] + (0 if others is None else others.shape[1])
     random = torch.Generator().manual_seed(1)
     q = torch.randn(batch, position.shape[1], 6, 8, dtype=torch.float64, generator=random)
-    k, v = torch.randn(2, batch, keys.shape[1], 6, 8, dtype=torch.float64, generator=random)
+    k, v = torch.randn(2, batch, keys, 6, 8, dtype=torch.float64, generator=random)
+    return layout, position, others, scale * q, k, v
+
+
+@pytest.mark.parametrize("kept", KEPT)
+@pytest.mark.parametrize("size", GRIDS, ids=str)
+def test_every_pattern_is_dense_attention_with_its_mask(size, kept):
+    layout, position, others, q, k, v = a_call(size, kept)
+    grid, batch = layout.grid, len(q)
 
     out = HeadGroups(EVERY).attend(q, k, v, attention, layout)
 
     assert torch.equal(out[:, :, EVERY.index(OFF)], torch.zeros_like(q[:, :, 0]))
     for head, pattern in enumerate(EVERY[:-1]):
         for b in range(batch):
-            mask = torch.ones(position.shape[1], keys.shape[1], dtype=torch.bool)
+            mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool)
             if pattern != FULL:
                 mine = group_of(position[b], grid, pattern)
                 theirs = mine
@@ -94,6 +104,42 @@ def test_every_pattern_is_dense_attention_with_its_mask(size, kept):
                 q[b : b + 1, :, one], k[b : b + 1, :, one], v[b : b + 1, :, one], mask
             )
             torch.testing.assert_close(out[b : b + 1, :, one], dense, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("kept", KEPT)
+@pytest.mark.parametrize("size", GRIDS, ids=str)
+def test_each_latent_frame_is_given_back_the_mean_of_what_a_few_tokens_lack(size, kept):
+    layout, position, _, q, k, v = a_call(size, kept, scale=2.0)
+    grid, some = layout.grid, layout.sampled(q.device)
+    frame_of = (position[0] - grid.start).div(grid.per_frame, rounding_mode="floor")
+    few = min(SAMPLED, *layout.counts())
+    assert frame_of[some].tolist() == [f for f in range(grid.frames) for _ in range(few)]
+    assert len(set(some.tolist())) == len(some)
+
+    bare = HeadGroups(EVERY).attend(q, k, v, attention, layout)
+    out = HeadGroups(EVERY, corrected=True).attend(q, k, v, attention, layout)
+
+    lacks = attention(q, k, v) - bare
+    wanted = bare.clone()
+    inside = (frame_of >= 0) & (frame_of < grid.frames)
+    means = [lacks[:, some[frame_of[some] == f]].mean(1, keepdim=True) for f in range(grid.frames)]
+    for f, mean in enumerate(means):
+        wanted[:, frame_of == f] += mean
+    # a head that is off tells the others nothing, any other one lets them see everything
+    off = EVERY.index(OFF)
+    wanted[:, ~inside, off] = torch.cat(means, 1).mean(1, keepdim=True)[:, :, off]
+    torch.testing.assert_close(out, wanted, rtol=0, atol=1e-6)
+    assert torch.equal(out[:, :, EVERY.index(FULL)], bare[:, :, EVERY.index(FULL)])
+
+
+@pytest.mark.parametrize("pattern", CHEAP)
+@pytest.mark.parametrize("size", GRIDS, ids=str)
+def test_a_few_tokens_alone_get_what_they_get_among_all(size, pattern):
+    layout, _, _, q, k, v = a_call(size, "all")
+    some = layout.sampled(q.device)
+    among = HeadGroups([pattern] * 6).attend(q, k, v, attention, layout)[:, some]
+    alone = attend_few(q[:, some], k, v, attention, layout, pattern)
+    torch.testing.assert_close(alone, among, rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -3,6 +3,7 @@ from itertools import product
 import pytest
 import torch
 
+from wantrim.benchmarks.profiled_heads import solve_heads
 from wantrim.methods.attend import attention_share
 from wantrim.methods.cost import Width
 from wantrim.methods.grid import TokenGrid
@@ -10,7 +11,6 @@ from wantrim.methods.heads import CHEAP, FULL, OFF, HeadPlan
 from wantrim.profiles.fingerprint import Fingerprint
 from wantrim.profiles.profile import Profile
 from wantrim.slim.width import pare_width, solve_width, unit_parameters
-from wantrim.solve.budget import solve_heads
 from wantrim.tests.test_width import profile_of, set_heads
 
 GRID = TokenGrid(5, 6, 6)

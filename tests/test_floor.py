@@ -116,8 +116,9 @@ def test_the_first_pages_predictions_are_floors_of_the_runs():
 def test_predictions_with_heads_leave_half_of_self_attention():
     found = step_seconds("NVIDIA H200", "720p", 20, 2)
     attention = 2 * 4 * 40 * 5120 * 75600 * 75600 / 339e12
-    # the first step measures, and runs in full
-    assert found["whole"] - found["heads"] == pytest.approx(19 / 20 * attention / 2, rel=0.01)
+    # the first step measures, and runs in full; all measure and are corrected
+    gain = 19 / 20 * attention / 2
+    assert 0.975 * gain < found["whole"] - found["heads"] < gain
     assert found["both"] < found["heads"] < found["default"]
 
 

@@ -42,6 +42,7 @@ def shares(*values: float) -> Shares:
     return Shares(SIGMAS, values)
 
 
+FRAMES = replace(heads(BLOCKS, HEADS, ("full", "frame", "off")), corrected=True)
 PLANS = {
     "tape": TrimPlan(TAPE),
     "tape and skipped blocks": TrimPlan(TAPE, blocks=BlockPlan(FixedRouter((1, 3)))),
@@ -55,6 +56,9 @@ PLANS = {
         heads=heads(BLOCKS, HEADS, ("full", "frame", "off")), shares=shares(1, 1, 0.5, 0.2, 1, 0.3)
     ),
     "heads and repeated": TrimPlan(heads=heads(BLOCKS, HEADS), shares=shares(1, 0, 1, 1, 0, 1)),
+    "corrected heads": TrimPlan(heads=replace(heads(BLOCKS, HEADS), corrected=True)),
+    "corrected heads and partial": TrimPlan(heads=FRAMES, shares=shares(1, 1, 0.5, 0.2, 1, 0.3)),
+    "corrected heads and tape": TrimPlan(TAPE, FRAMES),
     "skipped and repeated": TrimPlan(
         blocks=BlockPlan(FixedRouter((2, 4))), shares=shares(1, 0, 1, 1, 0, 1)
     ),

@@ -9,6 +9,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from wantrim.benchmarks.flops import plan_work
+from wantrim.benchmarks.profiled_heads import solve_heads
 from wantrim.benchmarks.random_router import RandomRouter
 from wantrim.engine.plan import TrimPlan
 from wantrim.engine.program import Facts, compile_step, expected_programs
@@ -35,7 +36,6 @@ from wantrim.methods.tokens import TokenPlan, paper_plan, select_tokens, smooth_
 from wantrim.profiles.fingerprint import Fingerprint
 from wantrim.profiles.profile import Profile
 from wantrim.slim.width import ffn_count, ffn_multiple, kept_count, pare_width, solve_width
-from wantrim.solve.budget import solve_heads
 from wantrim.solve.dial import HIGH, LOW, MOST_BEFORE, TOLERANCE, Dial, Run
 from wantrim.tests.hypotheses import few
 from wantrim.tests.test_budget import width_share

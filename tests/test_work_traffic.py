@@ -32,7 +32,7 @@ def heads() -> HeadPlan:
     whole = ("full",) * HEADS
     # one block's cross-attention has heads that are off, and one block is left alone
     cross = (("off", *whole[1:]), *[whole] * (BLOCKS - 1))
-    return HeadPlan((*rows[:-1], whole), cross)
+    return HeadPlan((*rows[:-1], whole), cross, corrected=True)
 
 
 TAPE = paper_plan(0.7, reselect_every=3)

@@ -1,16 +1,16 @@
-"""One budget for the heads of the whole model (ours).
+"""Heads by a recorded profile: what the product did before a run measured its own, to be compared.
 
-PARE (arXiv 2605.27336) keeps equally many heads in every block. Ours spends a budget where the profile
-says that it buys most, and may demote a head to a cheap pattern.
+One budget for the whole model is spent where the profile's importance (PARE, arXiv 2605.27336, eq. 3)
+and its attention mass say that it buys most; a head may be demoted to a cheap pattern.
 """
 
 from __future__ import annotations
 
 from ..methods.attend import pattern_pairs
 from ..methods.grid import TokenGrid
-from ..methods.heads import FULL, OFF, HeadPlan
+from ..methods.heads import CHEAP, FULL, OFF, HeadPlan
 from ..methods.knapsack import Option
-from ..methods.role_plan import CHOICES, by_block, pattern_values
+from ..methods.role_plan import by_block, pattern_values
 from ..profiles.profile import Profile
 from ..slim.width import check_recorded, share_in_block, spend
 
@@ -39,8 +39,11 @@ def solve_heads(
     blocks, n = profile.model.num_blocks, profile.model.num_heads
     if budget == 1.0:
         return HeadPlan.full(blocks, n)
-    pairs = [pattern_pairs(name, grid) for name in CHOICES]
-    values = pattern_values(share_in_block(profile.importance("self")), profile.mass().double())
+    choices = (OFF, *CHEAP, FULL)
+    pairs = [pattern_pairs(name, grid) for name in choices]
+    # what a pattern does not keep of the attention goes astray
+    kept = 2 * profile.mass().double() - 1
+    values = pattern_values(share_in_block(profile.importance("self")), kept)
     groups: list[list[Option]] = [
         list(zip(pairs, head, strict=True)) for head in values.flatten(0, 1).tolist()
     ]
@@ -48,6 +51,6 @@ def solve_heads(
         groups.append([(0, 0.0), (grid.tokens * text_tokens, share)])
     needed = [range(block * n, (block + 1) * n) for block in range(blocks)]
     chosen = spend(groups, budget, needed)
-    own_names = [CHOICES[option] for option in chosen[: blocks * n]]
+    own_names = [choices[option] for option in chosen[: blocks * n]]
     cross_names = [FULL if option else OFF for option in chosen[blocks * n :]]
-    return HeadPlan(by_block(own_names, n), by_block(cross_names, n))
+    return HeadPlan(by_block(own_names, n), by_block(cross_names, n), corrected=True)
