@@ -103,8 +103,8 @@ def builds(target: str, dtype: torch.dtype = torch.bfloat16, head_dim: int = 128
     for exclude in (False, True):
         constants = {"HEADS": 5, "EXCLUDE": exclude}
         found.append(reading(attention.mass_kernel, config.mass, places, integers, **constants))
-    groups = {"group_ptr": "*i32", "out_ptr": "*fp32"}
-    found.append(reading(attention.frame_mass_kernel, config.frame, groups, counts, PATTERNS=4))
+    frames = (*counts, "start", "per_frame")
+    found.append(reading(attention.frame_mass_kernel, config.frame, {"out_ptr": "*fp32"}, frames))
     return found + packing
 
 

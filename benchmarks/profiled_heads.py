@@ -1,14 +1,14 @@
 """Heads by a recorded profile: what the product did before a run measured its own, to be compared.
 
 One budget for the whole model is spent where the profile's importance (PARE, arXiv 2605.27336, eq. 3)
-and its attention mass say that it buys most; a head may be demoted to a cheap pattern.
+and its intra-slice ratio (eq. 4) say that it buys most; a head may be kept to its latent frame.
 """
 
 from __future__ import annotations
 
 from ..methods.attend import pattern_pairs
 from ..methods.grid import TokenGrid
-from ..methods.heads import CHEAP, FULL, OFF, HeadPlan
+from ..methods.heads import FRAME, FULL, OFF, HeadPlan
 from ..methods.knapsack import Option
 from ..methods.role_plan import by_block, pattern_values
 from ..profiles.profile import Profile
@@ -39,10 +39,10 @@ def solve_heads(
     blocks, n = profile.model.num_blocks, profile.model.num_heads
     if budget == 1.0:
         return HeadPlan.full(blocks, n)
-    choices = (OFF, *CHEAP, FULL)
+    choices = (OFF, FRAME, FULL)
     pairs = [pattern_pairs(name, grid) for name in choices]
-    # what a pattern does not keep of the attention goes astray
-    kept = 2 * profile.mass().double() - 1
+    # what a pattern does not keep of the attention goes astray; of tiles a profile says nothing
+    kept = 2 * profile.ratio().double()[..., None] - 1
     values = pattern_values(share_in_block(profile.importance("self")), kept)
     groups: list[list[Option]] = [
         list(zip(pairs, head, strict=True)) for head in values.flatten(0, 1).tolist()

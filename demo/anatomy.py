@@ -51,8 +51,8 @@ def measure_heads(model, world: World, scenes, out: Path) -> None:
     calls = Counter()
 
     def seen(index, block, q, k):
-        mass = frame_mass(q, k, (frames, grid.height, grid.width), queries, tiles=())
-        total[index] += mass[..., 0].mean(0)
+        mass = frame_mass(q, k, (frames, grid.height, grid.width), queries)
+        total[index] += mass.mean(0)
         calls[index] += 1
 
     text = torch.stack([world.encode(scene.prompt()) for scene in scenes])

@@ -10,7 +10,7 @@ from ..methods.cost import ROTARY_NUMBERS, WanShape, Width, Work, block_work, ou
 from ..methods.grid import TokenGrid
 from ..methods.heads import FRAME, FULL, OFF, TILES
 from ..methods.importance import scoring_queries
-from ..methods.role_plan import CHOICES, MEASURED, measured_queries
+from ..methods.role_plan import CHOICES, measured_queries
 from .plan import TrimPlan
 from .program import KEPT, READ, SKIP, UPDATE, WRITE, Program, Row
 
@@ -134,7 +134,7 @@ def _measurement(shape: WanShape, grid: TokenGrid, sizes) -> Work:
     inner, queries = _inner(shape, sizes), measured_queries(grid)
     seen = sum(pattern_pairs(name, grid) for name in CHOICES) / grid.tokens
     # keys and values of tiles are taken out
-    moved = 4 * grid.tokens * inner * sum(name in TILES for name in MEASURED)
+    moved = 4 * grid.tokens * inner * len(TILES)
     return Work(attention=4 * queries * seen * inner, moved=moved)
 
 

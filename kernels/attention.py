@@ -7,17 +7,14 @@ writes what another reads and nothing is added atomically, so results are the sa
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 
 from .config import Config, even
-from .reference import mean_counts, pattern_groups
+from .reference import mean_counts
 
-# patterns that one launch of `frame_mass_kernel` measures
-PATTERNS = 4
 LOG2E = math.log2(math.e)
 
 
@@ -130,22 +127,21 @@ def mass_kernel(
 
 @triton.jit
 def frame_mass_kernel(
-    q_ptr, k_ptr, index_ptr, group_ptr, out_ptr, num_keys, num_queries, heads,
+    q_ptr, k_ptr, index_ptr, out_ptr, num_keys, num_queries, heads, start, per_frame,
     stride_qb, stride_qs, stride_qn, stride_kb, stride_ks, stride_kn, scale,
-    PATTERNS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr,
-    D_PAD: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+    UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Share of each sampled query's attention on keys of its own group, [b, n, m, PATTERNS].
+    """Share of each sampled query's attention on keys of its own latent frame, [b, n, m].
 
-    One pass: the shares are rescaled with the softmax's running maximum. group_ptr holds
-    [PATTERNS, s] group numbers.
+    One pass: the share is rescaled with the softmax's running maximum.
     """
     head, batch = tl.program_id(1), tl.program_id(2)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     in_rows = rows < num_queries
     channel = tl.arange(0, D_PAD)
     in_head = channel < D
-    token = tl.load(index_ptr + rows, mask=in_rows, other=0).to(tl.int64)
+    token = tl.load(index_ptr + rows, mask=in_rows, other=start).to(tl.int64)
     q_base = q_ptr + batch.to(tl.int64) * stride_qb + head * stride_qn
     q = tl.load(
         q_base + token[:, None] * stride_qs + channel[None, :],
@@ -156,11 +152,11 @@ def frame_mass_kernel(
         q = q.to(tl.float32)
     k_base = k_ptr + batch.to(tl.int64) * stride_kb + head * stride_kn
     column = tl.arange(0, BLOCK_N)
-    pattern = tl.arange(0, PATTERNS)
-    own = tl.load(group_ptr + pattern[None, :] * num_keys + token[:, None])
+    # where each query's latent frame begins in the sequence
+    own = start + (token.to(tl.int32) - start) // per_frame * per_frame
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
-    kept = tl.zeros((BLOCK_M, PATTERNS), tl.float32)
+    kept = tl.zeros((BLOCK_M,), tl.float32)
     for first in range(0, num_keys, BLOCK_N):
         in_keys = column < num_keys - first
         k = tl.load(
@@ -177,18 +173,11 @@ def frame_mass_kernel(
         mass = tl.exp2(score - higher[:, None])
         rescale = tl.exp2(top - higher)
         total = total * rescale + tl.sum(mass, 1)
-        kept = kept * rescale[:, None]
-        for one in tl.static_range(PATTERNS):
-            # -2 is no query's group
-            group = tl.load(group_ptr + one * num_keys + first + column, mask=in_keys, other=-2)
-            mine = tl.sum(tl.where(pattern[None, :] == one, own, 0), 1)
-            share = tl.sum(tl.where(mine[:, None] == group[None, :], mass, 0.0), 1)
-            kept += tl.where(pattern[None, :] == one, share[:, None], 0.0)
+        place = first + column[None, :] - own[:, None]
+        kept = kept * rescale + tl.sum(tl.where((place >= 0) & (place < per_frame), mass, 0.0), 1)
         top = higher
-    row = ((batch * heads + head).to(tl.int64) * num_queries + rows) * PATTERNS
-    tl.store(
-        out_ptr + row[:, None] + pattern[None, :], kept / total[:, None], mask=in_rows[:, None]
-    )
+    row = (batch * heads + head).to(tl.int64) * num_queries
+    tl.store(out_ptr + row + rows, kept / total, mask=in_rows)
 
 
 def token_mass(
@@ -237,34 +226,21 @@ def frame_mass(
     query_index: torch.Tensor,
     *,
     start: int = 0,
-    tiles: Sequence[int] = (2, 3, 4),
     config: Config,
 ) -> torch.Tensor:
-    """`reference.frame_mass`, in one pass over tiles for every four patterns."""
+    """`reference.frame_mass`, in one pass over the keys."""
     q, k = even(q), even(k)
     batch, keys, heads, head_dim = k.shape
     index = (query_index + start).int()
     count = len(index)
-    found = [group for group, _ in pattern_groups(grid, tiles, q.device)]
-    shape = _shape(head_dim, config)
-    parts = []
-    for first in range(0, len(found), PATTERNS):
-        some = found[first : first + PATTERNS]
-        # a power of two of them
-        wide = triton.next_power_of_2(len(some))
-        # -1: in no group
-        group = torch.full((wide, keys), -1, dtype=torch.int32, device=q.device)
-        for row, numbers in zip(group, some, strict=False):
-            row[start : start + len(numbers)] = numbers
-        out = torch.empty(batch, heads, count, wide, device=q.device)
-        frame_mass_kernel[(triton.cdiv(count, config.frame[0]), heads, batch)](
-            q, k, index, group, out, keys, count, heads,
-            *q.stride()[:3], *k.stride()[:3], head_dim**-0.5 * LOG2E,
-            PATTERNS=wide, BLOCK_M=config.frame[0], BLOCK_N=config.frame[1], **shape,
-            num_warps=config.warps, num_stages=config.stages,
-        )  # fmt: skip
-        parts.append(out.mean(2)[..., : len(some)])
-    return torch.cat(parts, -1)
+    out = torch.empty(batch, heads, count, device=q.device)
+    frame_mass_kernel[(triton.cdiv(count, config.frame[0]), heads, batch)](
+        q, k, index, out, keys, count, heads, start, grid[1] * grid[2],
+        *q.stride()[:3], *k.stride()[:3], head_dim**-0.5 * LOG2E,
+        BLOCK_M=config.frame[0], BLOCK_N=config.frame[1], **_shape(head_dim, config),
+        num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+    return out.mean(2)
 
 
 def _shape(head_dim: int, config: Config) -> dict[str, object]:

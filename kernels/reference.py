@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 # scores held at once: queries x keys x heads x batch
@@ -103,53 +101,28 @@ def frame_mass(
     query_index: torch.Tensor,
     *,
     start: int = 0,
-    tiles: Sequence[int] = (2, 3, 4),
 ) -> torch.Tensor:
-    """Attention mass of each head on parts of the video that lie close to the query.
+    """Attention mass of each head on the query's own latent frame (arXiv 2605.27336, eq. 4).
 
-    The first is the query's own latent frame (arXiv 2605.27336, eq. 4); the others (ours) are its
-    own tile of the picture, through all latent frames. The mean over the sampled queries, streamed
-    as in `token_mass`.
+    The mean over the sampled queries, streamed as in `token_mass`.
 
     Args:
         q, k: [b, s, n, d] after RoPE; grid tokens are s[start : start + f*h*w].
         query_index: int64 [m], positions within the grid.
-        tiles: tiles per side of the picture. A token at row y of h lies in tile row y * tiles // h,
-            columns alike.
 
     Returns:
-        fp32 [b, n, 1 + len(tiles)], 0..1.
+        fp32 [b, n], 0..1.
     """
-    groups = pattern_groups(grid, tiles, k.device)
-    # outside the grid a key is in no group
-    member = torch.zeros(k.shape[1], sum(count for _, count in groups), device=k.device)
-    tokens = torch.arange(start, start + len(groups[0][0]), device=k.device)
-    first = 0
-    for group, count in groups:
-        member[tokens, first + group] = 1
-        first += count
-    total = torch.zeros(len(k), k.shape[2], member.shape[1], device=k.device)
-    first = 0
+    frames, per_frame = grid[0], grid[1] * grid[2]
+    total, first = torch.zeros(len(k), k.shape[2], device=k.device), 0
     for chunk, attention in _attention(q, k, start + query_index):
-        heads = attention.shape[1]
-        total[:, first : first + heads] += ((attention @ member) * member[chunk]).sum(-2)
+        batch, heads, queries, _ = attention.shape
+        video = attention[..., start : start + frames * per_frame]
+        by_frame = video.unflatten(-1, (frames, per_frame)).sum(-1)
+        own = ((chunk - start) // per_frame)[:, None].expand(batch, heads, queries, 1)
+        total[:, first : first + heads] += by_frame.gather(-1, own).sum((-2, -1))
         first = (first + heads) % k.shape[2]
-    parts = total.split([count for _, count in groups], -1)
-    return torch.stack([part.sum(-1) for part in parts], -1) / len(query_index)
-
-
-def pattern_groups(
-    grid: tuple[int, int, int], tiles: Sequence[int], device: torch.device
-) -> list[tuple[torch.Tensor, int]]:
-    """Per pattern the group of each grid token, int64 [f*h*w], and how many groups there are."""
-    frames, height, width = grid
-    position = torch.arange(frames * height * width, device=device)
-    frame, place = position // (height * width), position % (height * width)
-    row, column = place // width, place % width
-    found = [(frame, frames)]
-    for side in tiles:
-        found.append((row * side // height * side + column * side // width, side * side))
-    return found
+    return total / len(query_index)
 
 
 def pack_rows(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:

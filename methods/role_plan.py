@@ -14,14 +14,11 @@ import torch
 
 from .attend import SAMPLED, Attention, Layout, attend_few, pattern_pairs
 from .grid import TokenGrid
-from .heads import FRAME, FULL, OFF, HeadPlan
+from .heads import CHEAP, FULL, OFF, HeadPlan
 from .knapsack import choose
 
-# cheap patterns that are measured; with smaller tiles beside them the bench keeps no more, and each
-# takes all keys and values out once more
-MEASURED = (FRAME, "tile2")
 # what a head may do
-CHOICES = (OFF, *MEASURED, FULL)
+CHOICES = (OFF, *CHEAP, FULL)
 
 
 @dataclass(frozen=True)
@@ -66,7 +63,7 @@ class RolePlan:
             if block not in shown:
                 groups += [[(pairs[-1], 1.0)]] * self.num_heads
                 continue
-            added, lacks = shown[block].double().clamp(min=1e-30).split([1, len(MEASURED)], 1)
+            added, lacks = shown[block].double().clamp(min=1e-30).split([1, len(CHEAP)], 1)
             values = pattern_values(added[:, 0] / added.sum(), 1 - lacks / added)
             groups += [list(zip(pairs, head, strict=True)) for head in values.tolist()]
         needed = [range(at, at + self.num_heads) for at in range(0, len(groups), self.num_heads)]
@@ -105,7 +102,7 @@ def _plan(names: list[str], heads: int) -> HeadPlan:
 def measure_roles(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attention: Attention, layout: Layout
 ) -> torch.Tensor:
-    """What each head lacks where it is off, and in each pattern `MEASURED`: fp32 [n, 1 + patterns].
+    """What each head lacks where it is off, and in each pattern of `CHEAP`: fp32 [n, 1 + patterns].
 
     The root mean square of what a correction leaves of it (`HeadPlan.corrected`): how far it is, at
     the sampled queries of all samples, from its mean over their latent frame.

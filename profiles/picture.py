@@ -1,4 +1,4 @@
-"""Draws a profile: role map, importance maps, and the attention mass that cheap patterns keep."""
+"""Draws a profile: role map, intra-slice ratio and importance maps."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..methods.heads import CHEAP, FRAME, TILES, role
+from ..methods.heads import role
 from ..report.picture import (
     FAINT,
     HEAT_LOW,
@@ -27,10 +27,6 @@ ROLES = {"spatial": KEPT, "mixed": (122, 128, 141), "temporal": (232, 150, 72)}
 # two maps beside each other
 PANEL = (WIDTH - 3 * MARGIN) // 2
 MAP_HEIGHT = 240
-SHOWN = {
-    FRAME: "own latent frame",
-    **{name: f"1 of {side} x {side} tiles, all frames" for name, side in TILES.items()},
-}
 
 
 def summary(profile: Profile) -> str:
@@ -47,12 +43,8 @@ def summary(profile: Profile) -> str:
     )
     roles = Counter(role(r) for r in profile.ratio().flatten().tolist())
     lines.append("Heads: " + ", ".join(f"{roles[name]} {name}" for name in ROLES) + ".")
-    mass = profile.mass().flatten(0, 1).mean(0).tolist()
-    lines.append(
-        "Attention mass kept, mean of all heads: "
-        + ", ".join(f"{SHOWN[name]} {value:.0%}" for name, value in zip(CHEAP, mass, strict=True))
-        + "."
-    )
+    within = float(profile.ratio().mean())
+    lines.append(f"Attention within the own latent frame, mean of all heads: {within:.0%}.")
     for number, run in enumerate(profile.runs, 1):
         lines += ["", f"Run {number}: {', '.join(_run(run))}"]
         notes = run.get("notes")
@@ -87,7 +79,7 @@ def draw_profile(profile: Profile, name: str = "") -> Image.Image:
     draw.text((MARGIN, 46), line, FAINT, font_of(16))
     if not profile.calls:
         return image
-    mass, ratio, rows = profile.mass(), profile.ratio(), [image]
+    ratio, rows = profile.ratio(), [image]
     roles = [[role(r) for r in heads] for heads in ratio.T.tolist()]
     counts = Counter(name for heads in roles for name in heads)
     colours = {"spatial": "green", "mixed": "grey", "temporal": "orange"}
@@ -97,9 +89,8 @@ def draw_profile(profile: Profile, name: str = "") -> Image.Image:
         _panel("importance, self-attention", *_heat(profile.importance("self"), TIME)),
         _panel("importance, cross-attention", *_heat(profile.importance("cross"), TIME)),
     ]
-    for at, pattern in enumerate(CHEAP):
-        cells, spread = _heat(mass[..., at], KEPT, whole=True)
-        panels.append(_panel(f"mass kept: {SHOWN[pattern]}", cells, spread))
+    cells, spread = _heat(ratio, KEPT, whole=True)
+    panels.insert(1, _panel("attention within the own latent frame", cells, spread))
     while panels:
         pair, panels = panels[:2], panels[2:]
         page, _ = canvas(pair[0].height + MARGIN)

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 
-from ..methods.heads import CHEAP
 from ..methods.schedule import BINS
 from ..solve.tuned import Tuned
 from .artifact import Kind, open_artifact, save_artifact
@@ -22,7 +21,7 @@ KIND = Kind("profile", "Choose a file that WanTrim Save Profile wrote.")
 # fp32 counts no further
 MOST_CALLS = 1 << 24
 # measurements that are kept per sigma bin
-PER_BIN = ("mass", "self_output", "cross_output")
+PER_BIN = ("ratio", "self_output", "cross_output")
 
 
 def timestep_weight(sigma: float) -> float:
@@ -33,10 +32,10 @@ def timestep_weight(sigma: float) -> float:
 def layout(model: Fingerprint) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor in a profile.
 
-    t sigma bins, l blocks, n heads, d head_dim, p patterns of `CHEAP`, c FFN channels.
+    t sigma bins, l blocks, n heads, d head_dim, c FFN channels.
 
-    count [t]: calls. mass [t, l, n, p]: attention mass that each cheap pattern keeps; the first is
-    the intra-slice ratio (eq. 4). self_output, cross_output [t, l, n]: w(t) times the root mean
+    count [t]: calls. ratio [t, l, n]: intra-slice ratio, the attention mass within the query's own
+    latent frame (eq. 4). self_output, cross_output [t, l, n]: w(t) times the root mean
     square of a head's output (eq. 3, before the output projection's norm). self_mean, cross_mean
     [l, n, d]: a head's mean output. q_share, k_share, cross_q_share, cross_k_share [l, n, n]: second
     moments of the heads' shares in a token's energy before the norm over all heads, and k_img_share
@@ -51,7 +50,7 @@ def layout(model: Fingerprint) -> dict[str, tuple[int, ...]]:
     shares = ("q_share", "k_share", "cross_q_share", "cross_k_share", "k_img_share")
     return {
         "count": (t,),
-        "mass": (t, l, n, len(CHEAP)),
+        "ratio": (t, l, n),
         "self_output": (t, l, n),
         "cross_output": (t, l, n),
         "self_mean": (l, n, d),
@@ -105,13 +104,9 @@ class Profile:
             return total / count.clamp(min=1)
         return total / max(1, self.calls)
 
-    def mass(self) -> torch.Tensor:
-        """Attention mass that each pattern of `CHEAP` keeps, mean over all calls [l, n, p]."""
-        return self.tensors["mass"].sum(0) / max(1, self.calls)
-
     def ratio(self) -> torch.Tensor:
         """Intra-slice ratio of each head (eq. 4), mean over all calls [l, n]."""
-        return self.mass()[..., 0]
+        return self.tensors["ratio"].sum(0) / max(1, self.calls)
 
     def importance(self, kind: str = "self") -> torch.Tensor:
         """Head importance (eq. 3) of "self" or "cross" attention [l, n].

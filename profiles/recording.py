@@ -8,13 +8,12 @@ from torch.overrides import TorchFunctionMode
 from ..kernels import frame_mass
 from ..methods.attend import Attention
 from ..methods.grid import TokenGrid
-from ..methods.heads import TILES
 from ..methods.importance import sample_queries
 from .profile import timestep_weight
 
-# tokens that everything but the attention mass is measured on, and those of the calibration
+# tokens that everything but the intra-slice ratio is measured on, and those of the calibration
 SAMPLED, CALIBRATED = 2048, 1024
-# share of the tokens that are queries of the attention mass, and how many at least
+# share of the tokens that are queries of that ratio, and how many at least
 QUERY_RATIO, MIN_QUERIES = 1 / 256, 64
 # norms over all heads in the order in which a block calls them
 NORMS = ("q_share", "k_share", "cross_q_share", "cross_k_share", "k_img_share")
@@ -118,8 +117,8 @@ class BlockRecord:
         else:
             call, grid = self.call, self.call.grid
             where = (grid.frames, grid.height, grid.width), call.on(q.device)[1]
-            options = {"start": grid.start, "tiles": tuple(TILES.values())}
-            self.found["mass"] = frame_mass(call.own(q), call.own(k), *where, **options).sum(0)
+            own = call.own(q), call.own(k)
+            self.found["ratio"] = frame_mass(*own, *where, start=grid.start).sum(0)
             self._measure("self", [self._sampled(out).float()])
         return out
 

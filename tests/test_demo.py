@@ -239,7 +239,7 @@ def test_a_video_that_is_not_the_grids_is_drawn_with_a_doubt():
 def test_the_picture_shows_what_heads_did_in_every_block():
     record = record_of([0, 1])
     bare = draw_report(record).height
-    heads = HeadPlan(((FULL, FRAME), ("tile3", OFF), (FULL,) * 2, (FULL,) * 2), ((FULL,) * 2,) * 4)
+    heads = HeadPlan(((FULL, FRAME), ("tile2", OFF), (FULL,) * 2, (FULL,) * 2), ((FULL,) * 2,) * 4)
     step = record.steps[0]
     step.program = replace(step.program, heads=heads)
     step.rows[1] = replace(step.rows[1], heads=True)

@@ -160,7 +160,7 @@ def test_a_profile_is_read_as_it_was_written(folder, model, seed, runs):
     assert json.dumps(again.runs) == json.dumps(runs) and again.model.differs(model) is None
     both = again.merged(made)
     assert both.calls == pytest.approx(2 * float(made.tensors["count"].sum()), abs=0.5)
-    assert torch.allclose(both.ratio() * both.calls, 2 * made.tensors["mass"].sum(0)[..., 0])
+    assert torch.allclose(both.ratio() * both.calls, 2 * made.tensors["ratio"].sum(0))
     path.unlink()
 
 

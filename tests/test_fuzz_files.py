@@ -71,7 +71,7 @@ def write_slim(path: Path) -> None:
 def use_profile(path: Path) -> None:
     opened = open_profile(path)
     summary(opened.profile)
-    opened.profile.importance("self"), opened.profile.mass()
+    opened.profile.importance("self"), opened.profile.ratio()
 
 
 def use_router(path: Path) -> None:

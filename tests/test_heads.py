@@ -10,7 +10,7 @@ from wantrim.engine.plan import TrimPlan
 from wantrim.hosts.diffusers.attach import attach
 from wantrim.hosts.diffusers.sample import sample
 from wantrim.hosts.diffusers.weights import load_original, new_transformer
-from wantrim.methods.heads import FULL, OFF, TILES, HeadPlan
+from wantrim.methods.heads import FULL, OFF, HeadPlan
 from wantrim.methods.schedule import Schedule
 from wantrim.methods.shares import Shares
 from wantrim.methods.tokens import TokenPlan
@@ -22,7 +22,7 @@ BLOCKS, HEADS = 3, 6
 SIZE = (3, 8, 12)
 GRID = (3, 4, 6)
 BOTH = (COND, UNCOND)
-MIXED = ("frame", FULL, "tile2", OFF, "tile3", "frame")
+MIXED = ("frame", FULL, "tile2", OFF, "tile2", "frame")
 
 
 def wan(in_dim=16) -> torch.nn.Module:
@@ -57,10 +57,6 @@ def run(model, trim=None, batch=1, cond_or_uncond=BOTH, **options):
         return sample(model, text(batch), SIZE, **options)
     with attach(model, trim, cond_or_uncond=cond_or_uncond, shift=3.0):
         return sample(model, text(batch), SIZE, **options)
-
-
-def test_a_tiles_name_says_how_often_a_side_is_cut():
-    assert {f"tile{number}": number for number in (2, 3, 4)} == TILES
 
 
 class Masked(TorchFunctionMode):
@@ -143,7 +139,7 @@ def test_the_same_plan_gives_the_same_video_each_time():
 @pytest.mark.parametrize("batch", [1, 2])
 def test_patterns_equal_the_dense_model_with_masks(batch):
     cross = [(FULL, OFF, FULL, FULL, OFF, FULL), (OFF,) * HEADS, (FULL,) * HEADS]
-    heads = plan(MIXED, ("tile4",) * HEADS, (OFF,) * HEADS, cross=cross)
+    heads = plan(MIXED, ("tile2",) * HEADS, (OFF,) * HEADS, cross=cross)
     model = wan()
     trimmed = run(model, TrimPlan(heads=heads), batch)
     with Masked(heads) as masked:

@@ -83,37 +83,23 @@ def test_token_mass_in_bf16_follows_fp64():
     torch.testing.assert_close(got.double(), want, atol=2e-6, rtol=1e-5)
 
 
-def tile_of(position, grid, side):
-    _, h, w = grid
-    row, column = divmod(position % (h * w), w)
-    return math.floor(row * side / h), math.floor(column * side / w)
-
-
 @pytest.mark.parametrize(
     ("grid", "start", "after"), [((1, 2, 3), 0, 0), ((4, 3, 3), 2, 5), ((3, 7, 5), 1, 2)]
 )
 @pytest.mark.parametrize("chunk", [3, 1 << 24])
-def test_mass_kept_is_the_share_of_each_pattern(grid, start, after, chunk, monkeypatch):
+def test_mass_kept_is_that_of_the_own_latent_frame(grid, start, after, chunk, monkeypatch):
     tokens, per_frame = math.prod(grid), grid[1] * grid[2]
-    tiles = (2, 3, 4)
     torch.manual_seed(1)
     q, k = torch.randn(2, 2, start + tokens + after, 3, 8).unbind()
     monkeypatch.setattr(reference, "CHUNK_SCORES", chunk * 2 * k.shape[1])
     index = torch.arange(0, tokens, 2)
     matrix = (q.double().transpose(1, 2) @ k.double().permute(0, 2, 3, 1) / 8**0.5).softmax(-1)
-    want = torch.zeros(2, 3, 4, dtype=torch.float64)
+    want = torch.zeros(2, 3, dtype=torch.float64)
     for query in index.tolist():
-        row = matrix[:, :, start + query] / len(index)
         first = start + query // per_frame * per_frame
-        want[..., 0] += row[..., first : first + per_frame].sum(-1)
-        for at, side in enumerate(tiles, 1):
-            own = tile_of(query, grid, side)
-            seen = [start + key for key in range(tokens) if tile_of(key, grid, side) == own]
-            want[..., at] += row[..., seen].sum(-1)
-    got = frame_mass(q, k, grid, index, start=start, tiles=tiles)
+        want += matrix[:, :, start + query, first : first + per_frame].sum(-1) / len(index)
+    got = frame_mass(q, k, grid, index, start=start)
     torch.testing.assert_close(got.double(), want, atol=1e-6, rtol=1e-5)
-    alone = frame_mass(q, k, grid, index, start=start, tiles=())
-    torch.testing.assert_close(alone, got[..., :1])
 
 
 def test_mass_kept_never_holds_the_whole_matrix(monkeypatch):
@@ -132,10 +118,10 @@ def test_mass_kept_never_holds_the_whole_matrix(monkeypatch):
     assert 0 < largest <= 8 * 300
 
 
-def test_uniform_attention_keeps_the_size_of_each_pattern():
+def test_uniform_attention_keeps_the_size_of_a_latent_frame():
     zeros = torch.zeros(1, 5 * 4 * 6, 2, 4)
-    mass = frame_mass(zeros, zeros, (5, 4, 6), torch.arange(120), tiles=(2, 1))
-    torch.testing.assert_close(mass, torch.tensor([0.2, 0.25, 1.0]).expand(1, 2, 3))
+    mass = frame_mass(zeros, zeros, (5, 4, 6), torch.arange(120))
+    torch.testing.assert_close(mass, torch.full((1, 2), 0.2))
 
 
 @pytest.mark.parametrize("radius", [0, 1, 3])

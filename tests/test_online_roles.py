@@ -16,9 +16,8 @@ from wantrim.hosts.diffusers.sample import sample
 from wantrim.methods.attend import Layout, attention_share, pattern_pairs
 from wantrim.methods.cost import WanShape
 from wantrim.methods.grid import TokenGrid
-from wantrim.methods.heads import FRAME, FULL, OFF, HeadPlan
+from wantrim.methods.heads import CHEAP, FRAME, FULL, OFF, HeadPlan
 from wantrim.methods.role_plan import (
-    MEASURED,
     RolePlan,
     measure_roles,
     measured_queries,
@@ -36,9 +35,9 @@ SIGMAS = (1.0, 0.8, 0.6, 0.3)
 
 def shown(added, **patterns) -> torch.Tensor:
     """What heads lack that add so much; by pattern the share that it keeps of each."""
-    kept = torch.zeros(len(added), 1 + len(MEASURED))
+    kept = torch.zeros(len(added), 1 + len(CHEAP))
     for name, shares in patterns.items():
-        kept[:, 1 + MEASURED.index(name)] = torch.tensor(shares)
+        kept[:, 1 + CHEAP.index(name)] = torch.tensor(shares)
     return torch.tensor(added)[:, None] * (1 - kept)
 
 
@@ -157,7 +156,7 @@ def test_what_is_measured_is_what_the_conditional_prompts_heads_lack(wan, monkey
     found = measure_roles(q, k, v, host, layout).double()
     torch.testing.assert_close(found[:, 0], lacks(exact), rtol=1e-4, atol=0)
     torch.testing.assert_close(
-        found[:, 1 + MEASURED.index(FRAME)], lacks(exact - given), rtol=1e-4, atol=0
+        found[:, 1 + CHEAP.index(FRAME)], lacks(exact - given), rtol=1e-4, atol=0
     )
     # what a head gives to a latent frame as a whole is given back, and no loss
     moved = measure_roles(q, k, v + 7.0, host, layout).double()

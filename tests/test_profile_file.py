@@ -125,10 +125,10 @@ DAMAGE = {
         {"header": lambda h: h | {"model": h["model"] | {"sample": [10**4000]}}},
         "finite numbers",
     ),
-    "no mass": ({"tensors": without("mass")}, "mass: expected"),
-    "cut mass": ({"tensors": lambda t: t | {"mass": t["mass"][:5]}}, "mass: expected"),
-    "nan": ({"tensors": lambda t: t | {"mass": t["mass"] * torch.nan}}, "not finite"),
-    "bytes": ({"tensors": lambda t: t | {"mass": t["mass"].to(torch.float8_e5m2)}}, "mass"),
+    "no ratio": ({"tensors": without("ratio")}, "ratio: expected"),
+    "cut ratio": ({"tensors": lambda t: t | {"ratio": t["ratio"][:5]}}, "ratio: expected"),
+    "nan": ({"tensors": lambda t: t | {"ratio": t["ratio"] * torch.nan}}, "not finite"),
+    "bytes": ({"tensors": lambda t: t | {"ratio": t["ratio"].to(torch.float8_e5m2)}}, "ratio"),
 }
 
 

@@ -53,7 +53,7 @@ def test_a_profile_is_recorded_on_the_recipes_data_at_ten_noise_levels(folder, t
             x = (1 - sigma) * batch.latents[row] + sigma * noise
             model(torch.cat([x, batch.condition[row]], 1), 1000 * sigma, batch.text[row])
     mine = recorder.profile().tensors
-    for name in ("self_output", "cross_output", "mass"):
+    for name in ("self_output", "cross_output", "ratio"):
         assert torch.allclose(profile.tensors[name][3], mine[name][3], rtol=1e-4)
 
 

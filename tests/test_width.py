@@ -26,9 +26,9 @@ def profile_of(blocks=3, heads=8, ffn=48, calls=4, seed=0) -> Profile:
         value.copy_(torch.rand(value.shape, generator=random) * calls)
     profile.tensors["count"].zero_()
     profile.tensors["count"][[2, 7]] = calls / 2
-    for name in ("mass", "self_output", "cross_output"):
+    for name in ("ratio", "self_output", "cross_output"):
         profile.tensors[name][[b for b in range(10) if b not in (2, 7)]] = 0
-    profile.tensors["mass"] /= 2
+    profile.tensors["ratio"] /= 2
     return profile
 
 
@@ -38,8 +38,8 @@ def set_heads(profile, importance, ratio=None, block=0):
     profile.tensors["self_output"][:, block] = 0
     profile.tensors["self_output"][2, block] = torch.tensor(importance) * profile.calls
     if ratio is not None:
-        profile.tensors["mass"][:, block] = 0
-        profile.tensors["mass"][2, block, :, 0] = torch.tensor(ratio) * profile.calls
+        profile.tensors["ratio"][:, block] = 0
+        profile.tensors["ratio"][2, block] = torch.tensor(ratio) * profile.calls
 
 
 @pytest.mark.parametrize(
