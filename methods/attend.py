@@ -56,7 +56,7 @@ class Layout:
     others: torch.Tensor | None = None
     _groups: dict[str, tuple[Groups, Groups | None]] = field(default_factory=dict)
     _sampled: dict[torch.device, torch.Tensor] = field(default_factory=dict)
-    _few: dict[str, tuple[Groups, Groups]] = field(default_factory=dict)
+    _few: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = field(default_factory=dict)
 
     @property
     def outside(self) -> int:
@@ -89,26 +89,26 @@ class Layout:
             self._sampled[device] = places.to(device, non_blocking=True)
         return self._sampled[device]
 
-    def few_groups(self, pattern: str, device: torch.device) -> tuple[Groups, Groups]:
-        """Groups of the sampled tokens, as places in the sample, and of all as their keys."""
+    def few_groups(
+        self, pattern: str, device: torch.device
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Places in the sample, and positions of the keys that these see, group by group."""
         if pattern not in self._few:
-            # their sizes are read, so on the CPU
-            grid, cpu = self.grid, torch.device("cpu")
-            every = self._group(pattern, self.counts(), None, 0, cpu)
-            order = torch.arange(grid.tokens) if every.order is None else every.order[0]
-            group = torch.empty_like(order)
-            group[order] = torch.arange(len(every.sizes)).repeat_interleave(
-                torch.tensor(every.sizes)
-            )
-            mine = group[self.sampled(cpu) - grid.start]
-            sizes = mine.bincount(minlength=len(every.sizes)).tolist()
-            found = (
-                Groups(mine.argsort(stable=True)[None], sizes),
-                Groups(order[None] + grid.start, every.sizes),
-            )
-            for one in found:
-                one.order = one.order.to(device, non_blocking=True)
-            self._few[pattern] = found
+            # how many of the sample lie in a group is read, so on the CPU
+            cpu, first, tokens = torch.device("cpu"), self.grid.start, self.grid.tokens
+            groups = self._group(pattern, self.counts(), None, 0, cpu)
+            order = torch.arange(tokens) if groups.order is None else groups.order[0]
+            apart = torch.arange(self.outside)
+            apart = torch.where(apart < first, apart, apart + tokens)
+            self._few[pattern] = [
+                (
+                    torch.isin(self.sampled(cpu), own)
+                    .nonzero()[:, 0]
+                    .to(device, non_blocking=True),
+                    torch.cat([own, apart]).to(device, non_blocking=True),
+                )
+                for own in (order + first).split(groups.sizes)
+            ]
         return self._few[pattern]
 
     def _group(self, pattern, counts, positions, first, device, offset: int = 0) -> Groups:
@@ -250,14 +250,12 @@ def attend_few(
     if pattern == FRAME and not layout.outside:
         frames = [t.unflatten(1, (layout.grid.frames, -1)).flatten(0, 1) for t in (q, k, v)]
         return attention(*frames).unflatten(0, (len(q), -1)).flatten(1, 2)
-    out, heads = torch.empty_like(q), torch.arange(q.shape[2], device=q.device)
-    own, keys = layout.few_groups(pattern, q.device)
-    grid, apart = layout.grid, torch.arange(layout.outside, device=q.device)
-    apart = torch.where(apart < grid.start, apart, apart + grid.tokens)
-    for index, seen, count in _classes(own, keys):
-        seen = torch.cat([seen, apart.expand(len(seen), count, -1)], -1)
-        parts = _take(q, heads, index), _take(k, heads, seen), _take(v, heads, seen)
-        _put(out, attention(*parts), heads, index)
+    out = torch.empty_like(q)
+    # one after the other: the keys and values of all groups at once would add to the peak of memory
+    for own, seen in layout.few_groups(pattern, q.device):
+        if len(own):
+            some = q.index_select(1, own), k.index_select(1, seen), v.index_select(1, seen)
+            out.index_copy_(1, own, attention(*some).to(out.dtype))
     return out
 
 
