@@ -1,4 +1,4 @@
-"""Heads by a recorded profile: what the product did before a run measured its own, to be compared.
+"""Heads by a recorded profile, in place of what a run measures of itself, to be compared.
 
 One budget for the whole model is spent where the profile's importance (PARE, arXiv 2605.27336, eq. 3)
 and its intra-slice ratio (eq. 4) say that it buys most; a head may be kept to its latent frame.
@@ -22,8 +22,8 @@ def solve_heads(
 
     A head is worth its share in its block's importance (eq. 3), self- and cross-attention apart:
     between blocks, and between the two, the gates and the depth behind make sums incomparable.
-    Every block keeps at least one self-attention head that is not off. Temporal heads are not protected (eq. 5): over the whole
-    model that takes from the blocks that have few of them.
+    Every block keeps at least one self-attention head that is not off. Temporal heads are not protected
+    (eq. 5): over the whole model that takes from the blocks that have few of them.
 
     Args:
         grid: of the video that will be made; what a pattern costs depends on it.

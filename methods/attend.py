@@ -54,9 +54,10 @@ class Layout:
     kept: torch.Tensor | None = None
     per_frame: Sequence[int] | None = None
     others: torch.Tensor | None = None
-    _groups: dict[str, tuple[Groups, Groups | None]] = field(default_factory=dict)
+    # by pattern and device
+    _groups: dict[tuple, tuple[Groups, Groups | None]] = field(default_factory=dict)
     _sampled: dict[torch.device, torch.Tensor] = field(default_factory=dict)
-    _few: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = field(default_factory=dict)
+    _few: dict[tuple, list[tuple[torch.Tensor, torch.Tensor]]] = field(default_factory=dict)
 
     @property
     def outside(self) -> int:
@@ -70,7 +71,7 @@ class Layout:
 
     def groups(self, pattern: str, device: torch.device) -> tuple[Groups, Groups | None]:
         """Groups of the queries, and of the keys that follow behind them."""
-        if pattern not in self._groups:
+        if (pattern, device) not in self._groups:
             counts = self.counts()
             own = self._group(pattern, counts, self.kept, self.grid.start, device)
             rest = None
@@ -78,8 +79,8 @@ class Layout:
                 left = [self.grid.per_frame - count for count in counts]
                 behind = sum(counts) + self.outside
                 rest = self._group(pattern, left, self.others, 0, device, behind)
-            self._groups[pattern] = own, rest
-        return self._groups[pattern]
+            self._groups[pattern, device] = own, rest
+        return self._groups[pattern, device]
 
     def sampled(self, device: torch.device) -> torch.Tensor:
         """int64 [frames * m], places of a few tokens of each latent frame among those that run."""
@@ -93,14 +94,14 @@ class Layout:
         self, pattern: str, device: torch.device
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Places in the sample, and positions of the keys that these see, group by group."""
-        if pattern not in self._few:
+        if (pattern, device) not in self._few:
             # how many of the sample lie in a group is read, so on the CPU
             cpu, first, tokens = torch.device("cpu"), self.grid.start, self.grid.tokens
             groups = self._group(pattern, self.counts(), None, 0, cpu)
             order = torch.arange(tokens) if groups.order is None else groups.order[0]
             apart = torch.arange(self.outside)
             apart = torch.where(apart < first, apart, apart + tokens)
-            self._few[pattern] = [
+            self._few[pattern, device] = [
                 (
                     torch.isin(self.sampled(cpu), own)
                     .nonzero()[:, 0]
@@ -109,7 +110,7 @@ class Layout:
                 )
                 for own in (order + first).split(groups.sizes)
             ]
-        return self._few[pattern]
+        return self._few[pattern, device]
 
     def _group(self, pattern, counts, positions, first, device, offset: int = 0) -> Groups:
         """`first` skips what lies before the grid in `positions`."""
@@ -217,7 +218,7 @@ class HeadGroups:
         some, heads = layout.sampled(q.device), self.on(q.device)
         exact = attention(q.index_select(1, some), k, v).to(out.dtype)
         lacks = (exact - out.index_select(1, some)).unflatten(1, (layout.grid.frames, -1))
-        lacks = lacks.mean(2, dtype=torch.float32).to(out.dtype)
+        lacks = lacks.mean(2)
         if FULL in heads:
             lacks.index_fill_(2, heads[FULL], 0.0)
         counts, start = layout.counts(), layout.grid.start
@@ -225,8 +226,10 @@ class HeadGroups:
         if len(set(counts)) == 1:
             video.unflatten(1, (len(counts), -1)).add_(lacks[:, :, None])
         else:
-            for part, lack in zip(video.split(counts, 1), lacks.split(1, 1), strict=True):
-                part.add_(lack)
+            # of parts made at once none may change in place where gradients are asked for
+            ends = list(accumulate(counts))
+            for frame, (end, count) in enumerate(zip(ends, counts, strict=True)):
+                video[:, end - count : end].add_(lacks[:, frame : frame + 1])
         if layout.outside and OFF in heads:
             # what lies outside the video sees everything but in heads that are off
             off, mean = heads[OFF], lacks.mean(1, keepdim=True).index_select(2, heads[OFF])

@@ -10,7 +10,7 @@ from ..hosts.comfyui.slim import refuse_slim
 from ..hosts.comfyui.variants import check_variant
 from ..methods.attend import attention_share
 from ..methods.grid import TokenGrid
-from ..methods.heads import OFF, PATTERNS, HeadPlan
+from ..methods.heads import OFF, HeadPlan
 from ..methods.role_plan import RolePlan
 from ..profiles.profile import Profile
 from ..profiles.recorder import ProfileFile
@@ -75,7 +75,7 @@ class WanTrimHeads(io.ComfyNode):
                     "heads off in every block; needs a profile.",
                 ),
             ],
-            outputs=[planned_output(), text_output("What each block's heads will do.")],
+            outputs=[planned_output(), text_output("What the heads will do.")],
         )
 
     @classmethod
@@ -102,7 +102,10 @@ class WanTrimHeads(io.ComfyNode):
                 f"profile tells: connect WanTrim Load Profile, or choose '{DEMOTE}'"
             )
         size = _size(profile.profile)
-        plan = pare_plan(profile.profile, prune_ratio)
+        try:
+            plan = pare_plan(profile.profile, prune_ratio)
+        except ValueError as error:
+            raise ValueError(f"{NAME}: {error}") from error
         return io.NodeOutput(attach_part(model, heads=plan), _text(plan, *size))
 
 
@@ -142,11 +145,10 @@ def _text(plan: HeadPlan, grid: TokenGrid, context: int) -> str:
     lines = [
         f"Attention left at {grid.frames} latent frames of {grid.height} x {grid.width} tokens: "
         f"{attention_share(plan, grid, context):.1%}",
-        "block  " + "  ".join(f"{name:>5}" for name in PATTERNS) + "  cross off",
+        "heads that are off, in self- and in cross-attention:",
     ]
-    for index, heads in enumerate(plan.self_attention):
-        counts = "  ".join(f"{heads.count(name):>5}" for name in PATTERNS)
-        lines.append(f"{index:>5}  {counts}  {plan.cross_attention[index].count(OFF):>9}")
+    pairs = zip(plan.self_attention, plan.cross_attention, strict=True)
+    lines += [f"block {i}: {a.count(OFF)}, {b.count(OFF)}" for i, (a, b) in enumerate(pairs)]
     return "\n".join(lines)
 
 

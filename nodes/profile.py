@@ -85,8 +85,8 @@ class WanTrimSaveProfile(io.ComfyNode):
             category=CATEGORY,
             description=(
                 "Saves what WanTrim Profile recorded in the run that made these images into "
-                "models/wantrim/profiles, and draws it: head roles, importance, and what cheap "
-                "attention patterns would keep."
+                "models/wantrim/profiles, and draws it: head roles, importance, and how much "
+                "attention stays in its own latent frame."
             ),
             search_aliases=["PARE", "head roles", "save profile"],
             is_output_node=True,

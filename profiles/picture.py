@@ -90,7 +90,7 @@ def draw_profile(profile: Profile, name: str = "") -> Image.Image:
         _panel("importance, cross-attention", *_heat(profile.importance("cross"), TIME)),
     ]
     cells, spread = _heat(ratio, KEPT, whole=True)
-    panels.insert(1, _panel("attention within the own latent frame", cells, spread))
+    panels.insert(1, _panel("intra-slice ratio", cells, spread))
     while panels:
         pair, panels = panels[:2], panels[2:]
         page, _ = canvas(pair[0].height + MARGIN)

@@ -17,7 +17,7 @@ from ..solve.tuned import Tuned
 from .artifact import Kind, open_artifact, save_artifact
 from .fingerprint import Fingerprint
 
-KIND = Kind("profile", "Choose a file that WanTrim Save Profile wrote.")
+KIND = Kind("profile", "Choose a file that WanTrim Save Profile wrote.", version=2)
 # fp32 counts no further
 MOST_CALLS = 1 << 24
 # measurements that are kept per sigma bin
@@ -161,6 +161,9 @@ def load_profile(path: Path) -> Profile:
     """
     with open_artifact(path, KIND) as (header, model, file):
         tensors = {name: file.get_tensor(name) for name in file.keys()}
+    if "ratio" not in tensors and tensors.get("mass", torch.empty(0)).ndim == 4:
+        # the first version's: what other patterns keep lies behind it
+        tensors["ratio"] = tensors.pop("mass")[..., 0]
     for name, shape in layout(model).items():
         came = tuple(tensors[name].shape) if name in tensors else "nothing"
         if came != shape or tensors[name].dtype != torch.float32:

@@ -132,6 +132,17 @@ def test_each_latent_frame_is_given_back_the_mean_of_what_a_few_tokens_lack(size
     assert torch.equal(out[:, :, EVERY.index(FULL)], bare[:, :, EVERY.index(FULL)])
 
 
+@pytest.mark.parametrize("kept", KEPT)
+def test_gradients_go_through_what_is_given_back(kept):
+    layout, _, _, q, k, v = a_call(GRIDS[2], kept)
+    inputs = [t[..., :2].clone().requires_grad_(True) for t in (q, k, v)]
+
+    def corrected(*given):
+        return HeadGroups(EVERY, corrected=True).attend(*given, attention, layout)
+
+    torch.autograd.gradcheck(corrected, inputs, fast_mode=True)
+
+
 @pytest.mark.parametrize("pattern", CHEAP)
 @pytest.mark.parametrize("size", GRIDS, ids=str)
 def test_a_few_tokens_alone_get_what_they_get_among_all(size, pattern):

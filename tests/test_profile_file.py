@@ -8,6 +8,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from wantrim.demo.profile import PROFILE
 from wantrim.profiles.calibration import load_calibration
 from wantrim.profiles.profile import KIND, load_profile
 from wantrim.profiles.recorder import calibration_path, open_profile, save_profile
@@ -184,3 +185,19 @@ def test_a_calibration_with_nan_is_refused_when_it_is_read(tmp_path):
     assert saved.gram("self", 1) is not None
     with pytest.raises(ValueError, match=r"self\.0 holds values that are not finite"):
         saved.gram("self", 0)
+
+
+def test_a_file_of_the_first_version_is_read(tmp_path):
+    """It held what four patterns keep of the attention, the own latent frame first."""
+    path = tmp_path / "old.safetensors"
+    with safe_open(PROFILE, "pt") as file:
+        tensors, header = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+    ratio = tensors.pop("ratio")
+    others = torch.full_like(ratio, 7.0)
+    tensors["mass"] = torch.stack([ratio, others, others, others], -1)
+    header["wantrim_profile"] = header["wantrim_profile"].replace("profile/2", "profile/1")
+    save_file(tensors, path, header)
+    read = load_profile(path)
+    assert torch.equal(read.tensors["ratio"], ratio) and "mass" not in read.tensors
+    read.save(tmp_path / "new.safetensors")
+    assert torch.equal(load_profile(tmp_path / "new.safetensors").ratio(), read.ratio())

@@ -318,7 +318,6 @@ def profile_of(seed: int, blocks=3, heads=4, head_dim=4, ffn=48) -> Profile:
     for name, value in made.tensors.items():
         made.tensors[name] = torch.rand(value.shape, generator=generator)
     made.tensors["count"] = torch.ones(BINS)
-    made.tensors["ratio"] *= 1.0
     return made
 
 

@@ -64,6 +64,7 @@ def test_the_papers_rule_drops_as_many_heads_in_every_block(model, profile):
     assert {name for block in plan.self_attention for name in block} == {FULL, OFF}
     shown = float(text.split(":")[1].split("%")[0]) / 100
     assert shown == pytest.approx(5 / 8, abs=0.001)
+    assert text.endswith("block 15: 3, 3")
 
 
 def test_a_profile_changes_nothing_where_the_run_measures(model, profile):
@@ -119,6 +120,13 @@ def test_a_profile_of_other_weights_is_refused(model, profile):
     )
     with pytest.raises(ValueError, match="WanTrim Heads: profile: .*weights are not"):
         heads(model, ProfileFile(replace(profile.profile, model=other)))
+
+
+def test_a_profile_that_lacks_what_the_papers_rule_needs_is_refused(model, profile):
+    tensors = dict(profile.profile.tensors)
+    tensors["cross_output"] = torch.zeros_like(tensors["cross_output"])
+    with pytest.raises(ValueError, match="WanTrim Heads: profile: the cross-attention heads"):
+        heads(model, ProfileFile(replace(profile.profile, tensors=tensors)), 0.3, "paper")
 
 
 @pytest.mark.parametrize("grid", [None, [5, 6], ["5", "6", "6"], [5, 6, 0], "abc"])
