@@ -37,7 +37,7 @@ from wantrim.engine.plan import TrimPlan
 from wantrim.kernels import reference
 from wantrim.methods.tokens import paper_plan
 
-SMALL = Size("small", 48, 4, 64, 8, (3, 8, 8))
+SMALL = Size("small", 48, 4, 64, 8, (3, 16, 16))
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ def test_dense_and_trimmed_take_turns(model):
 def test_a_row_has_every_column_and_the_median_ratio():
     made = speed.row(SMALL, "a plan", [(10.0, 5.0), (12.0, 4.0), (9.0, 6.0)], predicted=2.5)
     assert set(made) == set(speed.COLUMNS)
-    assert (made["speedup"], made["efficiency"], made["tokens"]) == (2.0, 0.8, 48)
+    assert (made["speedup"], made["efficiency"], made["tokens"]) == (2.0, 0.8, 192)
     assert (made["speedup_lo"], made["speedup_hi"]) == (1.5, 3.0)
 
 
