@@ -18,11 +18,13 @@ from wantrim.methods.routers import Content, RouterMLP
 from wantrim.profiles.calibration import Calibration, load_calibration
 from wantrim.profiles.fingerprint import Fingerprint
 from wantrim.profiles.picture import summary
+from wantrim.profiles.profile import KIND as PROFILE
 from wantrim.profiles.profile import Profile
 from wantrim.profiles.recorder import open_profile
 from wantrim.slim.export import export_slim
 from wantrim.slim.file import list_entries, read_header, read_tensor
-from wantrim.slim.router import KIND, TrainedRouter, load_router, save_router
+from wantrim.slim.router import KIND as ROUTER
+from wantrim.slim.router import TrainedRouter, load_router, save_router
 from wantrim.slim.source import open_source
 from wantrim.tests.test_slim import SMALL_WIDTH, small
 
@@ -374,7 +376,7 @@ def test_files_of_another_kind_or_of_a_later_format_are_refused(kind, good, tmp_
         return
     outer, body = parts(good[kind])
     key = READERS[kind].key
-    newest = KIND.version if key == KIND.key else 1
+    newest = {kind.key: kind.version for kind in (ROUTER, PROFILE)}.get(key, 1)
     for version in (f"{key}/{newest + 1}", f"{key}/1.1", f"{key}/1 ", key, f"{key}/9999999999"):
         text = json.dumps(json.loads(outer["__metadata__"][key]) | {"format": version})
         path.write_bytes(joined({**outer, "__metadata__": {key: text}}, body))
