@@ -16,10 +16,10 @@ from ..solve.dial import Dial, Run
 from .cases import FAIR, MANY_STEPS, STUDY_TARGET, Case
 from .profiled_heads import solve_heads
 
-ONLINE, PROFILED, SHUFFLED = "heads", "heads_profiled", "heads_shuffled"
+ONLINE, PROFILED, SHUFFLED, BARE = "heads", "heads_profiled", "heads_shuffled", "heads_bare"
 # equally many full ones in every block, whatever they do; PARE's masks; the dial beside heads
 UNIFORM, PARE, BESIDE = "heads_uniform", "pare_heads", "default_and_heads"
-HEADS = (ONLINE, PROFILED, SHUFFLED, UNIFORM, PARE, BESIDE)
+HEADS = (ONLINE, PROFILED, SHUFFLED, BARE, UNIFORM, PARE, BESIDE)
 # of self-attention, what heads leave beside a dial
 LEFT = 0.75
 TARGETS = {BESIDE: (STUDY_TARGET, 0.5)}
@@ -36,6 +36,17 @@ class Shuffled(RolePlan):
             for names in found.self_attention
         ]
         return replace(found, self_attention=tuple(heads))
+
+
+class Bare(RolePlan):
+    """The patterns that the roles ask for, and nothing given back."""
+
+    def solved(self, shown, grid, num_blocks: int) -> HeadPlan:
+        return replace(super().solved(shown, grid, num_blocks), corrected=False)
+
+
+# by method, heads that are found in the run
+FOUND = {ONLINE: RolePlan, SHUFFLED: Shuffled, BARE: Bare}
 
 
 def head_cases(steps: int) -> list[Case]:
@@ -71,7 +82,7 @@ def head_plan(case: Case, run: Run, profile: Callable[[], Profile]) -> TrimPlan:
             return TrimPlan(heads=HeadPlan.keeping(heads, *kept))
         if case.method == UNIFORM:
             return TrimPlan(heads=RolePlan(keep, heads).expected(blocks))
-        return TrimPlan(heads=(Shuffled if case.method == SHUFFLED else RolePlan)(keep, heads))
+        return TrimPlan(heads=FOUND[case.method](keep, heads))
 
     found = min(
         (plan(keep / 200) for keep in range(20, 200)), key=lambda p: _off(p, run, case.target)

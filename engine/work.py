@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from ..methods.attend import SAMPLED, pattern_pairs
+from ..methods.attend import pattern_pairs, sampled_queries
 from ..methods.cost import ROTARY_NUMBERS, WanShape, Width, Work, block_work, outside_flops
 from ..methods.grid import TokenGrid
 from ..methods.heads import FRAME, FULL, OFF, TILES
 from ..methods.importance import scoring_queries
-from ..methods.role_plan import CHOICES, measured_queries
+from ..methods.role_plan import CHOICES
 from .plan import TrimPlan
 from .program import KEPT, READ, SKIP, UPDATE, WRITE, Program, Row
 
@@ -72,7 +72,7 @@ def _row_work(shape, row: Row, program: Program, patterns, sizes) -> Work:
         pairs, cross_heads = _pairs(own, grid, counts, reads), cross.count(FULL)
         if program.heads.corrected and own.count(FULL) < len(own):
             # queries that attend to everything
-            few = grid.frames * min(SAMPLED, *counts)
+            few = sampled_queries(counts)
             pairs += len(own) * few * (row.tokens + extra)
     work = block_work(
         shape, row.tokens, extra, self_pairs=pairs, cross_heads=cross_heads, width=sizes
@@ -131,7 +131,7 @@ def _moving(shape: WanShape, rows: Sequence[Row], program: Program) -> int:
 
 def _measurement(shape: WanShape, grid: TokenGrid, sizes) -> Work:
     """What a block's heads lack in each pattern, at a few queries of one prompt."""
-    inner, queries = _inner(shape, sizes), measured_queries(grid)
+    inner, queries = _inner(shape, sizes), sampled_queries([grid.per_frame] * grid.frames)
     seen = sum(pattern_pairs(name, grid) for name in CHOICES) / grid.tokens
     # keys and values of tiles are taken out
     moved = 4 * grid.tokens * inner * len(TILES)

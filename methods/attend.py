@@ -18,7 +18,7 @@ from .importance import spread
 
 # q, k, v [b, s, n, d] -> [b, s, n, d], for any number of heads
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-# queries of each latent frame that tell what patterns leave out there
+# queries of each latent frame at most that tell what patterns leave out there
 SAMPLED = 8
 
 
@@ -86,7 +86,7 @@ class Layout:
         """int64 [frames * m], places of a few tokens of each latent frame among those that run."""
         if device not in self._sampled:
             counts = self.counts()
-            places = spread(counts, min(SAMPLED, *counts)) + self.grid.start
+            places = spread(counts, sampled_queries(counts) // len(counts)) + self.grid.start
             self._sampled[device] = places.to(device, non_blocking=True)
         return self._sampled[device]
 
@@ -101,15 +101,11 @@ class Layout:
             order = torch.arange(tokens) if groups.order is None else groups.order[0]
             apart = torch.arange(self.outside)
             apart = torch.where(apart < first, apart, apart + tokens)
-            self._few[pattern, device] = [
-                (
-                    torch.isin(self.sampled(cpu), own)
-                    .nonzero()[:, 0]
-                    .to(device, non_blocking=True),
-                    torch.cat([own, apart]).to(device, non_blocking=True),
-                )
-                for own in (order + first).split(groups.sizes)
-            ]
+            found = self._few[pattern, device] = []
+            for own in (order + first).split(groups.sizes):
+                mine = torch.isin(self.sampled(cpu), own).nonzero()[:, 0]
+                pair = mine, torch.cat([own, apart])
+                found.append(tuple(places.to(device, non_blocking=True) for places in pair))
         return self._few[pattern, device]
 
     def _group(self, pattern, counts, positions, first, device, offset: int = 0) -> Groups:
@@ -139,6 +135,11 @@ class Layout:
         group = group.to(device, non_blocking=True)
         order = by_tile.gather(1, group.argsort(stable=True).expand(len(by_tile), -1))
         return Groups(order + start, [sum(sizes) for sizes in zip(*parts, strict=True)])
+
+
+def sampled_queries(counts: Sequence[int]) -> int:
+    """Queries that tell what patterns leave out, as many of each latent frame's `counts` tokens."""
+    return len(counts) * min(SAMPLED, *counts)
 
 
 def _split(count: int, parts: int) -> list[int]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .attend import SAMPLED, Attention, Layout, attend_few, pattern_pairs
+from .attend import Attention, Layout, attend_few, pattern_pairs
 from .grid import TokenGrid
 from .heads import CHEAP, FULL, OFF, HeadPlan
 from .knapsack import choose
@@ -118,8 +118,3 @@ def measure_roles(
         lacks = (exact - given).unflatten(1, (layout.grid.frames, -1))
         found.append(lacks.var(2, correction=0).mean((0, 1, 3)).sqrt())
     return torch.stack(found, 1)
-
-
-def measured_queries(grid: TokenGrid) -> int:
-    """Queries of a measurement."""
-    return grid.frames * min(SAMPLED, grid.per_frame)

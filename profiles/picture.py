@@ -86,11 +86,10 @@ def draw_profile(profile: Profile, name: str = "") -> Image.Image:
     legend = ", ".join(f"{counts[name]} {name} ({colours[name]})" for name in ROLES)
     panels = [
         _panel("head roles", np.array([[ROLES[one] for one in heads] for heads in roles]), legend),
+        _panel("intra-slice ratio", *_heat(ratio, KEPT, whole=True)),
         _panel("importance, self-attention", *_heat(profile.importance("self"), TIME)),
         _panel("importance, cross-attention", *_heat(profile.importance("cross"), TIME)),
     ]
-    cells, spread = _heat(ratio, KEPT, whole=True)
-    panels.insert(1, _panel("intra-slice ratio", cells, spread))
     while panels:
         pair, panels = panels[:2], panels[2:]
         page, _ = canvas(pair[0].height + MARGIN)

@@ -1,31 +1,26 @@
 """Heads by roles that are found in the run, on real small models."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from wantrim.benchmarks.head_cases import Shuffled
+from wantrim.benchmarks.head_cases import Bare, Shuffled
+from wantrim.benchmarks.predicted import CARDS, HEADS, PIXEL_FRAMES, SHAPE, SIZES, video_grid
 from wantrim.benchmarks.subjects import toy_subject
 from wantrim.engine.plan import TrimPlan
 from wantrim.engine.program import Facts, compile_step, expected_programs
 from wantrim.engine.work import program_work
 from wantrim.hosts.diffusers.attach import attach
 from wantrim.hosts.diffusers.sample import sample
-from wantrim.methods.attend import Layout, attention_share, pattern_pairs
+from wantrim.methods.attend import Layout, attention_share, pattern_pairs, sampled_queries
 from wantrim.methods.cost import WanShape
 from wantrim.methods.grid import TokenGrid
 from wantrim.methods.heads import CHEAP, FRAME, FULL, OFF, HeadPlan
-from wantrim.methods.role_plan import (
-    RolePlan,
-    measure_roles,
-    measured_queries,
-    pattern_values,
-)
+from wantrim.methods.role_plan import RolePlan, measure_roles, pattern_values
 from wantrim.methods.shares import Shares
 from wantrim.report.figures import attention_left
 from wantrim.solve.dial import Dial, Run
+from wantrim.solve.floor import device_rates
 from wantrim.tests.small_wan import SIZE, noise, random_wan, words
 from wantrim.toy.worlds import SECOND
 
@@ -180,13 +175,6 @@ def test_heads_that_are_off_are_measured_as_those_that_run(wan, monkeypatch):
             assert (added > 0).all() and (added != found[0][block]).all()
 
 
-class Bare(RolePlan):
-    """The same patterns, uncorrected."""
-
-    def solved(self, shown, grid, num_blocks: int) -> HeadPlan:
-        return replace(super().solved(shown, grid, num_blocks), corrected=False)
-
-
 @pytest.fixture(scope="module")
 def second():
     return toy_subject(1, "cpu", SECOND, SECOND.four_step_lora)
@@ -250,10 +238,23 @@ def test_to_measure_costs_less_than_a_percent_of_a_step():
     assert 0 < added < 0.01 * dense.flops
     left = program_work(shape, second, plan).attention - added
     # what a few queries see that tell what the patterns lack
-    left -= 4 * measured_queries(grid) * grid.tokens * 5120 * 40
+    left -= 4 * 21 * 8 * grid.tokens * 5120 * 40
     # cross-attention is not trimmed
     own, cross = 4 * grid.tokens**2 * 5120 * 40, 4 * grid.tokens * 512 * 5120 * 40
     assert left == pytest.approx(0.5 * own + cross, rel=0.01)
+
+
+@pytest.mark.parametrize("prompts", [1, 2])
+@pytest.mark.parametrize("device", CARDS)
+@pytest.mark.parametrize("size", SIZES)
+def test_to_measure_takes_less_than_a_percent_of_a_steps_time(size, device, prompts):
+    rates, grid = device_rates(device), video_grid(SHAPE, *SIZES[size], PIXEL_FRAMES)
+    facts = Facts(1.0, 0.0, grid, SHAPE.num_blocks)
+    dense, measured = (
+        rates.seconds(program_work(SHAPE, compile_step(plan, facts), plan, prompts))
+        for plan in (TrimPlan(), TrimPlan(heads=RolePlan(0.5, HEADS)))
+    )
+    assert dense < measured < 1.01 * dense
 
 
 @pytest.mark.parametrize("steps", [4, 12])
@@ -276,4 +277,4 @@ def test_a_dial_counts_the_first_step_that_measures(steps):
 )
 def test_eight_tokens_of_each_latent_frame_measure(grid, queries):
     layout = Layout(grid, grid.tokens)
-    assert measured_queries(grid) == len(layout.sampled(torch.device("cpu"))) == queries
+    assert sampled_queries(layout.counts()) == len(layout.sampled(torch.device("cpu"))) == queries

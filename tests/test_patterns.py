@@ -9,6 +9,7 @@ from wantrim.benchmarks import patterns
 from wantrim.benchmarks.patterns import BUDGETS, NAMES, kept_by, masks_of, rows_of
 from wantrim.hosts.diffusers.weights import load_original
 from wantrim.kernels import frame_mass
+from wantrim.methods.attend import Layout
 from wantrim.methods.grid import TokenGrid
 from wantrim.methods.heads import CHEAP, FRAME
 from wantrim.toy.worlds import SECOND
@@ -30,6 +31,15 @@ def test_the_mask_of_a_frame_keeps_what_a_profile_measures():
     size = (GRID.frames, GRID.height, GRID.width)
     known = frame_mass(q, k, size, everything).mean(0)
     torch.testing.assert_close(within[:, CHEAP.index(FRAME)], known, rtol=1e-4, atol=1e-5)
+
+
+def test_the_mask_of_a_tile_is_its_groups_where_they_divide_the_picture():
+    grid = TokenGrid(3, 4, 6)
+    mask, seen = masks_of(grid)[0]["tile2"], torch.zeros(grid.tokens, grid.tokens, dtype=torch.bool)
+    groups, _ = Layout(grid, grid.tokens).groups("tile2", torch.device("cpu"))
+    for tokens in groups.order[0].split(groups.sizes):
+        seen[tokens[:, None], tokens] = True
+    assert torch.equal(mask, seen) and len(groups.sizes) == 4
 
 
 def test_masks_by_hand():

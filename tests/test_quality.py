@@ -30,7 +30,9 @@ from wantrim.benchmarks.cases import (
     solve_plan,
 )
 from wantrim.benchmarks.head_cases import (
+    BARE,
     BESIDE,
+    FOUND,
     HEADS,
     ONLINE,
     PARE,
@@ -101,10 +103,12 @@ def test_heads_come_to_the_target_by_another_way_each(bench, method):
     plan = head_plan(Case(method, target), made.sampling, made._record_profile)
     assert 1 / made.sampling.speedup(plan) == pytest.approx(target, abs=0.02)
     assert plan.trims_heads and plan.trims_shares == (method == BESIDE)
-    assert plan.finds_roles == (method in (ONLINE, SHUFFLED, BESIDE))
+    assert plan.finds_roles == (method in (*FOUND, BESIDE))
     with made.trimmed(plan)() as attachment:
         made.sample(made.items[0])
-        heads = attachment.engine.record.steps[-1].program.heads.self_attention
+        ran = attachment.engine.record.steps[-1].program.heads
+    assert ran.corrected == (method not in (BARE, PARE))
+    heads = ran.self_attention
     counts = {sum(name == "full" for name in own) for own in heads}
     if method == PARE:
         # it takes equally many of every block
@@ -348,7 +352,7 @@ def test_another_world_has_its_own_model_points_and_subset(monkeypatch, tmp_path
         ("dense", 1.0), ("fewer_steps", 0.67), (DEFAULT, 0.67), ("easycache", 0.67),
     }  # fmt: skip
     heads = head_cases(20)
-    assert len(quality.selected(full, full.points[1])) == 1 + 4 * len(METHODS) + len(heads) == 61
+    assert len(quality.selected(full, full.points[1])) == 1 + 4 * len(METHODS) + len(heads) == 63
     assert not head_cases(50)
     subject = quality.load_subject(fast, fast.points[1])
     assert subject.name == "tiny_wan_2" and subject.size == (5, 24, 24)

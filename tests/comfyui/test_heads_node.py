@@ -99,12 +99,13 @@ def test_the_papers_rule_needs_a_profile(model):
         heads(model, None, 0.3, "paper")
 
 
-def test_tokens_and_heads_nodes_in_both_orders(model, profile):
+@pytest.mark.parametrize("method", METHODS)
+def test_tokens_and_heads_nodes_in_both_orders(model, profile, method):
     def tokens(m):
         return WanTrimTokens.execute(m, 0.3, 0.0, 1.0, {"preset": "paper"}).result[0]
 
-    one = heads(tokens(model), profile, 0.3, "paper")[0]
-    other = tokens(heads(model, profile, 0.3, "paper")[0])
+    one = heads(tokens(model), profile, 0.3, method)[0]
+    other = tokens(heads(model, profile, 0.3, method)[0])
     assert torch.equal(sample(one), sample(other))
     assert attachment_of(one).plan == attachment_of(other).plan
 

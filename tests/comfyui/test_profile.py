@@ -146,7 +146,7 @@ def test_figures_are_those_of_the_modules(kind):
 
 
 @pytest.mark.parametrize("kind", ["t2v", "fun"])
-def test_mass_is_that_of_the_attentions_own_queries_and_keys(kind):
+def test_the_ratio_is_that_of_the_attentions_own_queries_and_keys(kind):
     model, given = tiny.base_model(kind), tiny.case(kind)
     profile = recorded(model, given, steps=1)
     grid = TokenGrid(*profile.runs[0]["grid"])

@@ -225,6 +225,22 @@ def test_heads_of_both_experts_and_their_report(server, pair):
     assert said.count(AS_PLANNED) == 2
     assert not torch.equal(latent_of(server, entry), latent_of(server, pair))
 
+    # without profiles: each expert's first step shows it, and the second runs by it
+    for name in EXPERTS:
+        found = {"model": prompt[f"{name} heads"]["inputs"]["model"], "method": "demote"}
+        prompt[f"{name} heads"] = node("WanTrimHeads", prune_ratio=0.4, **found)
+        del prompt[f"{name} profile"]
+    entry = done(server, prompt)
+    assert left(texts(entry)) == pytest.approx([60.0, 60.0], abs=10.0)
+    assert texts(entry).count(AS_PLANNED) == 2
+    assert not torch.equal(latent_of(server, entry), latent_of(server, pair))
+
+
+def test_a_profile_of_the_other_expert_is_refused(server, pair):
+    prompt = sampled_pair("high heads", "low heads")
+    for name, file in EXPERTS.items():
+        prompt |= with_lora(file, f"{name} ")
+        prompt |= chain(f"{name} lora", {f"{name} heads": heads(f"{name} profile")})
     for name, other in (("high", "low"), ("low", "high")):
         swapped = needed_by(prompt, f"{name} heads") | {f"{name} profile": load_profile(other)}
         swapped["say"] = node("PreviewAny", source=[f"{name} heads", 1])
