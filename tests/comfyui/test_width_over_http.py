@@ -242,7 +242,7 @@ def test_a_profile_of_the_other_expert_is_refused(server, pair):
         prompt |= with_lora(file, f"{name} ")
         prompt |= chain(f"{name} lora", {f"{name} heads": heads(f"{name} profile")})
     for name, other in (("high", "low"), ("low", "high")):
-        swapped = needed_by(prompt, f"{name} heads") | {f"{name} profile": load_profile(other)}
+        swapped = needed_by(prompt | {f"{name} profile": load_profile(other)}, f"{name} heads")
         swapped["say"] = node("PreviewAny", source=[f"{name} heads", 1])
         entry = server.run(swapped)
         assert entry["status"]["status_str"] == "error"
