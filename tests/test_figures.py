@@ -1,13 +1,16 @@
 """Figures in sentences: each is that of a row of the results."""
 
 import csv
+import math
 import re
 from itertools import product
+from statistics import mean
 
 import pytest
 
 from wantrim.benchmarks import predicted
 from wantrim.benchmarks.calibration import middle
+from wantrim.benchmarks.table import RESULTS, read_rows
 from wantrim.demo.anatomy import NEAR, SPATIAL
 from wantrim.hosts.diffusers.sample import sigmas_for
 from wantrim.solve.dial import Dial, Run
@@ -33,7 +36,9 @@ FOUR = {
     "model": "tiny_wan_2_4_steps_lora", "steps": "4", "target": "0.75", "prompts": "12",
 }  # fmt: skip
 TWENTY = {"model": "tiny_wan_2", "steps": "20", "prompts": "12"}
-HEADS = ("heads", "heads_shuffled", "heads_uniform", "heads_profiled", "pare_heads")
+HEADS = (
+    "heads", "heads_bare", "heads_shuffled", "heads_uniform", "heads_profiled", "pare_heads",
+)  # fmt: skip
 BESIDE = [
     *(("t2v", method) for method in ("default", "mag_cache", "fewer_steps")),
     *(("i2v", method) for method in ("default", "easycache", "fewer_steps")),
@@ -109,8 +114,8 @@ FIGURES = [
     ),
     (
         "benchmarks/README.md",
-        "keep {:.1f} dB in text to video and {:.1f} in image to video at 0.75 in 4 steps (shuffled {:.1f} "
-        "and {:.1f}, uniform {:.1f} and {:.1f}, by a profile {:.1f} and {:.1f}, PARE's {:.1f} and {:.1f}), "
+        "keep {:.1f} dB in text to video and {:.1f} in image to video at 0.75 in 4 steps ({:.1f} and {:.1f} "
+        "uncorrected, shuffled {:.1f} and {:.1f}, uniform {:.1f} and {:.1f}, by a profile {:.1f} and {:.1f}, PARE's {:.1f} and {:.1f}), "
         "at 0.67 in 20 steps {:.1f} and {:.1f} (shuffled {:.1f} and {:.1f})",
         [
             *(
@@ -120,7 +125,7 @@ FIGURES = [
             ),
             *(
                 ("quality", TWENTY | {"target": "0.67", "task": task, "method": name}, "psnr_db", 1)
-                for name in HEADS[:2]
+                for name in ("heads", "heads_shuffled")
                 for task in ("t2v", "i2v")
             ),
         ],
@@ -285,6 +290,30 @@ def test_how_far_the_toys_are_off_is_that_of_the_calibration(root):
     assert len(caches) == 6 and said in page
     steps = [one for (_, method), found in off.items() if method == "fewer_steps" for one in found]
     assert len(steps) == 4 and f"({min(steps):.0f} to {max(steps):.0f} dB above:" in page
+
+
+@pytest.mark.parametrize("language", ["en", "zh", "ja"])
+def test_what_the_page_of_heads_says_of_the_bench_is_in_the_rows(root, language):
+    rows = read_rows(RESULTS / "quality.csv")
+    made = {
+        (r["method"], r["task"], r["steps"], r["target"]): float(r["psnr_db"])
+        for r in rows
+        if r["model"].startswith("tiny_wan_2") and "heads" in r["method"]
+    }
+
+    def apart(other: str) -> list[float]:
+        pairs = [
+            (made.get(("heads", *key)), value) for (m, *key), value in made.items() if m == other
+        ]
+        return [ours - value for ours, value in pairs if ours is not None]
+
+    page = (root / f"web/docs/WanTrimHeads/{language}.md").read_text("utf-8")
+    said = re.findall(r"(\d+) (?:(?:to|到|から) (\d+) )?dB", page)
+    numbers = [int(number) for pair in said for number in pair if number]
+    given_back, by_profile = apart("heads_bare"), apart("heads_profiled")
+    assert len(given_back) == 2 and len(by_profile) == 3
+    wanted = [math.floor(min(by_profile)), math.ceil(max(by_profile)), round(mean(given_back))]
+    assert numbers == wanted, (numbers, by_profile, given_back)
 
 
 def test_the_heads_of_the_second_tiny_wan_are_counted(root):
