@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
 
@@ -26,6 +27,8 @@ OUT_OF_MEMORY = (
     "repeated from there on"
 )
 
+
+T = TypeVar("T")
 
 # never a graph of their own
 _gather, _scatter = torch.compiler.disable(gather_tokens), torch.compiler.disable(scatter_tokens)
@@ -89,18 +92,22 @@ class Call:
         # the other calls of a step do the same work
         self.first = state.step.calls == 1
         self.rows = self._own_rows()
+        # tokens of the whole sequence
+        self._length = 0
+        # the host's, for blocks that are handed none
+        self.options: dict = {}
+        self._start()
+
+    def _start(self) -> None:
+        """Nothing came through the blocks yet."""
         self._places: dict[int, Places] = {}
         self.current: Selection | None = None
         # the full sequence while only kept tokens go from block to block
         self._full: torch.Tensor | None = None
         # what the choosing block gave, where nobody else has it
         self._made: torch.Tensor | None = None
-        # tokens of the whole sequence
-        self._length = 0
         # whether a block really ran on a part of the tokens
         self._left_out = False
-        # the host's, for blocks that are handed none
-        self.options: dict = {}
 
     def _own_rows(self) -> tuple[Row, ...]:
         """The program's rows; all whole where a prompt of this call has nothing to repeat."""
@@ -108,9 +115,11 @@ class Call:
         held = not program.partial or part.has_context(self.keys)
         if program.share == 1.0 or (held and part.known(self.keys)):
             return program.rows
-        self.shared.record.note(
-            "a prompt came that had nothing to repeat yet: it was computed in full beside the others"
-        )
+        if not self.shared.memory.lost:
+            self.shared.record.note(
+                "a prompt came that had nothing to repeat yet: it was computed in full beside the "
+                "others"
+            )
         later = any(row.context == UPDATE for row in program.rows)
         row = Row(ALL, self.grid.tokens, context=WRITE if later else "")
         return (row,) * len(program.rows)
@@ -131,6 +140,30 @@ class Call:
     def touches_blocks(self) -> bool:
         """False when this call's blocks run as they are: then the host's model runs untouched."""
         return not all(row.untouched for row in self.rows)
+
+    def run(self, model: Callable[[], T]) -> T:
+        """What the model gives; without keys and values once more where they left it no memory."""
+        try:
+            return model()
+        except torch.OutOfMemoryError:
+            if not self.shared.memory.holds_context:
+                raise
+        # behind the handler, which keeps what the failed call had made
+        self._lose_context()
+        return model()
+
+    def _lose_context(self) -> None:
+        """Begin anew, without what was remembered of keys and values."""
+        self.shared.memory.lose_context()
+        self.shared.record.note(OUT_OF_MEMORY)
+        state = self.state
+        program = state.step.program.without_context()
+        if self.first:
+            state.step.program = program
+            for seen in (state.rows, state.choices, state.selections, state.shown):
+                seen.clear()
+        self.rows = program.rows
+        self._start()
 
     def repeated(self) -> torch.Tensor:
         """The velocities of a step that computes nothing [b, c, f, h, w]."""

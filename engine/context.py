@@ -57,6 +57,10 @@ class Context:
     def read(self, block: int) -> Packed:
         return self.blocks[block]
 
+    @property
+    def bytes(self) -> int:
+        return sum(piece.nbytes for pieces in self.blocks.values() for piece in pieces)
+
     def clear(self) -> None:
         self.blocks.clear()
 
@@ -195,6 +199,10 @@ class ContextInRam:
     def clear(self) -> None:
         self.blocks.clear()
         self.lane.forget(self)
+
+    @property
+    def bytes(self) -> int:
+        return len(self.blocks) * self._bytes
 
     @property
     def _bytes(self) -> int:

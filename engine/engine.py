@@ -331,6 +331,7 @@ class Engine(Shared):
         if state is None:
             return
         state.step.seconds = now - self._began
+        self.record.context_bytes = max(self.record.context_bytes, self.memory.context_bytes)
         rows, planned = [], state.step.program.rows
         self._asked |= bool(state.rows)
         # a cache does not answer before anything ran

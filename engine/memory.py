@@ -346,15 +346,29 @@ class Memory:
             for key in [k for k, part in self.parts.items() if part.sigma not in recent]:
                 self.parts.pop(key).clear()
         part = self.parts.setdefault(window, Part(self.room, self._lane))
-        # room was found for one
-        if not (self.lost or part.holds_context) and self.holds_context and not self.room.more():
-            self.lose_context()
+        if not (self.lost or part.holds_context) and self._is_full:
+            # room was found for one: first goes what may be over, a prompt's or a window's
+            for other in self.parts.values():
+                if other.sigma != sigma:
+                    other.forget_context()
+            if self._is_full:
+                self.lose_context()
         return part
+
+    @property
+    def _is_full(self) -> bool:
+        return self.holds_context and not self.room.more()
 
     @property
     def holds_context(self) -> bool:
         """Whether keys and values of any block are there."""
         return any(part.holds_context for part in self.parts.values())
+
+    @property
+    def context_bytes(self) -> int:
+        """What all keys and values take."""
+        prompts = (prompt for part in self.parts.values() for prompt in part.prompts.values())
+        return sum(prompt.context.bytes for prompt in prompts if prompt.context is not None)
 
     def lose_context(self, held: bool = False) -> None:
         """Do without keys and values from here on.

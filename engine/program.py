@@ -97,6 +97,17 @@ class Program:
         """Whether the host's model may run without us: neutral is every row is all."""
         return all(row.untouched for row in self.rows)
 
+    def without_context(self) -> Program:
+        """The same where no keys and values can be remembered: what attends to them is whole."""
+        rows = tuple(replace(row, context="") for row in self.rows)
+        if not self.partial:
+            return replace(self, rows=rows)
+        tokens = self.grid.tokens
+        rows = tuple(
+            row if row.run == SKIP else replace(row, run=ALL, tokens=tokens) for row in rows
+        )
+        return replace(self, rows=rows, budget=self.grid.per_frame, share=1.0)
+
 
 @dataclass(frozen=True)
 class Facts:
@@ -145,7 +156,7 @@ MIXED = "prompts of different areas of the picture came in one model call: all t
 ALL_GIVEN = "every latent frame is given and anchored: all tokens were computed"
 NOT_REMEMBERED = (
     "after the first steps nothing was remembered for a part of the video (context windows that "
-    "move, or prompts that came anew): all its tokens were computed"
+    "move, prompts that came anew, or LoRAs whose strength changes): all its tokens were computed"
 )
 NO_CONTEXT = (
     "the keys and values of left out tokens were not remembered: steps that were to compute a part "

@@ -148,6 +148,7 @@ class Record:
         both: `asked` is of two experts, of which this run is one.
         seconds: of the whole run, also when nothing was trimmed.
         context: where keys and values of left out tokens were remembered, in words.
+        context_bytes: that they took at most.
         shape: of the model, for the cost model; None when the host cannot tell it.
         width: of a slim model, whose `shape` is the full one's.
         device: torch's name for it; empty for one without.
@@ -168,6 +169,7 @@ class Record:
     finished: bool = False
     seconds: float = 0.0
     context: str | None = None
+    context_bytes: int = 0
     shape: WanShape | None = None
     width: Width | None = None
     device: str = ""
@@ -191,6 +193,14 @@ class Record:
     def of(self, step: Step) -> Record:
         """The run that a step is of."""
         return next((part for part in self.parts if step in part.steps), self)
+
+    @property
+    def held(self) -> str | None:
+        """What was remembered of left out tokens, in words."""
+        if self.context is None:
+            return None
+        gigabytes = f"{self.context_bytes / 1e9:.2g} GB"
+        return f"keys and values of left out tokens, {gigabytes} {self.context}"
 
     def note(self, text: str) -> None:
         """Say once what did not happen and why."""
@@ -239,5 +249,6 @@ def join_records(records: Sequence[Record]) -> Record:
         seconds=sum(record.seconds for record in records),
         missed=any(record.missed for record in records),
         context=next((record.context for record in records if record.context), None),
+        context_bytes=max(record.context_bytes for record in records),
         parts=tuple(part for record in records for part in record.parts or (record,)),
     )

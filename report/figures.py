@@ -201,7 +201,7 @@ def report_json(record: Record) -> dict:
         "finished": record.finished,
         "seconds": record.seconds,
         "attention_share": attention_left(record),
-        "context": record.context,
+        "context": record.held,
         "token_work": record.kept_share if record.steps else None,
         "flops_share": mean_work(record),
         "reference": whole,

@@ -72,7 +72,7 @@ def record_text(record: Record) -> str:
     unit = "call" if record.by_calls else "step"
     # before the rest: a long run would push them out of sight
     lines += ["", *remarks, "", f"Plan: {record.planned}."]
-    lines += [] if record.context is None else [f"Context: {record.context}."]
+    lines += [] if record.held is None else [f"Context: {record.held}."]
     lines += [*speed_lines(record), "", f"{unit}  sigma   work  seconds  computed"]
     for number, step in enumerate(record.steps, 1):
         work = step_work(record, step)

@@ -12,7 +12,7 @@ from wantrim.engine.call import OUT_OF_MEMORY
 from wantrim.engine.engine import COND, UNCOND, Engine
 from wantrim.engine.memory import Prompt
 from wantrim.engine.plan import TrimPlan
-from wantrim.engine.program import KEPT, MIXED, NOT_REMEMBERED, SKIP
+from wantrim.engine.program import KEPT, MIXED, NO_CONTEXT, NOT_REMEMBERED, SKIP
 from wantrim.engine.record import Record
 from wantrim.hosts.diffusers.attach import attach
 from wantrim.hosts.diffusers.weights import load_original
@@ -561,6 +561,80 @@ def test_out_of_memory_a_run_goes_on_without_context(wan, monkeypatch, at):
     done = [step.kept_share for step in record.steps]
     # the step in which it happened is done with what there is
     assert done == [1, 1, 5 / 12 if at > 20 else 1, 1, 0, 1]
+
+
+def plant(monkeypatch, wan, where: str, at: int, times: int = 1) -> None:
+    """Memory runs out in the fourth block's calls from `at` on, so many times."""
+    count = iter(range(10_000))
+
+    def short():
+        if at <= next(count) < at + times:
+            raise torch.OutOfMemoryError("planted")
+
+    if where == "join":
+        join = memory.Part.join
+
+        def joined(self, keys, block, *args):
+            if block == 3:
+                short()
+            return join(self, keys, block, *args)
+
+        monkeypatch.setattr(memory.Part, "join", joined)
+        return
+    ffn = wan.blocks[3].ffn
+    forward = ffn.forward
+
+    def planted(hidden):
+        short()
+        return forward(hidden)
+
+    monkeypatch.setattr(ffn, "forward", planted)
+
+
+def shared(*values) -> TrimPlan:
+    return TrimPlan(shares=Shares(SIGMAS, values))
+
+
+@pytest.mark.parametrize(
+    ("where", "at", "done"),
+    [
+        ("ffn", 1, (1, 1, 1, 1, 0, 1)),
+        ("ffn", 2, (1, 1, 1, 1, 0, 1)),
+        ("ffn", 3, (1, 1, 0.4, 1, 0, 1)),
+        ("join", 0, (1, 1, 1, 1, 0, 1)),
+        ("join", 1, (1, 1, 0.4, 1, 0, 1)),
+    ],
+)
+def test_what_has_no_memory_beside_the_context_runs_again_without_it(
+    wan, monkeypatch, where, at, done
+):
+    right, _ = run(wan, shared(*done))
+    plant(monkeypatch, wan, where, at)
+    found, record = run(wan, shared(1, 1, 0.4, 0.3, 0, 0.4))
+    assert OUT_OF_MEMORY in record.notes
+    assert not any("as planned" in note or "nothing to repeat" in note for note in record.notes)
+    assert [step.program.share for step in record.steps] == list(done)
+    # as if it had been planned so
+    assert same((found,), (right,))
+
+
+def test_of_a_step_that_was_begun_the_prompts_that_ran_stay(wan, monkeypatch):
+    partly = shared(1, 1, 0.4, 0.3, 0, 0.4)
+    whole, part = (run(wan, plan, split=(2,))[0] for plan in (shared(1, 1, 1, 1, 0, 1), partly))
+    plant(monkeypatch, wan, "ffn", 3)
+    found, record = run(wan, partly, split=(2,))
+    assert torch.equal(found[2][0], part[2][0]) and torch.equal(found[2][1], whole[2][1])
+    assert [step.kept_share for step in record.steps] == [1, 1, 5 / 12, 1, 0, 1]
+    assert record.notes == [OUT_OF_MEMORY, NO_CONTEXT]
+
+
+@pytest.mark.parametrize(
+    ("values", "times"), [((1, 1, 0.4, 0.4, 0, 1), 2), ((1, 1, 1, 0, 0, 1), 1)]
+)
+def test_what_has_no_memory_without_the_context_either_fails(wan, monkeypatch, values, times):
+    plant(monkeypatch, wan, "ffn", 2, times)
+    with pytest.raises(torch.OutOfMemoryError, match="planted"):
+        run(wan, shared(*values))
 
 
 # skipped blocks

@@ -12,6 +12,7 @@ from wantrim.benchmarks import predicted
 from wantrim.benchmarks.calibration import middle
 from wantrim.benchmarks.table import RESULTS, read_rows
 from wantrim.demo.anatomy import NEAR, SPATIAL
+from wantrim.engine.context import context_bytes
 from wantrim.hosts.diffusers.sample import sigmas_for
 from wantrim.solve.dial import Dial, Run
 from wantrim.solve.floor import device_rates
@@ -323,6 +324,26 @@ def test_the_heads_of_the_second_tiny_wan_are_counted(root):
     near = sum(abs(ratio - 1 / 5) < NEAR for ratio in ratios)
     said = f"Of its {len(ratios)} heads {spatial} are spatial, {near} nearly uniform"
     assert said in (root / "benchmarks" / "README.md").read_text("utf-8")
+
+
+# blocks, heads, and latent frames times tokens a frame of the sizes that the page names
+HELD = {
+    ("1.3B", 30, 12): (("480p", 21 * 1560), ("720p", 21 * 3600)),
+    ("5B", 30, 24): (("832x480", 31 * 390), ("1280x704", 31 * 880)),
+    ("14B", 40, 40): (("480p", 21 * 1560), ("720p", 21 * 3600)),
+}
+
+
+@pytest.mark.parametrize("language", ["en", "zh", "ja"])
+def test_what_the_context_takes_is_what_the_code_says(root, language):
+    page = (root / f"web/docs/WanTrim/{language}.md").read_text("utf-8")
+    for (model, blocks, heads), sizes in HELD.items():
+        for size, tokens in sizes:
+            (line,) = (row for row in page.splitlines() if re.match(rf"\| {model}\W+{size}\W", row))
+            said = [float(number) for number in re.findall(r"(\d+\.\d)(?= /| GB)", line)]
+            one = [context_bytes(blocks, tokens, heads, 128, bits) / 1e9 for bits in (8, 4)]
+            wanted = [number * prompts for number in one for prompts in (1, 2)]
+            assert said == pytest.approx(wanted, abs=0.05 + 1e-9)
 
 
 def test_what_has_to_be_remembered_is_what_the_plans_of_14b_need(root):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -279,9 +280,9 @@ def _diffusion_model(executor, *args, **kwargs):
         plain = bare(options, (KEY, SESSION_KEY))
         if plain is not None:
             with resumed():
-                out = given.run(compiled.whole, plain)
-            if call is None:
-                return out
+                if call is None:
+                    return given.run(compiled.whole, plain)
+                out = call.run(partial(given.run, compiled.whole, plain))
             if call.first:
                 call.state.reached = True
             return call.output(out)
@@ -293,11 +294,11 @@ def _diffusion_model(executor, *args, **kwargs):
     run.reached = False
     try:
         with resumed():
-            out = given.run(executor, options)
+            if call is None:
+                return given.run(executor, options)
+            out = call.run(partial(given.run, executor, options))
     finally:
         run.call = run.replaced = None
-    if call is None:
-        return out
     if call.first:
         call.state.reached = run.reached
     return call.output(out)

@@ -88,7 +88,7 @@ class Wish:
     Args:
         plan: what other nodes decided.
         place: where keys and values may be kept, name in `PLACES`.
-        prompts: 2 with guidance, 1 without.
+        prompts: of each kind that a step runs, how many there are: two kinds with guidance.
         width: of a slim model.
         earlier: what was sampled of the same video before, in order.
         patcher: the model; None is not known.
@@ -100,7 +100,7 @@ class Wish:
     plan: TrimPlan
     place: str
     shift: float
-    prompts: int
+    prompts: list[int]
     width: Width | None = None
     earlier: Sequence[Run] = ()
     patcher: object = None
@@ -146,7 +146,7 @@ class Wish:
         announced = tuple(announced[place_of(announced[:-1], level) :])
         shape = full_shape(dm, given.text_tokens, clip_tokens(dm, given.clip_fea))
         # of a batch of videos, and all prompts, however the host splits them
-        rows = max(len(given.x), len(given.x) // max(1, len(given.roles)) * self.prompts)
+        rows = max(len(given.x), len(given.x) // max(1, len(given.roles)) * sum(self.prompts))
         sizes = (
             shape.num_blocks,
             grid.start + grid.tokens,
@@ -170,7 +170,7 @@ class Wish:
             grid,
             announced,
             self.shift,
-            self.prompts,
+            len(self.prompts),
             frames if any(frames) else None,
             starts_given(dm, frames),
             self.width,
@@ -188,10 +188,7 @@ class Wish:
             # also for parts that are solved for on the way
             engine.memory.room = room
             where = "in RAM" if (room.device or device).type == "cpu" else "on the GPU"
-            context = (
-                f"keys and values of left out tokens, {needed(room.bits) / 1e9:.2g} GB {where} "
-                f"({room.bits} bit)"
-            )
+            context = f"{where} ({room.bits} bit)"
 
         def told(solved: Solved) -> None:
             whose = "sampler" if self.dial.expert is None else "expert"

@@ -192,11 +192,19 @@ def conds_of(guider) -> dict:
     return as_dict(getattr(guider, "conds", None))
 
 
-def prompts_of(guider) -> int:
-    """How many prompts each step runs: 2 with guidance, 1 without."""
+def prompts_of(guider) -> list[int]:
+    """Of the prompts that each step runs, positive and negative or one, how many there are at once."""
     skips_negative = not guider.model_options.get("disable_cfg1_optimization", False)
     cfg = getattr(guider, "cfg", 0.0)
+    found = [_at_once(one) for one in conds_of(guider).values() if one is not None and len(one) > 0]
     # some packs give a list of numbers, one for each step
     if skips_negative and isinstance(cfg, int | float) and math.isclose(cfg, 1.0):
-        return 1
-    return max(1, sum(one is not None and len(one) > 0 for one in conds_of(guider).values()))
+        found = found[:1]
+    return found or [1]
+
+
+def _at_once(entries) -> int:
+    """Combined prompts, of areas or of one picture; those of different parts of the run take turns."""
+    given = [as_dict(one) for one in entries]
+    spans = [(one.get("start_percent", 0.0), one.get("end_percent", 1.0)) for one in given]
+    return max(1, max(sum(one <= at < end for one, end in spans) for at, _ in spans))

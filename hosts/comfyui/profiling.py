@@ -216,7 +216,7 @@ def _outer_sample(executor, *args, **kwargs):
     plan = attachment_of(guider.model_patcher)
     if plan is not None and not plan.neutral:
         about["plan"] = plan.describe()
-    run = _Run(attachment.calibrate, about, prompts_of(guider), "plan" not in about)
+    run = _Run(attachment.calibrate, about, len(prompts_of(guider)), "plan" not in about)
     wrappers = options_in(guider.model_options).get("wrappers", {})
     if COMPILE_KEY in wrappers.get(WrappersMP.APPLY_MODEL, {}):
         run.notes.append("torch.compile: the recorded run was not compiled")

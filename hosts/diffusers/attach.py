@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from diffusers import WanTransformer3DModel
@@ -151,7 +152,8 @@ class _ModelHook(ModelHook):
             return _in_their_form(call.repeated(), args, kwargs)
         a.call = call if call.touches_blocks else None
         try:
-            out = self.fn_ref.original_forward(hidden_states, timestep, *args, **kwargs)
+            forward = self.fn_ref.original_forward
+            out = call.run(partial(forward, hidden_states, timestep, *args, **kwargs))
         finally:
             a.call = None
         if isinstance(out, tuple):

@@ -23,6 +23,8 @@ from wantrim.tests.comfyui.put import (
 from wantrim.tests.comfyui.test_heads import heads
 from wantrim.tests.comfyui.test_memory import windows
 
+# bytes that a prompt's keys and values take: of each block and head 12 numbers and a scale
+PROMPT = 2 * tiny.LAYERS * tiny.FRAMES * tiny.PER_FRAME * tiny.HEADS * (tiny.DIM // tiny.HEADS + 2)
 GPU, RAM, MPS = torch.device("cuda", 0), torch.device("cpu"), torch.device("mps")
 
 
@@ -49,11 +51,9 @@ def partly(model, **inputs):
 
 def test_the_record_says_where_the_context_lives(monkeypatch):
     patched = partly(tiny.base_model())
-    tokens = tiny.FRAMES * tiny.PER_FRAME
-    # two prompts; keys and values of each block and head, 12 numbers and a scale
-    size = 2 * 2 * tiny.LAYERS * tokens * tiny.HEADS * (tiny.DIM // tiny.HEADS + 2)
+    size = 2 * PROMPT
     said = "keys and values of left out tokens, {:.2g} GB in RAM ({} bit)"
-    assert tiny.report_of(patched).context == said.format(size / 1e9, 8)
+    assert tiny.report_of(patched).held == said.format(size / 1e9, 8)
     assert f"Context: {said.format(size / 1e9, 8)}." in record_text(tiny.report_of(patched))
     seen = set().union(*rows(patched))
     assert WRITE in seen and seen & {READ, UPDATE}
@@ -71,7 +71,7 @@ def test_the_record_says_where_the_context_lives(monkeypatch):
         patched = partly(tiny.base_model())
         if bits:
             gigabytes = size * (1 if bits == 8 else 8 / 14) / 1e9
-            assert tiny.report_of(patched).context == said.format(gigabytes, bits)
+            assert tiny.report_of(patched).held == said.format(gigabytes, bits)
             assert asked(patched) == expected
         else:
             assert tiny.report_of(patched).context is None
@@ -153,9 +153,7 @@ def test_room_is_found_for_every_prompt_of_every_video(batch, monkeypatch):
         if split:
             monkeypatch.setattr(ModelPatcher, "get_free_memory", lambda self, device: 0)
         tiny.ksampler(dialled(tiny.base_model(), speedup=1.3), tiny.case(batch=batch), steps=6)
-    tokens = tiny.FRAMES * tiny.PER_FRAME
-    row = 2 * tiny.LAYERS * tokens * tiny.HEADS * (tiny.DIM // tiny.HEADS + 2)
-    assert asked_for == [2 * batch * row] * 2
+    assert asked_for == [2 * batch * PROMPT] * 2
     shape = (2 * batch, *tiny.empty_latent(batch=batch).shape[1:])
     assert own == [tiny.base_model().model.memory_required(shape)] * 2 and own[0] > 0
 
@@ -193,6 +191,63 @@ def test_the_cpu_as_place_of_the_context_is_the_cpu():
     assert torch.equal(tiny.ksampler(patched, steps=6), tiny.ksampler(near, steps=6))
 
 
+def turns(*spans: tuple[float, float]) -> list:
+    """Prompts that are combined, each for a part of the run."""
+    return [
+        [words, {"start_percent": start, "end_percent": end}]
+        for number, (start, end) in enumerate(spans)
+        for words, _ in tiny.text(20 + number)
+    ]
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["batched", "split"])
+@pytest.mark.parametrize(
+    ("spans", "prompts"),
+    [(((0.0, 1.0),) * 3, 4), (((0.0, 0.5), (0.5, 1.0)), 2), (((0.0, 0.6), (0.5, 1.0)), 3)],
+    ids=["combined", "in turn", "overlapping"],
+)
+def test_room_is_looked_for_for_all_prompts_at_a_time(monkeypatch, split, spans, prompts):
+    asked_for, given = [], tiny.case()
+    monkeypatch.setattr(given, "positive", turns(*spans))
+
+    def noted(place, device, needed, *_):
+        asked_for.append(needed(8))
+        return Room(None, 8)
+
+    monkeypatch.setattr(dial, "find_room", noted)
+    if split:
+        monkeypatch.setattr(ModelPatcher, "get_free_memory", lambda self, device: 0)
+    patched = dialled(tiny.base_model(), speedup=1.3)
+    tiny.ksampler(patched, given, steps=6)
+    assert asked_for == [prompts * PROMPT]
+    if spans[0] == (0.0, 1.0):
+        # and so many were there
+        assert tiny.report_of(patched).context_bytes == asked_for[0]
+
+
+def test_the_record_says_what_all_windows_held():
+    patched = windows(dialled(tiny.base_model(), speedup=1.3))
+    tiny.sample(patched, tiny.case(frames=7), steps=6)
+    record = tiny.report_of(patched)
+    assert record.context and any(step.program.partial for step in record.steps)
+    # of all windows, two prompts each
+    frames = sum(step.grid.frames for step in record.steps if step.sigma == record.steps[0].sigma)
+    assert frames > 7 and record.context_bytes == 2 * PROMPT * frames // tiny.FRAMES
+    assert f"{record.context_bytes / 1e9:.2g} GB" in record_text(record)
+
+
+def test_a_prompt_whose_turn_is_over_makes_room_for_the_next(monkeypatch):
+    monkeypatch.setattr(dial, "find_room", lambda *_: Room(None, 8, lambda: False))
+    given = tiny.case()
+    monkeypatch.setattr(given, "positive", turns((0.0, 0.45), (0.45, 1.0)))
+    patched = dialled(tiny.base_model(), speedup=1.15, dense_first_steps=1)
+    tiny.ksampler(patched, given, steps=10)
+    assert not any("not enough memory" in note for note in notes(patched))
+    assert tiny.report_of(patched).context_bytes == 2 * PROMPT
+    parts = [step.program.partial for step in tiny.report_of(patched).steps]
+    assert any(parts)
+
+
 @pytest.mark.parametrize("partial", [False, True], ids=["whole step", "partial step"])
 @pytest.mark.parametrize("put_heads", [False, True], ids=["", "heads"])
 def test_out_of_memory_while_remembering_costs_the_context_alone(monkeypatch, partial, put_heads):
@@ -217,3 +272,44 @@ def test_out_of_memory_while_remembering_costs_the_context_alone(monkeypatch, pa
     monkeypatch.undo()
     again = tiny.ksampler(patched, steps=6)
     assert asked(patched) == shares and not torch.equal(again, out)
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["batched", "split"])
+@pytest.mark.parametrize("where", ["join", "ffn"])
+def test_out_of_memory_beside_the_context_costs_the_context_alone(monkeypatch, split, where):
+    """The call that failed runs again whole; what ran before in its step stays."""
+    shares, whole = (1.0, 1.0, 0.4, 0.3, 0.0, 1.0), (1.0, 1.0, 1.0, 1.0, 0.0, 1.0)
+    if split:
+        monkeypatch.setattr(ModelPatcher, "get_free_memory", lambda self, device: 0)
+    right = tiny.ksampler(tiny.shared(tiny.base_model(), *whole), steps=6)
+    base, seen = tiny.base_model(), []
+
+    def short(partial) -> None:
+        if partial and not seen:
+            seen.append(1)
+            raise torch.OutOfMemoryError("planted")
+
+    if where == "join":
+        join = Part.join
+
+        def joined(self, keys, block, *args):
+            short(block == 3)
+            return join(self, keys, block, *args)
+
+        monkeypatch.setattr(Part, "join", joined)
+    else:
+        ffn = base.model.diffusion_model.blocks[3].ffn
+        forward = ffn.forward
+
+        def planted(hidden):
+            short(hidden.shape[1] < tiny.FRAMES * tiny.PER_FRAME)
+            return forward(hidden)
+
+        monkeypatch.setattr(ffn, "forward", planted)
+    patched = tiny.shared(base, *shares)
+    out = tiny.ksampler(patched, steps=6)
+    assert seen and asked(patched) == whole and torch.equal(out, right)
+    record = tiny.report_of(patched)
+    assert record.finished and all(step.as_planned for step in record.steps)
+    assert any("not enough memory for the keys and values" in note for note in notes(patched))
+    assert not any("another node" in note for note in notes(patched))
