@@ -224,7 +224,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--write", action="store_true", help="make solve/priors.py of the rows")
     parser.add_argument("--rows", action="store_true", help="take the rows that are there")
-    parser.set_defaults(weights=None, device="cpu")
+    parser.set_defaults(weights=None, slim=None, device="cpu")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(1)

@@ -15,12 +15,14 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
 from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 
+from ..hosts.diffusers.slim import load_slim
 from ..solve.dial import Run
 from ..toy.worlds import FIRST, SECOND, WORLDS
 from .bench import Bench, dense_path, read_result, sampling_of, write_result
@@ -91,7 +93,7 @@ def result_path(args: argparse.Namespace, task: str, point: Point, case: Case) -
 
 def digest(args: argparse.Namespace) -> str:
     """Stands for what a finished case was made of: weights, prompts, images, size and dtype."""
-    files = [file for file in (args.components, args.prompt_file, *args.images) if file]
+    files = [file for file in (args.components, args.prompt_file, *args.images, args.slim) if file]
     if args.weights:
         files.append(args.weights)
     else:
@@ -132,9 +134,12 @@ def refuse_rows(results: Path, world: str | None) -> None:
 
 
 @lru_cache(maxsize=2)
-def _toy(world: str, device: str, few: bool) -> Subject:
+def _toy(world: str, device: str, few: bool, slim: Path | None) -> Subject:
     lora = WORLDS[world].four_step_lora
-    return toy_subject(1, device, WORLDS[world], lora if few and lora.exists() else None)
+    found = toy_subject(1, device, WORLDS[world], lora if few and lora.exists() else None)
+    if slim is None:
+        return found
+    return replace(found, name=f"{found.name}_slim", model=load_slim(slim).to(device))
 
 
 @lru_cache(maxsize=1)
@@ -156,7 +161,7 @@ def load_subject(args: argparse.Namespace, point: Point | None = None) -> Subjec
     """The model to measure, loaded once a process; at 4 steps a tiny Wan with its LoRA, if any."""
     a = args
     if a.weights is None:
-        return _toy(a.world, a.device, point is not None and point.steps == 4)
+        return _toy(a.world, a.device, point is not None and point.steps == 4, a.slim)
     return _subject(
         a.weights, a.components, a.prompt_file, tuple(a.images), a.width, a.height,
         a.pixel_frames, a.device, a.dtype,
@@ -302,6 +307,7 @@ def _line(one: tuple, result: dict) -> str:
 
 def add_real_weights(parser: argparse.ArgumentParser) -> None:
     """The options that `load_subject` reads."""
+    parser.add_argument("--slim", type=Path, help="a slim student in the tiny Wan's place")
     real = parser.add_argument_group("real weights (no truth metrics)")
     real.add_argument("--weights", help="a diffusers folder, or a Wan checkpoint (.safetensors)")
     real.add_argument("--components", help="a diffusers folder with VAE and text encoder")

@@ -8,6 +8,7 @@ from operator import itemgetter
 from pathlib import Path
 
 from ..toy.worlds import WORLDS
+from .aims import FREE, aims_table
 from .calibration import calibration_table
 from .cases import DEFAULT, METHODS, POINTS, STUDY_TARGET, TARGETS
 from .concentration import concentration_table
@@ -122,14 +123,16 @@ def speed_table(rows: Sequence[dict[str, str]]) -> str:
 def tables(results: Path) -> dict[str, str]:
     """Every table by its name in the README."""
     read = read_rows(results / "quality.csv")
-    made = {}
+    made, missing = {}, []
     for world in WORLDS.values():
         rows = full_rows(read, models_of(world))
+        missing += missing_cells(rows, world.name)
         for task in TASKS:
             for point in POINTS[world.name]:
                 made[f"{world.name} {task} {point.steps}"] = bench_table(rows, task, point.steps)
     points = [(task, steps) for task in TASKS for steps in ("20", "4")]
-    made["missing"] = missing_line(made)
+    made["missing"] = missing_line(made, missing)
+    made["aims"] = aims_table(read, read_rows(results / "verdicts.csv"))
     made["headline"] = headline_table(shown_rows(read), points)
     made |= {f"template {task} {n}": template_table(read, task, n) for task, n in points}
     made["predicted"] = predicted_table()
@@ -140,8 +143,30 @@ def tables(results: Path) -> dict[str, str]:
     return made
 
 
-def missing_line(made: dict[str, str]) -> str:
-    """What the registry has and nobody measured yet."""
+def missing_cells(rows: Sequence[dict[str, str]], world: str) -> list[str]:
+    """What nobody measured of what is free in 20 steps, where every share can be met."""
+    found = []
+    for task in TASKS:
+        mine = [r for r in rows if (r["task"], r["steps"]) == (task, "20")]
+        there = {(r["method"], r["target"]) for r in mine}
+        lacking: dict[str, list[str]] = {}
+        for name in FREE:
+            targets = [f"{t:g}" for t in TARGETS if (name, f"{t:g}") not in there]
+            if mine and targets:
+                lacking.setdefault(" and ".join(targets), []).append(name.replace("_", " "))
+        found += [
+            f"{', '.join(names)} at {targets} ({TASKS[task]}, 20 steps, tiny Wan {world})"
+            for targets, names in lacking.items()
+        ]
+    return found
+
+
+def missing_line(made: dict[str, str], cells: Sequence[str] = ()) -> str:
+    """What the registry has and nobody measured yet.
+
+    Args:
+        cells: of tables that have rows.
+    """
     named = [
         f"{TASKS[task]}, {point.steps} steps, tiny Wan {world}"
         for world, points in POINTS.items()
@@ -149,7 +174,8 @@ def missing_line(made: dict[str, str]) -> str:
         for task in TASKS
         if made[f"{world} {task} {point.steps}"] == NO_ROWS
     ]
-    return f"Not measured yet: {'; '.join(named)}." if named else ""
+    named += cells
+    return f"Not measured yet, for want of core-hours: {'; '.join(named)}." if named else ""
 
 
 def fill(text: str, made: dict[str, str]) -> str:
