@@ -165,9 +165,10 @@ def _kernels_counted() -> Iterator[None]:
 
 @contextmanager
 def watch_blocks(engine) -> Iterator[list[tuple[Row, Traffic]]]:
-    """What each block that runs within the context costs beside its own work, with its row.
+    """What each block costs beside its own work within the context, with its row.
 
-    Its own work is that of the host's block alone, on the tokens that it was given.
+    Its own work is that of the host's block alone, on the tokens that it was given; of a skipped one
+    there is none.
 
     Args:
         engine: of any host.
@@ -183,9 +184,10 @@ def watch_blocks(engine) -> Iterator[list[tuple[Row, Traffic]]]:
             given = _Given(host)
             results = []
             total = count_traffic(lambda: results.append(block(index, given)))
+            own = Traffic()
             if given.ran is not None:
                 own = count_traffic(lambda: host.run(*given.ran, None))
-                found.append((call.rows[index], total - own))
+            found.append((call.rows[index], total - own))
             return results[0]
 
         call.block = run

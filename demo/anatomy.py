@@ -60,7 +60,7 @@ def measure_heads(model, world: World, scenes, out: Path) -> None:
         sample(model, text, size, steps=STEPS, guidance=RECIPES[world.name].guidance)
     ratio = (total / calls[0]).numpy()
     rows = [
-        {"block": b, "head": h, "intra_slice_ratio": f"{r:.4f}", "role": role(r)}
+        {"block": b, "head": h, "intra_slice_ratio": f"{r:.4f}", "role": label(r, frames)}
         for b, line in enumerate(ratio)
         for h, r in enumerate(line)
     ]
@@ -69,9 +69,13 @@ def measure_heads(model, world: World, scenes, out: Path) -> None:
     draw_heads(ratio, frames, world.checkpoint.stem, out)
 
 
+def label(ratio: float, frames: int) -> str:
+    """Name of a head's role, or "uniform" of attention that shows none, though PARE calls it temporal."""
+    return "uniform" if abs(ratio - 1 / frames) < NEAR else role(ratio)
+
+
 def draw_heads(ratio: np.ndarray, frames: int, name: str, out: Path) -> None:
     """Histogram and map of the heads' intra-slice ratios [blocks, heads]."""
-    # these are below the paper's edge of temporal heads, and have no role
     near = (abs(ratio - 1 / frames) < NEAR).mean()
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4), constrained_layout=True)
     left.hist(ratio.flatten(), bins=np.linspace(0, 1, 26), color="tab:green")

@@ -96,12 +96,6 @@ def take(tensor: torch.Tensor, axis: int, index: torch.Tensor) -> torch.Tensor:
     return tensor.index_select(axis, index.to(tensor.device))
 
 
-def whole_width(model: Fingerprint) -> Width:
-    """The width that keeps everything."""
-    heads = (tuple(range(model.num_heads)),) * model.num_blocks
-    return Width(heads, heads, (tuple(range(model.ffn_dim)),) * model.num_blocks)
-
-
 def check_width(width: Width, model: Fingerprint) -> None:
     """Refuse a width that is not one of this model.
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from ..methods.routers import Content, Router, RouterMLP, latent_statistics
-from ..profiles.artifact import Kind, open_artifact, save_artifact
+from ..profiles.artifact import Kind, open_artifact
 from ..profiles.fingerprint import Fingerprint
 
 # 2: the header says what the router was trained with, and of which cut
@@ -131,17 +131,6 @@ class TrainedRouter(Router):
         device = mlp.layers[0].weight.device
         given = None if given is None else given.to(device)
         return mlp(sigma.to(device), given)[0].float()
-
-
-def save_router(path: Path, router: TrainedRouter) -> None:
-    """Write it whole or not at all."""
-    mlp = router.mlp
-    sizes = [mlp.num_blocks, mlp.content_dim, mlp.hidden, mlp.time_dim]
-    header = {"content": router.kind, "sizes": sizes}
-    if router.conditions is not None:
-        header["trained"] = router.conditions.to_json()
-    tensors = {name: value.detach().cpu().contiguous() for name, value in mlp.state_dict().items()}
-    save_artifact(path, KIND, router.model, header, tensors)
 
 
 def load_router(path: Path) -> TrainedRouter:

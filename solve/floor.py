@@ -27,12 +27,12 @@ class Rates:
     attention: float
     bandwidth: float
 
-    def seconds(self, work: Work, itemsize: int = 2) -> float:
-        """Floor of the time that `work` takes, with numbers of `itemsize` bytes."""
+    def seconds(self, work: Work) -> float:
+        """Floor of the time that `work` takes, with numbers of 2 bytes."""
         return (
             work.linear / self.products
             + work.attention / self.attention
-            + work.moved * itemsize / self.bandwidth
+            + work.moved * 2 / self.bandwidth
         )
 
 

@@ -30,8 +30,21 @@ def test_every_head_gets_its_ratio_and_role(model, tmp_path):
     written = rows(tmp_path / "heads.csv")
     assert len({(row["block"], row["head"]) for row in written}) == 16 * 8
     assert all(0 <= float(row["intra_slice_ratio"]) <= 1 for row in written)
+    assert {"uniform", "temporal", "mixed"} <= {row["role"] for row in written}
     assert (tmp_path / "head_roles.png").stat().st_size > 0
     assert all(not block._diffusers_hook.hooks for block in model.blocks)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "frames", "wanted"),
+    [
+        (0.1499, 5, "temporal"), (0.1501, 5, "uniform"), (0.2499, 5, "uniform"),
+        (0.2501, 5, "temporal"), (0.31, 5, "mixed"), (0.71, 5, "spatial"),
+        (0.2, 2, "temporal"), (0.46, 2, "uniform"), (0.56, 2, "mixed"),
+    ],
+)  # fmt: skip
+def test_a_head_like_uniform_attention_has_no_role(ratio, frames, wanted):
+    assert anatomy.label(ratio, frames) == wanted
 
 
 def test_the_second_worlds_heads_are_measured_on_its_own_grid(model, tmp_path, monkeypatch):

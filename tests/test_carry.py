@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from wantrim.engine.context import Room
-from wantrim.engine.memory import Part
+from wantrim.engine.memory import Part, Prompt
 from wantrim.methods.carry import MOST, carried, explain, persistence
 
 
@@ -110,6 +110,37 @@ def test_a_change_that_goes_on_alike_is_met():
     found, _ = sampled(velocity, SIGMAS, (1, 1, 1, 0, 0), dtype=torch.bfloat16)
     assert found[4][0].dtype == torch.bfloat16
     torch.testing.assert_close(found[4][0].float(), velocity(SIGMAS[4])[0], atol=0.06, rtol=0.03)
+
+
+def test_in_bf16_what_is_not_computed_is_rounded_once():
+    """Of a velocity that goes to almost nothing: its change all but cancels what it was."""
+    draw = torch.Generator().manual_seed(5)
+    first, end = torch.randn(2, 2, 4, 3, 6, 5, generator=draw, dtype=torch.float64)
+    mask = torch.rand(2, 1, 3, 6, 5, generator=draw) < 0.5
+    by = torch.tensor([0.35, 0.2]).view(2, 1, 1, 1, 1)
+
+    def came(sigma):
+        return (0.02 * end + first * by.double() ** ((0.88 - sigma) / 0.08)).bfloat16()
+
+    prompt = Prompt()
+    for sigma in (0.88, 0.8):
+        prompt.take(came(sigma), sigma, None)
+    old, turn = came(0.8).double(), came(0.8).double() - came(0.88).double()
+    since, gap = torch.full(mask.shape, 0.8).double(), 0.08
+    for number, sigma in enumerate((0.74, 0.65, 0.61, 0.47, 0.3, 0.11)):
+        got, exact = prompt.at(sigma, by), old + turn * carried(by.double(), (since - sigma) / gap)
+        once = (exact.bfloat16().double() - exact).square().mean((1, 2, 3, 4)).sqrt()
+        error = (got.double() - exact).square().mean((1, 2, 3, 4)).sqrt()
+        assert got.dtype == torch.bfloat16 and (error < 1.2 * once).all(), (sigma, error / once)
+        if number == 2:
+            # a part of it is computed
+            new = came(sigma)
+            prompt.take(new, sigma, mask)
+            turn, gap = (
+                torch.where(mask, new.double() - old, turn),
+                torch.where(mask, since - sigma, gap),
+            )
+            old, since = torch.where(mask, new.double(), old), torch.where(mask, sigma, since)
 
 
 def test_it_is_the_guided_velocity_that_tells():

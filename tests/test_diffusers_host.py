@@ -6,6 +6,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransform
 
 from wantrim.engine.engine import COND, UNCOND
 from wantrim.engine.plan import TrimPlan
+from wantrim.hosts.diffusers import attach as host
 from wantrim.hosts.diffusers.attach import attach
 from wantrim.hosts.diffusers.sample import sample, sigmas_for
 from wantrim.methods.depth import BlockBudget, BlockPlan
@@ -196,6 +197,27 @@ def test_given_latent_frames_are_never_dropped(given):
     [coverage] = report.coverage()
     for frame in range(3):
         assert bool((coverage[frame] == 1).all()) == (frame in given)
+
+
+@pytest.mark.parametrize("name", ["masked_as_given", "timed_as_given"])
+@torch.no_grad()
+def test_a_model_call_asks_once_which_frames_are_given(name, monkeypatch):
+    """It reads the whole input; a step that repeats asks too."""
+    ask, seen = getattr(host, name), []
+    monkeypatch.setattr(host, name, lambda *given: seen.append(name) or ask(*given))
+    masked = name == "masked_as_given"
+    model, x = wan(36 if masked else 16), noise(1, 16, *SIZE)
+    inputs = torch.cat([x, condition()], 1) if masked else x
+    sigmas = (0.9, 0.7, 0.5, 0.3)
+    for plan in (tokens(), TrimPlan(shares=Shares(sigmas, (1, 1, 0.4, 0)))):
+        with attach(model, plan) as attachment:
+            for sigma in sigmas:
+                seen.clear()
+                t = torch.full((1,) if masked else (1, 36), 1000 * sigma)
+                model(inputs * sigma, t, text(), return_dict=False)
+                assert seen == [name]
+            shares = [step.program.share for step in attachment.finish().steps]
+        assert shares == ([1] * 4 if plan.shares is None else [1, 1, 0.4, 0])
 
 
 def test_a_mask_over_part_of_the_picture_anchors_no_latent_frame():

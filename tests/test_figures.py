@@ -11,7 +11,7 @@ import pytest
 from wantrim.benchmarks import predicted
 from wantrim.benchmarks.calibration import middle
 from wantrim.benchmarks.table import RESULTS, read_rows
-from wantrim.demo.anatomy import NEAR, SPATIAL
+from wantrim.demo.anatomy import NEAR, SPATIAL, TEMPORAL
 from wantrim.engine.context import context_bytes
 from wantrim.hosts.diffusers.sample import sigmas_for
 from wantrim.solve.dial import Dial, Run
@@ -317,13 +317,39 @@ def test_what_the_page_of_heads_says_of_the_bench_is_in_the_rows(root, language)
     assert numbers == wanted, (numbers, by_profile, given_back)
 
 
-def test_the_heads_of_the_second_tiny_wan_are_counted(root):
-    with (root / "demo/tiny_wan_2/heads.csv").open(encoding="utf-8") as file:
-        ratios = [float(row["intra_slice_ratio"]) for row in csv.DictReader(file)]
-    spatial = sum(ratio > SPATIAL for ratio in ratios)
-    near = sum(abs(ratio - 1 / 5) < NEAR for ratio in ratios)
-    said = f"Of its {len(ratios)} heads {spatial} are spatial, {near} nearly uniform"
-    assert said in (root / "benchmarks" / "README.md").read_text("utf-8")
+@pytest.mark.parametrize(
+    ("folder", "page", "said"),
+    [
+        (
+            "tiny_wan_2",
+            "benchmarks/README.md",
+            "Of its {all} heads {spatial} are spatial, {uniform} nearly uniform "
+            "([roles](../demo/tiny_wan_2/head_roles.png)), {temporal} temporal by PARE's edge of 0.3, of "
+            "which {low} look through time more than uniform attention does",
+        ),
+        (
+            "tiny_wan",
+            "docs/without_comfyui.md",
+            "{above} of {all} above 0.3, {spatial} above 0.7, {low} below 0.15; {uniform} are still "
+            "within 0.05 of uniform",
+        ),
+    ],
+)
+def test_the_heads_of_the_tiny_wans_are_counted_and_labelled(root, folder, page, said):
+    rows = read_rows(root / "demo" / folder / "heads.csv")
+    found = [(float(row["intra_slice_ratio"]), row["role"]) for row in rows]
+    wanted = {
+        "uniform": lambda ratio: abs(ratio - 1 / 5) < NEAR,
+        "spatial": lambda ratio: ratio > SPATIAL,
+        "mixed": lambda ratio: TEMPORAL <= ratio <= SPATIAL,
+        "temporal": lambda ratio: ratio <= 1 / 5 - NEAR or 1 / 5 + NEAR <= ratio < TEMPORAL,
+    }
+    for ratio, role in found:
+        assert [name for name, fits in wanted.items() if fits(ratio)] == [role]
+    counts = {name: sum(role == name for _, role in found) for name in wanted}
+    counts["low"] = sum(ratio <= 1 / 5 - NEAR for ratio, _ in found)
+    counts["above"] = counts["mixed"] + counts["spatial"]
+    assert said.format(all=len(found), **counts) in (root / page).read_text("utf-8")
 
 
 # blocks, heads, and latent frames times tokens a frame of the sizes that the page names

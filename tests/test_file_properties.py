@@ -14,9 +14,10 @@ from wantrim.profiles.calibration import CALIBRATE, Calibration, input_size, loa
 from wantrim.profiles.fingerprint import Fingerprint
 from wantrim.profiles.profile import Profile, load_profile
 from wantrim.slim.file import DTYPES, Entry, list_entries, read_tensor, write_tensors
-from wantrim.slim.router import TrainedRouter, load_router, save_router
+from wantrim.slim.router import TrainedRouter, load_router
 from wantrim.tests.hypotheses import few
 from wantrim.tests.test_fuzz_files import READERS, check, joined, parts, places, put
+from wantrim.training.router_file import save_router
 
 KINDS = [kind for kind in READERS if kind != "demo"]
 LENGTH = 8

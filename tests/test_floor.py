@@ -240,7 +240,7 @@ def test_a_floor_is_the_sum_of_its_parts():
     rates = Rates(10.0, 5.0, 2.0)
     # 1 s of products, 2 s of attention, 4 numbers of 2 bytes at 2 bytes/s
     assert rates.seconds(Work(10, 10, 4)) == 1 + 2 + 4
-    assert rates.seconds(Work(10, 10, 4) * 2 + Work(10), itemsize=4) == 3 + 4 + 16
+    assert rates.seconds(Work(10, 10, 4) * 2 + Work(10)) == 3 + 4 + 8
 
 
 @pytest.mark.parametrize("device", ["NVIDIA H200", "NVIDIA GeForce RTX 4090"])

@@ -24,9 +24,10 @@ from wantrim.profiles.recorder import open_profile
 from wantrim.slim.export import export_slim
 from wantrim.slim.file import list_entries, read_header, read_tensor
 from wantrim.slim.router import KIND as ROUTER
-from wantrim.slim.router import TrainedRouter, load_router, save_router
+from wantrim.slim.router import TrainedRouter, load_router
 from wantrim.slim.source import open_source
 from wantrim.tests.test_slim import SMALL_WIDTH, small
+from wantrim.training.router_file import save_router
 
 MODEL = Fingerprint(48, 80, 3, 4, 16, 16, (0.5, -0.25))
 # a reader that needs longer hangs, on however busy a machine

@@ -18,7 +18,8 @@ from wantrim.methods.routers import (
 )
 from wantrim.profiles.artifact import package_version
 from wantrim.profiles.fingerprint import WHOLE, Fingerprint, width_digest
-from wantrim.slim.router import KIND, Conditions, TrainedRouter, load_router, save_router
+from wantrim.slim.router import KIND, Conditions, TrainedRouter, load_router
+from wantrim.training.router_file import save_router
 
 BLOCKS = 5
 MODEL = Fingerprint(48, 64, BLOCKS, 4, 16, 16, (0.5, -0.25))

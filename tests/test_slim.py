@@ -27,7 +27,6 @@ from wantrim.slim.cut import (
     norm_scale,
     refit,
     take,
-    whole_width,
 )
 from wantrim.slim.export import export_slim, slim_checkpoint
 from wantrim.slim.file import (
@@ -38,6 +37,7 @@ from wantrim.slim.file import (
     write_tensors,
 )
 from wantrim.slim.source import open_source
+from wantrim.tests.whole_width import whole_width
 from wantrim.toy import CHECKPOINT
 from wantrim.toy.text import encode_prompt
 
@@ -756,6 +756,7 @@ import torch
 from wantrim.slim.export import export_slim
 from wantrim.slim.file import PREFIX
 from wantrim.slim.source import open_source
+from wantrim.tests.whole_width import whole_width
 from wantrim.methods.cost import Width
 
 folder, blocks, heads, channels = Path(sys.argv[1]), *map(int, sys.argv[2:])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from wantrim.benchmarks.traffic import count_traffic, watch_blocks
+from wantrim.benchmarks.traffic import Traffic, count_traffic, watch_blocks
 from wantrim.engine.context import Room
 from wantrim.engine.engine import COND, UNCOND
 from wantrim.engine.plan import TrimPlan
@@ -83,8 +83,10 @@ def test_we_move_what_the_cost_model_says(wan, name, bits, alone):
             run()
         program = engine.now.step.program
     assert (program.alone, program.bits) == (alone, bits)
-    assert len(found) == sum(row.run != SKIP for row in program.rows)
-    own = 2 * sum(block_work(shape, row.tokens).moved for row, _ in found)
+    assert tuple(row for row, _ in found) == program.rows
+    skipped = [cost for row, cost in found if row.run == SKIP]
+    assert skipped == [Traffic()] * name.count("skipped")
+    own = 2 * sum(block_work(shape, row.tokens).moved for row in program.rows if row.run != SKIP)
     ours = program_work(shape, program, plan, 2).moved - own
     assert sum(cost.moved for _, cost in found) == pytest.approx(2 * ours, rel=0.1)
 

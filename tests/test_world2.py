@@ -222,12 +222,12 @@ def test_a_video_is_a_function_of_the_seed_and_leaves_the_rest_open():
     assert np.abs(first - render(scene, np.random.default_rng(4))).mean() > 0.03
 
 
-@pytest.mark.parametrize(("frames", "width", "height"), [(17, 128, 96), (5, 63, 40), (1, 8, 8)])
-def test_odd_sizes_render(frames, width, height):
+@pytest.mark.parametrize(("width", "height"), [(128, 96), (63, 40), (8, 8)])
+def test_odd_sizes_render(width, height):
     rng = np.random.default_rng(0)
     for objects in (1, 2, 3):
-        video = render(random_scene(rng, objects), rng, frames, width, height)
-        assert video.shape == (frames, height, width, 3)
+        video = render(random_scene(rng, objects), rng, width, height)
+        assert video.shape == (PIXEL_FRAMES, height, width, 3)
         assert np.isfinite(video).all()
 
 

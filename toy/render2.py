@@ -74,16 +74,15 @@ def times_of(pixel_frames: int) -> np.ndarray:
 def render(
     scene: Scene,
     rng: np.random.Generator,
-    pixel_frames: int = PIXEL_FRAMES,
     width: int = WIDTH,
     height: int = HEIGHT,
 ) -> np.ndarray:
-    """Video [pixel_frames, height, width, 3], float32 in 0..1.
+    """Video [PIXEL_FRAMES, height, width, 3], float32 in 0..1.
 
     What the scene leaves open is drawn from `rng`. Objects stay inside the picture and are seen for
     most of the video as far as the picture is large enough for it.
     """
-    times, size = times_of(pixel_frames), np.array([width, height])
+    times, size = times_of(PIXEL_FRAMES), np.array([width, height])
     motion, paths, radii = _place(scene, rng, times, size)
     video = _ground(rng, motion, times, width, height)
     scale = motion.scale(times)

@@ -180,21 +180,20 @@ def render_background(name: str, phase: float = 0.0, width: int = WIDTH, height:
 def render(
     scene: Scene,
     rng: np.random.Generator,
-    pixel_frames: int = PIXEL_FRAMES,
     width: int = WIDTH,
     height: int = HEIGHT,
 ) -> np.ndarray:
-    """Video [pixel_frames, height, width, 3], float32 in 0..1.
+    """Video [PIXEL_FRAMES, height, width, 3], float32 in 0..1.
 
     Start positions, sizes and the stripes' phase are drawn from `rng`; every object stays inside
     the picture for the whole video when its path is short enough to fit.
     """
     image = render_background(scene.background, rng.uniform(0, 2 * np.pi), width, height)
-    video = np.repeat(image[None], pixel_frames, axis=0)
+    video = np.repeat(image[None], PIXEL_FRAMES, axis=0)
     for obj in scene.objects:
         radius = rng.uniform(*RADIUS_RANGE)
         velocity = np.array(DIRECTIONS[obj.direction]) * SPEEDS[obj.speed]
-        travel = velocity * (pixel_frames - 1)
+        travel = velocity * (PIXEL_FRAMES - 1)
         low = np.array([radius, radius]) + np.maximum(-travel, 0)
         high = np.array([width - 1, height - 1]) - radius - np.maximum(travel, 0)
         start = np.where(

@@ -25,7 +25,7 @@ class World:
         parse: prompt -> scene.
         random_scene: (generator, number of objects) -> scene.
         held_out_scenes: (count, seed, number of objects) -> scenes that training never sees.
-        render: (scene, generator, pixel_frames, width, height) -> video [f, h, w, 3] in 0..1.
+        render: (scene, generator, width, height) -> video [f, h, w, 3] in 0..1.
         read_scene: (video, scene) -> what the video has right, by name.
         scores: the names of `read_scene`.
     """

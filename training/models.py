@@ -17,13 +17,14 @@ from ..profiles.fingerprint import sample_modulation, width_digest
 from ..profiles.profile import Profile, load_profile
 from ..slim.export import check_profile, export_slim
 from ..slim.file import SlimHeader, read_header
-from ..slim.router import Conditions, TrainedRouter, save_router
+from ..slim.router import Conditions, TrainedRouter
 from ..slim.source import Source, open_source
 from ..slim.width import channels, ffn_count, pare_heads, solve_width
 from ..toy import CHECKPOINT, PROFILE
 from .began import ROUTER, STUDENT, contents
 from .loading import Waiting
 from .recipe import TINY, Recipe, Stage
+from .router_file import save_router
 
 
 @dataclass(frozen=True)

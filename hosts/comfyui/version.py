@@ -12,14 +12,12 @@ class TooOld(RuntimeError):
     """This ComfyUI lacks what the pack needs; the message is for the artist."""
 
 
-def check_comfyui(version: str | None = None) -> None:
+def check_comfyui() -> None:
     """Refuse a ComfyUI that is too old, before anything of it fails in words of its own.
 
-    Args:
-        version: of this ComfyUI; None asks it. One that says no number is taken to be new.
+    One that says no number is taken to be new.
     """
-    if version is None:
-        version = comfyui_version()
+    version = comfyui_version()
     came = _numbers(version)
     if came and came < _numbers(OLDEST):
         raise TooOld(

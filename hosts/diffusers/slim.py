@@ -8,7 +8,6 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import nn
 
-from ...slim.cut import whole_width
 from ...slim.file import (
     DTYPES,
     PREFIX,
@@ -84,15 +83,14 @@ def save_slim(
 
 def narrow(model: WanTransformer3DModel, header: SlimHeader) -> None:
     """Give a freshly built full model layers of a slim one, without weights (on meta)."""
-    whole, width, d = whole_width(header.model), header.width, header.model.head_dim
-    dim = header.model.dim
+    width, dim, d = header.width, header.model.dim, header.model.head_dim
     with torch.device("meta"):
         for index, block in enumerate(model.blocks):
-            for attention, heads, full in (
-                (block.attn1, width.self_heads[index], whole.self_heads[index]),
-                (block.attn2, width.cross_heads[index], whole.cross_heads[index]),
+            for attention, heads in (
+                (block.attn1, width.self_heads[index]),
+                (block.attn2, width.cross_heads[index]),
             ):
-                if heads == full:
+                if len(heads) == header.model.num_heads:
                     continue
                 inner = len(heads) * d
                 attention.heads = len(heads)

@@ -19,9 +19,10 @@ from wantrim.nodes import demo
 from wantrim.nodes.blocks import FOLDER, WanTrimBlocks
 from wantrim.nodes.wantrim import DRAFT, WanTrim, WanTrimPair
 from wantrim.report.figures import mean_work
-from wantrim.slim.router import TrainedRouter, save_router
+from wantrim.slim.router import TrainedRouter
 from wantrim.tests.comfyui import tiny
 from wantrim.tests.comfyui.variants import load
+from wantrim.training.router_file import save_router
 
 DIAL = {
     "speedup": 1.5,

@@ -3,10 +3,13 @@
 import pytest
 import torch
 
+from comfy.patcher_extension import WrappersMP
 from comfy_extras import nodes_wan
+from wantrim.hosts.comfyui import attach, variants
 from wantrim.hosts.comfyui.blocks import OVERRIDE
 from wantrim.tests.comfyui import tiny
 from wantrim.tests.comfyui.passes import full_length, look_inside, lost_places, observed
+from wantrim.tests.comfyui.put import dialled
 from wantrim.tests.comfyui.variants import bernini, first_and_last, made, phantom, picture
 
 SIZE = (tiny.WIDTH * 8, tiny.HEIGHT * 8, 4 * (tiny.FRAMES - 1) + 1, 1)
@@ -73,6 +76,34 @@ def test_given_frames_keep_their_tokens(kind, given, anchored, frames):
     assert coverage.shape[0] == frames
     whole = [f for f in range(frames) if bool((coverage[f] == 1).all())]
     assert whole == anchored
+
+
+@pytest.mark.parametrize("tokens", [(7, 7), (7, 9)], ids=["batched", "split"])
+@pytest.mark.parametrize(
+    ("kind", "where", "name"),
+    [
+        ("t2v", attach, "anchored_frames"),
+        ("i2v", variants, "masked_as_given"),
+        ("ti2v", variants, "timed_as_given"),
+    ],
+)
+def test_a_model_call_asks_once_which_frames_are_given(kind, where, name, tokens, monkeypatch):
+    """It reads the whole input; a dial, and a step that repeats, have it from there."""
+    ask, seen = getattr(where, name), []
+    monkeypatch.setattr(where, name, lambda *given: seen.append("ask") or ask(*given))
+
+    def called(executor, *args, **kwargs):
+        seen.append("call")
+        return executor(*args, **kwargs)
+
+    base = tiny.base_model(kind).clone()
+    base.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "seen", called)
+    for patched in (tiny.trimmed(base), tiny.shared(base, 1, 1, 0.4, 0), dialled(base)):
+        seen.clear()
+        tiny.sample(patched, tiny.case(kind, tokens=tokens), steps=4)
+        calls = sum(step.calls for step in tiny.report_of(patched).steps)
+        assert calls == 4 * (1 + (tokens == (7, 9)))
+        assert seen == ["call", "ask"] * calls
 
 
 @pytest.mark.parametrize("name", ["start image", "start image of TI2V", "given frames of VACE"])

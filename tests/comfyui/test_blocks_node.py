@@ -14,7 +14,7 @@ from wantrim.hosts.comfyui.profiling import model_fingerprint
 from wantrim.methods.depth import BlockPlan, choose_blocks
 from wantrim.methods.routers import Content, FixedRouter, RouterMLP
 from wantrim.nodes.blocks import FOLDER, ROUTERS, WanTrimBlocks, parse_blocks
-from wantrim.slim.router import TrainedRouter, save_router
+from wantrim.slim.router import TrainedRouter
 from wantrim.tests.comfyui import tiny
 from wantrim.tests.comfyui.put import BLOCKS, at_blocks, routers
 from wantrim.tests.comfyui.test_blocks import (
@@ -23,6 +23,7 @@ from wantrim.tests.comfyui.test_blocks import (
     ran,
 )
 from wantrim.tests.comfyui.test_errors import says
+from wantrim.training.router_file import save_router
 
 
 @pytest.fixture

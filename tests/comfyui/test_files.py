@@ -18,10 +18,11 @@ from wantrim.profiles.profile import load_profile
 from wantrim.profiles.recorder import ProfileFile
 from wantrim.slim.export import export_slim
 from wantrim.slim.file import KEY
-from wantrim.slim.router import TrainedRouter, save_router
+from wantrim.slim.router import TrainedRouter
 from wantrim.slim.source import open_source
 from wantrim.tests.comfyui import put, tiny
 from wantrim.toy import CHECKPOINT
+from wantrim.training.router_file import save_router
 
 FOLDERS = ("diffusion_models", profile.FOLDER, blocks.FOLDER, slim.FOLDER)
 WIDTH = Width(

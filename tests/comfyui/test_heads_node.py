@@ -15,10 +15,10 @@ from wantrim.nodes.tokens import WanTrimTokens
 from wantrim.nodes.wantrim import WanTrim
 from wantrim.profiles.recorder import ProfileFile
 from wantrim.report.figures import attention_left, expected_speedup
-from wantrim.slim.cut import whole_width
 from wantrim.slim.export import export_slim
 from wantrim.slim.source import open_source
 from wantrim.tests.comfyui import tiny
+from wantrim.tests.whole_width import whole_width
 from wantrim.toy import CHECKPOINT
 
 

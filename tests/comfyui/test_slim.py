@@ -23,11 +23,12 @@ from wantrim.nodes.profile import DEMO
 from wantrim.nodes.slim import FOLDER, WanTrimLoadSlim, WanTrimSlim
 from wantrim.profiles.profile import Profile
 from wantrim.profiles.recorder import ProfileFile
-from wantrim.slim.cut import find_cut, whole_width
+from wantrim.slim.cut import find_cut
 from wantrim.slim.export import export_slim
 from wantrim.slim.file import PREFIX, read_header
 from wantrim.slim.source import open_source
 from wantrim.tests.comfyui import tiny
+from wantrim.tests.whole_width import whole_width
 from wantrim.toy import CHECKPOINT
 
 D = tiny.DIM // tiny.HEADS

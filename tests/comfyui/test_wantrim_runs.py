@@ -15,7 +15,6 @@ from wantrim.engine.plan import TrimPlan
 from wantrim.hosts.comfyui import dial
 from wantrim.hosts.comfyui.slim import load_slim
 from wantrim.report.words import record_text
-from wantrim.slim.cut import whole_width
 from wantrim.slim.export import export_slim
 from wantrim.slim.source import open_source
 from wantrim.solve.dial import Dial
@@ -29,6 +28,7 @@ from wantrim.tests.comfyui.put import (
     notes,
     solved,
 )
+from wantrim.tests.whole_width import whole_width
 from wantrim.toy import CHECKPOINT
 
 
