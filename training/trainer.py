@@ -154,7 +154,7 @@ class Trainer:
     def train_step(self, batch: Batch) -> dict[str, torch.Tensor]:
         """One optimizer step on this process's part of the batch; its terms, as means over all.
 
-        A term that this step has not is that of the last step that had it.
+        A term that this step has not is that of the last step since the start that had it, if any.
         """
         first = self.world.rank * len(batch.latents)
         draws = Draws(self.recipe.data.seed, self.number, self.step, first)
