@@ -7,6 +7,7 @@ from itertools import product
 from statistics import mean
 
 import pytest
+import torch
 
 from wantrim.benchmarks import predicted
 from wantrim.benchmarks.calibration import middle
@@ -16,6 +17,9 @@ from wantrim.engine.context import context_bytes
 from wantrim.hosts.diffusers.sample import sigmas_for
 from wantrim.solve.dial import Dial, Run
 from wantrim.solve.floor import device_rates
+from wantrim.training.draws import shifted
+from wantrim.training.losses import timestep_weights
+from wantrim.training.recipe import SHIPPED
 
 VELOCITY = "velocity_change, unsmoothed, falling, every 10 of 40, identity"
 RANDOM = "random, unsmoothed, falling, every 10 of 40, identity"
@@ -45,6 +49,7 @@ BESIDE = [
     *(("i2v", method) for method in ("default", "easycache", "fewer_steps")),
 ]
 
+ROUTED = "stage II's student, random blocks"
 # settings of the student by how samples are weighed: alike, by their noise
 WEIGHED = ("", ", weighting log")
 
@@ -225,6 +230,31 @@ FIGURES = [
         [("students", {"setting": s}, "psnr_db", 1) for s in ("cut, not trained", "stage I")],
     ),
     (
+        "README.md",
+        "by training, on the toy, where 15 of 20 steps keep {:.1f}",
+        [("students", {"method": "fewer_steps", "target": "0.75"}, "psnr_db", 1)],
+    ),
+    (
+        "README.md",
+        "One trained for four steps keeps {:.1f} dB, {:.2f} of the motion and the right shape in "
+        "{:.0f} % of the videos, the full model in four steps {:.1f}, {:.2f} and {:.0f} %",
+        [*FORCED, *FULL],
+    ),
+    (
+        "docs/training.md",
+        "The full model in four steps moves {:.2f} as much as in twenty",
+        [FULL[1]],
+    ),
+    (
+        "docs/training.md",
+        "random blocks do nearly as well ({:.1f} against {:.1f} dB, the shape in {:.0f} %;",
+        [
+            ("students", {"setting": ROUTED}, "psnr_db", 1),
+            ("students", {"setting": "stage II"}, "psnr_db", 1),
+            ("students", {"setting": ROUTED}, "shape_ok", 100),
+        ],
+    ),
+    (
         "benchmarks/README.md",
         "choosing by change ({:.1f} dB) beats random ({:.1f})",
         [("old/tokens", STUDY | {"setting": name}, "psnr_db", 1) for name in (VELOCITY, RANDOM)],
@@ -269,6 +299,31 @@ def test_a_figure_in_a_sentence_is_that_of_its_row(root, page, words, figures):
     assert len(re.findall(r"\{[^}]*\}", words)) == len(figures)
     said = words.format(*(factor * value(root, *found) for *found, factor in figures))
     assert said in (root / page).read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("words", "setting", "verdict"),
+    [
+        ("random blocks do nearly as well", ROUTED, "tie"),
+        ("ties with the full model in four steps in PSNR", "stage III, 4 steps", "tie"),
+        ("less than the full model in four steps", FORCING, "worse"),
+    ],
+)
+def test_what_is_said_of_a_student_is_its_rows_verdict(root, words, setting, verdict):
+    (row,) = (r for r in read_rows(RESULTS / "students.csv") if r["setting"] == setting)
+    assert row["vs"] == verdict and words in (root / "docs/training.md").read_text("utf-8")
+
+
+def test_what_a_student_leaves_out_and_what_the_log_leaves_to_low_noise_are_computed(root):
+    page = (root / "docs/training.md").read_text("utf-8")
+    gone = 1 - value(root, "students", {"setting": "stage II"}, "parameter_ratio")
+    assert f"at {100 * gone:.0f} % fewer active parameters than the full model" in page
+    recipe = (SHIPPED / "tiny.toml").read_text("utf-8")
+    assert f"leaves {100 * gone:.0f}% fewer active parameters" in recipe
+    sigma = shifted((torch.arange(100_000) + 0.5) / 100_000, 5.0)
+    weights = timestep_weights(sigma)
+    low = float(weights[sigma < 0.5].sum() / weights.sum())
+    assert f"with shift 5 leaves {100 * low:.0f} % of the loss to the half with less noise" in page
 
 
 def test_how_far_the_toys_are_off_is_that_of_the_calibration(root):

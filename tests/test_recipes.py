@@ -79,11 +79,43 @@ def test_what_a_recipe_leaves_out_is_the_papers_for_its_task_and_kind(tmp_path):
         assert [s.weights.temporal for s in (width, router, steps)] == [temporal] * 3
         assert router.content == content
         assert (forcing.lr, forcing.steps) == (2e-6, 1200)
-        assert (router.lr, router.steps, steps.steps) == (3e-5, 7000, 7000)
+        assert (router.lr, router.steps, router.warmup) == (3e-5, 7000, 100)
+        # ours, as it was tried
+        assert (steps.lr, steps.steps, steps.warmup) == (2e-4, 300, 20)
     said = ["router.weights.feature=3", "router.content=latent", "self_forcing.steps=700"]
     _, router, forcing, _ = loaded(tmp_path, kinds, changes=said).stages
     assert (router.weights, router.content) == (Weights(3, temporal=4), "latent")
     assert (forcing.lr, forcing.steps) == (2e-6, 700)
+    _, _, _, steps = loaded(tmp_path, kinds, changes=["steps.lr=1e-3", "steps.steps=40"]).stages
+    assert (steps.lr, steps.steps) == (1e-3, 40)
+
+
+def conditions(stage):
+    return stage.k_min, stage.k_max, stage.shift
+
+
+def test_few_steps_are_learned_under_what_the_last_router_learned_under(tmp_path):
+    kinds = ("width", "router", "router", "self_forcing", "steps")
+    said = ["router.k_min=0.4", "router.k_max=0.7", "router.shift=3"]
+    width, *others = loaded(tmp_path, kinds, changes=said).stages
+    assert [conditions(stage) for stage in others] == [(0.4, 0.7, 3.0)] * 4
+    assert width.shift == 5
+    _, _, _, forcing, steps = loaded(tmp_path, kinds, changes=[*said, "steps.k_max=0.6"]).stages
+    assert (conditions(forcing), conditions(steps)) == ((0.4, 0.7, 3.0), (0.4, 0.6, 3.0))
+    # a router stage that says nothing has the paper's, whatever the one before had
+    path = tmp_path / "bare.toml"
+    path.write_text(path.read_text().replace("'router'", "'router'\nk_min=0.3\nshift=4", 1))
+    assert [conditions(stage)[::2] for stage in load_recipe(path).stages[1:4]] == [
+        (0.3, 4.0), (0.5, 5.0), (0.5, 5.0),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["t2v_14b", "i2v_14b", "t2v_1_3b", "i2v_1_3b", "tiny"])
+def test_a_shipped_recipes_few_steps_follow_its_router(name):
+    recipe = load_recipe(name, ["router.k_min=0.3", "router.k_max=0.6", "router.shift=7"])
+    last = recipe.stages[-1]
+    assert last.few and (last.k_min, last.k_max) == (0.3, 0.6)
+    assert last.shift == (3 if name == "tiny" else 7)
 
 
 @pytest.mark.parametrize(
@@ -236,6 +268,7 @@ def test_shipped_recipes_load_and_say_what_the_paper_says(name):
     if expert:
         return
     third = recipe.stages[2]
+    assert (third.k_min, third.k_max, third.shift) == (0.5, 0.875, 5)
     assert (third.kind, third.steps, third.lr, third.guidance) == ("self_forcing", 1200, 2e-6, 5)
 
 

@@ -201,3 +201,5 @@ def test_a_student_of_stage_iii_is_written_and_goes_on_bit_for_bit(
         mine, theirs = ((f / f"{name}.safetensors").read_bytes() for f in (again, last))
         assert mine == theirs
     assert [row["loss"] for row in rows(again)] == [row["loss"] for row in said]
+    # a run that went on repeats nothing from before; the student's turn comes at step 4
+    assert [row.get("match") for row in rows(again)] == [*match[:2], None, *match[3:]]

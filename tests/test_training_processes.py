@@ -14,7 +14,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader
 
 from wantrim.hosts.diffusers.slim import load_slim
-from wantrim.tests.small_wan import make_origin, write_recipe
+from wantrim.tests.small_wan import make_origin, train_here, write_recipe
 from wantrim.training.parallel import world
 from wantrim.training.run import train
 
@@ -33,19 +33,19 @@ def teacher(request):
     return request.param
 
 
-def start(folder, out, *changes):
+def start(folder, out, *changes, told=("--stages", "width", "router")):
     """Two processes with what torchrun would tell them; torchrun's own cannot be killed at once."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "wantrim.training", str(folder / "small.toml")]
-    command += ["--out", str(out), "--stages", "width", "router", "--set", *(changes or CHANGES)]
-    told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    told |= {"OMP_NUM_THREADS": "1"}
+    command += ["--out", str(out), *told, "--set", *(changes or CHANGES)]
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    place |= {"OMP_NUM_THREADS": "1"}
     return [
         subprocess.Popen(
             command,
-            env={**os.environ, **told, "RANK": rank, "LOCAL_RANK": rank},
+            env={**os.environ, **place, "RANK": rank, "LOCAL_RANK": rank},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -73,12 +73,13 @@ def kill_after_a_save(processes, state):
             process.communicate()
 
 
+def rows(folder, *terms):
+    lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+    return [[line[term] for term in terms] for line in lines]
+
+
 def losses(out):
-    found = {}
-    for stage in ("1-width", "2-router"):
-        lines = (out / stage / "log.jsonl").read_text().splitlines()
-        found[stage] = [json.loads(line)["loss"] for line in lines]
-    return found
+    return {stage: sum(rows(out / stage, "loss"), []) for stage in ("1-width", "2-router")}
 
 
 def alone(recipe, out):
@@ -93,6 +94,15 @@ def same(one, other):
         assert other[stage] == pytest.approx(one[stage], rel=within), stage
 
 
+def apart(one, other):
+    """How far the weights of two students are apart at most, of their size."""
+    one, other = (load_slim(folder / "student.safetensors") for folder in (one, other))
+    return max(
+        float((mine - theirs).norm() / mine.norm())
+        for mine, theirs in zip(one.parameters(), other.parameters(), strict=True)
+    )
+
+
 def test_two_processes_are_one_and_go_on_after_a_kill(folder, teacher, tmp_path):
     recipe = write_recipe(folder, *CHANGES, teacher=teacher, checkpointing="true")
     whole = alone(recipe, tmp_path / "one")
@@ -105,14 +115,7 @@ def test_two_processes_are_one_and_go_on_after_a_kill(folder, teacher, tmp_path)
     finish(start(folder, out))
     same(whole, losses(out))
     same(whole, alone(recipe, fewer))
-    one, two = (
-        load_slim(path / "2-router" / "student.safetensors") for path in (tmp_path / "one", out)
-    )
-    apart = [
-        float((mine - theirs).norm() / mine.norm())
-        for mine, theirs in zip(one.parameters(), two.parameters(), strict=True)
-    ]
-    assert max(apart) < 0.02
+    assert apart(tmp_path / "one" / "2-router", out / "2-router") < 0.02
 
 
 def test_two_processes_compute_in_bf16_and_keep_their_weights_in_fp32(folder, tmp_path):
@@ -149,6 +152,34 @@ def test_two_processes_compute_in_bf16_and_keep_their_weights_in_fp32(folder, tm
     moved = (now[name] - began[name.removeprefix("model.student.")]).abs()
     # two steps of AdamW at about the rate, where bf16 knows no number between
     assert 0.5 * rate < float(moved.median()) < 2.5 * rate
+
+
+@pytest.fixture(scope="module")
+def routed(folder, tmp_path_factory):
+    """A student with a router."""
+    recipe = write_recipe(folder, "router.steps=2")
+    return train_here(recipe, tmp_path_factory.mktemp("routed"), kinds=["router"])
+
+
+@pytest.mark.parametrize("kind", ["self_forcing", "steps"])
+def test_two_processes_learn_few_steps_as_one_does(folder, routed, tmp_path, kind):
+    """From one student, so that nothing of earlier stages is between them."""
+    changes = ["steps.steps=4", "steps.sampler_steps=3", "run.save_every=9"]
+    terms = ["loss", "active", "grad_norm"]
+    if kind == "self_forcing":
+        changes += ["steps.critic_updates=2", "steps.critic_lr=1e-3", "steps.kind='self_forcing'"]
+        terms += ["match", "critic"]
+    recipe = write_recipe(folder, *changes, teacher="sharded")
+    told = ("--stages", kind, "--start", str(routed))
+    finish(start(folder, tmp_path / "two", *changes, told=told))
+    one = train_here(recipe, tmp_path / "one", kinds=[kind], start=routed)
+    two = tmp_path / "two" / one.name
+    whole, shared = rows(one, *terms), rows(two, *terms)
+    assert len(whole) == 4
+    for mine, theirs in zip(whole, shared, strict=True):
+        assert theirs == pytest.approx(mine, rel=2e-5)
+    # as they are written, in bf16
+    assert apart(one, two) < 1e-3
 
 
 @pytest.mark.slow

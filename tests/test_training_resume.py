@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from wantrim.slim.file import read_header
+from wantrim.slim.router import Conditions, load_router
 from wantrim.tests.small_wan import make_origin, train_here, write_recipe
 from wantrim.training import __main__ as command
 from wantrim.training import run as running
@@ -88,6 +89,21 @@ def test_a_students_file_brings_the_router_beside_it(folder, done, tmp_path):
     for number, start in enumerate((done / "2-router" / "student.safetensors", done / "2-router")):
         last = train_here(recipe, tmp_path / str(number), kinds=["steps"], start=start)
         assert (last / "router.safetensors").exists()
+
+
+def test_what_a_routers_file_was_trained_otherwise_with_is_said(folder, done, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    start = {"kinds": ["steps"], "start": done / "2-router"}
+    train_here(write_recipe(folder), tmp_path / "same", **start)
+    assert "the router was trained with" not in caplog.text
+    changes = ("steps.k_min=0.25", "steps.shift=2.0")
+    last = train_here(write_recipe(folder, *changes), tmp_path / "other", **start)
+    said = "2-router: k_min: 0.25 is set here; the router was trained with 0.5"
+    assert caplog.text.count(said) == 1
+    assert "shift: 2.0 is set here; the router was trained with 3.0" in caplog.text
+    assert "k_max: " not in caplog.text
+    own = load_router(last / "router.safetensors").conditions
+    assert own == Conditions(0.25, 0.875, "falling", "identity", 2.0)
 
 
 def test_a_wrong_start_is_said_before_the_teacher_is_loaded(folder, tmp_path, unloaded):

@@ -81,6 +81,13 @@ def test_the_command_of_recording(folder, tmp_path, caplog, capsys):
     assert "expected 10 or more" in capsys.readouterr().err
     assert record.main([recipe, "--samples", "10", "--out", str(out), "--device", "cpu"]) == 0
     assert load_profile(out).calls == 10
+    end = tmp_path / "end.safetensors"
+    changes = ["data.batch=4", "width.sigma_min=0.7", f"profile={end}"]
+    command = [recipe, "--samples", "10", "--device", "cpu", "--set", *changes]
+    assert record.main(command) == 0
+    assert load_profile(end).tensors["count"][7:].sum() == 10
+    assert record.main([*command, "data.batch=no"]) == 1
+    assert "batch: expected a whole number" in caplog.text
     assert record.main(["nothing", "--device", "cpu"]) == 1
     assert "there is no such recipe" in caplog.text
 

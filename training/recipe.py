@@ -43,6 +43,8 @@ READ = {
     "self_forcing": _ALL | _ROUTED | {"sampler_steps", "critic", "critic_lr", "critic_updates"},
     "steps": _ALL | _ROUTED | {"sampler_steps", "weights"},
 }
+# ours where the paper states nothing: as it was tried, on the tiny Wan
+_TRIED = {"steps": 300, "lr": 2e-4, "warmup": 20}
 # what the first stage of a kind decides for all of it: the cut, and what the router looks at
 ONCE = {"width": ("prune_ratio", "rule", "protection"), "router": ("content",)}
 
@@ -286,21 +288,29 @@ def load_recipe(path: Path | str, changes: Sequence[str] = ()) -> Recipe:
 
 
 def _fill(given: dict) -> None:
-    """Put the paper's values of a kind and a task where the recipe says nothing."""
-    stages = given.get("stage")
+    """Put values of a kind and a task where the recipe says nothing: the paper's, or what was tried.
+
+    Few steps are learned under what the last router before them learned under.
+    """
+    stages, routed = given.get("stage"), {}
     for stage in stages if isinstance(stages, list) else ():
         if not isinstance(stage, dict):
             continue
-        kind = stage.get("kind")
-        if kind == "self_forcing":
-            stage.setdefault("steps", 1200)
-            stage.setdefault("lr", 2e-6)
-        elif given.get("task") == "i2v":
+        kind, own = stage.get("kind"), {}
+        if kind == "router":
+            routed = {name: stage[name] for name in ("k_min", "k_max", "shift") if name in stage}
+        elif kind == "self_forcing":
+            own = {"steps": 1200, "lr": 2e-6, **routed}
+        elif kind == "steps":
+            own = {**_TRIED, **routed}
+        if given.get("task") == "i2v" and kind != "self_forcing":
             if kind == "router":
-                stage.setdefault("content", "clip")
+                own["content"] = "clip"
             weights = stage.setdefault("weights", {})
             if isinstance(weights, dict):
                 weights.setdefault("temporal", 4.0)
+        for name, said in own.items():
+            stage.setdefault(name, said)
 
 
 def _build(cls: type, given: object, file: str, place: str) -> Any:

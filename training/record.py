@@ -76,6 +76,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("recipe", help="TOML file, or the name of one that comes with WanTrim")
     parser.add_argument("--out", type=Path, help="file to write (default: the recipe's profile)")
     parser.add_argument("--samples", type=int, default=SAMPLES, help="default 200, as in the paper")
+    parser.add_argument(
+        "--set", nargs="+", default=(), metavar="KEY=VALUE", help="change the recipe"
+    )
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
     args = parser.parse_args(arguments)
@@ -83,7 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--samples: expected {BINS} or more, one for each noise level")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        recipe = load_recipe(args.recipe)
+        recipe = load_recipe(args.recipe, args.set)
         if args.out is None and not recipe.profile:
             raise ValueError("--out: expected a file, as the recipe names no profile")
         out = args.out or Path(recipe.profile)

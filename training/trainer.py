@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from contextlib import nullcontext
 from pathlib import Path
@@ -24,6 +25,8 @@ from .parallel import DTYPES, World, shard
 from .recipe import Recipe, Run, Stage
 from .recompute import recompute_blocks
 from .shards import Batch
+
+log = logging.getLogger(__name__)
 
 
 def learning_rate(stage: Stage, step: int) -> float:
@@ -132,6 +135,10 @@ class Trainer:
         if known is not None:
             loaded = load_router(known)
             mlp, kind = loaded.mlp.requires_grad_(True), loaded.kind
+            if loaded.conditions is not None and self.world.first:
+                own = self._conditions().to_json()
+                for said in loaded.conditions.settle(own, dict.fromkeys(own))[1]:
+                    log.info("%s: %s", known.parent.name, said)
         else:
             torch.manual_seed(self.recipe.data.seed)
             clip = self.student.config.image_dim or 0
@@ -147,7 +154,7 @@ class Trainer:
     def train_step(self, batch: Batch) -> dict[str, torch.Tensor]:
         """One optimizer step on this process's part of the batch; its terms, as means over all.
 
-        A term that this step has not is that of the last step that had it.
+        A term that this step has not is that of the last step since the start that had it, if any.
         """
         first = self.world.rank * len(batch.latents)
         draws = Draws(self.recipe.data.seed, self.number, self.step, first)
@@ -204,13 +211,17 @@ class Trainer:
         self.world.wait()
 
     def _write(self, student: dict, router: dict | None, trained: list[dict]) -> None:
-        mlp, kind, s = None, None, self.stage
+        mlp, kind = None, None
         if router is not None:
             self._mlp.load_state_dict(router, assign=True)
             mlp, kind = self._mlp.requires_grad_(False), self.pair.routing.kind
+        said = self._conditions()
+        write_student(self.folder, student, mlp, kind, self.header, trained, conditions=said)
+
+    def _conditions(self) -> Conditions:
         # the curve and the skipping that the gate has
-        conditions = Conditions(s.k_min, s.k_max, "falling", "identity", s.shift)
-        write_student(self.folder, student, mlp, kind, self.header, trained, conditions=conditions)
+        s = self.stage
+        return Conditions(s.k_min, s.k_max, "falling", "identity", s.shift)
 
     def _record(self, data: str) -> dict:
         s = self.stage
