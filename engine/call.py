@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
 
 import torch
 
@@ -27,8 +26,6 @@ OUT_OF_MEMORY = (
     "repeated from there on"
 )
 
-
-T = TypeVar("T")
 
 # never a graph of their own
 _gather, _scatter = torch.compiler.disable(gather_tokens), torch.compiler.disable(scatter_tokens)
@@ -141,7 +138,7 @@ class Call:
         """False when this call's blocks run as they are: then the host's model runs untouched."""
         return not all(row.untouched for row in self.rows)
 
-    def run(self, model: Callable[[], T]) -> T:
+    def run(self, model: Callable):
         """What the model gives; without keys and values once more where they left it no memory."""
         try:
             return model()

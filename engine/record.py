@@ -199,8 +199,8 @@ class Record:
         """What was remembered of left out tokens, in words."""
         if self.context is None:
             return None
-        gigabytes = f"{self.context_bytes / 1e9:.2g} GB"
-        return f"keys and values of left out tokens, {gigabytes} {self.context}"
+        took = f"{self.context_bytes / 1e9:.2g} GB"
+        return f"keys and values of left out tokens, {took} {self.context}"
 
     def note(self, text: str) -> None:
         """Say once what did not happen and why."""

@@ -379,8 +379,8 @@ def test_what_the_page_of_heads_says_of_the_bench_is_in_the_rows(root, language)
             "tiny_wan_2",
             "benchmarks/README.md",
             "Of its {all} heads {spatial} are spatial, {uniform} nearly uniform "
-            "([roles](../demo/tiny_wan_2/head_roles.png)), {temporal} temporal by PARE's edge of 0.3, of "
-            "which {low} look through time more than uniform attention does",
+            "([roles](../demo/tiny_wan_2/head_roles.png)), {temporal} temporal by PARE's edge of 0.3, "
+            "{low} of them more than uniform attention",
         ),
         (
             "tiny_wan",

@@ -49,9 +49,7 @@ def files_on_the_way(contributing: str, title: str) -> set[str]:
 @pytest.mark.parametrize(
     ("title", "count", "length"), [(WAY, "files", "path"), (DECIDES, "more", "longer")]
 )
-def test_the_newcomers_path_is_as_long_as_is_said(
-    root, contributing, stated, title, count, length
-):
+def test_the_newcomers_path_is_as_long_as_is_said(root, contributing, stated, title, count, length):
     found = files_on_the_way(contributing, title)
     assert len(found) == stated[count]
     assert stated[length] - SLACK < lines(root, found) <= stated[length]

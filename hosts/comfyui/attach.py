@@ -204,13 +204,8 @@ def _calc_cond_batch(executor, model, conds, x_in, timestep, model_options):
         )
         # now, because a compiled model may not come by again
         run.engine.record.note(run.dense)
-    if (
-        run is None
-        or run.dense
-        or not conds
-        or conds[0] is None
-        or not any(cond is not None for cond in conds[1:])
-    ):
+    both = conds and conds[0] is not None and any(cond is not None for cond in conds[1:])
+    if run is None or run.dense or not both:
         return executor(model, conds, x_in, timestep, model_options)
     if not run.split:
         run.awaits_cond = True

@@ -147,12 +147,8 @@ class Wish:
         shape = full_shape(dm, given.text_tokens, clip_tokens(dm, given.clip_fea))
         # of a batch of videos, and all prompts, however the host splits them
         rows = max(len(given.x), len(given.x) // max(1, len(given.roles)) * sum(self.prompts))
-        sizes = (
-            shape.num_blocks,
-            grid.start + grid.tokens,
-            shape.dim // shape.head_dim,
-            shape.head_dim,
-        )
+        heads = shape.dim // shape.head_dim
+        sizes = shape.num_blocks, grid.start + grid.tokens, heads, shape.head_dim
 
         def needed(bits: int) -> int:
             return rows * context_bytes(*sizes, bits)
@@ -166,18 +162,11 @@ class Wish:
         if room is not None:
             self.rooms[needed(8)] = room
         run = Run(
-            shape,
-            grid,
-            announced,
-            self.shift,
-            len(self.prompts),
-            frames if any(frames) else None,
-            starts_given(dm, frames),
-            self.width,
-            partial=room is not None and inside is None,
-            alone=alone,
+            shape, grid, announced, self.shift, len(self.prompts),
+            frames if any(frames) else None, starts_given(dm, frames), self.width,
+            partial=room is not None and inside is None, alone=alone,
             bits=8 if room is None else room.bits,
-        )
+        )  # fmt: skip
         run = replace(run, before=run_before(run, self.earlier))
         name = device_name(device)
         rates = device_rates(name)
