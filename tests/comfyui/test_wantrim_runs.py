@@ -125,7 +125,7 @@ def test_a_guider_may_lack_anything(changes, prompts):
         SimpleNamespace(**{k: v for k, v in vars(guider).items() if v is not None}),
     ):
         found = dial.Wish.of(Dial(1.5), TrimPlan(), "auto", {}, one, 3.0)
-        assert found.prompts == prompts
+        assert len(found.prompts) == prompts
 
 
 def test_context_windows():
