@@ -37,6 +37,7 @@ ENGINE = "tests/test_carry.py tests/test_oracle.py tests/test_engine.py"
 # without the one that times the solver
 SOLVER = "tests/test_solve.py -k 'not seconds'"
 TRAINING = "tests/test_training_wiring.py tests/test_training.py -k"
+# but not engine/apart.py and engine/compiled.py, whose tests need a compiler's minutes
 TESTS = {
     "methods/grid.py": "tests/test_tokens.py",
     "methods/tokens.py": "tests/test_tokens.py",
