@@ -128,6 +128,11 @@ def test_images_are_keys_too():
     assert 0.5 - 1 / 32 <= share <= 0.5
 
 
+def test_what_a_head_and_a_channel_store():
+    """By hand: 3 heads of 4 numbers in a model of 12; q, k and v have biases, q and k norms."""
+    assert unit_parameters(Fingerprint(12, 20, 2, 3, 36, 16)) == (4 * 4 * 12 + 5 * 4, 12 + 1 + 12)
+
+
 def test_every_block_keeps_some_channels(monkeypatch):
     monkeypatch.setattr("wantrim.slim.width.FFN_WORTH", 1e-9)
     width = solve_width(profile_of(blocks=3, ffn=64), 0.6)

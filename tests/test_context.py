@@ -110,6 +110,9 @@ def test_two_blocks_of_each_prompt_are_beside_the_blocks(bits, prompts):
         for one in far:
             assert all(map(torch.equal, one.read(block), near.read(block)))
     assert len(lane.slots) == AHEAD * prompts
+    # keys and values of 42 heads of tokens: ten codes, and a scale of 16 bits
+    held = blocks * 2 * 42 * (10 * bits // 8 + 2)
+    assert near.bytes == held and [one.bytes for one in far] == [held] * prompts
     # a smaller video after it, and a larger one
     for tokens in (3, 11):
         k, v = torch.randn(2, tokens, 3, 10), torch.randn(2, tokens, 3, 10)

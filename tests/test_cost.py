@@ -221,6 +221,46 @@ def test_heads_in_patterns_are_taken_out_and_put_back():
     assert moved(*[Row(ALL, 36, heads=True)] * 3, share=1.0, heads=heads) == 0
 
 
+def test_what_patterns_leave_out_is_given_back_by_a_few_queries():
+    """Of each latent frame 8 queries attend to all 36 tokens, in 4 heads of 8."""
+    own, cross = ("full", "frame", OFF, OFF), ("full",) * 4
+    bare, given = (
+        program_work(
+            SHAPE, Program((Row(ALL, 36, heads=True),) * 3, GRID, 12, heads=plan), TrimPlan()
+        )
+        for plan in (HeadPlan((own,) * 3, (cross,) * 3, corrected=on) for on in (False, True))
+    )
+    assert given.attention - bare.attention == 3 * 4 * 8 * 4 * 24 * 36
+    assert given.moved - bare.moved == 3 * 32 * (2 * 36 + 10 * 24)
+    # left out tokens are keys too; of 4 tokens of a latent frame all are asked
+    rows = (Row(KEPT, 12, context=READ, heads=True),) * 3
+    bare, given = (
+        program_work(SHAPE, Program(rows, GRID, 4, 0.5, heads=plan), TrimPlan())
+        for plan in (HeadPlan((own,) * 3, (cross,) * 3, corrected=on) for on in (False, True))
+    )
+    assert given.attention - bare.attention == 3 * 4 * 8 * 4 * 12 * 36
+    # where all heads of a block are full nothing is left out
+    whole = HeadPlan((cross,) * 3, (cross,) * 3, corrected=True)
+    assert moved(*[Row(ALL, 36, heads=True)] * 3, share=1.0, heads=whole) == 0
+
+
+def test_to_measure_heads_costs_a_few_queries_of_one_prompt():
+    """24 queries see the pairs of a head's latent frame, tiles and all: 432, 324 and 1296 of 36."""
+    rows = [(Row(ALL, 36, measure=on),) * 3 for on in (True, False)]
+    for prompts in (1, 2):
+        found, plain = (
+            program_work(SHAPE, Program(some, GRID, 12), TrimPlan(), prompts) for some in rows
+        )
+        assert found.attention - plain.attention == 3 * 4 * 24 * 57 * 32
+        assert found.moved - plain.moved == 3 * 4 * 36 * 32
+    # of a slim model's three heads
+    width = Width(*[(tuple(range(n)),) * 3 for n in (3, 4, 64)])
+    found, plain = (
+        program_work(SHAPE, Program(some, GRID, 12), TrimPlan(), width=width) for some in rows
+    )
+    assert found.attention - plain.attention == 3 * 4 * 24 * 57 * 24
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 def test_remembered_keys_and_values_are_packed_and_unpacked(bits):
     # 32 numbers of keys and as many of values, of 16 bits; and a scale of 16 for each of 4 heads

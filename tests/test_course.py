@@ -346,6 +346,14 @@ def test_the_first_step_that_is_left_out_waits_until_changes_go_on(wanted, monke
     assert dial.solve(replace(run, done=(1.0,) * first, waits=first)).why is not None
 
 
+def test_where_changes_go_on_the_first_step_is_left_out_as_planned():
+    dial = Dial(1.5)
+    planned = dial.solve(run_of(12)).plan.shares.shares
+    record, _, told = go(as_announced(12), dial, straight=True)
+    assert [step.program.share for step in record.steps] == pytest.approx(planned)
+    assert len(told) == 1 and min(planned) < 1.0
+
+
 def test_what_was_sampled_before_is_one_run():
     run = replace(run_of(3), sigmas=(0.6, 0.3, 0.0))
     first = replace(run, sigmas=(1.0, 0.9, 0.8), calls=(2, 1), done=(1.0, 0.5))

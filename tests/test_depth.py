@@ -75,6 +75,17 @@ def test_a_fixed_list_does_not_follow_the_budget():
     assert blocks_per_step(plan, [1.0, 0.5], 1.0, 8) == [6, 6]
 
 
+def test_skipped_blocks_that_nobody_chose_are_spread_evenly_between_the_first_and_the_last():
+    plan = BlockPlan(RandomRouter(), BlockBudget(0.5, 0.5))
+    # by hand: the middles of three, four and one of as many pieces of what is between
+    assert plan.skipped(0.5, 0.5, 6, None) == {1, 3, 4}
+    assert plan.skipped(0.5, 0.5, 8, None) == {1, 3, 4, 6}
+    assert plan.skipped(0.5, 0.5, 3, None) == {1}
+    # by logits the least of the inner ones
+    low = torch.tensor([-9.0, 1.0, 3.0, 0.0, 2.0, -9.0])
+    assert plan.skipped(0.5, 0.5, 6, low) == {1, 3, 4}
+
+
 def test_neutral():
     assert BlockPlan(RandomRouter(), BlockBudget(1.0, 1.0)).neutral
     assert BlockPlan(FixedRouter(())).neutral

@@ -136,6 +136,20 @@ def test_guarded_steps_are_whole(first, last):
         assert solved.why is None
 
 
+def test_a_step_that_waits_is_whole():
+    run, dial = run_of(8), Dial(2.0)
+    planned = shares(dial.solve(run))
+    at = planned.index(0.0)
+    waiting = shares(dial.solve(replace(run, waits=at)))
+    assert planned[at] == 0.0 and waiting[at] == 1.0 and sum(waiting) < 5
+    # counted from its own first step on: behind two steps of the other expert
+    high, low = run.sigmas[:3], replace(run, sigmas=run.sigmas[2:])
+    low = replace(low, before=replace(run, sigmas=high, done=(1.0, 1.0)))
+    pair = Dial(2.0, expert=LOW)
+    at = shares(pair.solve(low)).index(0.0)
+    assert at > 0 and shares(pair.solve(replace(low, waits=at)))[at] == 1.0
+
+
 def test_steps_outside_of_the_window_are_whole():
     run = run_of(12)
     solved = Dial(1.3, start=0.3, end=0.7).solve(run)

@@ -428,6 +428,23 @@ def test_a_further_part_remembers_keys_and_values_only_where_there_is_room(fits)
     assert (OUT_OF_MEMORY in record.notes) is not fits
 
 
+def test_calls_of_one_step_may_round_its_sigma_apart():
+    engine = engine_of(1, 1, 1)
+    for sigma in (0.9, 0.900005, 0.899995, 0.89998):
+        model_call(engine, sigma, 1.0)
+    assert [step.calls for step in engine.finish(True).steps] == [3, 1]
+
+
+def test_steps_that_never_came_are_not_said_to_have_left_nothing_out():
+    engine = engine_of(1, 1, 0)
+    for sigma in (1.0, 0.9):
+        model_call(engine, sigma, 1.0)
+    assert engine.finish(True).notes == [
+        "1 of 3 steps that the sampler announced never came to the model: another node's cache, or "
+        "a sampler that goes its own way"
+    ]
+
+
 def test_parts_that_are_sampled_no_more_are_forgotten():
     engine = engine_of(1, 1, 1, 0)
     for number, sigma in enumerate((1.0, 0.9, 0.8, 0.7)):

@@ -58,12 +58,23 @@ def test_a_budget_goes_where_it_keeps_most():
     assert all(set(heads) != {OFF} for heads in alone)
 
 
+def test_every_block_keeps_a_head_where_another_has_better_ones():
+    """Two blocks and the pairs of two full heads; a head in its latent frame costs a third of one."""
+    evenly = [0.25] * 4
+    given = {0: shown(evenly, frame=[1.0] * 4), 1: shown(evenly)}
+    plan = RolePlan(2 / 8, 4).solved(given, GRID, 2)
+    assert plan.self_attention == ((FRAME,) * 3 + (OFF,), (FULL, OFF, OFF, OFF))
+
+
 def test_what_a_pattern_leaves_of_a_head_by_hand():
     """Two heads and two cheap patterns, between off and full."""
     # a pattern can make more of a head's output than it was
     found = pattern_values(torch.tensor([0.5, 0.2]), torch.tensor([[0.5, -0.2], [1.0, 0.8]]))
     wanted = torch.tensor([[0.0, 0.25, 0.0, 0.5], [0.0, 0.2, 0.16, 0.2]])
     torch.testing.assert_close(found, wanted)
+    # but not more than the head gave
+    more = pattern_values(torch.tensor([0.5]), torch.tensor([[1.5, 1.0]]))
+    torch.testing.assert_close(more, torch.tensor([[0.0, 0.5, 0.5, 0.5]]))
 
 
 @pytest.mark.parametrize("keep", [0.3, 0.55, 0.9])

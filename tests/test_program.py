@@ -29,6 +29,7 @@ from wantrim.hosts.diffusers.sample import sample, sigmas_for
 from wantrim.methods.depth import BlockBudget, BlockPlan
 from wantrim.methods.grid import TokenGrid
 from wantrim.methods.heads import FRAME, FULL, OFF, HeadPlan
+from wantrim.methods.role_plan import RolePlan
 from wantrim.methods.routers import FixedRouter
 from wantrim.methods.schedule import Schedule
 from wantrim.methods.shares import Shares
@@ -266,6 +267,50 @@ def test_heads_of_a_block_that_may_not_be_looked_into_are_whole():
     program = compile_step(TrimPlan(heads=HEADS), replace(FACTS, inside="not here"))
     assert program.untouched and program.remarks == ("not here",)
     assert compile_step(TrimPlan(heads=HEADS), replace(FACTS, mixed=True)).rows[0].heads
+
+
+def test_a_plan_knows_what_it_trims_and_says_so():
+    heads = HeadPlan(((FULL, FULL, OFF), (FRAME, FULL, OFF)), ((FULL, OFF, OFF), (FULL,) * 3))
+    cases = {
+        "nothing trimmed": TrimPlan(
+            TokenPlan(Schedule(1.0)),
+            HeadPlan.full(2, 3),
+            BlockPlan(FixedRouter(())),
+            Shares((1.0, 0.5), (1.0, 1.0)),
+        ),
+        "of 5 steps 2 whole, 1 on a part of the tokens, 2 repeated (1 0 0.35 1 0)": TrimPlan(
+            shares=Shares((0.9, 0.8, 0.7, 0.6, 0.5), (1.0, 0.0, 0.35, 1.0, 0.0))
+        ),
+        "of 2 steps 1 whole, 1 repeated (1 0)": TrimPlan(shares=Shares((0.9, 0.5), (1.0, 0.0))),
+        "of 2 steps 1 whole, 1 on a part of the tokens (1 0.4)": TrimPlan(
+            shares=Shares((0.9, 0.5), (1.0, 0.4))
+        ),
+        "40% of the tokens dropped (constant, by the attention they receive, reselected every 3 "
+        "blocks)": tape(3, 0.6),
+        "40% of the tokens dropped from 10% to 80% of the run (constant, by the attention they "
+        "receive, reselected every 3 blocks)": tape(3, 0.6, start=0.1, end=0.8),
+        "heads 3 full, 1 frame, 2 off, 2 cross-attention heads off": TrimPlan(heads=heads),
+        "heads 2 full, 1 off": TrimPlan(heads=HeadPlan(((FULL, FULL, OFF),), ((FULL,) * 3,))),
+        "heads by their roles, 45% of self-attention left": TrimPlan(heads=RolePlan(0.45, 3)),
+        "always the same blocks skipped": TrimPlan(blocks=BlockPlan(FixedRouter((2,)))),
+        "40% to 90% of the blocks run (rising, random)": TrimPlan(
+            blocks=BlockPlan(RandomRouter(), BlockBudget(0.4, 0.9, "rising"))
+        ),
+    }
+    for said, plan in cases.items():
+        assert plan.describe() == said and plan.neutral == (said == "nothing trimmed")
+    both = tape(3, 0.6).describe() + "; always the same blocks skipped"
+    assert without(tape(3, 0.6), 2)[0].describe() == both
+    assert not cases["nothing trimmed"].trims_heads and TrimPlan().neutral
+    # what is left out whole leaves nothing behind that a part could go by
+    assert [plan.may_be_partial for plan in cases.values()] == [True] * 4 + [False] * 2 + (
+        [True] * 3 + [False] * 2
+    )
+    assert [said for said, plan in cases.items() if plan.finds_roles] == [
+        "heads by their roles, 45% of self-attention left"
+    ]
+    # all of it is no part
+    assert not TrimPlan(heads=RolePlan(1.0, 3)).finds_roles
 
 
 def test_neutral_is_every_row_is_all():

@@ -50,6 +50,27 @@ def test_a_step_that_did_something_else_is_not_as_planned():
     assert one.kept_share == pytest.approx(16 / 18)
 
 
+@pytest.mark.parametrize(
+    ("rows", "share", "how", "cut"),
+    [
+        # cancelled between blocks, and behind the last one
+        ((WHOLE, PART), 1.0, {"missing": True}, True),
+        ((WHOLE, PART), 1.0, {}, False),
+        # of a repeated step nothing is missing
+        ((NONE, NONE), 0.0, {"missing": True}, False),
+        # of an untouched one it is known that the model ran, or nothing
+        ((WHOLE, WHOLE), 1.0, {"missing": True, "reached": True}, False),
+        ((WHOLE, WHOLE), 1.0, {"missing": True}, True),
+    ],
+)
+def test_a_step_is_cut_off_where_a_run_was_cancelled_before_its_end(rows, share, how, cut):
+    one, whole = step(*rows, share=share), step(*rows, share=share)
+    one.close(list(rows[:1]), [], whole=False, **how)
+    whole.close(list(rows[:1]), [], **how)
+    assert one.cut is cut and not whole.cut and not one.answered
+    assert Record(steps=[whole, one]).without_cut().steps == [whole, one][: 2 - cut]
+
+
 def test_a_repeated_step_is_told_from_one_that_another_node_answered():
     again = step(NONE, NONE, share=0.0)
     # nothing looks at its blocks

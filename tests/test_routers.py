@@ -76,6 +76,13 @@ def test_latent_statistics_of_one_frame_of_one_pixel_are_finite():
     assert got.tolist() == [[2.0] * 3 + [0.0] * 9] * 2
 
 
+def test_two_latent_frames_of_two_rows_differ_by_hand():
+    """One difference in time for each pixel, one down for each latent frame; none across."""
+    latent = torch.tensor([1.0, 2.0, 5.0, 9.0]).view(1, 1, 2, 2, 1)
+    # in time 4 and 7, down 1 and 4
+    assert latent_statistics(latent)[0, 2:].tolist() == [5.5, 2.5]
+
+
 def test_the_trained_router_is_its_mlp_on_sigma_and_content():
     latent = torch.randn(2, 4, 3, 6, 5)
     router = trained()

@@ -107,6 +107,9 @@ def test_what_most_changed_tokens_hold():
     found = held_by_most(change, (0.01, 0.5, 0.75))
     assert found.tolist() == pytest.approx([(0.6 + 0.25) / 2, (0.9 + 0.5) / 2, (1.0 + 0.75) / 2])
     assert held_by_most(torch.zeros(1, 4), (0.5, 1.0)).tolist() == [0.0, 0.0]
+    # of 20 that change alike it is their share, of those that curves know where none are named
+    known = held_by_most(torch.ones(1, 20)).tolist()
+    assert known == pytest.approx([0.1, 0.2, 0.35, 0.5, 0.8])
     # of what changes hardly at all it is the same
     assert held_by_most(change[:1] * 1e-30, (0.25,)).item() == pytest.approx(0.6)
 

@@ -293,6 +293,19 @@ def test_where_nothing_near_fits_the_nearer_plan_is_taken(budget, wanted):
     assert solve_nearest(one, curves(LATE), budget, cost) == wanted
 
 
+def test_where_nothing_near_fits_the_dearest_that_does_is_taken():
+    """A repeated step costs next to nothing, but the solver counts a unit: 2.02 for 2.001."""
+    one = Task((1.0, 0.75, 0.5, 0.0), (1, 0.9, 1), frozenset({0}), partial=False)
+
+    def price(share: float) -> float:
+        return share or 0.001
+
+    # the second step is worth more than the third, and costs less
+    early = curves((0.0, 5.0, 5.5, 6.0))
+    assert solve_shares(one, early, 2.07, price) == (1, 1, 0)
+    assert solve_nearest(one, early, 2.07, price) == (1, 0, 1)
+
+
 @pytest.mark.parametrize("wanted", [1.2, 1.5, 1.7])
 def test_a_wish_is_met_where_a_part_of_the_tokens_is_worth_nothing(wanted):
     """Whole steps alone would be up to a sixth off; no part takes anything of the error away."""

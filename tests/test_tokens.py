@@ -3,7 +3,14 @@ import torch
 
 from wantrim.kernels.reference import token_mass
 from wantrim.methods import importance
-from wantrim.methods.grid import TokenGrid, gather_tokens
+from wantrim.methods.grid import (
+    TokenGrid,
+    gather_tokens,
+    masked_as_given,
+    other_positions,
+    scatter_tokens,
+    timed_as_given,
+)
 from wantrim.methods.importance import (
     attention_received,
     query_count,
@@ -214,6 +221,39 @@ def test_gather_shares_rotary_tables_between_samples():
     assert got.shape == (2, 2, 1, 3, 2, 2)
     assert torch.equal(got[1, 0], table[0, 1])
     assert gather_tokens(table, index[:1]).shape == (1, 2, 1, 3, 2, 2)
+
+
+def test_the_videos_part_of_a_sequence():
+    grid = TokenGrid(2, 3, 4, start=2)
+    assert (grid.per_frame, grid.tokens) == (12, 24)
+    sequence = torch.arange(2 * 30).view(2, 30)
+    assert grid.cut(sequence).tolist() == [list(range(2, 26)), list(range(32, 56))]
+    assert TokenGrid(2, 3, 4).cut(sequence)[0, 0] == 0
+
+
+def test_a_latent_frame_is_given_where_all_of_it_is():
+    """Of two samples, four latent frames of 2 x 3."""
+    mask = torch.zeros(2, 4, 4, 2, 3)
+    # one of four pixel frames is enough, but not a part of the picture
+    mask[0, 2, 1] = mask[1, 0, 3] = 1
+    mask[0, :, 2, 0] = 1
+    assert masked_as_given(mask).tolist() == [False, True, False, True]
+    assert masked_as_given(mask[:1]).tolist() == [False, True, False, False]
+    # by timesteps of frames, or of each frame's tokens; it is given to all samples or to none
+    frames = torch.tensor([[0.0, 7.0, 0.0], [0.0, 7.0, 7.0]])
+    assert timed_as_given(frames, 3).tolist() == [True, False, False]
+    tokens = torch.tensor([[0.0, 0.0, 0.0, 7.0, 7.0, 7.0]])
+    assert timed_as_given(tokens, 3).tolist() == [True, False, False]
+
+
+def test_rows_are_put_back_in_a_copy_or_in_place():
+    hidden, kept = torch.zeros(2, 3, 2), torch.tensor([[[1.0, 2.0]], [[3.0, 4.0]]])
+    index = torch.tensor([[2], [0]])
+    put = scatter_tokens(hidden, index, kept)
+    assert put.tolist() == [[[0, 0], [0, 0], [1, 2]], [[3, 4], [0, 0], [0, 0]]]
+    assert hidden.sum() == 0
+    assert scatter_tokens(hidden, index, kept, in_place=True) is hidden and torch.equal(hidden, put)
+    assert other_positions(index, 3).tolist() == [[0, 1], [1, 2]]
 
 
 def test_budget_never_empties_a_frame_is_rounded_and_respects_the_window():

@@ -102,6 +102,11 @@ def test_a_sample_is_moved_from_the_critics_to_the_guided_teachers():
     loss.sum().backward()
     assert float(made.grad.mean() * made[0].numel()) == pytest.approx(step, rel=1e-3)
     assert pair.critic.weight.grad is None and pair.teacher.weight.grad is None
+    # each sample by how far it is itself
+    with torch.no_grad():
+        made[1] = 2.2
+    apart = distribution_loss(pair, stage, batch, Draws(0, 3, 0), made)
+    assert apart.tolist() == pytest.approx([0.5 / 0.8**2, 0.5 / 0.5**2], rel=1e-3)
 
 
 def test_noise_levels_are_drawn_for_each_sample_between_the_ends():

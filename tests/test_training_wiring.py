@@ -192,14 +192,17 @@ class Told(nn.Module):
 
 def test_few_steps_are_asked_for_what_the_guided_teacher_does():
     """Text 0.5 and negative prompt 0.1 guided by 6: 0.1 + 6 * 0.4 = 2.5."""
-    model = Told()
+    model, teacher, times = Told(), Told(), set()
+    teacher.register_forward_pre_hook(lambda _, given: times.add(given[1][0].item()))
     negative = torch.full((24, TEXT_DIM), 0.1)
-    pair = Pair(model, Told(), Taps(model), Taps(model), None, negative)
+    pair = Pair(model, teacher, Taps(model), Taps(model), None, negative)
     batch = ToyDataset(2).batch(0)
     batch = type(batch)(batch.latents, torch.full_like(batch.text, 0.5), batch.condition)
     stage = Stage("steps", 4, warmup=1, guidance=6.0, shift=2.0)
     terms = few_steps(pair, stage, batch, Draws(0, 3, 0))
     assert float(terms["teacher"].detach()) == pytest.approx((2.5 - 0.5) ** 2, rel=1e-4)
+    # five steps for one, as docs/training.md says
+    assert len(times) == 5
 
 
 # the cut
