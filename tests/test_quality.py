@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from wantrim.benchmarks import concentration, curves, quality, table
+from wantrim.benchmarks.aims import SLIM
 from wantrim.benchmarks.bench import Bench
 from wantrim.benchmarks.cases import (
     DEFAULT,
@@ -59,6 +60,7 @@ from wantrim.benchmarks.table import (
 from wantrim.hosts.diffusers.lora import add_low_rank, save_lora
 from wantrim.methods.tokens import paper_plan
 from wantrim.solve import dial
+from wantrim.tests.small_wan import random_wan
 from wantrim.tests.tiny_pipeline import ASKED, parts, transformer
 from wantrim.toy.worlds import FIRST, SECOND, World
 
@@ -363,6 +365,21 @@ def test_another_world_has_its_own_model_points_and_subset(monkeypatch, tmp_path
     names = [quality.result_path(a, "t2v", a.points[1], STEPS).name for a in (first, fast)]
     assert [name.split("_t2v")[0] for name in names] == ["tiny_wan", "tiny_wan_2"]
     assert fast.digest != first.digest
+
+
+def test_a_slim_student_takes_the_tiny_wans_place(monkeypatch, tmp_path):
+    student, made = tmp_path / "student.safetensors", random_wan(2)
+    student.write_bytes(b"a student")
+    monkeypatch.setattr(quality, "load_slim", lambda path: made if path == student else None)
+    monkeypatch.setattr("sys.argv", ["quality", "--slim", str(student)])
+    args = quality.parse_args()
+    subject = quality.load_subject(args, args.points[1])
+    assert subject.model is made and subject.name == SLIM == "tiny_wan_slim"
+    before = args.digest
+    student.write_bytes(b"another")
+    assert quality.digest(args) != before
+    monkeypatch.setattr("sys.argv", ["quality"])
+    assert quality.load_subject(quality.parse_args(), args.points[1]).name == "tiny_wan"
 
 
 def test_what_a_case_was_made_of_is_told_by_bytes(monkeypatch, tmp_path):
