@@ -34,7 +34,7 @@ def paired_rows(results: dict[tuple, dict]) -> list[dict]:
             twin = min(twins, key=lambda r: _apart(r["row"], row), default=None)
             near = twin and _apart(twin["row"], row) <= FAIR
             if near and case.method not in ("dense", method):
-                row |= _paired(name, result, twin)
+                row |= paired(name, result, twin)
         rows.append(row)
     return rows
 
@@ -77,7 +77,7 @@ def _apart(one: dict, other: dict) -> float:
     return abs(float(one["flops_ratio"]) - float(other["flops_ratio"]))
 
 
-def _paired(name: str, result: dict, twin: dict) -> dict[str, object]:
+def paired(name: str, result: dict, twin: dict) -> dict[str, object]:
     """Columns `name`* of a result: its PSNR less a twin's, with the interval and the verdict."""
     mean, low, high = difference(result["psnr"], twin["psnr"], result["clusters"])
     verdict = "tie" if low <= 0 <= high else ("better" if mean > 0 else "worse")

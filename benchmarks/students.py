@@ -27,6 +27,7 @@ from ..slim.router import load_router
 from .bench import Bench
 from .cases import DENSE, POINTS, Case
 from .flops import plan_work
+from .pairs import paired, paired_rows
 from .quality import parse_args, refuse_rows, run_cases
 from .random_router import RandomRouter
 from .table import COLUMNS
@@ -40,6 +41,13 @@ FORCING = "tiny_forcing/1-self_forcing"
 ALIKE, LOG = "tiny_alike/1-width", "tiny_log/1-width"
 # shares of dense FLOPs that the kinds of students have, about
 WIDTH, ROUTED, FEW = 0.75, 0.5, 0.1
+# settings whose rows are held against another one's
+AGAINST = {
+    "stage II's student, random blocks": "stage II",
+    "stage III, 4 steps": "full model, 4 steps",
+    "self-forcing, 4 steps": "full model, 4 steps",
+}
+VERDICT = ("against", "vs_db", "vs_lo", "vs_hi", "vs")
 
 
 @dataclass(frozen=True)
@@ -143,6 +151,17 @@ class StudentBench(Bench):
         return knob, method, steps, mine.flops / dense.flops
 
 
+def compared_rows(results: dict[tuple, dict]) -> list[dict]:
+    """As `paired_rows`, with `vs*`: some students' PSNR less that of what they are held `against`."""
+    found = {case.setting: result for (_, _, case), result in results.items() if "row" in result}
+    rows = paired_rows(results)
+    for row in rows:
+        name = AGAINST.get(row["setting"])
+        if name in found:
+            row |= {"against": name, **paired("vs", found[row["setting"]], found[name])}
+    return rows
+
+
 def _parameters(module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
@@ -155,7 +174,8 @@ def main() -> None:
     (point,) = (point for point in POINTS["1"] if point.steps == 20)
     known = {point: [DENSE, *all_cases()]}
     table = args.results / "students.csv"
-    run_cases(args, known, known, table, columns=(*COLUMNS, "parameter_ratio"))
+    columns = (*COLUMNS, "parameter_ratio", *VERDICT)
+    run_cases(args, known, known, table, compared_rows, columns)
 
 
 if __name__ == "__main__":
