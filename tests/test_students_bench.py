@@ -65,6 +65,24 @@ def test_flops_are_the_predicted_ones_and_the_full_model_is_left_as_it_was(
     assert bench.run(DENSE)["row"]["psnr_db"] == 100
 
 
+def test_a_student_is_held_against_another_by_the_same_videos():
+    made = {
+        case.setting: {
+            "row": {"setting": case.setting, "method": case.method, "flops_ratio": case.target},
+            "psnr": [20.0 + number + add for number in range(8)],
+            "clusters": list(range(8)),
+        }
+        for case, add in zip(all_cases()[:4], (3.0, 1.0, 0.0, -2.0), strict=True)
+    }
+    cases = {case.setting: case for case in all_cases()}
+    found = {("t2v", POINT, cases[name]): result for name, result in made.items()}
+    rows = {row["setting"]: row for row in students.compared_rows(found)}
+    told = rows["stage II's student, random blocks"]
+    assert told["against"] == "stage II" and told["vs"] == "worse"
+    assert told["vs_db"] == told["vs_lo"] == told["vs_hi"] == pytest.approx(-2.0)
+    assert not any("against" in row for name, row in rows.items() if "random" not in name)
+
+
 def test_every_row_is_a_case_and_the_command_makes_it(monkeypatch):
     """What has no case is an old study and stands in results/old."""
     ran = []
@@ -78,6 +96,7 @@ def test_every_row_is_a_case_and_the_command_makes_it(monkeypatch):
     rows = read_rows(RESULTS / "students.csv")
     assert len(rows) >= 10
     for row in rows:
+        assert "dirty" not in row["commit"]
         assert (row["method"], row["setting"], row["target"]) in known
         assert (row["prompts"], row["seeds"]) == (str(args.prompts), str(args.seeds))
 
