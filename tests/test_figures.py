@@ -258,10 +258,11 @@ FIGURES = [
     ),
     (
         "docs/training.md",
-        "an earlier training of uncommitted code kept {:.1f} dB, and {:.1f} after `steps`",
+        "an earlier training of uncommitted code kept {:.1f} dB, and {:.1f} after `steps`, {:.1f} after "
+        "`self_forcing`",
         [
             ("old/students", {"setting": f"{stage}, weighting log"}, "psnr_db", 1)
-            for stage in ("stage II", "stage III, 4 steps")
+            for stage in ("stage II", "stage III, 4 steps", "self-forcing, 4 steps")
         ],
     ),
     (
