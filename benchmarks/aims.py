@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import itemgetter
 
 from ..toy.worlds import FIRST, WORLDS
 from .cases import DEFAULT, FAIR, SKIP, STUDY_TARGET
 from .headline import met, models_of
+from .pairs import apart
 from .peers import PEERS
 from .table import TASKS, full_rows
 
 # what the default is to be held against; ToMe and random tokens are far below
-FREE = ("fewer_steps", *(name for name in PEERS if name not in ("tome", "random")))
+BASELINES = ("fewer_steps", *(name for name in PEERS if name not in ("tome", "random")))
 WON, LEVEL, LOST = "better", "level", "worse"
 MOTION = (0.95, 1.05)
 # (model, task, steps, share of the FLOPs): what trials promised, dB
@@ -23,6 +25,8 @@ PROMISED = {
 # a student of the first tiny Wan (`quality --slim`)
 SLIM = f"{FIRST.checkpoint.stem}_slim"
 Rows = Sequence[dict[str, str]]
+# of a cell of the tables
+_KEY = itemgetter("model", "task", "steps", "target")
 
 
 def aims_table(read: Rows, verdicts: Rows) -> str:
@@ -30,7 +34,7 @@ def aims_table(read: Rows, verdicts: Rows) -> str:
     which nothing was chosen.
     """
     rows = [row for world in WORLDS.values() for row in full_rows(read, models_of(world))]
-    found = {key: _outcome(key, rows) for key in map(_key, rows) if _default(key, rows)}
+    found = {key: _outcome(key, rows) for key in map(_KEY, rows) if _default(key, rows)}
     found = {key: outcome for key, outcome in found.items() if outcome is not None}
     count = {one: sum(way == one for way, _ in found.values()) for one in (WON, LEVEL, LOST)}
     lost = [f"{_words(key)}: {why}" for key, (way, why) in found.items() if way == LOST]
@@ -42,7 +46,7 @@ def aims_table(read: Rows, verdicts: Rows) -> str:
     lines.append(f"| better in half of the cells | {count[WON]}; level in {count[LEVEL]} |")
     study = [r for r in rows if r["method"] == DEFAULT and r["target"] == f"{STUDY_TARGET}"]
     off = [
-        f"{_words(_key(r))} {float(r['motion_ratio']):.2f}"
+        f"{_words(_KEY(r))} {float(r['motion_ratio']):.2f}"
         for r in study
         if not MOTION[0] <= round(float(r["motion_ratio"]), 2) <= MOTION[1]
     ]
@@ -64,7 +68,7 @@ def aims_table(read: Rows, verdicts: Rows) -> str:
     )
     slim = full_rows(read, (SLIM,))
     for ours in (row for row in slim if row["method"] == DEFAULT):
-        others = {r["method"]: r for r in slim if _key(r) == _key(ours)}
+        others = {r["method"]: r for r in slim if _KEY(r) == _KEY(ours)}
         said = ", ".join(
             f"{name.replace('_', ' ')} {float(r['psnr_db']):.1f}"
             for name, r in others.items()
@@ -78,18 +82,16 @@ def aims_table(read: Rows, verdicts: Rows) -> str:
     return "\n".join(lines)
 
 
-def _key(row: dict[str, str]) -> tuple[str, str, str, str]:
-    return row["model"], row["task"], row["steps"], row["target"]
-
-
 def _default(key: tuple, rows: Rows) -> dict[str, str] | None:
-    return next((r for r in rows if r["method"] == DEFAULT and _key(r) == key), None)
+    return next((r for r in rows if r["method"] == DEFAULT and _KEY(r) == key), None)
 
 
 def _outcome(key: tuple, rows: Rows) -> tuple[str, str] | None:
     """What the default is beside what is free in a cell; None where there is nothing like it."""
     ours = _default(key, rows)
-    free = [r for r in rows if r["method"] in FREE and _key(r) == key and _apart(r, ours) <= FAIR]
+    free = [
+        r for r in rows if r["method"] in BASELINES and _KEY(r) == key and apart(r, ours) <= FAIR
+    ]
     if not met(ours, float(key[-1])) or not free:
         return None
     ways = {r["method"]: _way(r, ours) for r in free}
@@ -108,10 +110,6 @@ def _way(row: dict[str, str], ours: dict[str, str]) -> str:
     if float(row["psnr_lo"]) > float(ours["psnr_hi"]):
         return LOST
     return WON if float(row["psnr_hi"]) < float(ours["psnr_lo"]) else LEVEL
-
-
-def _apart(one: dict[str, str], other: dict[str, str]) -> float:
-    return abs(float(one["flops_ratio"]) - float(other["flops_ratio"]))
 
 
 def _words(key: tuple[str, str, str, str]) -> str:

@@ -31,8 +31,8 @@ def paired_rows(results: dict[tuple, dict]) -> list[dict]:
                 for (t, p, _), r in results.items()
                 if (t, p) == (task, point) and r.get("row", {}).get("method") == method
             ]
-            twin = min(twins, key=lambda r: _apart(r["row"], row), default=None)
-            near = twin and _apart(twin["row"], row) <= FAIR
+            twin = min(twins, key=lambda r: apart(r["row"], row), default=None)
+            near = twin and apart(twin["row"], row) <= FAIR
             if near and case.method not in ("dense", method):
                 row |= paired(name, result, twin)
         rows.append(row)
@@ -70,10 +70,11 @@ def outdated(
 def _compared(row: dict, twin: dict, method: str) -> bool:
     same = key_of(row, CELL) == key_of(twin, CELL) and twin["method"] == method
     # rows have four digits
-    return same and _apart(row, twin) <= FAIR + 1e-4
+    return same and apart(row, twin) <= FAIR + 1e-4
 
 
-def _apart(one: dict, other: dict) -> float:
+def apart(one: dict, other: dict) -> float:
+    """Of the dense FLOPs, what two rows differ by."""
     return abs(float(one["flops_ratio"]) - float(other["flops_ratio"]))
 
 

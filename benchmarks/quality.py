@@ -371,6 +371,8 @@ def parse_args(
     )
     add_real_weights(parser)
     args = parser.parse_args()
+    if args.weights and args.slim:
+        parser.error("--slim: a student of the tiny Wan; leave out --weights")
     args.results = args.results or (RESULTS if args.full or videos else ASIDE)
     prompts, seeds = videos or (FULL[args.world] if args.full else FAST[args.world][:2])
     if args.weights:

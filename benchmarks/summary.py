@@ -8,7 +8,7 @@ from operator import itemgetter
 from pathlib import Path
 
 from ..toy.worlds import WORLDS
-from .aims import FREE, aims_table
+from .aims import BASELINES, aims_table
 from .calibration import calibration_table
 from .cases import DEFAULT, METHODS, POINTS, STUDY_TARGET, TARGETS
 from .concentration import concentration_table
@@ -150,7 +150,7 @@ def missing_cells(rows: Sequence[dict[str, str]], world: str) -> list[str]:
         mine = [r for r in rows if (r["task"], r["steps"]) == (task, "20")]
         there = {(r["method"], r["target"]) for r in mine}
         lacking: dict[str, list[str]] = {}
-        for name in FREE:
+        for name in BASELINES:
             targets = [f"{t:g}" for t in TARGETS if (name, f"{t:g}") not in there]
             if mine and targets:
                 lacking.setdefault(" and ".join(targets), []).append(name.replace("_", " "))
@@ -161,7 +161,7 @@ def missing_cells(rows: Sequence[dict[str, str]], world: str) -> list[str]:
     return found
 
 
-def missing_line(made: dict[str, str], cells: Sequence[str] = ()) -> str:
+def missing_line(made: dict[str, str], cells: Sequence[str]) -> str:
     """What the registry has and nobody measured yet.
 
     Args:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from wantrim.benchmarks import concentration, curves, quality, table
-from wantrim.benchmarks.aims import FREE, SLIM
+from wantrim.benchmarks.aims import BASELINES, SLIM
 from wantrim.benchmarks.bench import Bench
 from wantrim.benchmarks.cases import (
     DEFAULT,
@@ -388,6 +388,9 @@ def test_a_slim_student_takes_the_tiny_wans_place(monkeypatch, tmp_path):
     assert quality.digest(args) != before
     monkeypatch.setattr("sys.argv", ["quality"])
     assert quality.load_subject(quality.parse_args(), args.points[1]).name == "tiny_wan"
+    monkeypatch.setattr("sys.argv", ["quality", "--slim", str(student), "--weights", "some"])
+    with pytest.raises(SystemExit):
+        quality.parse_args()
 
 
 def test_what_a_case_was_made_of_is_told_by_bytes(monkeypatch, tmp_path):
@@ -738,7 +741,7 @@ def test_the_page_is_read_in_five_minutes():
 def test_cells_of_a_table_that_nobody_measured_are_named():
     there = [
         {"task": "t2v", "steps": steps, "method": method, "target": target}
-        for method in FREE
+        for method in BASELINES
         for target in ("0.75", "0.67", "0.5", "0.4")
         for steps in ("4", "20")
         if (method, target)
