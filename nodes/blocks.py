@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
 from comfy_api.latest import io
 
+from ..engine.plan import TrimPlan
+from ..engine.program import SKIP, expected_programs
 from ..hosts.comfyui.attach import attach_part
 from ..hosts.comfyui.profiling import fingerprint_of
 from ..hosts.comfyui.variants import SKIP_BLOCKS, check_variant
 from ..methods.depth import SHAPES, BlockBudget, BlockPlan
+from ..methods.grid import TokenGrid
 from ..methods.routers import FixedRouter, Router
 from ..slim.router import TrainedRouter, load_router
 from . import inputs
@@ -181,7 +185,12 @@ def _load(path: Path, written: int) -> TrainedRouter:
 def _text(plan: BlockPlan, num_blocks: int) -> str:
     if plan.neutral:
         return f"Nothing is skipped: all {num_blocks} blocks run in every step."
-    counts = {level: plan.blocks(level / 100, num_blocks) for level in (100, 75, 50, 25, 0)}
+    levels, everywhere = (100, 75, 50, 25, 0), replace(plan, start=0.0, end=1.0)
+    programs = expected_programs(
+        TrimPlan(blocks=everywhere), [n / 100 for n in levels], 1.0, TokenGrid(1, 1, 1), num_blocks
+    )
+    ran = [sum(row.run != SKIP for row in program.rows) for program in programs]
+    counts = dict(zip(levels, ran, strict=True))
     if len(set(counts.values())) == 1:
         text = f"{counts[100]} of {num_blocks} blocks run"
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from ..engine.program import Program
 from ..engine.record import Record, Step
 from .figures import SAME, expected_speedup, how_fast, measured_speed
 
@@ -102,13 +103,12 @@ def outcome(record: Record) -> Outcome:
     return replace(came, calls=record.by_calls)
 
 
-def planned(record: Record, sigmas: Sequence[float]) -> Outcome | None:
-    """Of the steps that are announced, where a dial decided them."""
-    if record.expected is None:
-        return None
-    shares = [record.plan.shares.at(sigma) for sigma in sigmas]
-    kinds = ["whole" if s == 1 else "part" if s else "repeated" for s in shares]
-    return _outcome(record, kinds, shares, record.expected)
+def planned(record: Record, programs: Sequence[Program]) -> Outcome:
+    """Of a run that a dial decided and whose steps do what these programs say."""
+    steps = [Step(0.0, 0.0, program, rows=list(program.rows)) for program in programs]
+    return _outcome(
+        record, [*map(_kind, steps)], [step.kept_share for step in steps], record.expected
+    )
 
 
 def _kind(step: Step) -> str:

@@ -130,10 +130,11 @@ def _outer_sample(executor, *args, **kwargs):
     # noise, latent, sampler, sigmas
     sigmas = levels_of(args[3] if len(args) > 3 else kwargs.get("sigmas"))
     record.announced = tuple(sigmas[:-1])
-    live, completed = Live(record, attachment.nodes, sigmas), False
+    shift, completed = _shift(guider, record), False
+    live = Live(record, attachment.nodes, sigmas, shift)
     plan = TrimPlan() if attachment.neutral else attachment.plan
     ran = Ran(record, Where.now(), expert=getattr(attachment.dial, "expert", None))
-    run = SamplingRun(Engine(plan, record, live.step), _shift(guider, record), original, ran)
+    run = SamplingRun(Engine(plan, record, live.step), shift, original, ran)
     try:
         with own_options(guider) as options:
             _prepare(run, attachment, guider, options)

@@ -13,6 +13,7 @@ from dataclasses import asdict
 
 from comfy_execution.utils import get_executing_context
 
+from ...engine.program import expected_programs
 from ...engine.record import Record, Step, join_records
 from ...methods.shares import place_of
 from ...report.figures import step_work
@@ -55,10 +56,11 @@ class Live:
     Args:
         nodes: ids of the nodes that put the plan on the model.
         sigmas: of the sampler's schedule, the last one being where it ends.
+        shift: the model's flow shift.
     """
 
-    def __init__(self, record: Record, nodes: tuple[str, ...], sigmas: list[float]):
-        self.record, self.nodes = record, nodes
+    def __init__(self, record: Record, nodes: tuple[str, ...], sigmas: list[float], shift: float):
+        self.record, self.nodes, self.shift = record, nodes, shift
         self._starts = sigmas[:-1]
         self._about = {
             "nodes": list(nodes),
@@ -86,8 +88,15 @@ class Live:
             kept=[_percent(kept, step.grid.tokens) for kept in step.tokens_per_block],
             patterned=step.patterned,
             work=step.kept_share if work is None else work,
-            **_said(planned(self.record, self._starts) or outcome(self.record)),
+            **_said(self._outlook(step)),
         )
+
+    def _outlook(self, step: Step) -> Outcome:
+        """What the run will come to where a dial decided it, else what it came to so far."""
+        record, sizes = self.record, (self.shift, step.grid, step.num_blocks)
+        if record.expected is None:
+            return outcome(record)
+        return planned(record, expected_programs(record.plan, self._starts, *sizes))
 
     def end(self, earlier: Sequence[Record] = ()) -> None:
         """The run is over.

@@ -97,6 +97,18 @@ def test_a_repeated_step_is_told_as_what_it_is(page):
     assert end["remarks"] == 0
 
 
+def test_what_is_told_while_it_runs_is_what_it_comes_to(page):
+    with at("3"):
+        model = put.dialled(
+            WanTrimHeads.execute(tiny.base_model(), None, 0.25).result[0], speedup=1.5
+        )
+    tiny.sample(model, steps=8)
+    *_, last, end = [data["outcome"] for data, _ in page.sent]
+    assert end["patterned"] and end["whole"]
+    names = ("steps", "whole", "part", "patterned", "repeated")
+    assert [last[name] for name in names] == [end[name] for name in names]
+
+
 @pytest.mark.parametrize("broken", ["send_sync", "client_id"])
 def test_a_page_that_cannot_be_told_costs_no_run(page, monkeypatch, caplog, broken):
     def lost(*_):
