@@ -9,7 +9,7 @@ from ..toy.worlds import FIRST, WORLDS
 from .cases import DEFAULT, FAIR, SKIP, STUDY_TARGET
 from .headline import met, models_of
 from .pairs import apart
-from .peers import PEERS
+from .peers.registry import PEERS
 from .table import TASKS, full_rows
 
 # what the default is to be held against; ToMe and random tokens are far below

@@ -26,7 +26,7 @@ from .cases import DIALLED, Case, Point, case_run, solve_plan
 from .flops import count_flops
 from .head_cases import HEADS, head_plan
 from .metrics import MAX_DB, measure, summarise
-from .peers import CALIBRATED, PEERS, Method, Tuner
+from .peers.registry import CALIBRATED, PEERS, Method, Tuner
 from .subjects import Item, Subject
 from .table import partial_of
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..toy.worlds import WORLDS
 from .cases import DEFAULT, DENSE, PAPER, Case, Point, case_of
-from .peers import PYRAMID
+from .peers.registry import PYRAMID
 from .quality import load_subject, parse_args, refuse_rows, run_cases
 
 # Wan2.1's own for 1.3B, for which most figures were published

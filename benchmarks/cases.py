@@ -13,7 +13,7 @@ from ..engine.plan import TrimPlan
 from ..methods.schedule import Schedule
 from ..methods.tokens import TokenPlan
 from ..solve.dial import Dial, Run
-from .peers import PEERS
+from .peers.registry import PEERS
 
 TARGETS = (0.75, 0.67, 0.5, 0.4)
 STUDY_TARGET = 0.67

@@ -28,8 +28,8 @@ from .bench import Bench
 from .cases import DENSE, POINTS, Case
 from .flops import plan_work
 from .pairs import paired, paired_rows
+from .peers.random_router import RandomRouter
 from .quality import parse_args, refuse_rows, run_cases
-from .random_router import RandomRouter
 from .table import COLUMNS
 
 RUNS = Path("out/training")

@@ -88,7 +88,7 @@ def small_wan(in_dim: int, seed: int = 21):
 
 def plan_of(case: dict):
     """The case's plan."""
-    from wantrim.benchmarks.random_router import RandomRouter
+    from wantrim.benchmarks.peers.random_router import RandomRouter
     from wantrim.engine.plan import TrimPlan
     from wantrim.methods.depth import BlockBudget, BlockPlan
     from wantrim.methods.heads import HeadPlan

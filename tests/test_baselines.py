@@ -6,17 +6,17 @@ import torch
 from diffusers import WanTransformer3DModel
 from diffusers.hooks import MagCacheConfig
 
-from wantrim.benchmarks.baselines import knob_for
-from wantrim.benchmarks.caches import teacache, zeus_like
-from wantrim.benchmarks.diffusers_caches import (
+from wantrim.benchmarks.flops import count_flops
+from wantrim.benchmarks.peers.caches import teacache, zeus_like
+from wantrim.benchmarks.peers.merging import match_tokens, random_tokens, tome
+from wantrim.benchmarks.peers.of_diffusers import (
     calibrate_mag_ratios,
     first_block_cache,
     mag_cache,
     pyramid_attention_broadcast,
     sea_cache,
 )
-from wantrim.benchmarks.flops import count_flops
-from wantrim.benchmarks.merging import match_tokens, random_tokens, tome
+from wantrim.benchmarks.peers.registry import knob_for
 from wantrim.hosts.diffusers.easycache import easycache
 from wantrim.hosts.diffusers.sample import sample
 from wantrim.hosts.diffusers.weights import load_original

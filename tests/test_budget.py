@@ -3,7 +3,7 @@ from itertools import product
 import pytest
 import torch
 
-from wantrim.benchmarks.profiled_heads import solve_heads
+from wantrim.benchmarks.head_cases import solve_heads
 from wantrim.methods.attend import attention_share
 from wantrim.methods.cost import Width
 from wantrim.methods.grid import TokenGrid

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from wantrim.benchmarks.random_router import RandomRouter
+from wantrim.benchmarks.peers.random_router import RandomRouter
 from wantrim.engine.compiled import outside_graphs
 from wantrim.engine.plan import TrimPlan
 from wantrim.hosts.diffusers.attach import attach

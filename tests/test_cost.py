@@ -8,7 +8,7 @@ from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
 
 from wantrim.benchmarks.flops import count_flops, forward_flops, plan_work
-from wantrim.benchmarks.random_router import RandomRouter
+from wantrim.benchmarks.peers.random_router import RandomRouter
 from wantrim.engine.engine import COND, UNCOND
 from wantrim.engine.plan import TrimPlan
 from wantrim.engine.program import (

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from wantrim.benchmarks.random_router import RandomRouter
+from wantrim.benchmarks.peers.random_router import RandomRouter
 from wantrim.hosts.diffusers.sample import sigmas_for
 from wantrim.methods.depth import SHAPES, BlockBudget, BlockPlan, choose_blocks
 from wantrim.methods.routers import FixedRouter

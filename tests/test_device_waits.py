@@ -5,7 +5,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from wantrim.benchmarks.random_router import RandomRouter
+from wantrim.benchmarks.peers.random_router import RandomRouter
 from wantrim.engine import context, memory
 from wantrim.engine.context import Lane, Room, context_bytes
 from wantrim.engine.engine import COND, UNCOND

@@ -6,8 +6,8 @@ import pytest
 
 from wantrim.benchmarks import predicted
 from wantrim.benchmarks.flops import forward_flops, plan_work
+from wantrim.benchmarks.peers.random_router import RandomRouter
 from wantrim.benchmarks.predicted import WAN, predicted_table, step_seconds, video_grid
-from wantrim.benchmarks.random_router import RandomRouter
 from wantrim.engine.plan import TrimPlan
 from wantrim.engine.program import KEPT, READ, WRITE, expected_programs
 from wantrim.engine.work import program_work

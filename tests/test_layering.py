@@ -33,7 +33,7 @@ ARROW = {
 # what every ComfyUI has; all but torch are in requirements.txt (PIL below is ComfyUI's too)
 EVERYWHERE = {"torch", "numpy", "safetensors", "einops"}
 # where any other package may be named; a place is a path or the beginning of one
-COMFYUI = ("__init__.py", "nodes/", "hosts/comfyui", "benchmarks/comfyui_timing.py")
+COMFYUI = ("__init__.py", "nodes/", "hosts/comfyui", "benchmarks/speed/timing.py")
 OFFLINE = ("demo/", "training/", "benchmarks/")
 PLACES = {
     "comfy": COMFYUI,

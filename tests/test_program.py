@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from wantrim.benchmarks.random_router import RandomRouter
+from wantrim.benchmarks.peers.random_router import RandomRouter
 from wantrim.engine.engine import COND, UNCOND
 from wantrim.engine.plan import TrimPlan
 from wantrim.engine.program import (

@@ -9,8 +9,8 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from wantrim.benchmarks.flops import plan_work
-from wantrim.benchmarks.profiled_heads import solve_heads
-from wantrim.benchmarks.random_router import RandomRouter
+from wantrim.benchmarks.head_cases import solve_heads
+from wantrim.benchmarks.peers.random_router import RandomRouter
 from wantrim.engine.plan import TrimPlan
 from wantrim.engine.program import Facts, compile_step, expected_programs
 from wantrim.methods.attend import Layout, attention_share, pattern_pairs

@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from wantrim.benchmarks.random_router import RandomRouter
+from wantrim.benchmarks.peers.random_router import RandomRouter
 from wantrim.methods.cost import Width
 from wantrim.methods.routers import (
     Content,

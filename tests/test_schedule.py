@@ -1,6 +1,6 @@
 import pytest
 
-from wantrim.benchmarks.random_router import millionths
+from wantrim.benchmarks.peers.random_router import millionths
 from wantrim.methods.schedule import Schedule, check_window, progress_at, sigma_at, sigma_bin
 
 

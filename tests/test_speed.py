@@ -5,13 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from wantrim.benchmarks import speed, speed_gpu, speed_kernels
 from wantrim.benchmarks.flops import count_flops
 from wantrim.benchmarks.plots import plot_speed
-from wantrim.benchmarks.speed_gpu import COMMAND, gpu_rows, real_sizes, rows_to_fill
-from wantrim.benchmarks.speed_kernels import ATTENTION_PLAN, KERNELS, differs, kernel_cases
-from wantrim.benchmarks.speed_models import Runner, build, sharing
-from wantrim.benchmarks.speed_plans import (
+from wantrim.benchmarks.speed import __main__ as speed
+from wantrim.benchmarks.speed import gpu as speed_gpu
+from wantrim.benchmarks.speed import kernels as speed_kernels
+from wantrim.benchmarks.speed.gpu import COMMAND, gpu_rows, real_sizes, rows_to_fill
+from wantrim.benchmarks.speed.kernels import ATTENTION_PLAN, KERNELS, differs, kernel_cases
+from wantrim.benchmarks.speed.models import Runner, build, sharing
+from wantrim.benchmarks.speed.plans import (
     ATTACHED,
     COMPILED_PLANS,
     PAPER,
@@ -23,16 +25,16 @@ from wantrim.benchmarks.speed_plans import (
     plans,
     steady_work,
 )
-from wantrim.benchmarks.speed_probes import (
+from wantrim.benchmarks.speed.probes import (
     overhead,
     take_turns,
     trimmed_blocks,
 )
-from wantrim.benchmarks.speed_rows import interval
-from wantrim.benchmarks.speed_scale import DRY, GPU
+from wantrim.benchmarks.speed.rows import interval
+from wantrim.benchmarks.speed.scale import DRY, GPU
+from wantrim.benchmarks.speed.traffic import Traffic, count_traffic, peak_bytes
 from wantrim.benchmarks.summary import speed_table
 from wantrim.benchmarks.table import read_rows
-from wantrim.benchmarks.traffic import Traffic, count_traffic, peak_bytes
 from wantrim.engine.plan import TrimPlan
 from wantrim.kernels import reference
 from wantrim.methods.tokens import paper_plan
@@ -272,7 +274,7 @@ def test_a_dry_run_goes_the_gpus_way_and_fills_its_rows(tmp_path, monkeypatch, c
     monkeypatch.setattr(speed, "find_comfyui", lambda given: None)
     monkeypatch.setattr(speed_gpu, "SIZES", (("14B", "480p"),))
     seen = {"twice": lambda q: q + q}
-    monkeypatch.setattr("wantrim.benchmarks.speed_kernels.installed_attention", lambda: seen)
+    monkeypatch.setattr("wantrim.benchmarks.speed.kernels.installed_attention", lambda: seen)
     with caplog.at_level("WARNING"):
         speed.main(["--dry", "--results", str(tmp_path)])
     assert "no ComfyUI found" in caplog.text

@@ -4,10 +4,12 @@ import time
 
 import pytest
 
-from wantrim.benchmarks import speed, speed_comfyui, speed_gpu
-from wantrim.benchmarks.speed_gpu import gpu_rows
-from wantrim.benchmarks.speed_plans import PARTIAL, PINNED, Size, plans, steady_work
-from wantrim.benchmarks.speed_scale import DRY
+from wantrim.benchmarks.speed import __main__ as speed
+from wantrim.benchmarks.speed import comfyui as speed_comfyui
+from wantrim.benchmarks.speed import gpu as speed_gpu
+from wantrim.benchmarks.speed.gpu import gpu_rows
+from wantrim.benchmarks.speed.plans import PARTIAL, PINNED, Size, plans, steady_work
+from wantrim.benchmarks.speed.scale import DRY
 from wantrim.engine.plan import TrimPlan
 
 SMALL = Size("small", 48, 4, 64, 8, (3, 8, 8))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from wantrim.benchmarks.traffic import Traffic, count_traffic, watch_blocks
+from wantrim.benchmarks.speed.traffic import Traffic, count_traffic, watch_blocks
 from wantrim.engine.context import Room
 from wantrim.engine.engine import COND, UNCOND
 from wantrim.engine.plan import TrimPlan

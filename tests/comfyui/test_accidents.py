@@ -11,7 +11,7 @@ from torch._subclasses import FakeTensor
 import comfy.model_management
 from comfy.model_management import InterruptProcessingException
 from comfy_extras.nodes_model_advanced import ModelSamplingSD3
-from wantrim.benchmarks.random_router import RandomRouter
+from wantrim.benchmarks.peers.random_router import RandomRouter
 from wantrim.engine import block, call, engine, memory
 from wantrim.engine.plan import TrimPlan
 from wantrim.hosts.comfyui import blocks as host_blocks

@@ -2,10 +2,10 @@
 
 import pytest
 
-from wantrim.benchmarks.speed_comfyui import interpreter, rows_in_comfyui, time_in_comfyui
-from wantrim.benchmarks.speed_plans import COMPILED_PLANS, PINNED, PLANS, REPEATED
-from wantrim.benchmarks.speed_rows import COLUMNS, row
-from wantrim.benchmarks.speed_scale import DRY
+from wantrim.benchmarks.speed.comfyui import interpreter, rows_in_comfyui, time_in_comfyui
+from wantrim.benchmarks.speed.plans import COMPILED_PLANS, PINNED, PLANS, REPEATED
+from wantrim.benchmarks.speed.rows import COLUMNS, row
+from wantrim.benchmarks.speed.scale import DRY
 
 
 @pytest.fixture(autouse=True)

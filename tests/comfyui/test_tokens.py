@@ -9,7 +9,7 @@ are gathered wrongly.
 import pytest
 import torch
 
-from wantrim.benchmarks.traffic import peak_bytes
+from wantrim.benchmarks.speed.traffic import peak_bytes
 from wantrim.engine.block import Attend, Places
 from wantrim.engine.plan import TrimPlan
 from wantrim.engine.program import Facts, compile_step

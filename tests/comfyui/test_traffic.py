@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from wantrim.benchmarks.comfyui_timing import random_model, seconds_per_step
-from wantrim.benchmarks.speed_plans import PAPER, PARTIAL, SIGMAS, WHOLE, Size, plans
-from wantrim.benchmarks.traffic import Traffic, in_states, watch_blocks
+from wantrim.benchmarks.speed.plans import PAPER, PARTIAL, SIGMAS, WHOLE, Size, plans
+from wantrim.benchmarks.speed.timing import random_model, seconds_per_step
+from wantrim.benchmarks.speed.traffic import Traffic, in_states, watch_blocks
 from wantrim.engine.plan import TrimPlan
 from wantrim.hosts.comfyui import attach as module
 from wantrim.methods.tokens import paper_plan

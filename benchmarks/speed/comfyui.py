@@ -19,11 +19,11 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from ..engine.context import Room
-from ..engine.plan import TrimPlan
-from ..solve.dial import flops
-from ..solve.floor import Rates
-from .speed_plans import (
+from ...engine.context import Room
+from ...engine.plan import TrimPlan
+from ...solve.dial import flops
+from ...solve.floor import Rates
+from .plans import (
     COMPILED_PLANS,
     PARTIAL,
     PINNED,
@@ -35,11 +35,11 @@ from .speed_plans import (
     ratio,
     steady_work,
 )
-from .speed_scale import Scale, measured_rates
+from .scale import Scale, measured_rates
 from .traffic import peak_bytes
 
 Row = dict[str, object]
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 # makes `wantrim` mean this folder, whatever its name, without running the root __init__.py
 LAUNCH = """
 import importlib.util, sys
@@ -51,7 +51,7 @@ spec.submodule_search_locations = [root]
 sys.modules["wantrim"] = importlib.util.module_from_spec(spec)
 import comfy.options
 comfy.options.enable_args_parsing()
-from wantrim.benchmarks.speed_comfyui import main
+from wantrim.benchmarks.speed.comfyui import main
 main()
 """
 # of a run; the first may compute all, and warms up
@@ -217,7 +217,7 @@ def main() -> None:
     args = parser.parse_args()
     # ComfyUI reads the command line, and looks for a device, when it is imported
     sys.argv[1:] = ["--cpu"] if args.cpu else []
-    from .comfyui_timing import compiled_model, random_model, seconds_per_step
+    from .timing import compiled_model, random_model, seconds_per_step
 
     dim, heads, ffn_dim, blocks, *latent = args.size
     size = Size("", dim, heads, ffn_dim, blocks, tuple(latent))

@@ -11,13 +11,13 @@ from importlib.util import find_spec
 import torch
 from torch.utils._pytree import tree_leaves
 
-from .. import kernels
-from ..kernels import reference
-from ..methods.cost import Work
-from ..methods.importance import sample_queries
-from ..solve.floor import device_rates
-from .speed_plans import Size
-from .speed_scale import GPU, LATENTS, Scale, measured_rates, milliseconds
+from ... import kernels
+from ...kernels import reference
+from ...methods.cost import Work
+from ...methods.importance import sample_queries
+from ...solve.floor import device_rates
+from .plans import Size
+from .scale import GPU, LATENTS, Scale, measured_rates, milliseconds
 
 Row = dict[str, object]
 KERNELS = ("token_mass", "frame_mass", "store_rows", "join_rows")

@@ -20,12 +20,13 @@ from pathlib import Path
 
 import torch
 
-from ..engine.plan import TrimPlan
-from ..solve.dial import flops
-from .speed_comfyui import comfyui_rows, find_comfyui
-from .speed_gpu import LIMIT, ask_for_gpu, gpu_rows, rows_to_fill
-from .speed_models import Runner, build
-from .speed_plans import (
+from ...engine.plan import TrimPlan
+from ...solve.dial import flops
+from ..table import RESULTS, commit, merge_rows, read_rows
+from .comfyui import comfyui_rows, find_comfyui
+from .gpu import LIMIT, ask_for_gpu, gpu_rows, rows_to_fill
+from .models import Runner, build
+from .plans import (
     ATTACHED,
     ATTACHED_NAME,
     NEUTRAL,
@@ -39,14 +40,13 @@ from .speed_plans import (
     ratio,
     steady_work,
 )
-from .speed_probes import take_turns, time_overhead, trimmed_blocks
-from .speed_rows import COLUMNS, KEY, row, say
-from .speed_scale import DRY, GPU
-from .table import RESULTS, commit, merge_rows, read_rows
+from .probes import take_turns, time_overhead, trimmed_blocks
+from .rows import COLUMNS, KEY, row, say
+from .scale import DRY, GPU
 from .traffic import Traffic, peak_bytes
 
 log = logging.getLogger(__name__)
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 # what is timed, and what it is held against
 TESTS = (
     "test_tokens.py", "test_attend.py", "test_heads.py", "test_oracle.py", "test_engine.py",

@@ -19,10 +19,10 @@ from comfy.ldm.wan.model import WanModel
 from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 from comfy_extras.nodes_torch_compile import TorchCompileModel
 
-from ..engine.context import Room
-from ..engine.plan import TrimPlan
-from ..hosts.comfyui import attach as host
-from ..methods.cost import WanShape
+from ...engine.context import Room
+from ...engine.plan import TrimPlan
+from ...hosts.comfyui import attach as host
+from ...methods.cost import WanShape
 
 
 def random_model(shape: WanShape, dtype: torch.dtype):

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 import torch
 
-from .speed_plans import Size
-from .table import commit
+from ..table import commit
+from .plans import Size
 
 log = logging.getLogger(__name__)
 COLUMNS = (

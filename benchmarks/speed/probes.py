@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 import torch
 
-from ..engine.plan import TrimPlan
-from .speed_models import Runner, sharing
-from .speed_plans import WHOLE, Size
+from ...engine.plan import TrimPlan
+from .models import Runner, sharing
+from .plans import WHOLE, Size
 from .traffic import Traffic, in_states, no_collection, watch_blocks
 
 

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from diffusers import WanTransformer3DModel
 from diffusers.hooks import ModelHook
 
-from ..hosts.diffusers.easycache import Budget, mean
-from ..hosts.diffusers.one_video import OneVideo, a_fifth, one_video, packed
+from ...hosts.diffusers.easycache import Budget, mean
+from ...hosts.diffusers.one_video import OneVideo, a_fifth, one_video, packed
 
 
 class _Reused(Exception):

@@ -7,10 +7,9 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 
-from ..hosts.diffusers.easycache import easycache
-from ..hosts.diffusers.one_video import a_fifth
-from . import diffusers_caches as of_diffusers
-from .baselines import knob_for
+from ...hosts.diffusers.easycache import easycache
+from ...hosts.diffusers.one_video import a_fifth
+from . import of_diffusers
 from .caches import teacache, zeus_like
 from .merging import random_tokens, tome
 
@@ -104,3 +103,53 @@ class Tuner:
             retention = a_fifth(self.steps) / self.steps
             options |= {"mag_ratios": self._mag_ratios, "retention": retention}
         return partial(peer.put_on, self.model, steps=self.steps, shift=self.shift, **options)
+
+
+def knob_for(
+    target_ratio: float,
+    run: Callable[[float], float],
+    low: float,
+    high: float,
+    *,
+    tolerance: float = 0.02,
+    near: float = 0.005,
+    tries: int = 12,
+    whole: bool = False,
+) -> tuple[float, float]:
+    """The knob, and its ratio, that comes closest to a target ratio of FLOPs without passing it.
+
+    Bisection between `low` and `high`, whichever of them costs more. Step caches have few levels,
+    so that the target itself is seldom met.
+
+    Args:
+        target_ratio: wanted FLOPs over the dense model's.
+        run: the ratio counted with a knob.
+        tolerance: how far above the target a ratio may be.
+        near: how far below it the search stops.
+        tries: runs at most, the two ends among them.
+        whole: the knob is an integer.
+
+    Raises:
+        ValueError: no knob came down to the target.
+    """
+    seen = {knob: run(knob) for knob in (low, high)}
+    cheap, costly = sorted(seen, key=seen.get)
+    while len(seen) < tries and seen[cheap] < target_ratio - near and seen[costly] > target_ratio:
+        middle = (cheap + costly) / 2
+        if whole:
+            middle = round(middle)
+        if middle in seen:
+            break
+        seen[middle] = run(middle)
+        if seen[middle] > target_ratio:
+            costly = middle
+        else:
+            cheap = middle
+    good = [knob for knob in seen if seen[knob] <= target_ratio + tolerance]
+    if not good:
+        raise ValueError(
+            f"expected a knob of {low} to {high} with at most {target_ratio + tolerance:.3f} of "
+            f"the dense FLOPs, got {min(seen.values()):.3f} at best: widen the range"
+        )
+    best = min(good, key=lambda knob: abs(seen[knob] - target_ratio))
+    return best, seen[best]

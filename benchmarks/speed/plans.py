@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ..engine.plan import TrimPlan
-from ..engine.program import expected_programs
-from ..engine.work import program_work
-from ..methods.cost import WanShape, Work
-from ..methods.depth import BlockBudget, BlockPlan
-from ..methods.grid import TokenGrid
-from ..methods.heads import FRAME, FULL, OFF, HeadPlan
-from ..methods.shares import Shares
-from ..methods.tokens import paper_plan
-from .random_router import RandomRouter
+from ...engine.plan import TrimPlan
+from ...engine.program import expected_programs
+from ...engine.work import program_work
+from ...methods.cost import WanShape, Work
+from ...methods.depth import BlockBudget, BlockPlan
+from ...methods.grid import TokenGrid
+from ...methods.heads import FRAME, FULL, OFF, HeadPlan
+from ...methods.shares import Shares
+from ...methods.tokens import paper_plan
+from ..peers.random_router import RandomRouter
 
 TEXT_TOKENS = 512
 # share of the tokens, the heads and the blocks that the plans keep

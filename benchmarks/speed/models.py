@@ -6,11 +6,11 @@ import copy
 
 import torch
 
-from ..engine.context import Room
-from ..engine.plan import TrimPlan
-from ..hosts.diffusers.attach import Attachment, attach
-from ..hosts.diffusers.weights import new_transformer
-from .speed_plans import SIGMAS, TEXT_TOKENS, Size
+from ...engine.context import Room
+from ...engine.plan import TrimPlan
+from ...hosts.diffusers.attach import Attachment, attach
+from ...hosts.diffusers.weights import new_transformer
+from .plans import SIGMAS, TEXT_TOKENS, Size
 
 
 def build(size: Size, device: str = "cpu", dtype: torch.dtype = torch.float32):

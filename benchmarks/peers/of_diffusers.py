@@ -20,7 +20,7 @@ from diffusers.hooks import (
     SeaCacheConfig,
 )
 
-from ..hosts.diffusers.one_video import OneVideo, one_video
+from ...hosts.diffusers.one_video import OneVideo, one_video
 
 
 @contextmanager

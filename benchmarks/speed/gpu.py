@@ -11,14 +11,14 @@ from pathlib import Path
 
 import torch
 
-from ..engine.context import Room
-from ..engine.plan import TrimPlan
-from ..methods.importance import attention_received
-from ..methods.tokens import select_tokens
-from .speed_comfyui import rows_in_comfyui
-from .speed_kernels import KERNEL_PLAN, KERNELS, attention_rows, kernel_rows
-from .speed_models import Runner, build, sharing
-from .speed_plans import (
+from ...engine.context import Room
+from ...engine.plan import TrimPlan
+from ...methods.importance import attention_received
+from ...methods.tokens import select_tokens
+from .comfyui import rows_in_comfyui
+from .kernels import KERNEL_PLAN, KERNELS, attention_rows, kernel_rows
+from .models import Runner, build, sharing
+from .plans import (
     ATTACHED,
     ATTACHED_NAME,
     COMPILED_PLANS,
@@ -35,8 +35,8 @@ from .speed_plans import (
     ratio,
     steady_work,
 )
-from .speed_probes import take_turns, time_overhead
-from .speed_scale import GPU, LATENTS, MODELS, Scale, measured_rates, milliseconds
+from .probes import take_turns, time_overhead
+from .scale import GPU, LATENTS, MODELS, Scale, measured_rates, milliseconds
 from .traffic import peak_bytes
 
 log = logging.getLogger(__name__)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..solve.floor import Rates
-from .speed_plans import Size
+from ...solve.floor import Rates
+from .plans import Size
 
 # 81 pixel frames at 832 x 480 and 1280 x 720
 LATENTS = {"480p": (21, 60, 104), "720p": (21, 90, 160)}

@@ -18,9 +18,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from ..engine import call as calls
-from ..engine import context, memory
-from ..engine.program import KEPT, Row
+from ...engine import call as calls
+from ...engine import context, memory
+from ...engine.program import KEPT, Row
 
 
 @dataclass(frozen=True)

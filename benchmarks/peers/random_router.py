@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..methods.routers import Router
+from ...methods.routers import Router
 
 
 def millionths(sigma: float) -> int:

@@ -18,9 +18,9 @@ from diffusers import WanTransformer3DModel
 from diffusers.hooks import ModelHook
 from torch.nn.functional import normalize
 
-from ..hosts.diffusers.one_video import OneVideo, one_video
-from ..hosts.diffusers.shape import token_grid
-from ..methods.grid import TokenGrid, masked_as_given
+from ...hosts.diffusers.one_video import OneVideo, one_video
+from ...hosts.diffusers.shape import token_grid
+from ...methods.grid import TokenGrid, masked_as_given
 from .random_router import millionths
 
 

@@ -1,0 +1,1 @@
+"""What WanTrim is measured against: step caches, merged tokens, chance."""

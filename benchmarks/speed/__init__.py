@@ -1,0 +1,1 @@
+"""What a step costs on the clock: `python -m wantrim.benchmarks.speed`."""
