@@ -16,7 +16,7 @@ from ..methods.schedule import progress_at, sigma_at
 from ..methods.shares import Shares
 from . import priors
 from .curves import Curves
-from .solver import TOLERANCE, Task, solve_nearest
+from .solver import TOLERANCE, Known, Task, plan_error, solve_nearest
 from .tuned import Travel, Tuned
 
 MAX_SPEEDUP = 4.0
@@ -116,6 +116,7 @@ class Solved:
         run: that it was solved for.
         tuned: what of an earlier trial or run the plan goes by, in words, or None.
         chosen: the plan is the one that won the trial.
+        error: squared, that the curves expect of the plan; 0 where the trial's is gone by.
     """
 
     plan: TrimPlan
@@ -126,6 +127,7 @@ class Solved:
     run: Run | None = None
     tuned: str | None = None
     chosen: bool = False
+    error: float = 0.0
 
     @property
     def all(self) -> float:
@@ -223,8 +225,9 @@ class Dial:
         why = self._why(task, asked, plan, together, shares) if far else None
         whose = "of your trial" if trial and trial.chosen else "that WanTrim Profile recorded"
         said = None if trial is None else f"solved by the whole run {whose}"
+        error = plan_error(task, Known(task, self.curves(run)), shares)
         both = None if len(parts) == 1 else together
-        return Solved(solved, self.speedup, reached, both, why, run, said)
+        return Solved(solved, self.speedup, reached, both, why, run, said, error=error)
 
     def trial_of(self, run: Run) -> Tuned | None:
         """The trial whose run was like this one, else such a recorded run, or None."""

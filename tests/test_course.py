@@ -1,6 +1,7 @@
 """A run that does other steps than its sampler announced is solved anew for what is left."""
 
 import itertools
+import math
 from dataclasses import replace
 
 import pytest
@@ -328,7 +329,7 @@ def test_a_high_noise_expert_that_goes_on_in_the_low_ones_place_does_what_is_lef
 
 @pytest.mark.parametrize("wanted", [1.3, 1.5, 2.0])
 def test_the_first_step_that_is_left_out_waits_until_changes_go_on(wanted, monkeypatch):
-    """Where nothing is enough it waits as long as the wish can still be met."""
+    """Where nothing is enough it waits while the wish can be met, and what is lost is bounded."""
     run, dial = replace(run_of(20), prompts=2), Dial(wanted)
     planned = dial.solve(run).plan.shares.shares
     before = next(i for i, share in enumerate(planned) if share < 1)
@@ -343,7 +344,13 @@ def test_the_first_step_that_is_left_out_waits_until_changes_go_on(wanted, monke
     shares = [step.program.share for step in go(as_announced(20), dial, run)[0].steps]
     assert shares == pytest.approx(planned)
     # waiting once more would have been too long
-    assert dial.solve(replace(run, done=(1.0,) * first, waits=first)).why is not None
+    least, further = dial.solve(run).error, replace(run, done=(1.0,) * first, waits=first)
+    assert dial.solve(further).error > 10**1.2 * least >= course.solved.error
+    monkeypatch.setattr("wantrim.solve.course.WAITED", math.inf)
+    record, course, _ = go(as_announced(20), dial, run, straight=True)
+    last = next(i for i, step in enumerate(record.steps) if step.program.share < 1)
+    assert last > first and course.solved.error > 10**1.5 * least
+    assert dial.solve(replace(further, done=(1.0,) * last, waits=last)).why is not None
 
 
 def test_where_changes_go_on_the_first_step_is_left_out_as_planned():
