@@ -176,7 +176,9 @@ def backend() -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        prog="python -m wantrim.benchmarks.speed",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
     )
     add = parser.add_argument
     add("--gpu", action="store_true", help="real sizes and kernels on a GPU, in place of the CPU's")
