@@ -3,7 +3,8 @@
 A trial samples one seed whole and under several settings; WanTrim Profile records a run that is
 whole. Of either the change of the velocity from step to step is known, for that model, prompt and
 size. What an error is worth later on, and what a part of the tokens leaves of it, one whole run does
-not tell: these stay those of the curves that ship.
+not tell: these stay those of the curves that ship. In how many tokens change lies a run sees itself
+before its first partial step.
 """
 
 from __future__ import annotations
