@@ -166,10 +166,8 @@ class Dial:
         if not self.speedup >= 1.0:
             raise ValueError(f"speedup: expected 1 (off) or more, got {self.speedup}")
         for name in ("dense_first_steps", "dense_last_steps"):
-            if not 0 <= getattr(self, name) <= MAX_DENSE_STEPS:
-                raise ValueError(
-                    f"{name}: expected 0 to {MAX_DENSE_STEPS}, got {getattr(self, name)}"
-                )
+            if not 0 <= (steps := getattr(self, name)) <= MAX_DENSE_STEPS:
+                raise ValueError(f"{name}: expected 0 to {MAX_DENSE_STEPS}, got {steps}")
         if not 0.0 <= self.boundary < 1.0:
             raise ValueError(f"boundary: expected 0 to less than 1, got {self.boundary}")
 
@@ -195,8 +193,7 @@ class Dial:
         fresh = frozenset({0, before, before + (switch or (run.steps if last else 0))})
         own = run.calls or (1,) * run.steps
         asked = self._whole(sigmas, run.shift, fresh)
-        if run.waits is not None:
-            asked |= {before + run.waits}
+        asked |= set() if run.waits is None else {before + run.waits}
         done = [share for part in parts for share in part.shares_done]
         task = Task(
             sigmas,

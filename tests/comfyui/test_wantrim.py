@@ -82,7 +82,7 @@ def test_it_trims_the_same_way_each_time_and_says_what(kind, caplog):
     parts = any(step.program.partial for step in record.steps)
     assert (record.context is not None) == parts
     # the log says the plan that the run began with
-    begun = replace(found.run, calls=None, done=(), held=True, concentration=None)
+    begun = replace(found.run, calls=None, done=(), held=True, concentration=None, waits=None)
     first = attachment_of(patched).dial.solve(begun)
     said = f"1.30x: {first.plan.describe()}; expected {first.reached:.2f}x in FLOPs"
     assert f"WanTrim: {said}" in caplog.messages
