@@ -117,6 +117,7 @@ class Engine(Shared):
         anchored: torch.Tensor | None = None,
         window: Hashable = None,
         prompts: Sequence[Hashable] = (),
+        due: Sequence[tuple[Hashable, int]] = (),
         clip: torch.Tensor | None = None,
         inside: str | None = None,
         alone: bool = True,
@@ -134,6 +135,8 @@ class Engine(Shared):
             anchored: bool [f], latent frames that are given.
             window: which part of the video this is, when the host samples it in parts.
             prompts: names of the chunks' prompts, when the host has some.
+            due: (name, COND or UNCOND) of prompts that another call of this step brings, where the
+                host knows.
             clip: class embedding of a given image [b, c], chunks like those of `latent`.
             inside: why no block may be looked into, or None.
             alone: nobody else touches the hidden state between the blocks.
@@ -164,7 +167,8 @@ class Engine(Shared):
             if not part.fits(chunks[decider]):
                 part.clear()
             part.noisy |= seen.strayed > STRAYED
-            keys = [(*pair, 1) for pair in zip(names, cond_or_uncond, strict=True)]
+            pairs = [*zip(names, cond_or_uncond, strict=True), *due]
+            keys = [(*pair, 1) for pair in dict.fromkeys(pairs)]
             self._find_roles(grid, num_blocks)
             progress = progress_at(sigma, shift)
             facts = Facts(

@@ -48,6 +48,11 @@ class TrimPlan:
         return self.trims_heads and isinstance(self.heads, RolePlan)
 
     @property
+    def roles_left(self) -> float | None:
+        """Of self-attention, what heads leave whose patterns the run finds; None without such."""
+        return self.heads.keep_ratio if self.finds_roles else None
+
+    @property
     def neutral(self) -> bool:
         return not (self.trims_shares or self.trims_tokens or self.trims_heads or self.trims_blocks)
 

@@ -47,7 +47,7 @@ CUSTOM_INPUTS = [
         "anchor_given_frames",
         True,
         "Never leave out tokens of latent frames that are given: the start image, the end image, "
-        "references. Not studied in the paper; leave on.",
+        "references (Fun models of Wan 2.1 do not say which are). Not studied in the paper; leave on.",
     ),
 ]
 
@@ -61,10 +61,10 @@ class WanTrimTokens(io.ComfyNode):
             category=CATEGORY,
             description=(
                 "Makes each sampling step of a Wan model cheaper by computing only a part of the "
-                "picture's tokens in it (preset 'paper' is TAPE, arXiv 2605.17837). "
-                "Training-free; stacks with 4-step LoRAs. Place it after the LoRA and before "
-                "ModelSamplingSD3, one per expert on Wan 2.2. The video will change; prune ratio 0 "
-                "changes nothing at all."
+                "picture's tokens in it (preset 'paper' is TAPE, arXiv 2605.17837; 'auto' is what "
+                "WanTrim does). Training-free; stacks with 4-step LoRAs. Place it after the LoRA and "
+                "before ModelSamplingSD3; on Wan 2.2 one per expert, and in place of 'auto' WanTrim "
+                "Pair. The video will change; prune ratio 0 changes nothing at all."
             ),
             search_aliases=[
                 "TAPE",
@@ -125,8 +125,13 @@ class WanTrimTokens(io.ComfyNode):
         if name == AUTO:
             dial = Dial(1.0 / (1.0 - prune_ratio), **window)
             present = attachment_of(model)
-            plan = TrimPlan() if present is None else replace(present.plan, tokens=None)
-            return io.NodeOutput(attach(model, plan, dial))
+            if present is None:
+                return io.NodeOutput(attach(model, TrimPlan(), dial))
+            if dial.off or (present.dial is not None and present.dial.final):
+                # takes nothing from a speed-up that is there, and a final render stays one
+                return io.NodeOutput(attach_part(model, tokens=None))
+            plan = replace(present.plan, tokens=None)
+            return io.NodeOutput(attach(model, plan, dial, present.place))
         try:
             tokens = _plan(name, preset, 1.0 - prune_ratio, window)
         except ValueError as error:

@@ -19,6 +19,8 @@ import numpy as np
 
 from ..engine.engine import Engine, Seen
 from ..engine.plan import TrimPlan
+from ..engine.program import ALL, Row
+from ..engine.record import Step
 from ..methods.shares import Shares
 from .dial import Cost, Dial, Run, Solved
 
@@ -55,6 +57,8 @@ class Course:
         self._engine, self._run, self._at = engine, run, 0
         # model calls that came at each step, by the part of the video
         self._came = [Counter() for _ in range(run.steps)]
+        # of steps that are over, by their place in memory
+        self._prices: dict[int, float] = {}
         # expected before anything waited
         self._error: float | None = None
         self.solved = self._solve()
@@ -78,10 +82,12 @@ class Course:
         memory, run, steps = self._engine.memory, self._run, self._engine.record.steps
         # what began at a step goes on as it began, while there are others
         begun = self._calls()[self._at] > 1
+        done, costs = self._done(self._at + begun)
         now = replace(
             run,
             calls=self._expected(),
-            done=self._done(self._at + begun),
+            done=done,
+            costs=costs,
             held=memory.holds_context,
             parts=any(0.0 < share < 1.0 for share in self.solved.plan.shares.shares[at:]),
             partial=run.partial and not memory.lost,
@@ -138,11 +144,17 @@ class Course:
     def _last(self) -> Shares:
         """Another share for a call at the last step, where nothing is left to make up for it."""
         *others, mean = self._run.done
+        *before, cost = self._run.costs
         count, now = self._calls()[-1], self._engine.plan.shares
         found = []
         for share in (now.shares[-1], 1.0, 0.0):
-            done = (*others, (mean * (count - 1) + share) / count)
-            solved = self._dial.solve(replace(self._run, done=done), self._plan, self._cost)
+            # near enough: whole and repeated calls cost their share, a part somewhat more
+            done, costs = (
+                (*first, (last * (count - 1) + share) / count)
+                for first, last in ((others, mean), (before, cost))
+            )
+            run = replace(self._run, done=done, costs=costs)
+            solved = self._dial.solve(run, self._plan, self._cost)
             found.append((abs(math.log(solved.all / solved.wanted)), share, solved))
         _, share, self.solved = min(found, key=lambda one: one[0])
         return replace(now, shares=(*now.shares[:-1], share))
@@ -154,7 +166,8 @@ class Course:
             return None
         count = self._at + 1
         sigmas, calls = self._run.sigmas[: count + 1], tuple(self._calls()[:count])
-        ran = replace(self._run, sigmas=sigmas, calls=calls, done=self._done(count))
+        done, costs = self._done(count)
+        ran = replace(self._run, sigmas=sigmas, calls=calls, done=done, costs=costs)
         plan = replace(self._plan, shares=Shares(sigmas[:-1], ran.done))
         return replace(ran, spent=sum(calls) / ran.speedup(plan, self._cost))
 
@@ -184,15 +197,35 @@ class Course:
         calls[at] = max(came[at], calls[at])
         return tuple(calls)
 
-    def _done(self, count: int) -> tuple[float, ...]:
-        """The share that each of the first steps computed."""
-        shares, found = self.solved.plan.shares, [[] for _ in range(count)]
+    def _done(self, count: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """The share that each of the first steps computed, and what a call of it cost."""
+        place = self.solved.plan.shares.place
+        shares, costs = ([[] for _ in range(count)] for _ in range(2))
         for step in self._engine.record.steps:
-            at = shares.place(step.sigma)
+            at = place(step.sigma)
             if at < count:
                 whole = 1.0 if step.kept_share == 1.0 else step.program.share
-                found[at].append(0.0 if step.answered else whole)
-        return tuple(statistics.fmean(one) if one else 0.0 for one in found)
+                shares[at].append(0.0 if step.answered else whole)
+                costs[at].append(0.0 if step.answered else self._price(step))
+        return _means(shares), _means(costs)
+
+    def _price(self, step: Step) -> float:
+        """What a step cost, in untouched calls."""
+        known = self._prices.get(id(step))
+        if known is None:
+            # windows may be of several sizes
+            whole = [Row(ALL, step.grid.tokens)] * step.num_blocks
+            spent = self._run.work(step.program, self._engine.plan, step.rows or None)
+            dense = self._run.work(step.program, TrimPlan(), whole)
+            known = self._cost(spent) / self._cost(dense)
+            # one that is not over may still be another one
+            if step.rows:
+                self._prices[id(step)] = known
+        return known
+
+
+def _means(found: Sequence[Sequence[float]]) -> tuple[float, ...]:
+    return tuple(statistics.fmean(one) if one else 0.0 for one in found)
 
 
 def run_before(run: Run, earlier: Sequence[Run]) -> Run | None:

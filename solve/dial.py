@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from operator import attrgetter, mul
 
 from ..engine.plan import TrimPlan
-from ..engine.program import Program, expected_programs
+from ..engine.program import Program, Row, expected_programs
 from ..engine.work import program_work
 from ..methods.cost import WanShape, Width, Work
 from ..methods.grid import TokenGrid
@@ -45,6 +45,7 @@ class Run:
         calls: model calls of each step, also in parts; None is one each.
         partial: whether the model may be looked into and there is room for the context.
         done: shares of the first steps, where these ran already.
+        costs: of a model call of each of those, in untouched ones; shorter is none known of the rest.
         held: whether the context of the last whole one of those is there.
         parts: whether its plan so far has steps to come on a part of the tokens.
         before: what was sampled of the same video before, by this model or the pair's other one.
@@ -66,6 +67,7 @@ class Run:
     calls: tuple[float, ...] | None = None
     partial: bool = True
     done: tuple[float, ...] = ()
+    costs: tuple[float, ...] = ()
     held: bool = True
     parts: bool = False
     before: Run | None = None
@@ -92,17 +94,20 @@ class Run:
 
     def speedup(self, plan: TrimPlan, cost: Cost = flops) -> float:
         """Cost of the untouched run over that of a plan."""
-        calls = self.calls or (1,) * self.steps
-        options = {"width": self.width}
+        calls, came = self.calls or (1,) * self.steps, len(self.costs)
 
-        def total(plan: TrimPlan) -> float:
-            works = [
-                program_work(self.shape, program, plan, self.prompts, **options) * count
-                for program, count in zip(self.programs(plan), calls, strict=True)
-            ]
+        def total(plan: TrimPlan, first: int = 0) -> float:
+            programs = zip(self.programs(plan)[first:], calls[first:], strict=True)
+            works = (self.work(program, plan) * count for program, count in programs)
             return cost(sum(works, Work()))
 
-        return total(TrimPlan()) / total(plan)
+        dense = total(TrimPlan())
+        spent = sum(map(mul, self.costs, calls)) / sum(calls) * dense
+        return dense / (spent + total(plan, came))
+
+    def work(self, program: Program, plan: TrimPlan, rows: Sequence[Row] | None = None) -> Work:
+        """Of a model call by a plan's program, or of the rows of it that ran."""
+        return program_work(self.shape, program, plan, self.prompts, width=self.width, rows=rows)
 
 
 @dataclass(frozen=True)
@@ -239,7 +244,7 @@ class Dial:
         shares = trial.shares
         return (
             shares is not None
-            and trial.heads in (None, roles_left(plan))
+            and trial.heads in (None, plan.roles_left)
             and abs(self.speedup / trial.speedup - 1) <= TOLERANCE
             and (task.partial or not trial.partial)
             and all(shares[step] == 1.0 for step in whole if 0 <= step < len(shares))
@@ -272,7 +277,7 @@ class Dial:
         dense = sum(task.calls) * _price(run, TrimPlan(), cost)(1.0)
         # in whole calls of the plan that others made
         whole = price(1.0)
-        budget = dense / self.speedup / whole - _beside(task, run, plan, cost) / whole
+        budget = (dense / self.speedup - _beside(task, run, plan, cost)) / whole
         if budget >= sum(task.calls):
             return tuple(1.0 if share is None else share for share in task.done)
         curves = self.curves(run)
@@ -290,13 +295,8 @@ class Dial:
 
     def _why(self, task: Task, asked, plan: TrimPlan, together: float, shares) -> str:
         """What is in the way, in an artist's words."""
-        said = []
-        parts = (
-            ("Tokens", plan.trims_tokens),
-            ("Heads", plan.trims_heads),
-            ("Blocks", plan.trims_blocks),
-        )
-        theirs = [name for name, is_there in parts if is_there]
+        said, parts = [], ("tokens", "heads", "blocks")
+        theirs = [part.title() for part in parts if getattr(plan, f"trims_{part}")]
         if theirs:
             nodes = " and ".join(f"WanTrim {name}" for name in theirs)
             said.append(
@@ -326,11 +326,6 @@ class Dial:
         return f"steps are whole or repeated, and the next number of them{side} is further away"
 
 
-def roles_left(plan: TrimPlan) -> float | None:
-    """Of self-attention, what heads leave whose patterns the run finds; None without such."""
-    return plan.heads.keep_ratio if plan.finds_roles else None
-
-
 def curves_of(run: Run) -> Curves:
     """The curves to solve a run by: guidance makes early changes larger and less alike."""
     task = "IMAGE_TO_VIDEO" if run.starts_given else "TEXT_TO_VIDEO"
@@ -344,28 +339,31 @@ def _price(run: Run, plan: TrimPlan, cost: Cost) -> Callable[[float], float]:
     def price(share: float) -> float:
         if share not in known:
             shares = None if share == 1.0 else Shares(sigmas, (1.0, 1.0, share))
-            last = run.programs(replace(plan, shares=shares), sigmas)[-1]
-            work = program_work(run.shape, last, plan, run.prompts, width=run.width)
-            known[share] = cost(work)
+            *_, last = run.programs(replace(plan, shares=shares), sigmas)
+            known[share] = cost(run.work(last, plan))
         return known[share]
 
     return price
 
 
 def _beside(task: Task, run: Run, plan: TrimPlan, cost: Cost) -> float:
-    """What is spent beyond what the shares cost by this plan: what came before went by its own, and
-    in first steps heads are measured, and run in full.
+    """What is spent beyond what the shares cost by this plan: what came before went by its own, steps
+    that ran cost what they did, and in first steps heads are measured, and run in full.
     """
-    price, fresh, known = _price(run, plan, cost), task.fresh, 0.0
+    price, dense, known = _price(run, plan, cost), _price(run, TrimPlan(), cost)(1.0), 0.0
+    own = task.sigmas.index(run.sigmas[0])
+    ran = set(range(own, own + len(run.costs)))
+    for step, share, spent in zip(sorted(ran), run.done, run.costs, strict=False):
+        known += (spent * dense - price(share)) * task.calls[step]
     if run.before is not None and run.before.spent is not None:
-        fresh = {step for step in fresh if step >= run.before.steps}
-        known = run.before.spent * _price(run, TrimPlan(), cost)(1.0)
+        ran |= set(range(run.before.steps))
+        known += run.before.spent * dense
         known -= sum(map(mul, map(price, run.before.done), run.before.calls))
     if not plan.finds_roles:
         return known
     (program,) = run.programs(plan, run.sigmas[:1])
-    first = cost(program_work(run.shape, program, plan, run.prompts, width=run.width))
-    return known + (first - price(1.0)) * sum(task.calls[step] for step in fresh)
+    first = cost(run.work(program, plan))
+    return known + (first - price(1.0)) * sum(task.calls[step] for step in task.fresh - ran)
 
 
 def task_speedup(
@@ -397,4 +395,4 @@ def other_slice(run: Run, expert: str, boundary: float = 0.0) -> Run | None:
     count = min(max(1, round(run.steps * other / own)), MOST_STEPS)
     places = [(done if high else 0.0) + other * i / count for i in range(count + 1)]
     sigmas = tuple(sigma_at(place, run.shift) for place in places)
-    return replace(run, sigmas=sigmas, calls=None, done=(), before=None)
+    return replace(run, sigmas=sigmas, calls=None, done=(), costs=(), before=None)

@@ -31,7 +31,15 @@ from .attachment import KEY, Attachment, attachment_of, replaced_by
 from .blocks import replace_blocks
 from .compiled import bare, compiled_of
 from .dial import Wish
-from .given import ModelCall, as_dict, attached, conds_of, levels_of, own_options
+from .given import (
+    ModelCall,
+    as_dict,
+    attached,
+    levels_of,
+    orders_prompts,
+    own_options,
+    prompts_due,
+)
 from .live import Live, running_node
 from .run import SESSION_KEY, SamplingRun, hook_strengths, mark_network
 from .runs import Ran, Where, keep_run, runs_before
@@ -184,7 +192,7 @@ def _prepare(run: SamplingRun, attachment: Attachment, guider, options: dict) ->
         (WrappersMP.DIFFUSION_MODEL, mark_network),
     ):
         add_wrapper_with_key(kind, SESSION_KEY, wrapper, options, is_model_options=True)
-    if set(conds_of(guider)) - {"positive", "negative"}:
+    if orders_prompts(guider):
         record.note(
             "this guider orders its prompts in its own way; the first of them decided which "
             "tokens stay"
@@ -205,6 +213,8 @@ def _calc_cond_batch(executor, model, conds, x_in, timestep, model_options):
         )
         # now, because a compiled model may not come by again
         run.engine.record.note(run.dense)
+    if run is not None:
+        run.due = prompts_due(conds, timestep)
     both = conds and conds[0] is not None and any(cond is not None for cond in conds[1:])
     if run is None or run.dense or not both:
         return executor(model, conds, x_in, timestep, model_options)
@@ -341,6 +351,7 @@ def _begin(dm, run: SamplingRun, given: ModelCall) -> Call | None:
         shift=run.shift,
         anchored=anchored,
         window=given.window,
+        due=run.due if given.prompts and not run.strengths else (),
         # other weights answer otherwise, and are another prompt's
         prompts=[(name, run.strengths) if run.strengths else name for name in given.prompts],
         clip=None if given.clip_fea is None else given.clip_fea[:, 0],

@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import pairwise
 
 import torch
 
@@ -19,7 +20,7 @@ from ...methods.cost import Width
 from ...methods.grid import TokenGrid
 from ...methods.shares import place_of
 from ...solve.course import Course, run_before
-from ...solve.dial import Dial, Run, Solved, flops, roles_left
+from ...solve.dial import Dial, Run, Solved, flops
 from ...solve.floor import device_rates
 from .given import ModelCall, prompts_of
 from .shape import clip_tokens, device_name, full_shape
@@ -141,6 +142,12 @@ class Wish:
                 "solved: nothing was left out"
             )
             return None
+        if any(later > earlier for earlier, later in pairwise(announced)):
+            record.note(
+                "the sampler's noise levels go up on the way, so the speed-up could not be "
+                "solved: nothing was left out"
+            )
+            return None
         device = given.x.device
         # a sampler may begin later in its schedule: the steps before are another model's, or done
         announced = tuple(announced[place_of(announced[:-1], level) :])
@@ -220,7 +227,7 @@ class Wish:
             record.note(
                 f"your trial at {trial.speedup:g}x chose {trial.chosen}, which this node cannot do"
             )
-        elif trial.heads not in (None, roles_left(self.plan)):
+        elif trial.heads not in (None, self.plan.roles_left):
             record.note(
                 f"your trial at {trial.speedup:g}x chose {trial.chosen}: put WanTrim Heads with a "
                 f"prune ratio of {1 - trial.heads:.2f} on this model for that"

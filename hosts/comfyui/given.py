@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -187,18 +187,51 @@ def levels_of(sigmas) -> list[float]:
         return []
 
 
+def prompts_due(conds, timestep) -> list[tuple[Hashable, int]]:
+    """(name, kind) of the prompts with a part of the run of their own that come in a step; none beside
+    areas, which are parts of the video, and hooks, by which prompts have other names.
+
+    Args:
+        conds: for each kind of prompt its entries, as the host goes through them.
+        timestep: [b], as the host compares it.
+    """
+    given = [(as_dict(one), kind) for kind, entries in enumerate(conds) for one in entries or ()]
+    if any(one.get(name) is not None for one, _ in given for name in ("area", "default", "hooks")):
+        return []
+
+    def comes(one: dict) -> bool:
+        # the host waits for the device here itself
+        over = "timestep_end" in one and timestep[0] < one["timestep_end"]
+        return bool(timestep[0] <= one["timestep_start"]) and not over
+
+    ranged = [(one, kind) for one, kind in given if {"uuid", "timestep_start"} <= one.keys()]
+    return [(one["uuid"], kind) for one, kind in ranged if comes(one)]
+
+
 def conds_of(guider) -> dict:
     """A guider's prompts by name; empty where it has none or keeps them in its own way."""
     return as_dict(getattr(guider, "conds", None))
 
 
+def orders_prompts(guider) -> bool:
+    """Whether a guider has other prompts than a positive and a negative one."""
+    return not {"positive", "negative"}.issuperset(conds_of(guider))
+
+
+def guidance_of(guider) -> float | None:
+    """A guider's guidance (cfg), where one number says it."""
+    cfg = getattr(guider, "cfg", None)
+    # some packs give a list of numbers, one for each step; a guider of more prompts has others
+    known = isinstance(cfg, int | float) and not orders_prompts(guider)
+    return float(cfg) if known else None
+
+
 def prompts_of(guider) -> list[int]:
     """Of the prompts that each step runs, positive and negative or one, how many there are at once."""
     skips_negative = not guider.model_options.get("disable_cfg1_optimization", False)
-    cfg = getattr(guider, "cfg", 0.0)
-    found = [_at_once(one) for one in conds_of(guider).values() if one is not None and len(one) > 0]
-    # some packs give a list of numbers, one for each step
-    if skips_negative and isinstance(cfg, int | float) and math.isclose(cfg, 1.0):
+    conds, cfg = conds_of(guider), guidance_of(guider)
+    found = [_at_once(one) for one in conds.values() if one is not None and len(one) > 0]
+    if skips_negative and cfg is not None and math.isclose(cfg, 1.0):
         found = found[:1]
     return found or [1]
 

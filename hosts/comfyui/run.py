@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Hashable
 
 import torch
 
@@ -42,6 +43,8 @@ class SamplingRun(Kept):
         # the host runs cond and uncond in two calls, uncond first
         self.split = False
         self.awaits_cond = False
+        # what a step is going to run, whichever call of it this is
+        self.due: list[tuple[Hashable, int]] = []
         # of the call that runs, before the host rounds it to the model's dtype
         self.latent: torch.Tensor | None = None
         # and of the LoRAs that the host switches on and off while it samples

@@ -216,12 +216,19 @@ def sampling_key(guider, given: dict) -> str:
     """What a sampling is made of besides the MODEL: noise, latent, steps, sampler, prompts."""
     sampler = given.get("sampler")
     parts = [given.get(name) for name in ("noise", "latent_image", "sigmas", "denoise_mask")]
-    parts += [given.get("seed"), getattr(guider, "cfg", None), type(guider).__name__]
-    parts += [sampler_name(sampler), getattr(sampler, "extra_options", None)]
+    parts += [given.get("seed"), type(guider).__name__, _plain(guider)]
+    parts += [type(sampler).__name__, _plain(sampler), sampler_name(sampler)]
+    parts += [getattr(sampler, "extra_options", None)]
     parts += [getattr(guider, "original_conds", None)]
     found = hashlib.blake2b(digest_size=16)
     _digest(parts, found)
     return found.hexdigest()
+
+
+def _plain(of) -> dict:
+    """What an object keeps of numbers and words: a guider its guidance, by whatever name."""
+    found = getattr(of, "__dict__", {})
+    return {name: one for name, one in found.items() if isinstance(one, str | int | float | bool)}
 
 
 def _digest(value, into) -> None:

@@ -18,7 +18,7 @@ import comfy.model_management
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 
 from ...solve.tuned import Way
-from .given import attached, levels_of, options_in, own_options, watch_velocity
+from .given import attached, guidance_of, levels_of, options_in, own_options, watch_velocity
 from .live import running_node, running_prompt
 from .runs import sampler_name, sampling_key
 from .shape import device_name
@@ -81,7 +81,7 @@ def _outer_sample(executor, *args, **kwargs):
         running_prompt(),
         running_node(),
         sampler_name(given.get("sampler")),
-        _number(getattr(guider, "cfg", None)),
+        guidance_of(guider),
         tuple(levels_of(given.get("sigmas"))),
         device_name(guider.model_patcher.load_device),
     )
@@ -194,7 +194,3 @@ def _look_back(sampling: Sampling, whole: bool) -> None:
     if whole and len(spans) > 2:
         sampling.warmed = max(0.0, spans[0] - statistics.median(spans[1:]))
     sampling.ends = []
-
-
-def _number(value) -> float | None:
-    return float(value) if isinstance(value, int | float) else None

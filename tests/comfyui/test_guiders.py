@@ -14,10 +14,11 @@ from comfy.ldm.wan.model import WanModel
 from comfy.model_base import BaseModel
 from comfy_extras import nodes_custom_sampler
 from wantrim.engine.plan import TrimPlan
-from wantrim.hosts.comfyui.attach import attach
+from wantrim.hosts.comfyui.attach import attach, attachment_of
 from wantrim.hosts.comfyui.variants import SKIP_BLOCKS, UnsupportedModel, check_variant
+from wantrim.solve import priors
 from wantrim.solve.course import Course
-from wantrim.solve.dial import Dial
+from wantrim.solve.dial import Dial, curves_of
 from wantrim.tests.comfyui import neighbours, tiny
 from wantrim.tests.comfyui.put import demo_model, dialled, notes
 
@@ -78,6 +79,14 @@ def test_without_a_positive_prompt_batched_and_split_are_alike(trim, monkeypatch
     )
     apart = video()
     assert (together - apart).abs().max() < 1e-2
+
+
+def test_three_prompts_are_guided_whatever_the_numbers_are_called():
+    """Core's DualCFG leaves `cfg` at 1 and keeps its own two."""
+    model = dialled(tiny.base_model())
+    guided(nodes_custom_sampler.Guider_DualCFG(model), tiny.text(9), cfg=(3.0, 5.0))
+    run = attachment_of(model).solved.run
+    assert run.prompts == 3 and curves_of(run) is priors.TEXT_TO_VIDEO
 
 
 def test_weights_that_change_while_sampling_are_not_repeated_over():

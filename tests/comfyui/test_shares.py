@@ -10,7 +10,6 @@ from wantrim.tests.comfyui.passes import observed
 from wantrim.tests.comfyui.variants import load
 
 ALL = dict.fromkeys(range(tiny.LAYERS), tiny.FRAMES * tiny.PER_FRAME)
-ANEW = "a prompt came that had nothing to repeat yet"
 UNKNOWN = "nothing was remembered"
 # rounding of a model that is called on two rows or on one
 ROUNDING = 1e-5
@@ -157,7 +156,9 @@ def test_guidance_that_ends_in_mid_run_costs_no_whole_step(values):
 
 @pytest.mark.parametrize("free", [1e12, 0], ids=["batched", "split"])
 @pytest.mark.parametrize("last", [0, 0.4], ids=["repeated", "partial"])
-def test_a_prompt_that_comes_anew_is_computed_in_full_beside_the_others(last, free, monkeypatch):
+def test_a_step_that_a_prompt_begins_in_is_whole_whatever_calls_it_comes_in(
+    last, free, monkeypatch
+):
     monkeypatch.setattr(ModelPatcher, "get_free_memory", lambda self, device: free)
     given = tiny.case()
     late = tiny.text(9)[0]
@@ -173,16 +174,11 @@ def test_a_prompt_that_comes_anew_is_computed_in_full_beside_the_others(last, fr
     few = {} if last == 0 else dict.fromkeys(range(tiny.LAYERS), 24)
     for number, step in enumerate(steps[2:], 2):
         ran = [seen.tokens for seen in step]
-        if number != first:
-            assert all(tokens == few for tokens in ran)
-        elif free:
-            # those that came in one call with it are computed too
-            assert ran == [ALL]
-        else:
-            assert sorted(map(len, ran)) == sorted([tiny.LAYERS, len(few), len(few)])
-            assert sum(tokens == ALL for tokens in ran) == 1
-    # the first call of a step says what the step is
-    assert any((UNKNOWN if free else ANEW) in note for note in report.notes)
+        assert all(tokens == (ALL if number == first else few) for tokens in ran)
+    assert [round(step.kept_share, 1) for step in report.steps] == [
+        1 if number in (0, 1, first) else last for number in range(6)
+    ]
+    assert any(UNKNOWN in note for note in report.notes)
 
 
 def test_repeating_is_by_prompt_where_several_have_areas(no_free_memory):

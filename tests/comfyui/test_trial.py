@@ -7,11 +7,14 @@ import pytest
 import torch
 
 import comfy.model_management
+import comfy.sample
 import comfy.sd
 import folder_paths
 from comfy.patcher_extension import WrappersMP
+from comfy.samplers import sampler_object
 from comfy_execution.graph import ExecutionBlocker
 from comfy_execution.utils import CurrentNodeContext
+from comfy_extras.nodes_custom_sampler import Guider_DualCFG
 from comfy_extras.nodes_easycache import EasyCacheNode
 from wantrim.benchmarks.rows import check_row
 from wantrim.hosts.comfyui import candidates as candidates_module
@@ -249,6 +252,26 @@ def test_what_is_taken_from_before_a_cancel_is_the_same_run(change):
     assert seen.calls > 0
 
 
+def test_another_guidance_of_three_prompts_is_another_run():
+    """Core's DualCFG has its guidance under names of its own."""
+    given, model = tiny.case(), candidates("few", steps=2)[0][0]
+
+    def video(base, *cfg) -> torch.Tensor:
+        guider = Guider_DualCFG(base)
+        guider.set_conds(given.positive, tiny.text(9), given.negative)
+        guider.set_cfg(*cfg)
+        sigmas = torch.tensor([*tiny.simple_sigmas(base, 2), 0.0])
+        noise, euler = comfy.sample.prepare_noise(given.latent, 7), sampler_object("euler")
+        return guider.sample(noise, given.latent, euler, sigmas, disable_pbar=True, seed=7)
+
+    seen = Trouble(model)
+    before = video(model, 3.0, 5.0)
+    count = seen.calls
+    assert torch.equal(video(model, 3.0, 5.0), before) and seen.calls == count > 0
+    for cfg in ((8.0, 1.5), (3.0, 5.0, True)):
+        assert torch.equal(video(model, *cfg), video(tiny.base_model(), *cfg))
+
+
 def out_of_memory():
     return comfy.model_management.OOM_EXCEPTION("CUDA out of memory")
 
@@ -406,7 +429,8 @@ def test_the_tuned_dial_reproduces_the_chosen_row(done, profiles):
     assert "solved by the whole run of your trial" in attachment_of(other).record.planned
     # the same run, in which other steps were done
     one, two = (
-        replace(attachment_of(m).solved.run, done=(), concentration=None) for m in (other, untuned)
+        replace(attachment_of(m).solved.run, done=(), costs=(), concentration=None)
+        for m in (other, untuned)
     )
     assert one == two
     # steps that have to be whole come before what won

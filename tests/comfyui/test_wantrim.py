@@ -57,7 +57,9 @@ def test_final_is_exact_whatever_else_is_on_the_model(kind):
     model, given = tiny.base_model(kind), tiny.case(kind)
     dense = tiny.ksampler(model, given)
     others = routed(tiny.shared(model, 1.0, 0.0, 1.0, 0.0, tokens=tiny.token_plan()), "fixed")
-    for final in (dialled(others, render=FINAL), tiny.at_node(dialled(model, render=FINAL))):
+    final = dialled(model, render=FINAL)
+    behind = tiny.at_node(final), tiny.at_node(final, "auto", prune_ratio=0.4)
+    for final in (dialled(others, render=FINAL), *behind):
         assert torch.equal(tiny.ksampler(final, given), dense)
         assert "final render, nothing trimmed" in record_text(tiny.report_of(final))
         assert not torch.equal(tiny.ksampler(dialled(final), given), dense)
@@ -82,7 +84,8 @@ def test_it_trims_the_same_way_each_time_and_says_what(kind, caplog):
     parts = any(step.program.partial for step in record.steps)
     assert (record.context is not None) == parts
     # the log says the plan that the run began with
-    begun = replace(found.run, calls=None, done=(), held=True, concentration=None, waits=None)
+    fresh = {"calls": None, "done": (), "costs": (), "concentration": None, "waits": None}
+    begun = replace(found.run, held=True, **fresh)
     first = attachment_of(patched).dial.solve(begun)
     said = f"1.30x: {first.plan.describe()}; expected {first.reached:.2f}x in FLOPs"
     assert f"WanTrim: {said}" in caplog.messages
@@ -279,6 +282,17 @@ def test_the_preset_auto_of_the_tokens_is_a_dial():
     assert trimmed and all(0.5 <= at <= 0.8 for at in trimmed)
     off = tiny.at_node(tiny.base_model(), "auto", prune_ratio=0.0)
     assert torch.equal(tiny.ksampler(off), tiny.ksampler(tiny.base_model()))
+
+
+def test_the_preset_auto_behind_a_dial_takes_its_speedup_and_nothing_else():
+    model = dialled(tiny.base_model(), speedup=2.0, context="off")
+    taken = tiny.at_node(model, "auto", prune_ratio=0.25)
+    assert attachment_of(taken).place == "off"
+    tiny.ksampler(taken, steps=8)
+    assert any("the last one counts (1.33x), and not 2.00x" in note for note in notes(taken))
+    # 0 leaves out nothing, and takes nothing away
+    none = tiny.at_node(model, "auto", prune_ratio=0.0)
+    assert torch.equal(tiny.ksampler(none), tiny.ksampler(model)) and not notes(none)
 
 
 def test_defaults_of_the_nodes():

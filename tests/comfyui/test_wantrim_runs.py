@@ -54,6 +54,42 @@ def test_every_stock_sampler_does_what_was_asked_for(name):
     assert not notes(patched)
 
 
+CALLED_TWICE = ["heun", "heunpp2", "exp_heun_2_x0", "dpm_2_ancestral", "sa_solver_pece"]
+
+
+@pytest.mark.parametrize("name", CALLED_TWICE)
+@pytest.mark.parametrize("context", ["auto", "off"])
+def test_calls_of_a_step_that_did_different_work_are_counted_as_they_ran(name, context):
+    """One whole and one repeated come to half of a step, not to a step on half of the tokens."""
+    patched = dialled(tiny.base_model(), context=context)
+    tiny.sample(patched, steps=2, sampler=name)
+    record = tiny.report_of(patched)
+    assert record.expected == pytest.approx(done(patched), rel=0.03)
+    met = done(patched) == pytest.approx(1.5, rel=0.03)
+    assert record.missed != met and (not record.notes or not met)
+
+
+# of a restart, of a sampler's own, of one that adds noise to a video
+RISING = [
+    [1.0, 0.9, 0.8, 0.6, 0.9, 0.8, 0.6, 0.4, 0.2, 0.0],
+    [1.0, 0.95, 0.9, 0.8, 0.85, 0.7, 0.5, 0.3, 0.0],
+    [1.0, 0.5, 0.0, 0.5, 0.25, 0.0],
+    [0.0, 0.3, 0.6, 1.0],
+]
+
+
+@pytest.mark.parametrize("speedup", [1.25, 3.0])
+@pytest.mark.parametrize("values", RISING)
+def test_noise_levels_that_go_up_are_sampled_untouched_and_said(values, speedup):
+    model, sigmas = tiny.base_model(), torch.tensor(values)
+    patched = dialled(model, speedup=speedup)
+    out = tiny.sample(patched, sigmas=sigmas)
+    # at no noise at all the untouched model's are no numbers either
+    assert out.allclose(tiny.sample(model, sigmas=sigmas), rtol=0, atol=0, equal_nan=True)
+    (note,) = notes(patched)
+    assert "noise levels go up on the way" in note and "nothing was left out" in note
+
+
 def without(patched, key: str):
     """A clone whose sampler keeps something for itself."""
     changed = patched.clone()
@@ -113,6 +149,8 @@ def test_a_guider_with_a_list_as_cfg_is_taken():
         ({"cfg": "high"}, 2),
         ({"conds": {"positive": [1]}}, 1),
         ({"conds": {"positive": [1], "middle": [1], "negative": [1]}}, 3),
+        # its own guidance is somewhere else
+        ({"conds": {"positive": [1], "middle": [1], "negative": [1]}, "cfg": 1.0}, 3),
         ({"conds": None}, 1),
     ],
 )
