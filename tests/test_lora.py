@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from wantrim.hosts.diffusers.lora import add_low_rank, low_rank_changes, merge_lora, save_lora
 from wantrim.hosts.diffusers.weights import load_original, new_transformer, save_original
 from wantrim.toy.text import TEXT_DIM
+from wantrim.training import four_steps
 from wantrim.training.four_steps import FewSteps, distil
 
 CPU = SimpleNamespace(device=torch.device("cpu"), first=True, wait=lambda: None)
@@ -122,6 +123,32 @@ def test_distilling_writes_its_lora_and_says_how(weights, tmp_path):
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
     assert [json.loads(line)["side"] for line in lines] == [32, 32, 48, 48]
     assert any(t.any() for name, t in load_file(whole).items() if "lora_up" in name)
+
+
+def test_a_distillation_that_was_killed_behind_its_last_step_has_its_file(
+    weights, tmp_path, monkeypatch
+):
+    recipe = FewSteps(steps=2, batch=1, warmup=1, rank=4, canvases=((1.0, 32),))
+    from wantrim.training.checkpoints import State
+
+    real = State.save
+
+    def stop(self, step):
+        real(self, step)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(State, "save", stop)
+    with pytest.raises(KeyboardInterrupt):
+        distil(recipe, weights, tmp_path, CPU)
+    monkeypatch.undo()
+    with safe_open(distil(recipe, weights, tmp_path, CPU), "pt") as file:
+        assert json.loads(file.metadata()["wantrim"])["finished"]
+
+
+def test_the_command_says_what_is_wrong_in_a_line(monkeypatch, tmp_path):
+    monkeypatch.setattr("sys.argv", ["four_steps", "--steps", "0", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="error: steps: expected a whole number of 1 or more"):
+        four_steps.main()
 
 
 def test_a_distillation_that_was_stopped_goes_on_bit_for_bit(weights, tmp_path, monkeypatch):

@@ -273,6 +273,17 @@ def test_a_last_video_that_fails_leaves_no_state(folder, tmp_path, monkeypatch):
     assert not (tmp_path / "1-width" / "state").exists()
 
 
+def test_state_that_a_kill_left_behind_the_last_step_goes(folder, done, unloaded, monkeypatch):
+    recipe = write_recipe(folder, "width.steps=2", "router.steps=2")
+    monkeypatch.setattr(running, "load_teacher", lambda *_: None)
+    state = done / "1-width" / "state" / "step-1"
+    state.mkdir(parents=True)
+    train_here(replace(recipe, run=replace(recipe.run, keep_state=True)), done, kinds=["width"])
+    assert state.exists()
+    train_here(recipe, done, kinds=["width"])
+    assert not state.parent.exists()
+
+
 def test_an_expert_has_no_test_videos(folder, tmp_path, monkeypatch, caplog):
     said = ("width.steps=2", "width.sigma_max=0.875", "run.sample_every=1")
     monkeypatch.setattr(running, "draw_videos", stop)

@@ -78,7 +78,11 @@ def check_same(folder: Path, now: dict, world: World, done: bool = False) -> Non
                 "share out evenly. Go on with a number of them that divides it, or choose another "
                 "--out."
             )
-        advice = ", or give the --start that it began with" if name.startswith("start.") else ""
+        advice = ""
+        if name.startswith("start."):
+            advice = ", or give the --start that it began with"
+        elif name == "data.samples":
+            advice = ", or bring back the shards that are said above to be damaged"
         raise ValueError(
             f"{folder.name}: it began with {name} = {was!r}, and this is {became!r}. Choose another "
             f"--out{advice}."

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,8 +141,9 @@ def distil(
             )
             progress.update(task, completed=step, said=f"loss {loss:.4f}")
             if step % every == 0 or step == recipe.steps:
-                state.save(step)
+                # first: what is behind the last saved step is never made again
                 save_lora(path, student, _header(recipe, weights, step))
+                state.save(step)
                 log.info("step %d: loss %.4f", step, loss)
     writer.close()
     return path
@@ -188,8 +190,14 @@ def main() -> None:
     )
     weights = args.weights or WORLDS[args.world].checkpoint
     options = {"every": args.every, "compile_blocks": not args.no_compile}
-    with world(args.device) as here:
-        log.info("wrote %s", distil(recipe, weights, args.out, here, **options))
+    try:
+        with world(args.device) as here:
+            path = distil(recipe, weights, args.out, here, **options)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on from the last saved step")
+    log.info("wrote %s", path)
 
 
 if __name__ == "__main__":

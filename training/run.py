@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -112,6 +113,9 @@ def train(
                 del trainer
                 gc.collect()
         elif world.first:
+            # it was killed behind its last step
+            if not recipe.run.keep_state:
+                shutil.rmtree(folder / "state", ignore_errors=True)
             log.info("%s is done", folder.name)
         start = folder
     return start

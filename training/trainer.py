@@ -98,7 +98,8 @@ class Trainer:
         # several processes compute in the low precision by FSDP's policy, one by autocast
         self.cast = nullcontext
         if world.size == 1 and dtype != torch.float32:
-            self.cast = lambda: torch.autocast(world.device.type, dtype)
+            # up to torch 2.9 a weight that was cast without a gradient stays without one in the cache
+            self.cast = lambda: torch.autocast(world.device.type, dtype, cache_enabled=False)
         self.pair = Pair(
             self.student,
             teacher,
