@@ -52,8 +52,9 @@ class WanTrimSlim(io.ComfyNode):
                 ),
                 prune_input(
                     MAX_PRUNE,
-                    "Share of the heads and FFN channels that goes. The paper uses 0.30, with "
-                    "training afterwards; without, stay below.",
+                    "Share that goes: of the parameters of heads and FFN channels, with rule 'pare' of "
+                    "the heads and channels of every block. The paper uses 0.30, with training "
+                    "afterwards; without, stay below.",
                 ),
                 inputs.choice(
                     "rule",

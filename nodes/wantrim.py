@@ -28,7 +28,7 @@ def _dials(pair: bool) -> list:
     """The inputs that both nodes have, in their order."""
     first, last = ("high", "low") if pair else ("this", "this")
     whose = "both experts together" if pair else "the run"
-    most = "At most half the number of steps (4 steps: 2): beyond that no video comes."
+    most = "With 4 steps ask for 2 at most, with 6 for 3: beyond half the number of steps no video comes."
     if pair:
         most = "With 2 + 2 steps 1.33 and 2 can be reached, and nothing else."
     return [
@@ -66,9 +66,9 @@ def _dials(pair: bool) -> list:
         inputs.choice(
             "context",
             PLACES,
-            "Where it remembers what a step leaves out. 'auto': on the GPU where there is room, "
-            "else in RAM. 'cpu': in RAM. 'off' needs no memory: steps are whole or repeated, as "
-            "they are without room.",
+            "Memory for steps that compute only a part of the picture. 'auto': on the GPU where there "
+            "is room, else in RAM. 'cpu': in RAM. 'off': no such steps, each is whole or repeated, as "
+            "where there is no room.",
             advanced=True,
         ),
     ]
