@@ -42,7 +42,7 @@ MANY_STEPS = 50
 # by world. The first one's guidance bends its paths as published figures ask for; the second has
 # Wan's own, and in four steps the shift that its LoRA was distilled with
 POINTS = {
-    "1": (Point(4, 1.0, shift=5.0), Point(20, 8.0), Point(MANY_STEPS, 8.0)),
+    "1": (Point(4, 1.0, shift=5.0), Point(20, 8.0)),
     "2": (Point(4, 1.0), Point(20, 5.0), Point(MANY_STEPS, 5.0)),
 }
 

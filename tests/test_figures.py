@@ -173,7 +173,7 @@ FIGURES = [
     ),
     (
         "README.md",
-        "brings text to video in 20 steps 1.4 dB ({:.1f}; {:.1f} with `context` off",
+        "bring text to video in 20 steps 1.4 dB ({:.1f}; {:.1f} without, as with `context` off",
         [
             ("quality", HALF | {"method": name, "target": "0.67"}, "psnr_db", 1)
             for name in ("default", "skip")
@@ -226,7 +226,7 @@ FIGURES = [
     ),
     (
         "benchmarks/README.md",
-        "(300 steps of stage I: {:.1f} and {:.1f} dB)",
+        "(300 steps of stage I: {:.1f} by it, {:.1f} alike)",
         [("students", {"setting": f"stage I, 300 steps{s}"}, "psnr_db", 1) for s in WEIGHED[::-1]],
     ),
     (

@@ -99,8 +99,9 @@ def test_the_issue_is_covered():
         known = {(case.method, case.target) for case in cases}
         assert known == {(name, target) for name in METHODS for target in (0.75, 0.67, 0.5, 0.4)}
     assert {case.method for case in cases_at(50)} == {DEFAULT, "easycache", "sea_cache"}
-    for world in (FIRST, SECOND):
-        assert [point.steps for point in POINTS[world.name]] == [4, 20, 50]
+    # the first tiny Wan is for speed
+    steps = {world.name: [point.steps for point in POINTS[world.name]] for world in (FIRST, SECOND)}
+    assert steps == {"1": [4, 20], "2": [4, 20, 50]}
     # Wan's own guidance
     assert {point.guidance for point in POINTS["2"]} == {1.0, 5.0}
 
