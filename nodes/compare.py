@@ -10,7 +10,7 @@ from comfy_api.latest import io
 
 from ..report.compare import compare, draw_difference, side_by_side, why_not
 from ..report.picture import as_pictures
-from .inputs import image_output, shown, text_output
+from .inputs import image_output, shown, text_output, ticking
 
 NAME = "WanTrim Compare"
 
@@ -62,7 +62,7 @@ class WanTrimCompare(io.ComfyNode):
                     "seed; where values are no numbers its sampling diverged: lower what trims it"
                 )
         dense, trimmed = given.values()
-        found = compare(dense, trimmed)
+        found = compare(dense, trimmed, ticking(len(dense)))
         text = found.verdict()
         picture, told = shown(cls, draw_difference(dense, trimmed, found), text)
         figures = json.dumps(found.json(), indent=1)

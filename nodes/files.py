@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from pathlib import Path
 
 import folder_paths
@@ -14,7 +15,9 @@ SUFFIX = ".safetensors"
 DEMO_STUDENT = "tiny Wan student (demo)"
 DEMO_FILES = {"wantrim_slim": STUDENT, "wantrim_routers": ROUTER}
 MAX_NAME = 100
-# no separators, nothing that some file system forbids, and no hidden file
+# of the 255 that file systems take, so that every ending of ours fits
+MAX_BYTES = 200
+# no separators, nothing that some file system forbids, and no hidden file; marks belong to a letter
 NAME = re.compile(r"[^\W_][\w .+()\[\]-]*")
 RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 
@@ -36,11 +39,15 @@ def plain_name(node: str, given: object, example: str) -> str:
         ValueError: it is empty, has a folder in it, or cannot be a file everywhere.
     """
     name = given.strip().removesuffix(SUFFIX).strip() if isinstance(given, str) else ""
-    good = NAME.fullmatch(name) and not RESERVED.fullmatch(name) and not name.endswith(".")
-    if not good or len(name) > MAX_NAME or name.endswith(".calibration"):
+    name = unicodedata.normalize("NFC", name)
+    bare = "".join(one for one in name if not unicodedata.category(one).startswith("M"))
+    good = NAME.fullmatch(bare) and not RESERVED.fullmatch(name) and not name.endswith(".")
+    long = len(name) > MAX_NAME or len(name.encode(errors="replace")) > MAX_BYTES
+    if not good or long or name.endswith(".calibration"):
+        most = f"at most {MAX_NAME}, of other than Latin letters {MAX_BYTES // 3}"
         raise ValueError(
             f"{node}: filename: expected a plain name such as {example!r} (letters, digits, spaces, "
-            f"_ . + - ( ) [ ], at most {MAX_NAME}, no folder), got {given!r:.120}"
+            f"_ . + - ( ) [ ], {most}, no folder), got {given!r:.120}"
         )
     return name
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
 from PIL import Image
 
+import comfy.model_management
+import comfy.utils
 from comfy_api.latest import io, ui
 
 
@@ -68,6 +70,17 @@ def shown(cls, drawn: Image.Image, text: str) -> tuple[torch.Tensor, dict]:
     """A picture as an image [1, h, w, 3], and what a node shows of it with a text."""
     picture = torch.from_numpy(np.asarray(drawn, np.float32) / 255)[None]
     return picture, {**ui.PreviewImage(picture, cls=cls).as_dict(), "text": (text,)}
+
+
+def ticking(total: int) -> Callable[[], None]:
+    """Called after each of `total` parts of a long work: moves the node's bar, and cancels."""
+    bar = comfy.utils.ProgressBar(total)
+
+    def tick() -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        bar.update(1)
+
+    return tick
 
 
 def check_range(node: str, name: str, value: float, most: float, least: float = 0) -> None:

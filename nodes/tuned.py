@@ -18,6 +18,7 @@ from ..hosts.comfyui.outcome import decode_all, rows_of, shared_row, tuned_of
 from ..hosts.comfyui.trial import Trial
 from ..hosts.comfyui.variants import check_variant
 from ..profiles.profile import Profile, load_profile
+from ..report.picture import as_pictures
 from ..report.verdict import choose, clip_of_all, draw_verdict, headline, verdict_text
 from ..solve.dial import HIGH, LOW, MAX_SPEEDUP
 from ..solve.tuned import Tuned
@@ -240,7 +241,10 @@ class WanTrimVerdict(io.ComfyNode):
             _check_count(held, samples, "samples")
             images, failed = decode_all(held, samples, vae[0])
         videos = _videos(held, images)
-        rows = rows_of(held, videos, running_prompt())
+        there = [len(video) for video in videos if video is not None]
+        # all are compared and drawn
+        tick = inputs.ticking(sum(there) + max(there, default=0))
+        rows = rows_of(held, videos, running_prompt(), tick)
         for place, reason in failed.items():
             rows[place].failed = reason
         whole = held.whole.steps_done or held.whole.steps
@@ -248,23 +252,22 @@ class WanTrimVerdict(io.ComfyNode):
         notes = [*held.notes]
         if len(images) < len(videos):
             notes.append(f"{len(images)} videos came for {len(videos)} candidates: taken in order")
+        clip = clip_of_all(rows, videos, tick)
         kept = _keep(held, tuned_of(held, rows, choice), name) if name.strip() else ""
         warmed = sum(one.warmed for one in held.whole.samplings.values())
         text = verdict_text(rows, choice, held.wanted, notes, warmed)
         text = f"{text}\n{kept}" if kept else text
-        # what is damaged is not drawn
-        sound = [None if video is None or video.ndim != 4 else video for video in videos]
-        drawn = draw_verdict(rows, sound, choice, headline(rows, choice, held.wanted))
+        drawn = draw_verdict(rows, videos, choice, headline(rows, choice, held.wanted))
         picture, told = inputs.shown(cls, drawn, text)
         figures = json.dumps(shared_row(held, rows, choice, videos), indent=1)
         held.let_go()
-        return io.NodeOutput(text, clip_of_all(rows, sound), picture, figures, ui=told)
+        return io.NodeOutput(text, clip, picture, figures, ui=told)
 
 
 def _videos(trial: Trial, images: list) -> list[torch.Tensor | None]:
     """A video or None for each candidate; one that failed has a blank one, which is left out."""
     _check_count(trial, images, "images")
-    videos = [None if image is None else image[..., :3].cpu().float() for image in images]
+    videos = [None if image is None else as_pictures(image) for image in images]
     videos += [None] * (len(trial.candidates) - len(videos))
     return [
         None if one.failed is not None else video

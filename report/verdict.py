@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -249,10 +249,17 @@ def _figures(row: Row) -> str:
     return ", ".join(said)
 
 
-def clip_of_all(rows: Sequence[Row], videos: Sequence[torch.Tensor | None]) -> torch.Tensor:
+def clip_of_all(
+    rows: Sequence[Row],
+    videos: Sequence[torch.Tensor | None],
+    tick: Callable[[], None] = lambda: None,
+) -> torch.Tensor:
     """All videos beside each other, each under its name [pixel_frames, h, w, 3].
 
     Small enough for eight of them; one that is shorter stands still at its end.
+
+    Args:
+        tick: called behind each pixel frame.
     """
     pairs = [(row, video) for row, video in zip(rows, videos, strict=True) if video is not None]
     if not pairs:
@@ -271,6 +278,7 @@ def clip_of_all(rows: Sequence[Row], videos: Sequence[torch.Tensor | None]) -> t
             frame = video[min(index, len(video) - 1)]
             page.paste(small(frame.numpy(), width, height), (left, top + LABEL))
         out[index] = torch.from_numpy(np.asarray(page, np.float32) / 255)
+        tick()
     _write_names(out, [row.label for row, _ in pairs], columns, width, height)
     return out
 

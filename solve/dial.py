@@ -386,7 +386,8 @@ def other_slice(run: Run, expert: str, boundary: float = 0.0) -> Run | None:
         boundary: sigma at which the experts change; 0 is where this run ends or begins.
     """
     high = expert == HIGH
-    at = boundary or run.sigmas[-1 if high else 0]
+    # one that begins above the boundary does the other's part
+    at = (boundary or run.sigmas[-1]) if high else max(boundary, run.sigmas[0])
     done, first = progress_at(at, run.shift), progress_at(run.sigmas[0], run.shift)
     # where the first expert began the second one cannot know
     own, other = (done - first, 1 - done) if high else (1 - done, done)

@@ -311,6 +311,17 @@ def test_a_boundary_by_hand_makes_up_no_endless_expert():
     assert other_slice(slices(10, 5)[0], HIGH, 0.999).steps == 100
 
 
+def test_a_low_noise_expert_that_begins_above_the_boundary_does_the_others_part():
+    """Its high noise one is bypassed, and the boundary still set."""
+    run = Run(SHAPE, GRID, sigmas(12, 8.0), 8.0)
+    for boundary in (0.0, 0.875, 0.9):
+        assert Dial(1.5, expert=LOW, boundary=boundary).solve(run) == Dial(1.5).solve(run)
+    # from its third step on: what came before it is not known, and cannot go down to the boundary
+    late = replace(run, sigmas=run.sigmas[2:])
+    assert late.sigmas[0] > 0.875
+    assert Dial(1.5, expert=LOW, boundary=0.875).solve(late) == Dial(1.5, expert=LOW).solve(late)
+
+
 def test_an_expert_that_does_the_whole_run_is_a_model_alone():
     run = Run(SHAPE, GRID, sigmas(6, 8.0), 8.0)
     assert other_slice(run, HIGH) is None and other_slice(run, LOW) is None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -47,12 +47,18 @@ def decode_all(
     return videos, failed
 
 
-def rows_of(trial: Trial, videos: Sequence[torch.Tensor | None], prompt: str | None) -> list[Row]:
+def rows_of(
+    trial: Trial,
+    videos: Sequence[torch.Tensor | None],
+    prompt: str | None,
+    tick: Callable[[], None] = lambda: None,
+) -> list[Row]:
     """A row for each candidate.
 
     Args:
         videos: decoded, [pixel_frames, h, w, 3] in 0..1, in the candidates' order; None is none.
         prompt: id of the queue entry that asks; what others sampled is said to be cached.
+        tick: called behind each pixel frame that was compared.
     """
     rows = [_row(trial, one, prompt) for one in trial.candidates]
     whole = videos[0]
@@ -63,7 +69,7 @@ def rows_of(trial: Trial, videos: Sequence[torch.Tensor | None], prompt: str | N
     if rows[0].failed is None:
         for row, video in zip(rows[1:], videos[1:], strict=True):
             if row.failed is None:
-                row.found = compare(whole, video)
+                row.found = compare(whole, video, tick)
     return rows
 
 

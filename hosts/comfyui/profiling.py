@@ -36,6 +36,7 @@ from .given import (
     prompts_of,
     watch_velocity,
 )
+from .live import running_prompt
 from .slim import slim_header
 from .variants import RUN_KEY, anchored_frames, starts_given, token_grid
 
@@ -44,6 +45,9 @@ log = logging.getLogger(__name__)
 KEY = "wantrim_profile"
 # the key under which ComfyUI's compile nodes wrap the model
 COMPILE_KEY = "torch.compile"
+ONE_OF_SEVERAL = (
+    "another sampler used this model before in this run of the workflow: what it did is not in here"
+)
 NOT_WHOLE = (
     "WanTrim cannot be solved by this run: that takes two steps or more, each one call that computes "
     "all (no other WanTrim node, step cache or context windows; a sampler with one call a step)"
@@ -58,11 +62,13 @@ class ProfileAttachment(Kept):
         calibrate: name in `profiles.calibration.CALIBRATE`.
         recorder: of the last run, if there is something in it.
         reason: why there is none.
+        prompt: id of the queue entry of the last run, or None.
     """
 
     calibrate: str
     recorder: Recorder | None = None
     reason: str = "the model was not sampled yet"
+    prompt: str | None = None
 
 
 def profile_of(model) -> ProfileAttachment | None:
@@ -206,6 +212,9 @@ def _outer_sample(executor, *args, **kwargs):
     )
     if attachment is None:
         return executor(*args, **kwargs)
+    prompt = running_prompt()
+    again = attachment.recorder is not None and prompt is not None and attachment.prompt == prompt
+    attachment.prompt = prompt
     # a run that was not saved lets go of what it held before the next one holds as much
     attachment.recorder, attachment.reason = None, "the last run was cancelled or failed"
     sampling = guider.model_patcher.get_model_object("model_sampling")
@@ -217,6 +226,8 @@ def _outer_sample(executor, *args, **kwargs):
     if plan is not None and not plan.neutral:
         about["plan"] = plan.describe()
     run = _Run(attachment.calibrate, about, len(prompts_of(guider)), "plan" not in about)
+    if again:
+        run.notes.append(ONE_OF_SEVERAL)
     wrappers = options_in(guider.model_options).get("wrappers", {})
     if COMPILE_KEY in wrappers.get(WrappersMP.APPLY_MODEL, {}):
         run.notes.append("torch.compile: the recorded run was not compiled")

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+import comfy.model_management
+import comfy.utils
 from wantrim.nodes.compare import WanTrimCompare
 from wantrim.report import compare
 from wantrim.report.compare import GAP
@@ -34,6 +36,19 @@ def noisy(video: torch.Tensor, sigma: float) -> torch.Tensor:
 def run(dense, trimmed) -> tuple[str, torch.Tensor, torch.Tensor, dict]:
     text, clip, picture, figures = WanTrimCompare.execute(dense, trimmed).result
     return text, clip, picture, json.loads(figures)
+
+
+def test_it_shows_how_far_it_is_and_can_be_cancelled(monkeypatch):
+    moved = []
+
+    def cancel(now, total, *_, **__):
+        moved.append((now, total))
+        comfy.model_management.interrupt_current_processing()
+
+    monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", cancel)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        run(moving(), moving())
+    assert moved[0] == (1, FRAMES) and len(moved) < FRAMES
 
 
 def test_equal_videos():

@@ -157,6 +157,13 @@ def test_names_that_cannot_be_files_everywhere_are_never_written(folders):
                 assert "expected a plain name" in node.validate_inputs(filename=name)
     for node in (slim.WanTrimSlim, profile.WanTrimSaveProfile):
         assert node.validate_inputs(filename="my_wan") is node.validate_inputs() is True
+        # letters with marks of their own, and as macOS writes accents
+        for name in ("วิดีโอ", "मेरा मॉडल", "cafe\u0301", "映像" * 33):
+            assert node.validate_inputs(filename=name) is True, name
+        # a file system counts bytes, and an ending comes behind it
+        assert "at most 100, of other than Latin letters 66" in node.validate_inputs(
+            filename="映像" * 34
+        )
     assert everything(folders.parent) == before
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import comfy.sd
 import folder_paths
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
+from comfy_execution.utils import CurrentNodeContext
 from comfy_extras.nodes_context_windows import ContextWindowsManualNode
 from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
@@ -378,6 +380,15 @@ def test_clones_share_what_was_recorded_and_a_new_run_starts_anew():
     tiny.sample(twice, steps=2)
     assert recorder_of(twice).calls == 2
     assert recorder_of(patched).calls == 1
+
+
+def test_two_samplers_of_one_run_of_the_workflow_are_told():
+    patched, told = profiled(), "another sampler used this model before"
+    for prompt, several in (("first", False), ("first", True), ("second", False), (None, False)):
+        with nullcontext() if prompt is None else CurrentNodeContext(prompt, "1", 0):
+            tiny.sample(patched, steps=2)
+        notes = recorder_of(patched).notes
+        assert any(told in note for note in notes) is several, prompt
 
 
 def test_profiles_lie_in_the_models_folder():

@@ -276,6 +276,38 @@ def out_of_memory():
     return comfy.model_management.OOM_EXCEPTION("CUDA out of memory")
 
 
+def test_a_cancelled_verdict_can_be_asked_for_again(done, profiles, monkeypatch):
+    """While it compares, and while it draws: nothing is kept then, nor let go."""
+    _, _, trial, videos = done
+    near = winning(videos, "repeats")
+    compared = sum(map(len, videos[1:]))
+
+    def cancelled(frames: int) -> None:
+        left = iter(range(frames))
+
+        def asked() -> None:
+            if next(left, None) is None:
+                raise comfy.model_management.InterruptProcessingException
+
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                comfy.model_management, "throw_exception_if_processing_interrupted", asked
+            )
+            with pytest.raises(comfy.model_management.InterruptProcessingException):
+                verdict(trial, near, "mine")
+        assert not [*profiles.iterdir()]
+
+    for frames in (0, compared - 1, compared, compared + len(videos[0]) - 1):
+        cancelled(frames)
+    assert verdict(trial, near)[1]["best"] == "repeats"
+
+
+def test_grey_videos_are_compared(done):
+    _, _, trial, videos = done
+    grey = [video[..., :1] for video in winning(videos, "repeats")]
+    assert verdict(trial, grey)[1]["best"] == "repeats"
+
+
 def test_candidate_out_of_memory_is_a_row_and_the_others_go_on():
     models, steps, trial = candidates("few")
     Trouble(models[1], out_of_memory())
