@@ -217,9 +217,11 @@ def main(argv: Sequence[str] | None = None, say: Callable[[str], None] | None = 
     say = say or log.info
     if args.prompts < 3:
         parser.error("--prompts: expected 3 or more: the best is found on all but one of them")
+    point = next((one for one in POINTS[args.world] if one.steps == args.steps), None)
+    if point is None:
+        parser.error(f"--steps: the bench samples --world {args.world} in no {args.steps}")
     refuse_rows(args.results, args.world)
     made = commit()
-    point = next(one for one in POINTS[args.world] if one.steps == args.steps)
     args.work.mkdir(parents=True, exist_ok=True)
     subject = toy_subject(world=WORLDS[args.world])
     bench = Bench(subject, args.task, point, args.first + args.prompts, 1, args.work)

@@ -241,9 +241,9 @@ class WanTrimVerdict(io.ComfyNode):
             _check_count(held, samples, "samples")
             images, failed = decode_all(held, samples, vae[0])
         videos = _videos(held, images)
-        there = [len(video) for video in videos if video is not None]
-        # all are compared and drawn
-        tick = inputs.ticking(sum(there) + max(there, default=0))
+        frames = [0 if video is None else len(video) for video in videos]
+        # all are compared with the first one, and all are drawn
+        tick = inputs.ticking(sum(frames[1:]) + max(frames))
         rows = rows_of(held, videos, running_prompt(), tick)
         for place, reason in failed.items():
             rows[place].failed = reason
@@ -267,7 +267,7 @@ class WanTrimVerdict(io.ComfyNode):
 def _videos(trial: Trial, images: list) -> list[torch.Tensor | None]:
     """A video or None for each candidate; one that failed has a blank one, which is left out."""
     _check_count(trial, images, "images")
-    videos = [None if image is None else as_pictures(image) for image in images]
+    videos = [*map(as_pictures, images)]
     videos += [None] * (len(trial.candidates) - len(videos))
     return [
         None if one.failed is not None else video

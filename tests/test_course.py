@@ -133,6 +133,20 @@ def go(sigmas, dial=None, run=None, *, plan=ANY, wrong=None, straight=False):
     return engine.record, course, told
 
 
+def test_uneven_calls_of_a_step_cost_what_they_did():
+    """One whole and one repeated call of two: not a step on half of the tokens."""
+    plan, run = TrimPlan(shares=Shares(announced(2)[:-1], (0.5, 1.0))), run_of(2, calls=(2.0, 1.0))
+    came = replace(run, done=(0.5,), costs=(0.5,))
+    assert came.speedup(plan) == pytest.approx(3 / (2 * 0.5 + 1))
+    # a fraction in the first step would be whole, which nothing came before
+    assert run.speedup(plan) == 1.0
+    record, course, told = go(heun(2), run=run_of(2))
+    assert [step.kept_share for step in record.steps] == [1.0, 0.0, 1.0]
+    assert 1 / mean_work(record) == pytest.approx(1.5)
+    for solved in (course.ended, told[-1]):
+        assert solved.reached == pytest.approx(1.5) and solved.why is None
+
+
 def run_of(steps: int, **options) -> Run:
     shape = wan_shape(random_wan(4), 7)
     return Run(shape, GRID, announced(steps), SHIFT, prompts=1, **options)

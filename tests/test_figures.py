@@ -74,6 +74,14 @@ FIGURES = [
         "(EasyCache {:.1f}, three steps {:.1f})",
         [("quality", FOUR | {"task": task, "method": m}, "psnr_db", 1) for task, m in BESIDE],
     ),
+    (
+        "README.md",
+        "First Block Cache leaves {:.0f} of {:.0f} videos whole in text to video",
+        [
+            ("quality", FOUR | {"task": "t2v", "method": "first_block_cache"}, column, 1)
+            for column in ("exact", "prompts")
+        ],
+    ),
     *(
         (
             "README.md",

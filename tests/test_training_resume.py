@@ -191,13 +191,13 @@ def test_contents_are_compared_and_not_paths(folder, done, tmp_path, unloaded):
         train_here(write_recipe(folder, *said, *there), out)
 
 
-def test_a_data_folder_may_move(folder, tmp_path, unloaded):
+def test_a_data_folder_may_move_and_loses_no_shard(folder, tmp_path, unloaded):
     prompts = {"empty": torch.zeros(1, 64), "negative": torch.ones(2, 64)}
     writer = ShardWriter(tmp_path / "data", {}, 24, prompts)
     for number in range(4):
         sample = Sample(torch.ones(16, 1, 4, 4), torch.ones(3, 64), torch.ones(20, 1, 4, 4))
         writer.add(f"{number}", sample)
-    writer.flush()
+        writer.flush()
     out = tmp_path / "out"
     for place in ("data", "elsewhere"):
         with pytest.raises(Stopped):
@@ -207,6 +207,9 @@ def test_a_data_folder_may_move(folder, tmp_path, unloaded):
             (tmp_path / "data").rename(tmp_path / "elsewhere")
             said = json.loads((out / "1-width" / "recipe.json").read_text())
             assert str(tmp_path) not in json.dumps(said)
+    next((tmp_path / "elsewhere").glob("shard*")).write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="began with data.samples .* or bring its samples back"):
+        train_here(write_recipe(folder, f"data.folder={tmp_path / 'elsewhere'}"), out)
 
 
 @pytest.mark.parametrize(

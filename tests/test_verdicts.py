@@ -120,3 +120,6 @@ def test_finished_prompts_are_kept_and_rows_are_written(tmp_path, monkeypatch):
     assert len((tmp_path / verdicts.FILE).read_text().splitlines()) == 1 + 10
     with pytest.raises(SystemExit):
         verdicts.main([*options[:2], "--prompts", "2"])
+    # the bench has none of the first world
+    with pytest.raises(SystemExit):
+        verdicts.main([*options, "--world", "1", "--steps", "50"])

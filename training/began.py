@@ -82,7 +82,7 @@ def check_same(folder: Path, now: dict, world: World, done: bool = False) -> Non
         if name.startswith("start."):
             advice = ", or give the --start that it began with"
         elif name == "data.samples":
-            advice = ", or bring back the shards that are said above to be damaged"
+            advice = ", or bring its samples back (damaged shards are named above)"
         raise ValueError(
             f"{folder.name}: it began with {name} = {was!r}, and this is {became!r}. Choose another "
             f"--out{advice}."

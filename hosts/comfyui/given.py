@@ -195,17 +195,20 @@ def prompts_due(conds, timestep) -> list[tuple[Hashable, int]]:
         conds: for each kind of prompt its entries, as the host goes through them.
         timestep: [b], as the host compares it.
     """
-    given = [(as_dict(one), kind) for kind, entries in enumerate(conds) for one in entries or ()]
+    kinds = enumerate(conds or ())
+    given = [(as_dict(one), kind) for kind, entries in kinds for one in entries or ()]
     if any(one.get(name) is not None for one, _ in given for name in ("area", "default", "hooks")):
         return []
-
-    def comes(one: dict) -> bool:
-        # the host waits for the device here itself
-        over = "timestep_end" in one and timestep[0] < one["timestep_end"]
-        return bool(timestep[0] <= one["timestep_start"]) and not over
-
     ranged = [(one, kind) for one, kind in given if {"uuid", "timestep_start"} <= one.keys()]
-    return [(one["uuid"], kind) for one, kind in ranged if comes(one)]
+    if not ranged:
+        return []
+    # one wait for the device, where the host has one for each; compared as the host does, in fp32
+    (at,) = timestep[:1].cpu()
+    return [
+        (one["uuid"], kind)
+        for one, kind in ranged
+        if at <= one["timestep_start"] and not ("timestep_end" in one and at < one["timestep_end"])
+    ]
 
 
 def conds_of(guider) -> dict:

@@ -181,6 +181,34 @@ def test_a_step_that_a_prompt_begins_in_is_whole_whatever_calls_it_comes_in(
     assert any(UNKNOWN in note for note in report.notes)
 
 
+@pytest.mark.parametrize("last", [0, 0.4], ids=["repeated", "partial"])
+def test_a_prompt_that_nobody_told_of_is_computed_in_full_beside_the_others(
+    last, no_free_memory, monkeypatch
+):
+    """As with hooks, by which prompts have other names."""
+    monkeypatch.setattr("wantrim.hosts.comfyui.attach.prompts_due", lambda *_: [])
+    given, late = tiny.case(), tiny.text(9)[0]
+    late[1].update(start_percent=0.45, end_percent=1.0)
+    given.positive = [late, *given.positive]
+    _, passes, report = watched(given, 1, 1, *[last] * 4)
+    few = {} if last == 0 else dict.fromkeys(range(tiny.LAYERS), 24)
+    ran = [[seen.tokens for seen in step] for step in by_step(passes)]
+    first = next(number for number, step in enumerate(ran) if len(step) == 3)
+    assert sorted(map(len, ran[first])) == sorted([tiny.LAYERS, len(few), len(few)])
+    assert sum(tokens == ALL for tokens in ran[first]) == 1
+    assert any("had nothing to repeat yet" in note for note in report.notes)
+
+
+def test_areas_with_parts_of_the_run_of_their_own_repeat_all_the_same(no_free_memory):
+    """They are parts of the video: what is due in another one holds up none."""
+    given, values = tiny.case(), (1, 0, 1, 0)
+    given.positive = [area(3, 0, 4), area(4, 4)]
+    given.negative[0][1].update(start_percent=0.0, end_percent=1.0)
+    _, passes, _ = watched(given, *values)
+    for share, step in zip(values, by_step(passes), strict=True):
+        assert all(bool(seen.tokens) is bool(share) for seen in step)
+
+
 def test_repeating_is_by_prompt_where_several_have_areas(no_free_memory):
     given = tiny.case()
     given.positive = [area(3, 0, 4), area(4, 4)]
